@@ -1,0 +1,1 @@
+"""MagicDrive-V2: data, network, training, generation and benchmark."""

@@ -1,0 +1,354 @@
+"""params.yaml: its schema, its validation, overrides from the command line, fingerprints.
+
+DVC reads the same file, so that changing one value reruns what depends on it and nothing else. Each field's meaning
+stands beside it. A wrong file is refused with one line that names the key, its value and what would be right.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from magicdrive_core.errors import UsageError
+
+STAGES = ("stage1", "stage2", "stage3")
+Stage = Literal["stage1", "stage2", "stage3"]
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """``"224x400"`` -> (224, 400): height and width of a video in pixels, both multiples of 8.
+
+    Raises:
+        ValueError: not of that form.
+    """
+    parts = str(text).split("x")
+    if len(parts) != 2 or not all(part.isdigit() for part in parts):
+        raise ValueError("write a size as HEIGHTxWIDTH, for example 224x400")
+    height, width = (int(part) for part in parts)
+    if height <= 0 or width <= 0 or height % 8 or width % 8:
+        raise ValueError("height and width must be positive multiples of 8 (the VAE's stride)")
+    return height, width
+
+
+def _check_size(text: str) -> str:
+    parse_size(text)
+    return text
+
+
+Size = Annotated[str, BeforeValidator(_check_size)]
+
+
+def _check_frames(frames: int) -> int:
+    if frames < 1 or (frames - 1) % 8:
+        raise ValueError("a clip has 8n+1 frames: 1, 9, 17, 33, ...")
+    return frames
+
+
+Frames = Annotated[int, BeforeValidator(_check_frames)]
+
+
+class Section(BaseModel):
+    """A part of params.yaml: immutable, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+
+class Synth(Section):
+    """The generated data set (``magicdrive synth``)."""
+
+    seed: Count
+    scenes: Positive
+    seconds: PositiveFloat  # length of a scene; key frames at 2 Hz, camera sweeps at 12 Hz
+
+
+class Data(Section):
+    """Which nuScenes-format data to use."""
+
+    root: str  # folder that holds samples/, sweeps/, maps/ and the version's table folder
+    version: str  # v1.0-demo (generated), v1.0-mini, v1.0-trainval, or any other table folder
+    # "auto": the official split where the devkit knows the version, else the last quarter of the scenes
+    val_scenes: Literal["auto"] | list[str] = "auto"
+
+
+class Conditions(Section):
+    """What the network is told about a frame."""
+
+    map_cells: dict[Size, Positive]  # BEV map cells per side (100 m), by size of the video
+
+
+class VaeBuild(Section):
+    """A small CogVideoX VAE, trained on the pictures in a DVC stage."""
+
+    block_out_channels: list[Positive]
+    latent_channels: Positive
+    layers_per_block: Positive
+    norm_groups: Positive
+    size: Size  # pictures are trained at this size
+    steps: Positive
+    batch: Positive  # crops a step
+    crop: Positive  # pixels a side
+    learning_rate: PositiveFloat
+    seed: Count
+
+
+class Vae(Section):
+    path: str  # a from_pretrained folder
+    build: VaeBuild | None = None  # null: the folder exists already (CogVideoX-2b/vae)
+    chunk_frames: Positive | None = 8  # encode in chunks of this many frames (+ the first); null: whole clips
+    scaling_factor: PositiveFloat | Literal["measure"] = 1.15258426  # latents = sample * factor; "measure": 1 / std
+
+
+class TextBuild(Section):
+    """A small T5 encoder with random weights and a tokenizer of the data's own words."""
+
+    width: Positive
+    layers: Positive
+    heads: Positive
+    feed_forward: Positive
+    seed: Count
+
+
+class Text(Section):
+    path: str  # a from_pretrained folder with model and tokenizer
+    build: TextBuild | None = None  # null: the folder exists already (t5-v1_1-xxl)
+    max_tokens: Positive = 300
+
+
+class Latents(Section):
+    """Encoded clips, made once before training."""
+
+    start_stride: Positive  # a clip of several frames starts at every n-th frame; single frames are the key frames
+    dtype: Literal["float16", "float32"] = "float16"
+
+
+class Model(Section):
+    """The network's sizes. The published XL: width 1152, depth 28, heads 16, control_depth 13."""
+
+    width: Positive
+    depth: Positive
+    heads: Positive
+    control_depth: Positive
+    temporal_heads: Positive  # of the box and ego-motion embedders
+    box_widths: list[Positive]  # hidden widths of the box projection, after its first linear layer
+    map_channels: list[Positive]  # of the BEV map's convolutions
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Model:
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise ValueError(f"width {self.width} must split into heads ({self.heads}) of even width")
+        if self.width % self.temporal_heads or (self.width // self.temporal_heads) % 2:
+            raise ValueError(f"width {self.width} must split into temporal_heads ({self.temporal_heads}) of even width")
+        if self.width % 4:
+            raise ValueError(f"width {self.width} must be a multiple of 4 (position embedding)")
+        if self.control_depth > self.depth:
+            raise ValueError(f"control_depth {self.control_depth} must be at most depth {self.depth}")
+        return self
+
+
+class Bucket(Section):
+    """Clips of one size and length, and how many of them make a micro-batch of one rank."""
+
+    size: Size
+    frames: Frames
+    batch: Positive
+
+
+class StageConfig(Section):
+    """One of the three progressive stages."""
+
+    buckets: list[Bucket] = Field(min_length=1)
+    steps: Positive
+    learning_rate: PositiveFloat
+    warmup: Count  # steps of linear warm-up, then constant
+    seed: Count
+    freeze_text: bool = False  # the text projection is trained in stage 1 only
+    checkpoint_blocks: bool = False  # activation checkpointing
+    mask_ratios: dict[str, Probability] = {}  # conditioning-frame masks, from 8 latent frames on
+
+
+class Training(Section):
+    """What all stages share."""
+
+    stage1: StageConfig
+    stage2: StageConfig
+    stage3: StageConfig
+    precision: Literal["fp32", "bf16"] = "bf16"
+    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-15
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    clip: PositiveFloat = 1.0  # gradient norm
+    ema: Probability = 0.99
+    drop_condition: Probability = 0.15  # of samples: no text, cameras, ego motion, boxes
+    drop_frame: Probability = 0.4  # share of middle frames without boxes and ego motion
+    hide_boxes: Probability = 0.4  # of frames other than every sixth: all boxes hidden
+    add_boxes: Probability = 0.1  # of views and frames: up to three unseen boxes shown too
+    checkpoint_every: Positive  # steps
+    keep_checkpoints: Positive = 2
+    preview_every: Positive  # steps
+    log_every: Positive = 1
+
+    def stage(self, name: Stage) -> StageConfig:
+        """The settings of one stage."""
+        return {"stage1": self.stage1, "stage2": self.stage2, "stage3": self.stage3}[name]
+
+
+class Cluster(Section):
+    """Where a process group runs."""
+
+    ranks: Positive  # processes on this host, one a device
+    threads: Count = 0  # CPU threads of a rank; 0: the host's cores shared evenly
+    stall_seconds: Positive = 1800  # without a finished step: the group is stopped
+
+
+class Generate(Section):
+    """Sampling."""
+
+    size: Size
+    frames: Frames
+    steps: Positive = 30
+    guidance: Annotated[float, Field(ge=1)] = 2.0
+    generations: Positive = 4
+    seed: Count = 1024
+    workers: Positive = 1  # processes that share the items on this host
+
+
+class Video(Section):
+    fps: Positive = 12
+    max_mbit_s: PositiveFloat | None = 4.0  # of the written file; null: the encoder decides
+
+
+class Benchmark(Section):
+    """The W-CODA 2024 package."""
+
+    team: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+    frames: Positive = 16  # kept of each generated clip
+
+
+class Tracking(Section):
+    uri: str = "sqlite:///tracking/mlflow.db"
+    artifacts: str = "tracking/artifacts"
+    experiment: str = "magicdrive"
+
+
+class Config(Section):
+    """The whole of params.yaml."""
+
+    profile: str
+    published: bool = False  # copy the published system's oddities (needed by its weights): docs/decisions/0003
+    synth: Synth | None = None  # null: the data is the user's own
+    data: Data
+    conditions: Conditions
+    vae: Vae
+    text: Text
+    latents: Latents
+    model: Model
+    training: Training
+    cluster: Cluster
+    generate: Generate
+    video: Video
+    benchmark: Benchmark
+    tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        sizes = {bucket.size for stage in STAGES for bucket in self.training.stage(stage).buckets}
+        for size in sorted(sizes | {self.generate.size}):
+            if size not in self.conditions.map_cells:
+                raise ValueError(f"conditions.map_cells has no entry for {size}, which is trained or generated")
+        return self
+
+
+def load_config(path: Path | str = "params.yaml", overrides: list[str] | None = None) -> Config:
+    """Reads and validates params.yaml.
+
+    Args:
+        path: the file.
+        overrides: ``key.key=value`` texts of the command line's ``-S``; values are YAML.
+
+    Raises:
+        UsageError: unreadable file, unknown key, wrong type or impossible value, all in one line.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path} is missing", "run in the project's folder, or name the file with --params") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} must hold a mapping of sections", "copy one of profiles/ to start with")
+    for override in overrides or []:
+        _apply(values, override)
+    return parse_config(values, source=str(path))
+
+
+def parse_config(values: dict[str, Any], source: str = "params.yaml") -> Config:
+    """Validates a mapping as params.yaml.
+
+    Raises:
+        UsageError: the first fault, in one line that names the key, its value and what would be right.
+    """
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(_one_line(error, source)) from None
+
+
+def fingerprint(*parts: Any) -> str:
+    """64 hex digits that change with any of the parts: sections of the configuration, or plain JSON values."""
+    plain = [part.model_dump(mode="json") if isinstance(part, BaseModel) else part for part in parts]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UsageError(f"-S {override}: not of the form key.key=value", "for example -S training.stage1.steps=100")
+    *parents, last = key.split(".")
+    target: Any = values
+    for parent in parents:
+        target = target.get(parent) if isinstance(target, dict) else None
+        if not isinstance(target, dict):
+            raise UsageError(f"-S {override}: there is no section {parent!r}")
+    try:
+        target[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UsageError(f"-S {override}: the value is not valid YAML") from None
+
+
+def _one_line(error: ValidationError, source: str) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"]) or "the file"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        return f"{source}: {key} is not a known key{_suggestion(first['loc'])}{more}"
+    if first["type"] == "missing":
+        return f"{source}: {key} is missing{more}"
+    if first["loc"] and not isinstance(first["input"], dict):
+        return f"{source}: {key} is {first['input']!r}: {message}{more}"
+    return f"{source}: {key}: {message}{more}"
+
+
+def _suggestion(location: tuple[int | str, ...]) -> str:
+    """The known keys beside an unknown one."""
+    model: Any = Config
+    for part in location[:-1]:
+        field = model.model_fields.get(part) if isinstance(part, str) and hasattr(model, "model_fields") else None
+        if field is None:
+            return ""
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        if model is None:
+            return ""
+    return f"; known here: {', '.join(model.model_fields)}"

@@ -1,0 +1,97 @@
+"""What the rooms of ``data`` hand to each other: a scene at 12 Hz, and the conditions of one clip."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+CLASSES = (
+    "car",
+    "truck",
+    "construction_vehicle",
+    "bus",
+    "trailer",
+    "barrier",
+    "motorcycle",
+    "bicycle",
+    "pedestrian",
+    "traffic_cone",
+)
+MAP_LAYERS = (
+    "drivable_area",
+    "ped_crossing",
+    "walkway",
+    "stop_line",
+    "carpark_area",
+    "road_divider",
+    "lane_divider",
+    "road_block",
+)
+MAP_EXTENT = 100.0  # metres a side of the BEV map, centred on the lidar
+
+
+@dataclass(frozen=True)
+class FrameBoxes:
+    """The annotated objects of one frame, N of them."""
+
+    ids: list[str]  # instance tokens
+    names: list[str]  # of CLASSES
+    boxes: Floats  # (N, 7): x, y, z of the centre in the lidar frame, w, l, h in metres, yaw' = -yaw - pi/2
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One scene at 12 Hz, F frames; views in the order of ``cameras.VIEWS``, poses as ``a_to_b`` matrices."""
+
+    token: str
+    name: str
+    split: str  # "train", "val", or "both" where a data set has a single scene
+    location: str
+    description: str
+    tokens: list[str]  # F: the sample's token; between key frames that of the key frame before and a digit
+    key_frames: NDArray[np.bool_]  # F
+    timestamps: NDArray[np.int64]  # F, microseconds
+    lidar_to_ego: Floats  # F, 4, 4
+    ego_to_global: Floats  # F, 4, 4, at the lidar's time
+    pictures: list[list[str]]  # F, V: paths below the data root
+    intrinsics: Floats  # F, V, 3, 3 in pixels of the full picture
+    camera_to_lidar: Floats  # F, V, 4, 4, ego motion between the two times taken out
+    boxes: list[FrameBoxes]  # F
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def first_sample(self) -> str:
+        """Token of the first sample: W-CODA names a scene by it."""
+        return self.tokens[0]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """F frames of a scene from ``start`` on."""
+
+    scene: str  # scene token
+    start: int
+    frames: int
+
+
+@dataclass(frozen=True)
+class ClipConditions:
+    """Everything the network is told about one clip but the features of its text. F frames, V views, N slots."""
+
+    caption: str
+    cameras: Floats  # F, V, 3, 7: K | camera-to-lidar R | t
+    ego_motion: Floats  # F, 4, 4: first lidar frame -> this lidar frame
+    box_corners: NDArray[np.float32]  # F, N, 8, 3 metres in the lidar frame of the frame
+    box_classes: NDArray[np.int64]  # F, N; -1 where the slot's object is absent
+    box_masks: NDArray[np.int64]  # F, V, N: 1 shown, 0 no box, -1 hidden
+    box_ids: list[str]  # N instance tokens
+    bev_map: NDArray[np.uint8]  # F, 8, h, w of 0 and 1; [c, i, j]: i along the lidar's x, j along its y
+    height: int  # of the video, pixels
+    width: int
+    fps: int  # 12, or 120 for single frames

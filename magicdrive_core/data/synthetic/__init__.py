@@ -1,0 +1,1 @@
+"""A small world, written and drawn as a nuScenes data root."""

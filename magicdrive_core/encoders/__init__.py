@@ -1,0 +1,1 @@
+"""Video and text encoders, and the caches of what they computed."""

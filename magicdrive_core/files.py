@@ -1,0 +1,131 @@
+"""Files that are never half there: written under a temporary name, synced, renamed."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from magicdrive_core.errors import MagicDriveError
+
+
+@contextmanager
+def atomic_file(path: Path | str) -> Iterator[Path]:
+    """Yields a temporary path beside ``path``; on a clean exit it is synced and renamed to ``path``.
+
+    Whatever happens in between, ``path`` holds its old content or the whole new one.
+
+    Raises:
+        MagicDriveError: the disk is full or not writable.
+    """
+    path = Path(path)
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=f".partial{path.suffix}")
+        os.close(handle)
+        partial = Path(name)
+        try:
+            partial.chmod(0o666 & ~_umask())  # mkstemp makes private files; results are shared
+            yield partial
+            _sync(partial)
+            partial.replace(path)
+            _sync(path.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path | str) -> Iterator[Path]:
+    """Yields a temporary folder beside ``path``; on a clean exit its files are synced and it replaces ``path``.
+
+    Raises:
+        MagicDriveError: the disk is full or not writable.
+    """
+    path = Path(path)
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial"))
+        try:
+            partial.chmod(0o777 & ~_umask())
+            yield partial
+            for file in partial.rglob("*"):
+                _sync(file)
+            if path.exists():
+                old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
+                path.replace(old / path.name)
+                partial.replace(path)
+                shutil.rmtree(old)
+            else:
+                partial.replace(path)
+            _sync(path.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Writes ``value`` as indented JSON, atomically, with sorted keys (so that equal values give equal bytes)."""
+    with atomic_file(path) as partial:
+        partial.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path | str, hint: str = "") -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        MagicDriveError: the file is missing or is not JSON; ``hint`` says what makes it.
+    """
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MagicDriveError(f"{path} is missing", hint) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise MagicDriveError(f"{path} is not valid JSON: {error}", hint) from None
+
+
+def sha256_file(path: Path | str) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_folder(path: Path | str) -> str:
+    """Hex SHA-256 over the names and bytes of every file below ``path``, independent of listing order."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(path).rglob("*")):
+        if file.is_file():
+            digest.update(f"{file.relative_to(path).as_posix()}\0{sha256_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise MagicDriveError(f"no space left on the disk of {path}", "free some space and run again") from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise MagicDriveError(f"{path} cannot be written: {error.strerror}", "check the folder's rights") from error
+        raise

@@ -1,0 +1,1 @@
+"""Coordinate frames: poses, cameras and boxes."""

@@ -1,0 +1,79 @@
+"""The ring of six cameras, and what resizing and cropping a picture does to its pixels.
+
+Camera frames are nuScenes': x right, y down, z forward; pixel centres at integer + 0.5 of the full 1600x900 picture.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+# Model order: clockwise seen from above, so that neighbours in the list are neighbours on the car.
+VIEWS = (
+    "CAM_FRONT_LEFT",
+    "CAM_FRONT",
+    "CAM_FRONT_RIGHT",
+    "CAM_BACK_RIGHT",
+    "CAM_BACK",
+    "CAM_BACK_LEFT",
+)
+PICTURE_HEIGHT, PICTURE_WIDTH = 900, 1600
+
+
+def ring_neighbours(views: int) -> list[tuple[int, int]]:
+    """The left and right neighbour of every view of a closed ring."""
+    return [((view - 1) % views, (view + 1) % views) for view in range(views)]
+
+
+@dataclass(frozen=True)
+class Framing:
+    """How a 1600x900 picture becomes a video frame: resized by ``ratio``, then ``crop`` rows cut off the top.
+
+    224x400: ratio 1/4, 1 row; 424x800: 1/2, 26 rows; 848x1600: 1, 52 rows (golden notes, section 1).
+    """
+
+    height: int
+    width: int
+
+    @property
+    def ratio(self) -> float:
+        """Pixels of the video for one of the picture."""
+        return self.width / PICTURE_WIDTH
+
+    @property
+    def resized_height(self) -> int:
+        """Rows of the resized picture before the crop."""
+        return int(PICTURE_HEIGHT * self.ratio)
+
+    @property
+    def crop(self) -> int:
+        """Rows cut off the top of the resized picture."""
+        return self.resized_height - self.height
+
+    @property
+    def matrix(self) -> Array:
+        """4x4 matrix from picture pixels to frame pixels: diag(r, r) and a shift of -crop rows."""
+        out = np.eye(4)
+        out[0, 0] = out[1, 1] = self.ratio
+        out[1, 3] = -self.crop
+        return out
+
+
+def project(points: Array, intrinsics: Array) -> tuple[Array, Array]:
+    """Pinhole projection of points in a camera frame.
+
+    Args:
+        points: (..., 3) metres.
+        intrinsics: (3, 3) pixels.
+
+    Returns:
+        pixels (..., 2) as (column, row), meaningful where the depth is positive; depth (...) in metres.
+    """
+    image = np.asarray(points) @ intrinsics.T
+    depth = image[..., 2]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return image[..., :2] / depth[..., None], depth

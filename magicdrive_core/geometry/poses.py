@@ -1,0 +1,66 @@
+"""Rigid motions as 4x4 matrices: ``a_to_b`` maps the coordinates of a point in frame a to those in frame b."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+
+
+def rotation_matrix(quaternion: ArrayLike) -> Array:
+    """Rotation matrices of quaternions (w, x, y, z), normalised first: (..., 4) -> (..., 3, 3)."""
+    q = np.asarray(quaternion, dtype=np.float64)
+    w, x, y, z = np.moveaxis(q / np.linalg.norm(q, axis=-1, keepdims=True), -1, 0)
+    rows = [
+        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+    ]
+    return np.stack([np.stack(row, axis=-1) for row in rows], axis=-2)
+
+
+def pose(rotation: ArrayLike, translation: ArrayLike) -> Array:
+    """4x4 matrices of quaternions (..., 4) or rotation matrices (..., 3, 3), and translations (..., 3) in metres."""
+    rotation = np.asarray(rotation, dtype=np.float64)
+    translation = np.asarray(translation, dtype=np.float64)
+    matrix = rotation if rotation.shape[-2:] == (3, 3) else rotation_matrix(rotation)
+    out = np.zeros((*translation.shape[:-1], 4, 4))
+    out[..., :3, :3] = matrix
+    out[..., :3, 3] = translation
+    out[..., 3, 3] = 1.0
+    return out
+
+
+def inverse(matrix: Array) -> Array:
+    """Inverses of rigid 4x4 matrices (..., 4, 4)."""
+    rotation = np.swapaxes(matrix[..., :3, :3], -1, -2)
+    out = np.zeros_like(matrix)
+    out[..., :3, :3] = rotation
+    out[..., :3, 3] = -(rotation @ matrix[..., :3, 3:])[..., 0]
+    out[..., 3, 3] = 1.0
+    return out
+
+
+def transform(matrix: Array, points: ArrayLike) -> Array:
+    """Applies one 4x4 matrix to points (..., 3)."""
+    return np.asarray(points, dtype=np.float64) @ matrix[:3, :3].T + matrix[:3, 3]
+
+
+def slerp(start: ArrayLike, end: ArrayLike, fraction: float) -> Array:
+    """The quaternion at ``fraction`` in [0, 1] of the shorter great arc from ``start`` to ``end`` (w, x, y, z)."""
+    a, b = (np.asarray(q, dtype=np.float64) / np.linalg.norm(q) for q in (start, end))
+    cosine = float(a @ b)
+    if cosine < 0:
+        b, cosine = -b, -cosine
+    if cosine > 1 - 1e-9:  # the arc is too short for its sine: a straight line is the same to rounding
+        mixed = a + fraction * (b - a)
+    else:
+        angle = np.arccos(cosine)
+        mixed = (np.sin((1 - fraction) * angle) * a + np.sin(fraction * angle) * b) / np.sin(angle)
+    return mixed / np.linalg.norm(mixed)
+
+
+def yaw(rotation: Array) -> float:
+    """Heading in radians of the x axis of a 3x3 rotation, about +z."""
+    return float(np.arctan2(rotation[1, 0], rotation[0, 0]))

@@ -1,0 +1,1 @@
+"""Generation of clips, one item at a time."""

@@ -1,0 +1,89 @@
+"""The conditions of a batch as tensors. B samples, V views, F frames, N box slots, L text tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from magicdrive_core.data.records import ClipConditions
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """All that the network is told. Floating-point tensors in fp32 unless the network runs in another dtype."""
+
+    text: Tensor  # B, L, D features
+    text_mask: Tensor  # B, L bool: True = a token of the prompt
+    cameras: Tensor  # B, V, F, 3, 7: K | camera-to-lidar R | t; the network looks at frame 0
+    ego_motion: Tensor  # B, F, 4, 4: first lidar frame -> this lidar frame
+    box_corners: Tensor  # B, V, F, N, 8, 3 metres
+    box_classes: Tensor  # B, V, F, N int64, -1 where absent
+    box_masks: Tensor  # B, V, F, N int64: 1 shown, 0 no box, -1 hidden
+    bev_map: Tensor  # B, F, 8, h, w of 0 and 1
+    height: Tensor  # B pixels of the video
+    width: Tensor  # B
+    fps: Tensor  # B: 12, or 120 for single frames
+    keep: Tensor  # B bool: False = every condition but the map is dropped
+    keep_frame: Tensor  # B, F bool: False = ego motion and boxes of the frame are dropped
+    box_latent: Tensor | None = None  # B, N, C: a standard normal vector an object, shared by frames and views
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Conditions:
+        """The same conditions with ``change`` applied to each tensor."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: change(value) for name, value in values.items() if value is not None})
+
+    def to(self, device: torch.device | str) -> Conditions:
+        """A copy on ``device``."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def dropped(self) -> Conditions:
+        """The unconditional state that training knows: everything dropped but the map (golden notes, oddity 9)."""
+        return replace(self, keep=torch.zeros_like(self.keep))
+
+
+def collate(
+    clips: Sequence[ClipConditions], text: Sequence[Tensor], max_tokens: int, keep: Tensor | None = None
+) -> Conditions:
+    """Stacks the conditions of clips of one size and length.
+
+    Box slots are padded to the longest clip's, at least one: corners 0, class -1, mask 0. Text features (l, D) are
+    padded with zeros to ``max_tokens``, and the mask tells the prompt's own tokens.
+    """
+    slots = max(1, *(clip.box_classes.shape[1] for clip in clips))
+    views = clips[0].cameras.shape[1]
+
+    def pad_slots(array: Tensor, dim: int, value: float) -> Tensor:
+        missing = slots - array.shape[dim]
+        return functional.pad(array, (0, 0) * (array.ndim - 1 - dim) + (0, missing), value=value)
+
+    corners, classes, masks = [], [], []
+    for clip in clips:
+        corners.append(pad_slots(torch.from_numpy(clip.box_corners).float(), 1, 0.0))
+        classes.append(pad_slots(torch.from_numpy(clip.box_classes), 1, -1))
+        masks.append(pad_slots(torch.from_numpy(clip.box_masks), 2, 0).transpose(0, 1))
+    features = torch.stack([functional.pad(t[:max_tokens], (0, 0, 0, max(0, max_tokens - len(t)))) for t in text])
+    lengths = torch.tensor([min(len(t), max_tokens) for t in text])
+    frames = clips[0].ego_motion.shape[0]
+    return Conditions(
+        text=features,
+        text_mask=torch.arange(max_tokens)[None] < lengths[:, None],
+        cameras=torch.stack([torch.from_numpy(clip.cameras).float() for clip in clips]).transpose(1, 2).contiguous(),
+        ego_motion=torch.stack([torch.from_numpy(clip.ego_motion).float() for clip in clips]),
+        box_corners=torch.stack(corners)[:, None].expand(-1, views, -1, -1, -1, -1),
+        box_classes=torch.stack(classes)[:, None].expand(-1, views, -1, -1),
+        box_masks=torch.stack(masks),
+        bev_map=torch.stack([torch.from_numpy(clip.bev_map) for clip in clips]).float(),
+        height=torch.tensor([float(clip.height) for clip in clips]),
+        width=torch.tensor([float(clip.width) for clip in clips]),
+        fps=torch.tensor([float(clip.fps) for clip in clips]),
+        keep=torch.ones(len(clips), dtype=torch.bool) if keep is None else keep,
+        keep_frame=torch.ones(len(clips), frames, dtype=torch.bool),
+    )
