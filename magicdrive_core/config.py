@@ -16,8 +16,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from magicdrive_core.errors import UsageError
 
-STAGES = ("stage1", "stage2", "stage3")
 Stage = Literal["stage1", "stage2", "stage3"]
+STAGES: tuple[Stage, ...] = ("stage1", "stage2", "stage3")
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -57,6 +57,12 @@ def _check_frames(frames: int) -> int:
 Frames = Annotated[int, BeforeValidator(_check_frames)]
 
 
+def _check_val_scenes(value: Any) -> Any:
+    if value != "auto" and not (isinstance(value, list) and value and all(isinstance(name, str) for name in value)):
+        raise ValueError("write auto, or a list of scene names")
+    return value
+
+
 class Section(BaseModel):
     """A part of params.yaml: immutable, and unknown keys are errors."""
 
@@ -77,7 +83,7 @@ class Data(Section):
     root: str  # folder that holds samples/, sweeps/, maps/ and the version's table folder
     version: str  # v1.0-demo (generated), v1.0-mini, v1.0-trainval, or any other table folder
     # "auto": the official split where the devkit knows the version, else the last quarter of the scenes
-    val_scenes: Literal["auto"] | list[str] = "auto"
+    val_scenes: Annotated[Literal["auto"] | list[str], BeforeValidator(_check_val_scenes)] = "auto"
 
 
 class Conditions(Section):

@@ -1,0 +1,82 @@
+"""Writes are all or nothing."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.files import atomic_file, atomic_folder, read_json, sha256_folder, write_json
+
+
+class InterruptedWriteError(Exception):
+    pass
+
+
+def test_interrupted_file_keeps_the_old_content(tmp_path: Path) -> None:
+    path = tmp_path / "value.json"
+    write_json(path, {"a": 1})
+
+    def write_half() -> None:
+        with atomic_file(path) as partial:
+            partial.write_text("half")
+            raise InterruptedWriteError
+
+    with pytest.raises(InterruptedWriteError):
+        write_half()
+    assert read_json(path) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_interrupted_folder_keeps_the_old_content(tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    with atomic_folder(folder) as partial:
+        (partial / "one").write_text("1")
+
+    def write_half() -> None:
+        with atomic_folder(folder) as partial:
+            (partial / "two").write_text("2")
+            raise InterruptedWriteError
+
+    with pytest.raises(InterruptedWriteError):
+        write_half()
+    assert [file.name for file in folder.iterdir()] == ["one"]
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_folder_is_replaced_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    for name in ("old", "new"):
+        with atomic_folder(folder) as partial:
+            (partial / name).write_text(name)
+    assert [file.name for file in folder.iterdir()] == ["new"]
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_full_disk_is_explained(tmp_path: Path) -> None:
+    def write_on_full_disk() -> None:
+        with atomic_file(tmp_path / "big"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(MagicDriveError, match="no space left on the disk"):
+        write_on_full_disk()
+    assert not list(tmp_path.iterdir())
+
+
+def test_json_faults_name_the_file_and_the_way_out(tmp_path: Path) -> None:
+    with pytest.raises(MagicDriveError, match=r"gone.json is missing \(run dvc repro\)"):
+        read_json(tmp_path / "gone.json", hint="run dvc repro")
+    (tmp_path / "half.json").write_text('{"a": ')
+    with pytest.raises(MagicDriveError, match="not valid JSON"):
+        read_json(tmp_path / "half.json")
+
+
+def test_folder_digest_sees_names_and_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("1")
+    first = sha256_folder(tmp_path)
+    (tmp_path / "a").rename(tmp_path / "b")
+    second = sha256_folder(tmp_path)
+    (tmp_path / "b").write_text("2")
+    assert len({first, second, sha256_folder(tmp_path)}) == 3
