@@ -294,7 +294,7 @@ def load_config(path: Path | str = "params.yaml", overrides: list[str] | None = 
     if not isinstance(values, dict):
         raise UsageError(f"{path} must hold a mapping of sections", "copy one of profiles/ to start with")
     for override in overrides or []:
-        _apply(values, override)
+        apply_override(values, override)
     return parse_config(values, source=str(path))
 
 
@@ -316,7 +316,12 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Puts ``key.key=value`` into nested ``values``; the value is YAML.
+
+    Raises:
+        UsageError: not of that form, or no such section.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UsageError(f"-S {override}: not of the form key.key=value", "for example -S training.stage1.steps=100")

@@ -1,0 +1,72 @@
+# MagicDrive's workshop. `make` alone lists what there is.
+
+PYTHON ?= python3.11
+# On its own, because each machine has its build: CPU, CUDA, ROCm. For another index: make setup PIP_ARGS='--index-url ...'
+TORCH ?= torch==2.13.0
+PIP_ARGS ?=
+# Of `make demo`: a nuScenes root of your own and the name of its table folder.
+DATA ?=
+VERSION ?= v1.0-mini
+PROFILE ?= demo
+
+VENV := .venv
+READY := $(VENV)/.ready
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+# Nothing calls home, and nothing waits for a network.
+export DO_NOT_TRACK := 1
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export MLFLOW_DISABLE_TELEMETRY := true
+export DVC_NO_ANALYTICS := 1
+export HF_HUB_OFFLINE := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup check format test demo run up down ui data-dvc clean-demo
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
+
+setup: $(READY)  ## the environment in .venv (PYTHON=, TORCH=, PIP_ARGS=); again only when requirements.lock changes
+
+$(READY): requirements.lock
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install $(PIP_ARGS) '$(TORCH)'
+	$(VENV)/bin/python -m pip install $(PIP_ARGS) --no-deps -r requirements.lock -e .
+	touch $@
+
+check: $(READY)  ## style, types, import contracts
+	ruff check .
+	ruff format --check .
+	mypy
+	lint-imports
+
+format: $(READY)  ## put the code in shape
+	ruff check --fix .
+	ruff format .
+
+test: check  ## check, then all tests (what .ci/run calls)
+	OMP_NUM_THREADS=1 pytest -n 2
+
+demo: $(READY)  ## everything end to end on generated data, or on yours: make demo DATA=/path VERSION=v1.0-mini
+	magicdrive use $(PROFILE) $(if $(DATA),-S data.root='$(abspath $(DATA))' -S data.version='$(VERSION)' -S synth=null)
+	python -m flows.pipeline
+
+run: $(READY)  ## the same with params.yaml as it stands (yours to change)
+	python -m flows.pipeline
+
+up: $(READY)  ## a Prefect server, the deployments and a worker on 127.0.0.1 (PORT=4200)
+	python -m flows.server up $(if $(PORT),--port $(PORT))
+
+down: $(READY)  ## stop them
+	python -m flows.server down
+
+ui: $(READY)  ## MLflow's pages on 127.0.0.1:5000
+	mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///tracking/mlflow.db
+
+data-dvc: $(READY)  ## write data.dvc anew, after the generator or its settings changed
+	magicdrive synth
+	dvc add --quiet data
+	git --no-pager diff --stat -- data.dvc
+
+clean-demo:  ## remove what the runs made (data, artifacts, runs, outputs, tracking); the environment stays
+	rm -rf data artifacts runs outputs tracking .dvc/cache .dvc/tmp .prefect

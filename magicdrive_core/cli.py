@@ -1,0 +1,143 @@
+"""The command line: one verb for each piece of work. DVC stages and Prefect tasks run the same verbs.
+
+Everything heavy is imported inside its verb, so that ``magicdrive --help`` answers at once.
+Exit codes: 1 the work failed, 2 wrong command line or params.yaml, 130 interrupted, 143 terminated.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from magicdrive_core.errors import MagicDriveError, UsageError
+
+if TYPE_CHECKING:
+    from magicdrive_core.config import Config
+
+INFOS, CONDITIONS, ENCODERS = Path("artifacts/infos"), Path("artifacts/conditions"), Path("artifacts/encoders")
+TEXT, LATENTS = Path("artifacts/text"), Path("artifacts/latents")
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+Params = Annotated[Path, typer.Option("--params", metavar="FILE", help="The settings' file.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-S", metavar="KEY=VALUE", help="Override a setting, e.g. -S training.stage1.steps=50."),
+]
+DEFAULT_PARAMS = Path("params.yaml")
+
+_debug = False
+
+
+@app.callback()
+def _options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+    """MagicDrive: street-view video diffusion on nuScenes, from data to a benchmark package."""
+    global _debug
+    _debug = debug
+
+
+def _config(params: Path, overrides: list[str] | None) -> Config:
+    from magicdrive_core.config import load_config
+
+    return load_config(params, overrides)
+
+
+@app.command()
+def use(
+    profile: Annotated[str, typer.Argument(help="A file of profiles/, without .yaml: demo, mini, nuscenes.")],
+    overrides: Set = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a params.yaml that was changed by hand.")] = False,
+) -> None:
+    """Write params.yaml from a profile."""
+    from magicdrive_core.profiles import use_profile
+
+    use_profile(profile, overrides or [], force=force)
+
+
+@app.command()
+def synth(
+    params: Params = DEFAULT_PARAMS,
+    overrides: Set = None,
+    render_for: Annotated[
+        Path | None, typer.Option("--render-for", metavar="ROOT", help="Draw the pictures that this data root lacks.")
+    ] = None,
+    version: Annotated[str, typer.Option("--version", help="Its table folder (with --render-for).")] = "v1.0-mini",
+) -> None:
+    """Make the generated data set, or draw the missing pictures of another one."""
+    if render_for is not None:
+        from magicdrive_core.data.synthetic.render import render_missing
+
+        print(f"{render_missing(render_for, version)} pictures drawn below {render_for}")
+        return
+    from magicdrive_core.data.synthetic.write import synthesize
+
+    config = _config(params, overrides)
+    if config.synth is None:
+        raise UsageError(f"{params}: synth is null, the data is your own", "magicdrive use demo")
+    synthesize(config.synth, Path(config.data.root), config.data.version)
+
+
+@app.command()
+def infos(params: Params = DEFAULT_PARAMS, overrides: Set = None) -> None:
+    """DVC stage: scenes at 12 Hz from the nuScenes tables."""
+    from magicdrive_core.data.infos import build_infos
+
+    build_infos(_config(params, overrides), INFOS)
+
+
+@app.command()
+def conditions(params: Params = DEFAULT_PARAMS, overrides: Set = None) -> None:
+    """DVC stage: BEV maps and the list of clips."""
+    from magicdrive_core.data.conditions import build_conditions
+
+    build_conditions(_config(params, overrides), INFOS, CONDITIONS)
+
+
+@app.command()
+def encoders(params: Params = DEFAULT_PARAMS, overrides: Set = None) -> None:
+    """DVC stage: train the small VAE and make the small T5, or check the ones that the profile names."""
+    from magicdrive_core.encoders.build import build_encoders
+
+    build_encoders(_config(params, overrides), INFOS, ENCODERS)
+
+
+@app.command()
+def text(params: Params = DEFAULT_PARAMS, overrides: Set = None) -> None:
+    """DVC stage: T5 features of all captions and class names."""
+    from magicdrive_core.encoders.caches import write_text
+
+    write_text(_config(params, overrides), INFOS, ENCODERS, TEXT)
+
+
+@app.command()
+def latents(params: Params = DEFAULT_PARAMS, overrides: Set = None) -> None:
+    """DVC stage: VAE moments of all clips that are trained on."""
+    from magicdrive_core.encoders.caches import write_latents
+
+    write_latents(_config(params, overrides), INFOS, ENCODERS, LATENTS)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Runs the command line and exits; what a user can mend is one line and a hint on stderr."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that half-written files are cleaned up
+    try:
+        app(arguments)
+    except (MagicDriveError, OSError) as error:
+        if _debug:
+            raise
+        sys.exit(_explain(error))
+    sys.exit(0)
+
+
+def _explain(error: MagicDriveError | OSError) -> int:
+    """Prints one line on what is wrong and one on what to do; returns the exit code."""
+    if isinstance(error, MagicDriveError):
+        message, hint, code = error.message, error.hint, error.exit_code
+    else:
+        message, hint, code = str(error), "magicdrive --debug shows where", 1
+    print(f"error: {message}" + (f"\n hint: {hint}" if hint else ""), file=sys.stderr)
+    return code
