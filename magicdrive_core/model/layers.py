@@ -1,0 +1,234 @@
+"""The layers that every block is made of. Formulas: golden notes (README of the reference data), section 2.
+
+n is the length of the attended sequence, h heads of d channels each, C = h * d.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+NORM_EPS = 1e-6
+ROTARY_BASE = 10000.0
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    """Layer norm over the last dimension without learned scale and shift."""
+    return functional.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LN(x) * (1 + scale) + shift; ``shift`` and ``scale`` broadcast against ``x``."""
+    return torch.addcmul(shift, layer_norm(x), 1 + scale)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """softmax(q k' / sqrt(d) + bias) v, for each head.
+
+    Args:
+        q: (R, n, h, d).
+        k: (R, m, h, d).
+        v: (R, m, h, d).
+        bias: broadcastable to (R, h, n, m), 0 or -inf: what must not be attended to.
+
+    Returns:
+        (R, n, h, d).
+    """
+    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
+
+
+class RmsNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the channels of a head."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.rms_norm(x, self.weight.shape, self.weight, NORM_EPS)
+
+
+class Rotary(nn.Module):
+    """Angles of the rotary position embedding: place p turns the channel pair (2k, 2k+1) by p * freqs[k].
+
+    ``freqs`` is a parameter by name only (the published state dict lists it). It is never trained. The published
+    weights keep rounded values there, which their network needs; otherwise the angles come from the formula in fp32,
+    whatever the network's dtype (golden notes, oddities 5 and 6).
+    """
+
+    def __init__(self, width: int, published: bool) -> None:
+        super().__init__()
+        self.width = width
+        self.published = published
+        self.freqs = nn.Parameter(self.formula(torch.device("cpu")), requires_grad=False)
+
+    def formula(self, device: torch.device) -> Tensor:
+        """10000^(-2k/d) for k < d/2, fp32."""
+        k = torch.arange(0, self.width, 2, device=device, dtype=torch.float32)
+        return ROTARY_BASE ** (-k / self.width)
+
+    def forward(self, length: int) -> Tensor:
+        """(length, d/2, 2): cosine and sine of every angle, fp32."""
+        freqs = self.freqs.detach().float() if self.published else self.formula(self.freqs.device)
+        places = torch.arange(length, device=freqs.device, dtype=torch.float32)
+        angles = places[:, None] * freqs
+        return torch.stack([angles.cos(), angles.sin()], dim=-1)
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Turns the channel pairs of ``x`` (R, n, h, d) by ``angles`` (n, d/2, 2), computed in fp32."""
+    cos, sin = angles[:, None].unbind(-1)
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+class PackedAttention(nn.Module):
+    """Packed q, k, v with an RMS norm on q and k, and the output projection."""
+
+    def __init__(self, width: int, heads: int, qkv_bias: bool = True) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
+        self.q_norm = RmsNorm(width // heads)
+        self.k_norm = RmsNorm(width // heads)
+        self.proj = nn.Linear(width, width)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k (normalised) and v of ``x`` (..., C), each (..., h, d)."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        return self.q_norm(q), self.k_norm(k), v
+
+
+class SelfAttention(PackedAttention):
+    """Attention within a sequence, with rotary embedding if angles are given."""
+
+    def forward(self, x: Tensor, angles: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """Attention over the second last dimension of ``x`` (..., n, C)."""
+        q, k, v = self.project(x.flatten(0, -3))
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        return self.proj(attend(q, k, v, bias).flatten(-2)).view(x.shape)
+
+
+class TemporalAttention(SelfAttention):
+    """Attention along the time of every place: the third last dimension of x (..., T, S, C)."""
+
+    def forward(self, x: Tensor, angles: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        places = x.transpose(-2, -3)
+        return super().forward(places, angles, bias).transpose(-2, -3)
+
+
+class CrossAttention(nn.Module):
+    """Attention of tokens to the context of their frame. Keys and values do not depend on the time step."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q_linear = nn.Linear(width, width)
+        self.kv_linear = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, kv: Tensor, bias: Tensor | None) -> Tensor:
+        """Attention of ``x`` (..., S, C) to ``kv`` (..., L, 2C) under ``bias`` (R, 1, 1, L), R the product of '...'."""
+        q = self.q_linear(x.flatten(0, -3)).unflatten(-1, (self.heads, -1))
+        k, v = kv.flatten(0, -3).unflatten(-1, (2, self.heads, -1)).unbind(-3)
+        return self.proj(attend(q, k, v, bias).flatten(-2)).view(x.shape)
+
+
+class CrossViewAttention(PackedAttention):
+    """Attention of every view to its neighbours in the same frame, summed over the neighbours."""
+
+    def __init__(self, width: int, heads: int, neighbours: tuple[tuple[int, ...], ...]) -> None:
+        super().__init__(width, heads, qkv_bias=False)
+        self.neighbours = neighbours
+
+    def pairs(self, x: Tensor, bias: Tensor | None = None) -> list[list[Tensor]]:
+        """For every view, attention to each of its neighbours before the output projection, each (B*T, S, C).
+
+        q, k and v are made once a view. ``x`` is (V, B, T, S, C).
+        """
+        q, k, v = (tensor.flatten(1, 2).unbind(0) for tensor in self.project(x))
+        return [
+            [attend(q[view], k[other], v[other], bias).flatten(-2) for other in others]
+            for view, others in enumerate(self.neighbours)
+        ]
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(V, B, T, S, C) -> (V, B, T, S, C). The projection's bias counts once for each neighbour (oddity 7)."""
+        total = torch.stack([sum(outputs[1:], outputs[0]) for outputs in self.pairs(x, bias)]).view(x.shape)
+        return functional.linear(total, self.proj.weight, self.proj.bias * len(self.neighbours[0]))
+
+
+class Mlp(nn.Module):
+    """Linear, GELU (tanh form), Linear."""
+
+    def __init__(self, width: int, hidden: int, out: int | None = None) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, out or width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(functional.gelu(self.fc1(x), approximate="tanh"))
+
+
+class PatchEmbedding(nn.Module):
+    """Convolution with kernel = stride = (1, p, p), written as a linear map of patches."""
+
+    def __init__(self, channels: int, width: int, patch: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv3d(channels, width, kernel_size=(1, patch, patch), stride=(1, patch, patch))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """(..., C_in * p * p) in the order channel, row, column -> (..., C)."""
+        return functional.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+def sinusoid(values: Tensor, width: int = 256) -> Tensor:
+    """[cos(v g), sin(v g)] with g_k = 10000^(-k / (width/2)), fp32: (B) -> (B, width)."""
+    half = width // 2
+    k = torch.arange(half, device=values.device, dtype=torch.float32)
+    angles = values.float()[:, None] * torch.exp(-math.log(10000.0) / half * k)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class ScalarEmbedding(nn.Module):
+    """A number (time step, frames a second) as a vector: sinusoid, Linear, SiLU, Linear."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, values: Tensor) -> Tensor:
+        """(B) -> (B, C)."""
+        return self.mlp(sinusoid(values).to(self.mlp[0].weight.dtype))
+
+
+def position_embedding(grid: tuple[int, int], scale: Tensor, base: int, width: int) -> Tensor:
+    """[sin(x f), cos(x f), sin(y f), cos(y f)] of every patch in fp32; the column x comes first.
+
+    Args:
+        grid: rows and columns of patches.
+        scale: (B), sqrt(height * width in pixels) / 512.
+        base: round(sqrt(rows * columns)).
+        width: C, a multiple of 4.
+
+    Returns:
+        (B, rows * columns, C).
+    """
+    rows, columns = grid
+    device = scale.device
+    k = torch.arange(width // 4, device=device, dtype=torch.float32)
+    freqs = 1.0 / 10000.0 ** (2 * k / (width // 2))
+
+    def axis(count: int) -> Tensor:
+        places = torch.arange(count, device=device, dtype=torch.float32) / scale[:, None] * (base / count)
+        angles = places[..., None] * freqs
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+    x = axis(columns)[:, None].expand(-1, rows, -1, -1)
+    y = axis(rows)[:, :, None].expand(-1, -1, columns, -1)
+    return torch.cat([x, y], dim=-1).flatten(1, 2)

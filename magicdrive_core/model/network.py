@@ -1,0 +1,299 @@
+"""MagicDrive-V2's diffusion transformer. Golden notes (README of the reference data), section 2; names and shapes of
+the state dict: the model card beside them.
+
+Two halves: ``encode`` computes once a clip all that does not depend on the noise level, ``denoise`` the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from magicdrive_core.geometry.cameras import VIEWS, ring_neighbours
+from magicdrive_core.model.blocks import Block, ControlBlock, Head, Surroundings, ViewBlock
+from magicdrive_core.model.context import Context, ContextTokens
+from magicdrive_core.model.embedders import (
+    BoxEmbedder,
+    CameraEmbedder,
+    EgoMotionEmbedder,
+    MapEncoder,
+    MapReduction,
+    TextEmbedder,
+)
+from magicdrive_core.model.initialise import initialise
+from magicdrive_core.model.layers import PatchEmbedding, Rotary, ScalarEmbedding, position_embedding
+
+if TYPE_CHECKING:
+    from magicdrive_core.config import Model, Stage
+    from magicdrive_core.model.inputs import Conditions
+
+PATCH = 2
+BASE_PIXELS = 512  # positions are scaled to a square of this many pixels
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """Sizes and variants of the network."""
+
+    width: int
+    depth: int
+    heads: int
+    control_depth: int
+    ego_heads: int
+    box_heads: int
+    box_widths: tuple[int, ...]  # of the box projection: first linear layer, then hidden ones
+    map_channels: tuple[int, ...]
+    latent_channels: int
+    text_width: int
+    text_tokens: int
+    temporal: bool  # temporal blocks; stage 1 has none
+    instance_latent: bool  # a random vector an object; stage 1 has none
+    mean_over_frames: bool  # of box and ego-motion tokens; else a quarter of the frames remains
+    published: bool = False  # copy what the released weights need (golden notes, section 6)
+    class_width: int | None = None  # of a box class's vector; None: width
+    map_layers: int = 8
+    classes: int = 10
+    mlp_ratio: int = 4
+    neighbours: tuple[tuple[int, ...], ...] = tuple(ring_neighbours(len(VIEWS)))
+    pad_patches: int = 1  # rows of patches are appended until this number, a parallel size, divides the patches
+
+    def __post_init__(self) -> None:
+        if len({len(others) for others in self.neighbours}) != 1:
+            raise ValueError(f"every view needs equally many neighbours: {self.neighbours}")
+
+    @classmethod
+    def of(
+        cls, model: Model, *, latent_channels: int, text_width: int, text_tokens: int, stage: Stage, published: bool
+    ) -> NetworkConfig:
+        """The network of one training stage, sizes from params.yaml."""
+        first = stage == "stage1"
+        return cls(
+            width=model.width,
+            depth=model.depth,
+            heads=model.heads,
+            control_depth=model.control_depth,
+            ego_heads=model.temporal_heads,
+            box_heads=model.temporal_heads,
+            box_widths=tuple(model.box_widths),
+            map_channels=tuple(model.map_channels),
+            latent_channels=latent_channels,
+            text_width=text_width,
+            text_tokens=text_tokens,
+            temporal=not first,
+            instance_latent=not first,
+            mean_over_frames=first,
+            published=published,
+        )
+
+
+class MagicDrive(nn.Module):
+    """The network: velocity of noisy latents of all views under text, cameras, ego motion, boxes and BEV map.
+
+    Attributes:
+        checkpoint_blocks: recompute every block in the backward pass instead of keeping its activations.
+    """
+
+    base_token: Tensor
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpoint_blocks = False
+        width, published = config.width, config.published
+        self.register_buffer("base_token", torch.randn(width))
+        self.rope = Rotary(width // config.heads, published)
+        self.x_embedder = PatchEmbedding(config.latent_channels, width, PATCH)
+        self.t_embedder = ScalarEmbedding(width)
+        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.y_embedder = TextEmbedder(config.text_width, width, config.text_tokens)
+        self.fps_embedder = ScalarEmbedding(width)
+        self.x_control_embedder = PatchEmbedding(config.latent_channels, width, PATCH)
+        self.camera_embedder = CameraEmbedder(width, published)
+        self.frame_embedder = EgoMotionEmbedder(width, config.ego_heads, config.mean_over_frames, published)
+        self.bbox_embedder = BoxEmbedder(
+            width,
+            config.box_heads,
+            config.mean_over_frames,
+            published,
+            classes=config.classes,
+            class_width=config.class_width or width,
+            widths=config.box_widths,
+            instance_latent=config.instance_latent,
+        )
+        self.controlnet_cond_embedder = MapEncoder(config.map_layers, config.map_channels, width)
+        self.controlnet_cond_embedder_temp = MapReduction(width)
+        self.controlnet_cond_patchifier = PatchEmbedding(width, width, PATCH)
+        self.base_blocks_s = nn.ModuleList(ViewBlock(config) for _ in range(config.depth))
+        self.before_proj = nn.Linear(width, width)
+        self.control_blocks_s = nn.ModuleList(ControlBlock(config, temporal=False) for _ in range(config.control_depth))
+        if config.temporal:
+            self.base_blocks_t = nn.ModuleList(Block(config, temporal=True) for _ in range(config.depth))
+            self.control_blocks_t = nn.ModuleList(
+                ControlBlock(config, temporal=True) for _ in range(config.control_depth)
+            )
+        self.final_layer = Head(width, PATCH * PATCH * config.latent_channels, published)
+        initialise(self)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, and so of the tokens."""
+        return self.before_proj.weight.dtype
+
+    def forward(self, x: Tensor, timestep: Tensor, conditions: Conditions, x_mask: Tensor | None = None) -> Tensor:
+        """Velocity x_0 - noise of noisy latents.
+
+        Args:
+            x: (B, V, C, T, H, W) noisy latents; given frames are clean.
+            timestep: (B) noise level in [0, 1000], fp32.
+            conditions: what to show.
+            x_mask: (B, T) bool, True = noisy, False = given; None: all noisy.
+
+        Returns:
+            (B, V, C, T, H, W) in fp32.
+        """
+        return self.denoise(x, timestep, self.encode(conditions, tuple(x.shape[3:])), x_mask)
+
+    def encode(self, conditions: Conditions, latent_shape: tuple[int, ...]) -> Context:
+        """All that does not depend on the noise level, for latents of ``latent_shape`` (T, H, W).
+
+        Context tokens, keys and values of every cross-attention, position embedding, map features.
+        """
+        frames, height, width = latent_shape
+        rows, columns = -(-height // PATCH), -(-width // PATCH)
+        extra = self._padding_rows(rows, columns)
+        tokens = self._context_tokens(conditions)
+        position = self._position(conditions, rows, columns, extra)
+        padding_bias = None
+        if extra and not self.config.published:
+            hidden = torch.arange((rows + extra) * columns, device=position.device) >= rows * columns
+            padding_bias = torch.zeros_like(position[:1, :, 0]).masked_fill_(hidden, float("-inf"))[:, None, None]
+        return Context(
+            latent_shape=(frames, height, width),
+            grid=(rows + extra, columns),
+            tokens=tokens,
+            kv={
+                name: [block.cross_attn.kv_linear(tokens.distinct) for block in blocks]  # type: ignore[union-attr,operator]
+                for name, blocks in self.block_groups().items()
+            },
+            position=position,
+            control=position[:, None] + self.before_proj(self._map_tokens(conditions.bev_map, latent_shape, extra)),
+            fps=self.fps_embedder(conditions.fps),
+            surroundings=Surroundings(
+                angles=self.rope(frames), context_bias=tokens.bias(frames, self.dtype), padding_bias=padding_bias
+            ),
+        )
+
+    def denoise(self, x: Tensor, timestep: Tensor, context: Context, x_mask: Tensor | None = None) -> Tensor:
+        """``forward`` with the conditions encoded before; shapes and dtypes as there."""
+        patches = to_patches(x.transpose(0, 1).to(self.dtype), context.grid[0] - -(-x.shape[-2] // PATCH))
+        main = self.x_embedder(patches) + context.position[:, None]
+        control = self.x_control_embedder(patches) + context.control
+        noisy = self.t_embedder(timestep) + context.fps
+        modulation, clean = self.t_block(noisy)[:, None], None
+        if x_mask is not None:
+            clean = self.t_embedder(torch.zeros_like(timestep)) + context.fps
+            modulation = torch.where(x_mask[..., None], modulation, self.t_block(clean)[:, None])
+        modulation = modulation.unflatten(-1, (6, -1))
+
+        def run(group: str, index: int, tokens: Tensor) -> Tensor:
+            block = getattr(self, group)[index]
+            arguments = tokens, modulation, context.keys_values(group, index), context.surroundings
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                return checkpoint(block, *arguments, use_reentrant=False)
+            return block(*arguments)
+
+        for index in range(self.config.depth):
+            for kind in ("s", "t") if self.config.temporal else ("s",):
+                main = run(f"base_blocks_{kind}", index, main)
+                if index < self.config.control_depth:
+                    control, skip = run(f"control_blocks_{kind}", index, control)
+                    main = main + skip
+        return self._unpatch(self.final_layer(main, noisy, clean, x_mask), context)
+
+    @torch.no_grad()
+    def set_text_buffers(self, class_features: Tensor, base_feature: Tensor) -> None:
+        """Class table and base token from text features (K, D) of the class names and (D) of the empty string.
+
+        Both are buffers: made once, with the text projection of that moment (golden notes, oddity 11).
+        """
+        self.bbox_embedder._class_tokens.copy_(self.y_embedder(class_features[None])[0])
+        self.base_token.copy_(self.y_embedder(base_feature[None, None])[0, 0])
+
+    def block_groups(self) -> dict[str, nn.ModuleList]:
+        return {name: child for name, child in self.named_children() if isinstance(child, nn.ModuleList)}
+
+    def _padding_rows(self, rows: int, columns: int) -> int:
+        size = self.config.pad_patches
+        return size - rows % size if rows * columns % size else 0
+
+    def _context_tokens(self, conditions: Conditions) -> ContextTokens:
+        keep = conditions.keep
+        keep_frame = conditions.keep_frame & keep[:, None]
+        text, text_visible = self._text(conditions)
+        states = conditions.box_masks.transpose(0, 1)
+        states = torch.where(keep_frame[:, :, None] | (states != 1), states, -1)
+        boxes = self.bbox_embedder(
+            conditions.box_corners.transpose(0, 1),
+            conditions.box_classes.transpose(0, 1),
+            states,
+            conditions.box_latent,
+        )
+        cameras = self.camera_embedder(conditions.cameras[:, :, 0].transpose(0, 1), keep.expand(len(boxes), -1))
+        ego_motion = self.frame_embedder(conditions.ego_motion, keep_frame)
+        visible = None
+        if text_visible is not None:
+            present = self.bbox_embedder.present(states)
+            always = present.new_ones(*present.shape[:3], 2)
+            visible = torch.cat([always, text_visible[:, None].expand(*present.shape[:3], -1), present], dim=-1)
+        base = self.base_token
+        return ContextTokens.join(ego_motion + base, cameras + base, self.y_embedder(text), boxes + base, visible)
+
+    def _text(self, conditions: Conditions) -> tuple[Tensor, Tensor | None]:
+        """Features (B, L, D) and which of them are a text's own (B, L).
+
+        A dropped text is the stored null text, all of it. The published network has no attention mask: it cuts the
+        batch to the longest prompt and one token more, and attends to the padding that remains (oddity 4).
+        """
+        text, mask, keep = conditions.text, conditions.text_mask, conditions.keep[:, None]
+        if self.config.published:
+            text = torch.where(keep[..., None], text, self.y_embedder.null(text.shape[1]).to(text.dtype))
+            return text[:, : int(mask.sum(dim=1).max()) + 1], None
+        missing = self.config.text_tokens - text.shape[1]
+        text, mask = functional.pad(text, (0, 0, 0, missing)), functional.pad(mask, (0, missing))
+        return torch.where(keep[..., None], text, self.y_embedder.y_embedding.to(text.dtype)), mask | ~keep
+
+    def _position(self, conditions: Conditions, rows: int, columns: int, extra: int) -> Tensor:
+        """(B or 1, S, C). The published one spreads over padding rows and knows one scale a batch (oddity 8)."""
+        scale = (conditions.height.float() * conditions.width.float()).sqrt() / BASE_PIXELS
+        if self.config.published:
+            scale, rows, extra = scale[:1], rows + extra, 0
+        position = position_embedding((rows, columns), scale, round((rows * columns) ** 0.5), self.config.width)
+        return functional.pad(position, (0, 0, 0, extra * columns)).to(self.dtype)
+
+    def _map_tokens(self, bev_map: Tensor, latent_shape: tuple[int, ...], extra: int) -> Tensor:
+        """(B, F, 8, rows, columns) -> (B, T, S, C)."""
+        features = self.controlnet_cond_embedder(bev_map.flatten(0, 1)).unflatten(0, bev_map.shape[:2])
+        features = self.controlnet_cond_embedder_temp(features).transpose(1, 2)
+        if features.shape[2:] != latent_shape:
+            features = functional.interpolate(features, size=latent_shape, mode="nearest")
+        return self.controlnet_cond_patchifier(to_patches(features, extra))
+
+    def _unpatch(self, patches: Tensor, context: Context) -> Tensor:
+        """(V, B, T, S, p*p*C) -> (B, V, C, T, H, W) in fp32."""
+        _, height, width = context.latent_shape
+        x = patches.unflatten(-1, (PATCH, PATCH, -1)).unflatten(3, context.grid)
+        x = x.permute(1, 0, 7, 2, 3, 5, 4, 6).flatten(6).flatten(4, 5)
+        return x[..., :height, :width].float()
+
+
+def to_patches(x: Tensor, extra_rows: int) -> Tensor:
+    """(..., C, T, H, W) -> (..., T, S, C * p * p), zeros appended to odd sizes and for ``extra_rows`` of patches."""
+    height, width = x.shape[-2:]
+    x = functional.pad(x, (0, width % PATCH, 0, height % PATCH + extra_rows * PATCH))
+    x = x.unflatten(-1, (-1, PATCH)).unflatten(-3, (-1, PATCH))
+    return x.movedim((-6, -3, -1), (-3, -2, -1)).flatten(-3).flatten(-3, -2)
