@@ -1,0 +1,90 @@
+"""Reading mp4: frames as arrays, and what a file measures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import av
+from av.container import InputContainer
+
+from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.video.colour import Colours, Picture
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a video file holds, counted and not taken from its header."""
+
+    frames: int
+    fps: float
+    height: int  # pixels
+    width: int
+    codec: str  # ffmpeg's name: "h264"
+    bytes: int
+    mbit_s: float  # of the whole file: bytes * 8 / (frames / fps)
+
+
+MAX_PIXELS = 8192 * 4352  # of a frame: no memory is given to a file that claims more
+
+
+def decode_video(source: Path | str | BinaryIO, max_pixels: int = MAX_PIXELS) -> Iterator[Picture]:
+    """Yields the frames (H, W, 3) of a video in order of display, one at a time.
+
+    Raises:
+        MagicDriveError: the file is missing, is no video, its data is broken, or a frame has more than ``max_pixels``.
+    """
+    colours = Colours()
+    with _opened(source) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        # Without "explode" the decoder paints over broken data and says nothing.
+        stream.codec_context.options = {"err_detect": "explode", "max_pixels": str(max_pixels)}
+        for frame in container.decode(stream):
+            yield colours.to_picture(frame)
+
+
+def probe(source: Path | str | BinaryIO) -> VideoInfo:
+    """Counts the frames of a video and measures its bit rate, without decoding.
+
+    Raises:
+        MagicDriveError: the file is missing or is no video.
+    """
+    with _opened(source) as container:
+        stream = container.streams.video[0]
+        frames = sum(packet.size > 0 for packet in container.demux(stream))
+        fps = float(stream.average_rate or 0)
+        size = container.size
+        return VideoInfo(
+            frames=frames,
+            fps=fps,
+            height=stream.height,
+            width=stream.width,
+            codec=stream.codec.name,
+            bytes=size,
+            mbit_s=mbit_per_second(size, frames, fps) if frames and fps else 0.0,
+        )
+
+
+def mbit_per_second(size: int, frames: int, fps: float) -> float:
+    """Average bit rate of a file of ``size`` bytes, container included, in Mbit/s."""
+    return size * 8 * fps / frames / 1e6
+
+
+@contextmanager
+def _opened(source: Path | str | BinaryIO) -> Iterator[InputContainer]:
+    name = str(source) if isinstance(source, (Path, str)) else "the video"
+    try:
+        with av.open(str(source) if isinstance(source, Path) else source, "r") as container:
+            if not container.streams.video:
+                raise MagicDriveError(f"{name} holds no video stream")
+            yield container
+    except (av.FFmpegError, EOFError) as error:
+        raise MagicDriveError(f"{name} cannot be read as a video: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error)

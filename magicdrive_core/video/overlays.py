@@ -1,0 +1,218 @@
+"""What the network was told, drawn: boxes in the views, the map on the ground, the scene from above.
+
+Lidar frame as in nuScenes: x right, y forward, z up, metres. Corners of a box in the order of ``data.boxes``:
+(ux, uy, uz) = (-,-,0)(-,-,1)(-,+,1)(-,+,0)(+,-,0)(+,-,1)(+,+,1)(+,+,0); the object's front is uy = -.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from magicdrive_core.geometry.cameras import Framing, project
+from magicdrive_core.geometry.poses import inverse, transform
+from magicdrive_core.video.colour import Picture
+from magicdrive_core.video.palette import BACKGROUND, CLASS_COLOURS, EGO, LAYER_COLOURS, LAYER_ORDER
+
+Floats = NDArray[np.float64]
+Points = list[tuple[float, float]]
+
+SMOOTH = 3  # lines are drawn this much larger and reduced: PIL's own have jagged edges
+NEAR = 0.2  # metres in front of a camera, where boxes are cut off
+RINGS = (20, 40)  # metres, drawn around the car in the panel from above
+MAP_METRES = 100.0  # a side of the BEV map, centred on the lidar
+
+_FACES = ((0, 1, 2, 3), (4, 5, 6, 7), (0, 1, 5, 4), (2, 3, 7, 6), (1, 2, 6, 5), (0, 3, 7, 4))
+_FRONT = (0, 1, 5, 4)
+_FOOTPRINT = (0, 3, 7, 4)
+
+
+def draw_boxes(
+    frame: Picture,
+    corners: NDArray[np.floating],
+    classes: NDArray[np.integer],
+    intrinsics: Floats,
+    camera_to_lidar: Floats,
+    framing: Framing,
+) -> Picture:
+    """A copy of a view with boxes drawn in: edges, a tinted body, and a stronger front.
+
+    Args:
+        frame: (H, W, 3) of the size that ``framing`` says.
+        corners: (N, 8, 3) metres in the lidar frame, true heights.
+        classes: (N) class index, -1 = no box.
+        intrinsics: (3, 3) pixels of the full picture.
+        camera_to_lidar: (4, 4).
+        framing: from the full picture to ``frame``.
+    """
+    matrix = _to_frame(framing) @ intrinsics
+    planes = _frustum(matrix, framing)
+    lidar_to_camera = inverse(np.asarray(camera_to_lidar, dtype=np.float64))
+    boxes = [(transform(lidar_to_camera, corners[n]), CLASS_COLOURS[classes[n]]) for n in np.flatnonzero(classes >= 0)]
+    layer = Image.new("RGBA", (framing.width * SMOOTH, framing.height * SMOOTH))
+    line = max(1.0, framing.width / 420) * SMOOTH
+    for box, colour in sorted(boxes, key=lambda item: -float(item[0][:, 2].mean())):
+        body = Image.new("RGBA", layer.size)
+        pen = ImageDraw.Draw(body)
+        for face in _FACES:
+            outline = _seen(box[list(face)], planes, matrix)
+            if outline:
+                pen.polygon(outline, fill=(*colour, 70 if face == _FRONT else 28))
+        for face in _FACES:
+            outline = _seen(box[list(face)], planes, matrix)
+            if outline:
+                pen.line([*outline, outline[0]], fill=(*colour, 235), width=round(line), joint="curve")
+        if body.getbbox():
+            layer.alpha_composite(body)
+    smooth = layer.resize((framing.width, framing.height), Image.Resampling.BOX)
+    return np.asarray(Image.alpha_composite(Image.fromarray(frame).convert("RGBA"), smooth).convert("RGB"))
+
+
+def draw_ground(
+    frame: Picture,
+    bev_map: NDArray[np.uint8],
+    intrinsics: Floats,
+    camera_to_lidar: Floats,
+    lidar_to_ego: Floats,
+    framing: Framing,
+    opacity: float = 1.0,
+) -> Picture:
+    """A copy of a view with the map painted on the ground, as far as the map reaches.
+
+    Every pixel's ray is followed to the plane z = 0 of the ego frame, and takes the colour of the map's cell there.
+
+    Args:
+        frame: (H, W, 3).
+        bev_map: (8, h, w) of 0 and 1, [c, i, j]: i along the lidar's x, j along its y.
+        intrinsics: (3, 3) pixels of the full picture.
+        camera_to_lidar: (4, 4).
+        lidar_to_ego: (4, 4); the ego frame's origin lies on the ground.
+        framing: from the full picture to ``frame``.
+        opacity: of the paint, 0 to 1.
+    """
+    fine = 2
+    matrix = _to_frame(framing) @ intrinsics
+    columns, rows = np.meshgrid(
+        (np.arange(framing.width * fine) + 0.5) / fine, (np.arange(framing.height * fine) + 0.5) / fine
+    )
+    rays = np.stack([columns, rows, np.ones_like(rows)], axis=-1) @ np.linalg.inv(matrix).T
+    camera_to_ego = lidar_to_ego @ camera_to_lidar
+    directions, origin = rays @ camera_to_ego[:3, :3].T, camera_to_ego[:3, 3]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        distance = -origin[2] / directions[..., 2]
+    below = np.isfinite(distance) & (distance > 0)
+    hits = origin + np.where(below, distance, 0.0)[..., None] * directions
+    lidar = transform(inverse(lidar_to_ego), hits)
+    cells = np.floor((lidar[..., :2] / MAP_METRES + 0.5) * bev_map.shape[-1]).astype(np.int64)
+    known = below & ((cells >= 0) & (cells < bev_map.shape[-1])).all(axis=-1)
+    i, j = np.where(known, cells[..., 0], 0), np.where(known, cells[..., 1], 0)
+    painted = bev_map.any(axis=0)[i, j] & known
+    paint = np.concatenate([_paint(bev_map)[i, j], (painted * round(255 * opacity))[..., None]], axis=-1)
+    layer = _premultiplied_reduce(paint.astype(np.float32), fine)
+    alpha = layer[..., 3:] / 255
+    return np.round(frame * (1 - alpha) + layer[..., :3] * alpha).astype(np.uint8)
+
+
+def bev_panel(
+    bev_map: NDArray[np.uint8], corners: NDArray[np.floating], classes: NDArray[np.integer], cells: int = 400
+) -> Picture:
+    """The scene from above, forward up: map layers, boxes with their headings, the ego car as an arrow.
+
+    Args:
+        bev_map: (8, h, w) of 0 and 1.
+        corners: (N, 8, 3) metres in the lidar frame.
+        classes: (N) class index, -1 = no box.
+        cells: pixels a side of the panel.
+    """
+    ground = Image.fromarray(np.ascontiguousarray(_paint(bev_map).transpose(1, 0, 2)[::-1]))
+    side = cells * SMOOTH
+    panel = ground.resize((side, side), Image.Resampling.BILINEAR)
+    pen = ImageDraw.Draw(panel, "RGBA")
+    for metres in RINGS:
+        radius = metres / MAP_METRES * side
+        box = (side / 2 - radius, side / 2 - radius, side / 2 + radius, side / 2 + radius)
+        pen.ellipse(box, outline=(*EGO, 36), width=max(1, side // 600))
+
+    def pixel(points: NDArray[np.floating]) -> Points:
+        return [((x / MAP_METRES + 0.5) * side, (0.5 - y / MAP_METRES) * side) for x, y in points[:, :2]]
+
+    for n in np.flatnonzero(classes >= 0):
+        colour = CLASS_COLOURS[classes[n]]
+        outline = pixel(corners[n][list(_FOOTPRINT)])
+        pen.polygon(outline, fill=(*colour, 120), outline=(*colour, 255), width=max(1, side // 350))
+        middle = pixel(corners[n][list(_FOOTPRINT)].mean(axis=0, keepdims=True))[0]
+        front = pixel(corners[n][[0, 4]].mean(axis=0, keepdims=True))[0]
+        pen.line([middle, front], fill=(*colour, 255), width=max(1, side // 350))
+    tip, wing = side * 0.026, side * 0.014
+    centre = side / 2
+    arrow = [(centre, centre - tip), (centre + wing, centre + tip * 0.75), (centre, centre + tip * 0.35)]
+    pen.polygon([*arrow, (centre - wing, centre + tip * 0.75)], fill=EGO, outline=BACKGROUND, width=max(1, side // 300))
+    return np.asarray(panel.resize((cells, cells), Image.Resampling.BOX))
+
+
+def _paint(bev_map: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Colours of the map's cells, (h, w, 3)."""
+    out = np.empty((*bev_map.shape[1:], 3), dtype=np.uint8)
+    out[:] = BACKGROUND
+    for layer in LAYER_ORDER:
+        out[bev_map[layer] > 0] = LAYER_COLOURS[layer]
+    return out
+
+
+def _premultiplied_reduce(layer: NDArray[np.float32], fine: int) -> NDArray[np.float32]:
+    """Mean of ``fine`` x ``fine`` pixels of an RGBA layer, colours weighted by their alpha."""
+    height, width = layer.shape[0] // fine, layer.shape[1] // fine
+    alpha = layer[..., 3:]
+    blocks = np.concatenate([layer[..., :3] * alpha, alpha], axis=-1).reshape(height, fine, width, fine, 4)
+    mean = blocks.mean(axis=(1, 3))
+    return np.concatenate([mean[..., :3] / np.maximum(mean[..., 3:], 1e-6), mean[..., 3:]], axis=-1)
+
+
+def _to_frame(framing: Framing) -> Floats:
+    """Homogeneous (column, row, 1) of the full picture to those of the frame, (3, 3)."""
+    return framing.matrix[np.ix_([0, 1, 3], [0, 1, 3])]
+
+
+def _frustum(matrix: Floats, framing: Framing) -> Floats:
+    """Planes (5, 4) with normals inward: the near plane, and the sides of the view widened by a quarter."""
+    w, h = framing.width, framing.height
+    left, right, top, bottom = -w / 4, w * 1.25, -h / 4, h * 1.25
+    sides = [
+        matrix[0] - left * matrix[2],
+        right * matrix[2] - matrix[0],
+        matrix[1] - top * matrix[2],
+        bottom * matrix[2] - matrix[1],
+    ]
+    planes = np.zeros((5, 4))
+    planes[0] = (0.0, 0.0, 1.0, -NEAR)
+    planes[1:, :3] = sides
+    return planes
+
+
+def _seen(polygon: Floats, planes: Floats, matrix: Floats) -> Points:
+    """The part of a convex polygon (n, 3) in a camera frame within ``planes``, in pixels of the smooth layer."""
+    for plane in planes:
+        polygon = _cut(polygon, polygon @ plane[:3] + plane[3])
+        if len(polygon) < 3:
+            return []
+    pixels, _ = project(polygon, matrix)
+    return [(float(x), float(y)) for x, y in pixels * SMOOTH]
+
+
+def _cut(polygon: Floats, side: Floats) -> Floats:
+    """Sutherland-Hodgman: the part of a polygon where ``side`` (signed distances of its points) is not negative."""
+    if (side >= 0).all():
+        return polygon
+    return np.array(list(_cut_points(polygon, side))).reshape(-1, 3)
+
+
+def _cut_points(polygon: Floats, side: Floats) -> Iterable[Floats]:
+    for here in range(len(polygon)):
+        after = (here + 1) % len(polygon)
+        if side[here] >= 0:
+            yield polygon[here]
+        if (side[here] >= 0) != (side[after] >= 0):
+            yield polygon[here] + (polygon[after] - polygon[here]) * side[here] / (side[here] - side[after])
