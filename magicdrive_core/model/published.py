@@ -157,6 +157,11 @@ def channels_from_views(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(1, 2)
 
 
+def _difference(ours: Tensor, expected: Tensor) -> float:
+    """Largest absolute difference after ours is laid out like the file's array."""
+    return float((ours - expected).abs().max())
+
+
 @contextmanager
 def record(network: MagicDrive) -> Iterator[dict[str, Any]]:
     """Collects the intermediates of the passes inside the block, by their names in the reference files."""

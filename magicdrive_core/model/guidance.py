@@ -1,0 +1,109 @@
+"""Sampling latents with the network under classifier-free guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from magicdrive_core.rectified_flow import RectifiedFlow, guide, sample
+
+if TYPE_CHECKING:
+    from magicdrive_core.model.inputs import Conditions
+    from magicdrive_core.model.network import MagicDrive
+    from magicdrive_core.rectified_flow import Velocity
+
+
+def guided_velocity(
+    network: MagicDrive, conditions: Conditions, null: Conditions, latent_shape: tuple[int, int, int], guidance: float
+) -> Velocity:
+    """The velocity of guided sampling, with both conditions encoded once."""
+    wanted = network.encode(conditions, latent_shape)
+    if guidance == 1:
+        return lambda x, t, x_mask: network.denoise(x, t, wanted, x_mask)
+    unwanted = network.encode(null, latent_shape)
+    return lambda x, t, x_mask: guide(
+        network.denoise(x, t, wanted, x_mask), network.denoise(x, t, unwanted, x_mask), guidance
+    )
+
+
+def published_null(network: MagicDrive, conditions: Conditions, *, zero_map: bool) -> Conditions:
+    """The unconditional state of the published sampler, which is not the one of training (oddity 9).
+
+    The null text cut like the prompt, cameras and ego motion unknown, all boxes absent instead of hidden, and, as its
+    test configurations want, an empty map.
+    """
+    null_text = network.y_embedder.null(conditions.text.shape[1]).to(conditions.text.dtype)
+    ego_motion = conditions.ego_motion.clone()
+    ego_motion[..., :3, :] = network.frame_embedder.uncond_cam
+    return replace(
+        conditions,
+        text=null_text.expand_as(conditions.text),
+        cameras=network.camera_embedder.uncond_cam.expand_as(conditions.cameras),
+        ego_motion=ego_motion,
+        box_masks=torch.zeros_like(conditions.box_masks),
+        bev_map=torch.zeros_like(conditions.bev_map) if zero_map else conditions.bev_map,
+    )
+
+
+@torch.no_grad()
+def sample_latents(
+    network: MagicDrive,
+    conditions: Conditions,
+    latent_shape: tuple[int, int, int],
+    *,
+    steps: int,
+    guidance: float,
+    generator: torch.Generator | Sequence[torch.Generator],
+    null: Conditions | None = None,
+    x_0: Tensor | None = None,
+    x_mask: Tensor | None = None,
+    progress: Callable[[Iterable[int]], Iterable[int]] | None = None,
+) -> Tensor:
+    """Samples latents of ``conditions``, which are encoded once and used at every step.
+
+    Args:
+        network: in any dtype, on any device; the latents stay in fp32 between the steps.
+        conditions: a batch of one size and length, on the network's device.
+        latent_shape: (T, H, W).
+        steps: number of Euler steps.
+        guidance: v = v_null + guidance (v_cond - v_null); with 1 the unconditional pass is left out.
+        generator: CPU generators of the start noise, one a sample, so that a sample does not depend on its batch;
+            a single one draws for the samples in turn.
+        null: the unconditional state; None: the one that training knows, ``conditions.dropped()``.
+        x_0: (B, V, C, T, H, W), given frames; needed with ``x_mask``.
+        x_mask: (B, T), 1 or True = generate, 0 or False = keep the given frame; between 0 and 1: start from it,
+            noised (``rectified_flow.sample``).
+        progress: wraps the steps.
+
+    Returns:
+        (B, V, C, T, H, W) in fp32.
+    """
+    batch, views, frames = conditions.cameras.shape[:3]
+    device = conditions.cameras.device
+    generators = [generator] * batch if isinstance(generator, torch.Generator) else list(generator)
+    if len(generators) != batch:
+        raise ValueError(f"{len(generators)} generators for {batch} samples")
+    shape = (views, network.config.latent_channels, *latent_shape)
+
+    def draw_noise() -> Tensor:
+        return torch.stack([torch.randn(shape, generator=each) for each in generators]).to(device)
+
+    start = draw_noise()
+    if network.config.instance_latent and conditions.box_latent is None:
+        latents = (conditions.box_classes.shape[-1], network.config.class_width or network.config.width)
+        drawn = torch.stack([torch.randn(latents, generator=each) for each in generators])
+        conditions = replace(conditions, box_latent=drawn.to(device))
+    size = (frames, int(conditions.height[0]), int(conditions.width[0]))
+    return sample(
+        guided_velocity(network, conditions, null or conditions.dropped(), latent_shape, guidance),
+        start,
+        RectifiedFlow().timesteps(steps, size).to(device),
+        x_0=x_0,
+        edit=None if x_mask is None else x_mask.to(device, torch.float32),
+        draw_noise=lambda _: draw_noise(),
+        progress=progress or iter,
+    )
