@@ -9,19 +9,14 @@ DATA ?=
 VERSION ?= v1.0-mini
 PROFILE ?= demo
 
+SHELL := /bin/bash
 VENV := .venv
 READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
-# Nothing calls home, and nothing waits for a network.
-export DO_NOT_TRACK := 1
-export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
-export DVC_NO_ANALYTICS := 1
-export HF_HUB_OFFLINE := 1
-export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test demo run up down ui data-dvc clean-demo
+.PHONY: help setup check format test demo run up down ui data-dvc clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -68,5 +63,7 @@ data-dvc: $(READY)  ## write data.dvc anew, after the generator or its settings 
 	dvc add --quiet data
 	git --no-pager diff --stat -- data.dvc
 
-clean-demo:  ## remove what the runs made (data, artifacts, runs, outputs, tracking); the environment stays
-	rm -rf data artifacts runs outputs tracking .dvc/cache .dvc/tmp .prefect
+clean:  ## remove what the runs made, after asking (data, artifacts, runs, outputs, tracking); the environment stays
+	@du -shc data artifacts runs outputs tracking .dvc/cache .prefect 2>/dev/null; \
+	read -r -p 'Remove all of it? [y/N] ' answer; \
+	test "$$answer" = y && rm -rf data artifacts runs outputs tracking .dvc/cache .dvc/tmp .prefect dvc.lock || echo kept

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from magicdrive_core.errors import MagicDriveError, UsageError
+from magicdrive_core.offline import stay_silent
 
 if TYPE_CHECKING:
-    from magicdrive_core.config import Config
+    from magicdrive_core.config import Config, Stage
 
 INFOS, CONDITIONS, ENCODERS = Path("artifacts/infos"), Path("artifacts/conditions"), Path("artifacts/encoders")
 TEXT, LATENTS = Path("artifacts/text"), Path("artifacts/latents")
@@ -121,9 +122,114 @@ def latents(params: Params = DEFAULT_PARAMS, overrides: Set = None) -> None:
     write_latents(_config(params, overrides), INFOS, ENCODERS, LATENTS)
 
 
+@app.command()
+def train(
+    stage: Annotated[str, typer.Argument(help="stage1, stage2 or stage3.")],
+    params: Params = DEFAULT_PARAMS,
+    overrides: Set = None,
+) -> None:
+    """Train one stage on this host (python -m flows.train: all of them, with Prefect)."""
+    from magicdrive_core.training.supervise import train_stage
+
+    result = train_stage(params, overrides, _stage(stage), None)
+    print(f"{stage} {'was done already' if result.skipped else 'done'}: {result.weights}")
+
+
+@app.command()
+def generate(
+    params: Params = DEFAULT_PARAMS,
+    overrides: Set = None,
+    shard: Annotated[
+        str, typer.Option(metavar="I/N", help="Work as the I-th of N workers that share the clips.")
+    ] = "1/1",
+) -> None:
+    """Generate the validation clips with the last trained stage; what is done is skipped."""
+    import torch
+
+    from magicdrive_core.data.infos import read_scenes
+    from magicdrive_core.inference.generate import generate_items
+    from magicdrive_core.inference.items import list_items
+    from magicdrive_core.places import find_places
+
+    config = _config(params, overrides)
+    share, shares = _shard(shard)
+    places = find_places(config)
+    if not places.model.done:
+        raise MagicDriveError(f"{places.model.folder} holds no finished training", "python -m flows.train")
+    if torch.cuda.is_available():
+        torch.cuda.set_device((share - 1) % torch.cuda.device_count())
+    items = list_items(config, read_scenes(INFOS))
+    summary = generate_items(config, items, places.model.folder, places.generated, shard=(share - 1, shares))
+    print(f"{len(summary.made)} made, {len(summary.skipped)} done before: {places.generated}")
+
+
+@app.command()
+def package(params: Params = DEFAULT_PARAMS, overrides: Set = None) -> None:
+    """Put the generated videos into a W-CODA results.zip."""
+    from magicdrive_core.benchmark.package import pack
+    from magicdrive_core.places import find_places
+    from magicdrive_core.tracking.lineage import lineage_tags
+
+    config = _config(params, overrides)
+    places = find_places(config)
+    print(pack(config, places.generated, places.benchmark, lineage_tags(config)).zip_path)
+
+
+@app.command()
+def validate(
+    archive: Annotated[Path, typer.Argument(metavar="ZIP", help="A results.zip.")],
+    params: Params = DEFAULT_PARAMS,
+    overrides: Set = None,
+) -> None:
+    """Check a W-CODA results.zip: every name, every count, every frame of every video."""
+    from magicdrive_core.benchmark.validate import Expected
+    from magicdrive_core.benchmark.validate import validate as find_faults
+
+    config = _config(params, overrides)
+    video = config.video
+    expected = Expected(
+        generations=config.generate.generations,
+        frames=config.benchmark.frames,
+        fps=video.fps,
+        max_mbit_s=video.max_mbit_s,
+    )
+    faults = find_faults(archive, expected)
+    for fault in faults:
+        print(fault)
+    if faults:
+        raise MagicDriveError(f"{archive} is not a valid submission: {len(faults)} fault(s)", "they stand above")
+    print(f"{archive} is valid")
+
+
+@app.command()
+def report(params: Params = DEFAULT_PARAMS, overrides: Set = None) -> None:
+    """Write report.html beside the package."""
+
+
+@app.command()
+def golden(files: Annotated[list[Path], typer.Argument(help="golden_model_*.npz files.")]) -> None:
+    """Compare the network with reference outputs of the published one."""
+
+
+def _stage(name: str) -> Stage:
+    from magicdrive_core.config import STAGES
+
+    if name not in STAGES:
+        raise UsageError(f"there is no stage {name!r}", f"known: {', '.join(STAGES)}")
+    return name
+
+
+def _shard(text: str) -> tuple[int, int]:
+    share, slash, shares = text.partition("/")
+    if not (slash and share.isdecimal() and shares.isdecimal() and 1 <= int(share) <= int(shares)):
+        raise UsageError(f"--shard {text}: write I/N with 1 <= I <= N", "for example --shard 2/8")
+    return int(share), int(shares)
+
+
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Runs the command line and exits; what a user can mend is one line and a hint on stderr."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that half-written files are cleaned up
+    stay_silent()
     try:
         app(arguments)
     except (MagicDriveError, OSError) as error:

@@ -1,0 +1,46 @@
+"""Flow ``benchmark``: videos -> W-CODA package -> validation -> report.
+
+python -m flows.benchmark
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prefect import flow, get_run_logger
+
+from flows.common import flow_command, main, run_verb, setting_words
+from flows.generate import generate
+from magicdrive_core.benchmark.package import ZIP
+from magicdrive_core.config import load_config
+from magicdrive_core.data.infos import read_scenes
+from magicdrive_core.inference.items import list_items
+from magicdrive_core.places import find_places
+
+
+@flow(name="benchmark", validate_parameters=False)
+def benchmark(params: str = "params.yaml", overrides: list[str] | None = None) -> str:
+    """Generates, packages, validates and reports; returns the folder of package and report.
+
+    Scenes that are too short for W-CODA's 16 frames (a data set of single key frames) get a report without a package.
+    """
+    config = load_config(params, overrides)
+    places = find_places(config)
+    settings = setting_words(params, overrides)
+    generate(params, overrides)
+    short = [
+        item for item in list_items(config, read_scenes(Path("artifacts/infos"))) if item.kept < config.benchmark.frames
+    ]
+    if short:
+        get_run_logger().warning(
+            "no package: %s has %d frame(s), a W-CODA video %d", short[0].name, short[0].kept, config.benchmark.frames
+        )
+    else:
+        run_verb("package", *settings)
+        run_verb("validate", str(places.benchmark / ZIP), *settings)
+    run_verb("report", *settings)
+    return str(places.benchmark)
+
+
+if __name__ == "__main__":
+    main(flow_command(benchmark))

@@ -1,0 +1,161 @@
+"""What the flows share: children that never outlive a flow, and errors that read as one line.
+
+A flow's heavy work runs in child processes, each in a session of its own. When the flow is cancelled (SIGTERM from a
+worker, Ctrl-C, a failed neighbour) the whole group of each child is asked to stop, then made to.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from magicdrive_core.errors import MagicDriveError
+
+# SIGINT first: `dvc repro` leaves its stage running on SIGTERM. All of it fits into the 30 s that Prefect gives.
+STOP = ((signal.SIGINT, 10.0), (signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0))
+
+_children: set[subprocess.Popen[bytes]] = set()
+_children_lock = threading.Lock()
+
+
+def tool(name: str) -> str:
+    """Path of a command of this environment (``magicdrive``, ``dvc``)."""
+    return str(Path(sys.executable).with_name(name))
+
+
+def run_child(command: Sequence[str], log: Path | None = None) -> None:
+    """Runs a command to its end in a process group of its own.
+
+    Args:
+        command: program and arguments.
+        log: where its output goes; by default to this process's own.
+
+    Raises:
+        MagicDriveError: it ended with another exit code than 0.
+    """
+    bin_folder = str(Path(sys.executable).parent)  # dvc.yaml's commands are found there
+    environment = os.environ | {"PATH": os.pathsep.join([bin_folder, os.environ.get("PATH", "")])}
+    with _output(log) as output:
+        child = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+        with _children_lock:
+            _children.add(child)
+        try:
+            code = child.wait()
+        except BaseException:
+            stop_child(child)
+            raise
+        finally:
+            with _children_lock:
+                _children.discard(child)
+    if code:
+        words = " ".join([Path(command[0]).name, *map(shlex.quote, command[1:])])
+        reason = _last_error(log) if log else ""
+        raise MagicDriveError(
+            f"`{words}` ended with exit code {code}" + (f": {reason}" if reason else ""),
+            f"its output stands in {log}" if log else "its own message stands above",
+        )
+
+
+def stop_child(child: subprocess.Popen[bytes]) -> None:
+    """Ends a child's whole process group, politely first."""
+    for number, seconds in STOP:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(seconds)
+            break
+    with suppress(ProcessLookupError):  # grandchildren that outlived it
+        os.killpg(child.pid, signal.SIGKILL)
+
+
+@contextmanager
+def no_orphans() -> Iterator[None]:
+    """Stops the children that tasks on other threads still wait for when the flow's body is interrupted.
+
+    Signals reach the main thread only, so that a mapped task never sees the cancellation itself.
+    """
+    try:
+        yield
+    except BaseException:
+        with _children_lock:
+            children = list(_children)
+        for child in children:
+            stop_child(child)
+        raise
+
+
+@task(cache_policy=NO_CACHE, task_run_name="{verb}")
+def run_verb(verb: str, *arguments: str) -> None:
+    """A task that runs one ``magicdrive`` verb as a child."""
+    run_child([tool("magicdrive"), verb, *arguments])
+
+
+def setting_words(params: str, overrides: Sequence[str] | None) -> list[str]:
+    """The command line words that hand a flow's settings to a verb."""
+    return ["--params", params, *(word for override in overrides or () for word in ("-S", override))]
+
+
+def flow_command(run: Callable[[str, list[str] | None], object]) -> Callable[[], None]:
+    """The command line of a flow that takes the settings' file and overrides."""
+
+    def command(
+        params: Annotated[str, typer.Option(metavar="FILE", help="The settings' file.")] = "params.yaml",
+        overrides: Annotated[list[str] | None, typer.Option("--set", "-S", metavar="KEY=VALUE")] = None,
+    ) -> None:
+        run(params, overrides)
+
+    return lambda: typer.run(command)
+
+
+def main(run: Callable[[], object]) -> None:
+    """Runs a flow from the command line; what a user can mend is one line and a hint, as with ``magicdrive``."""
+    _one_line_errors()
+    try:
+        run()
+    except MagicDriveError as error:
+        print(f"error: {error.message}" + (f"\n hint: {error.hint}" if error.hint else ""), file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _one_line_errors() -> None:
+    """Prefect logs each failure with its traceback; those of a MagicDriveError say nothing to a user."""
+
+    def shorten(record: logging.LogRecord) -> bool:
+        if record.exc_info and isinstance(record.exc_info[1], MagicDriveError):
+            record.msg, record.args = f"failed: {record.exc_info[1].message}", ()
+            record.exc_info = None
+        return True
+
+    for name in ("prefect", "prefect.flow_runs", "prefect.task_runs"):
+        for handler in logging.getLogger(name).handlers:
+            handler.addFilter(shorten)
+
+
+@contextmanager
+def _output(log: Path | None) -> Iterator[int | None]:
+    if log is None:
+        yield None
+        return
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        yield file.fileno()
+
+
+def _last_error(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return next((line.removeprefix("error: ") for line in reversed(lines) if line.startswith("error: ")), "")

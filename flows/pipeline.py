@@ -1,0 +1,41 @@
+"""Flow ``pipeline``: everything, as params.yaml says. What ``make demo`` runs; what is done already is skipped.
+
+python -m flows.pipeline
+"""
+
+from __future__ import annotations
+
+from prefect import flow
+
+from flows.benchmark import benchmark
+from flows.common import main
+from flows.prepare import prepare
+from flows.train import train
+from magicdrive_core.benchmark.package import ZIP
+from magicdrive_core.config import load_config
+from magicdrive_core.places import find_places
+
+
+@flow(name="pipeline", validate_parameters=False)
+def pipeline() -> None:
+    """Data, preprocessing, training, videos, package, report."""
+    prepare()
+    train()
+    benchmark()
+
+
+def run() -> None:
+    """Runs the flow and says where everything is."""
+    pipeline()
+    config = load_config()
+    places = find_places(config)
+    package = places.benchmark / ZIP
+    print(f"\nreport     {places.benchmark / 'report.html'}")
+    print(f"videos     {places.generated}/*/*.mp4")
+    print(f"package    {package if package.exists() else 'none: the scenes are too short'}")
+    print(f"weights    {places.model.weights}")
+    print("tracking   make ui")
+
+
+if __name__ == "__main__":
+    main(run)

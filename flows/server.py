@@ -1,0 +1,140 @@
+"""A Prefect server, the deployments and a worker on this machine, for trying deployments without a cluster.
+
+    python -m flows.server up --port 4200
+    python -m flows.server down
+
+Everything listens on 127.0.0.1 and lies in ``.prefect/``: database, logs, process ids, and a profile that points the
+``prefect`` commands typed in this folder at the server. On a cluster the server runs elsewhere: set PREFECT_API_URL,
+then ``prefect deploy --all`` here and ``prefect worker start --pool magicdrive`` on each training host.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Annotated
+
+import psutil
+import typer
+
+from flows.common import main, tool
+from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.files import atomic_file, read_json, write_json
+
+HOME = Path(".prefect")
+PROFILE = HOME / "profiles.toml"
+PROCESSES = HOME / "processes.json"  # name -> process id and its start, so that no stranger is ever signalled
+POOL = "magicdrive"
+START_SECONDS = 180.0  # the first start makes the database
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command()
+def up(port: Annotated[int, typer.Option(min=1, max=65535)] = 4200) -> None:
+    """Start server and worker, and register the deployments of prefect.yaml."""
+    if _alive():
+        raise MagicDriveError("the server runs already", "`make down` stops it")
+    _check_port(port)
+    api = f"http://127.0.0.1:{port}/api"
+    server = _start("server", ["server", "start", "--host", "127.0.0.1", "--port", str(port)], {})
+    try:
+        _wait_for(api, server)
+        with atomic_file(PROFILE) as partial:
+            partial.write_text(f'active = "local"\n\n[profiles.local]\nPREFECT_API_URL = "{api}"\n', encoding="utf-8")
+        _prefect(["work-pool", "create", POOL, "--type", "process", "--overwrite"])
+        # A training uses every device of its host, so that flow runs wait for each other.
+        _prefect(["work-pool", "set-concurrency-limit", POOL, "1"])
+        _prefect(["--no-prompt", "deploy", "--all"])
+        _start("worker", ["worker", "start", "--pool", POOL, "--type", "process"], {"PREFECT_API_URL": api})
+    except BaseException:
+        down()
+        raise
+    print(f"Prefect: http://127.0.0.1:{port}   logs: {HOME}/server.log, {HOME}/worker.log")
+    print("Try:     prefect deployment run train/stage3-train   (source .venv/bin/activate first)")
+    print("Stop:    make down")
+
+
+@app.command()
+def down() -> None:
+    """Stop them; what they recorded stays."""
+    processes = _alive()
+    for process in processes.values():
+        process.terminate()
+    _, stubborn = psutil.wait_procs(list(processes.values()), timeout=40)  # a worker ends its flow runs first
+    for process in stubborn:
+        process.kill()
+    PROCESSES.unlink(missing_ok=True)
+    PROFILE.unlink(missing_ok=True)
+    print(f"stopped: {', '.join(processes) or 'nothing was running'}")
+
+
+def _check_port(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise MagicDriveError(f"port {port} cannot be used: {error.strerror}", "make up PORT=4210") from None
+
+
+def _start(name: str, arguments: list[str], environment: dict[str, str]) -> psutil.Popen:
+    """Starts a ``prefect`` command that outlives this one."""
+    HOME.mkdir(exist_ok=True)
+    environment = os.environ | {"PREFECT_HOME": str(HOME.absolute())} | environment
+    with (HOME / f"{name}.log").open("ab") as log:
+        process = psutil.Popen(
+            [tool("prefect"), *arguments],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    known = read_json(PROCESSES) if PROCESSES.exists() else {}
+    write_json(PROCESSES, known | {name: [process.pid, process.create_time()]})
+    return process
+
+
+def _alive() -> dict[str, psutil.Process]:
+    """The processes that an earlier ``up`` started and that still run, the worker first."""
+    found = {}
+    for name, (pid, born) in sorted((read_json(PROCESSES) if PROCESSES.exists() else {}).items(), reverse=True):
+        try:
+            process = psutil.Process(pid)
+            if process.create_time() == born:
+                found[name] = process
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def _wait_for(api: str, server: psutil.Popen) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            with urllib.request.urlopen(f"{api}/health", timeout=5) as answer:
+                if json.load(answer):
+                    return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            time.sleep(0.5)
+    raise MagicDriveError("the Prefect server did not come up", f"its log: {HOME}/server.log")
+
+
+def _prefect(arguments: list[str]) -> None:
+    done = subprocess.run([tool("prefect"), *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        reason = " ".join((done.stderr or done.stdout).split()[-40:])
+        raise MagicDriveError(
+            f"`prefect {' '.join(arguments)}` failed: {reason}", f"the server's log: {HOME}/server.log"
+        )
+
+
+if __name__ == "__main__":
+    main(app)

@@ -1,0 +1,75 @@
+"""Flow ``train``: the three progressive stages, one process group after the other.
+
+    python -m flows.train --stage stage3 -S training.stage1.steps=50
+
+Each stage starts from the last one's EMA weights; a stage that is done with these settings is skipped, one that was
+interrupted goes on from its last checkpoint. MLflow gets a parent run with a child run for each stage.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+from prefect import flow, get_run_logger, runtime, task
+from prefect.cache_policies import NO_CACHE
+
+from flows.common import main
+from magicdrive_core.config import Config, Stage, load_config
+from magicdrive_core.places import Places, find_places
+from magicdrive_core.tracking.runs import Status, close_parent, open_parent
+from magicdrive_core.training.supervise import StageResult, train_stage
+
+
+@task(cache_policy=NO_CACHE, task_run_name="{stage}")
+def run_stage(stage: Stage, params: str, overrides: list[str], parent: str) -> StageResult:
+    """Trains one stage. To be called, not submitted: a cancellation reaches the flow's own thread only."""
+    return train_stage(params, overrides, stage, parent)
+
+
+@flow(name="train", validate_parameters=False)
+def train(stage: Stage = "stage3", params: str = "params.yaml", overrides: list[str] | None = None) -> str:
+    """Trains the stages up to ``stage``, as far as the data reaches; returns the last one's folder.
+
+    Raises:
+        MagicDriveError: missing or unfit data, or a rank failed.
+    """
+    logger = get_run_logger()
+    overrides = overrides or []
+    config = load_config(params, overrides)
+    places = find_places(config, stage)
+    for note in places.notes:
+        logger.warning(note)
+    if places.model.done:
+        logger.info("%s is done: %s", places.model.stage, places.model.folder)
+    else:
+        _train(config, places, params, overrides)
+    return str(places.model.folder)
+
+
+def _train(config: Config, places: Places, params: str, overrides: list[str]) -> None:
+    os.environ.setdefault("PREFECT__FLOW_RUN_ID", str(runtime.flow_run.id))  # for lineage; a worker has set it
+    parent = open_parent(config, f"train-{config.profile}")
+    status: Status = "KILLED"
+    try:
+        for plan in places.stages:
+            run_stage(plan.stage, params, overrides, parent)
+        status = "FINISHED"
+    except Exception:
+        status = "FAILED"
+        raise
+    finally:
+        close_parent(config, parent, status)
+
+
+def _command(
+    stage: Annotated[Stage, typer.Option(help="Train up to this stage.")] = "stage3",
+    params: str = "params.yaml",
+    overrides: Annotated[list[str] | None, typer.Option("--set", "-S", metavar="KEY=VALUE")] = None,
+) -> None:
+    train(stage, params, overrides)
+
+
+if __name__ == "__main__":
+    main(lambda: typer.run(_command))

@@ -1,0 +1,57 @@
+"""What params.yaml leads to, and where it lies: the stages that the data can feed, weights, videos, package.
+
+Folders are named by what decides their content, so that results of other settings stay beside them. No torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from magicdrive_core.config import STAGES, Config, Stage, fingerprint
+from magicdrive_core.errors import UsageError
+from magicdrive_core.training.plan import StagePlan, feasibility, plan_stage
+
+
+@dataclass(frozen=True)
+class Places:
+    """The road of one configuration."""
+
+    stages: list[StagePlan]  # that can be trained, in order
+    notes: list[str]  # one line for each stage that the data cannot feed
+    generated: Path  # folder of items
+    benchmark: Path  # package and report
+
+    @property
+    def model(self) -> StagePlan:
+        """The last stage: its weights generate."""
+        return self.stages[-1]
+
+
+def find_places(config: Config, last: Stage = "stage3", project: Path = Path()) -> Places:
+    """The stages up to ``last``, ended before the first one that has no training clip in any bucket.
+
+    Raises:
+        UsageError: not even stage 1 has a clip.
+    """
+    notes: list[str] = []
+    names: list[Stage] = []
+    for stage in STAGES[: STAGES.index(last) + 1]:
+        clips = feasibility(config, stage, project)
+        if not clips.possible:
+            wanted = ", ".join(clips.clips)
+            if not names:
+                raise UsageError(f"{stage}: the data has no training clip for {wanted}", "use longer scenes, or more")
+            notes.append(f"{stage} is left out: the data has no training clip for {wanted}; {names[-1]} is the last")
+            break
+        names.append(stage)
+    stages = _chain(plan_stage(config, names[-1], project))
+    sampling = config.generate.model_dump(mode="json", exclude={"generations", "workers"})
+    generated = fingerprint(stages[-1].fingerprint, sampling, config.video, config.benchmark.frames)[:12]
+    benchmark = fingerprint(generated, config.generate.generations, config.benchmark)[:12]
+    outputs = project / "outputs"
+    return Places(stages, notes, outputs / f"generate-{generated}", outputs / f"benchmark-{benchmark}")
+
+
+def _chain(plan: StagePlan) -> list[StagePlan]:
+    return [*(_chain(plan.previous) if plan.previous else []), plan]
