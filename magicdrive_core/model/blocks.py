@@ -83,7 +83,7 @@ class ViewBlock(Block):
         # The published network adds three scalars, the first entries of the first vector (oddity 1).
         by_time = modulation[:, :, 0, :3, None] if self.published else modulation[:, :, :3]
         shift, scale, gate = per_token(self.scale_shift_table_mva + by_time)
-        seen = self.cross_view_attn(modulate(x, shift, scale), bias=around.padding_bias)
+        seen = self.cross_view_attn(modulate(x, shift, scale), around.padding_bias)
         return x + self.mva_proj(gate * seen)
 
 

@@ -56,10 +56,6 @@ class TextEmbedder(nn.Module):
         """(B, L, D) -> (B, L, C)."""
         return self.y_proj(text.to(self.y_proj.fc1.weight.dtype))
 
-    def null(self, length: int) -> Tensor:
-        """(L, D): the text of a dropped condition, cut to ``length``."""
-        return self.y_embedding[:length]
-
 
 class CameraEmbedder(nn.Module):
     """One token a view from the clip's first frame: seven columns of [K | R | t] through Fourier features."""

@@ -36,7 +36,7 @@ def published_null(network: MagicDrive, conditions: Conditions, *, zero_map: boo
     The null text cut like the prompt, cameras and ego motion unknown, all boxes absent instead of hidden, and, as its
     test configurations want, an empty map.
     """
-    null_text = network.y_embedder.null(conditions.text.shape[1]).to(conditions.text.dtype)
+    null_text = network.y_embedder.y_embedding[: conditions.text.shape[1]].to(conditions.text.dtype)
     ego_motion = conditions.ego_motion.clone()
     ego_motion[..., :3, :] = network.frame_embedder.uncond_cam
     return replace(

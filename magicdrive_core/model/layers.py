@@ -49,7 +49,7 @@ class RmsNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.rms_norm(x, self.weight.shape, self.weight, NORM_EPS)
+        return functional.rms_norm(x, x.shape[-1:], self.weight, NORM_EPS)
 
 
 class Rotary(nn.Module):
@@ -73,7 +73,7 @@ class Rotary(nn.Module):
 
     def forward(self, length: int) -> Tensor:
         """(length, d/2, 2): cosine and sine of every angle, fp32."""
-        freqs = self.freqs.detach().float() if self.published else self.formula(self.freqs.device)
+        freqs = self.freqs.float() if self.published else self.formula(self.freqs.device)
         places = torch.arange(length, device=freqs.device, dtype=torch.float32)
         angles = places[:, None] * freqs
         return torch.stack([angles.cos(), angles.sin()], dim=-1)
@@ -204,7 +204,7 @@ class ScalarEmbedding(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """(B) -> (B, C)."""
-        return self.mlp(sinusoid(values).to(self.mlp[0].weight.dtype))
+        return self.mlp(sinusoid(values).to(next(self.parameters()).dtype))
 
 
 def position_embedding(grid: tuple[int, int], scale: Tensor, base: int, width: int) -> Tensor:

@@ -251,21 +251,22 @@ class MagicDrive(nn.Module):
             always = present.new_ones(*present.shape[:3], 2)
             visible = torch.cat([always, text_visible[:, None].expand(*present.shape[:3], -1), present], dim=-1)
         base = self.base_token
-        return ContextTokens.join(ego_motion + base, cameras + base, self.y_embedder(text), boxes + base, visible)
+        return ContextTokens.join(ego_motion + base, cameras + base, text, boxes + base, visible)
 
     def _text(self, conditions: Conditions) -> tuple[Tensor, Tensor | None]:
-        """Features (B, L, D) and which of them are a text's own (B, L).
+        """Tokens (B, Lt, C), and which of them are a text's own (B, Lt).
 
         A dropped text is the stored null text, all of it. The published network has no attention mask: it cuts the
         batch to the longest prompt and one token more, and attends to the padding that remains (oddity 4).
         """
         text, mask, keep = conditions.text, conditions.text_mask, conditions.keep[:, None]
+        null = self.y_embedder.y_embedding.to(text.dtype)
         if self.config.published:
-            text = torch.where(keep[..., None], text, self.y_embedder.null(text.shape[1]).to(text.dtype))
-            return text[:, : int(mask.sum(dim=1).max()) + 1], None
-        missing = self.config.text_tokens - text.shape[1]
+            tokens = self.y_embedder(torch.where(keep[..., None], text, null[: text.shape[1]]))
+            return tokens[:, : int(mask.sum(dim=1).max()) + 1], None
+        missing = len(null) - text.shape[1]
         text, mask = functional.pad(text, (0, 0, 0, missing)), functional.pad(mask, (0, missing))
-        return torch.where(keep[..., None], text, self.y_embedder.y_embedding.to(text.dtype)), mask | ~keep
+        return self.y_embedder(torch.where(keep[..., None], text, null)), mask | ~keep
 
     def _position(self, conditions: Conditions, rows: int, columns: int, extra: int) -> Tensor:
         """(B or 1, S, C). The published one spreads over padding rows and knows one scale a batch (oddity 8)."""
