@@ -1,0 +1,65 @@
+"""Captions to T5 features."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from magicdrive_core.errors import MagicDriveError
+
+BUILD_HINT = "`dvc repro encoders` builds the demo's; else put t5-v1_1-xxl there and set text.build to null"
+
+
+class TextEncoder:
+    """A frozen ``T5EncoderModel`` and its tokenizer, in float32. Use ``TextEncoder.load``."""
+
+    def __init__(self, model: Any, tokenizer: Any, max_tokens: int) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+
+    @classmethod
+    def load(cls, folder: Path | str, max_tokens: int, device: torch.device | str = "cpu") -> TextEncoder:
+        """Reads a from_pretrained folder that holds the model and the tokenizer (spiece.model).
+
+        Raises:
+            MagicDriveError: the folder holds no T5.
+        """
+        from transformers import AutoTokenizer, T5EncoderModel  # takes seconds to import
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            model: Any = T5EncoderModel.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True)
+        except (OSError, ValueError) as error:
+            reason = str(error).split("\n")[0]
+            raise MagicDriveError(f"text.path: {folder} holds no readable T5 encoder: {reason}", BUILD_HINT) from None
+        return cls(model.to(device), tokenizer, max_tokens)
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return int(self.model.config.d_model)
+
+    @torch.no_grad()
+    def encode(self, captions: list[str], batch: int = 8) -> list[Tensor]:
+        """Features (l, D) of each caption's own tokens, float32 on the CPU; the end token counts, padding does not.
+
+        Captions are cut to ``max_tokens`` tokens. T5 sees them padded on the right, with an attention mask.
+        """
+        features: list[Tensor] = []
+        for start in range(0, len(captions), batch):
+            tokens = self.tokenizer(
+                captions[start : start + batch],
+                padding=True,
+                truncation=True,
+                max_length=self.max_tokens,
+                padding_side="right",
+                return_tensors="pt",
+            ).to(self.model.device)
+            hidden = self.model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+            lengths = tokens.attention_mask.sum(dim=1).tolist()
+            features += [row[:length].cpu() for row, length in zip(hidden, lengths, strict=True)]
+        return features
