@@ -69,6 +69,27 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
+def write_unsynced(path: Path | str, data: bytes) -> None:
+    """Writes one of thousands of files that can be made again: by rename, so never half there, but not yet synced.
+
+    Raises:
+        MagicDriveError: the disk is full or not writable.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with _explained(path):
+        try:
+            partial.write_bytes(data)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def sync_folder(path: Path | str) -> None:
+    """Makes the names in a folder durable, once after many ``write_unsynced``."""
+    _sync(Path(path))
+
+
 def write_json(path: Path | str, value: Any) -> None:
     """Writes ``value`` as indented JSON, atomically, with sorted keys (so that equal values give equal bytes)."""
     with atomic_file(path) as partial:

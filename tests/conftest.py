@@ -5,6 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
+
+from magicdrive_core.config import Synth
+from magicdrive_core.data.synthetic.write import synthesize
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -16,3 +20,15 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("the reference data folder ../shared is not here")
     return folder
+
+
+@pytest.fixture(scope="session")
+def synthetic_root(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A small generated data root, version v1.0-demo: two scenes (day, night) of 1.5 s. Tests must not change it."""
+    folder = tmp_path_factory.getbasetemp()
+    if worker_id != "master":
+        folder = folder.parent  # shared by the workers of pytest-xdist
+    root = folder / "synthetic"
+    with FileLock(folder / "synthetic.lock"):
+        synthesize(Synth(seed=7, scenes=2, seconds=1.5), root, "v1.0-demo")
+    return root

@@ -1,0 +1,174 @@
+"""What is painted on the ground: the map's areas, zebra stripes, dashes and kerbs, as labels of pixels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from magicdrive_core.data.synthetic.lens import SHIFT, Lens
+from magicdrive_core.data.synthetic.maps import MapShapes
+
+Array = NDArray[np.float64]
+Labels = NDArray[np.uint8]  # (900, 1600)
+
+SEEN = 110.0  # metres within which the map is drawn
+FINE = 60.0  # metres within which marks are drawn
+SHADOW = 0x80  # flag beside a label
+
+
+class Label(IntEnum):
+    """What a pixel of the ground or the sky is."""
+
+    SKY = 0
+    CLOUD = 1
+    CLOUD_SHADE = 2
+    FAR = 3
+    TREES = 4
+    LAND = 5
+    WALKWAY = 6
+    ROAD = 7
+    ROAD_BLOCK = 8
+    CARPARK = 9
+    CROSSING = 10
+    STOP_LINE = 11
+    ROAD_DIVIDER = 12
+    LANE_DIVIDER = 13
+    KERB = 14
+
+
+WET = (Label.ROAD, Label.ROAD_BLOCK, Label.CARPARK)  # what mirrors the scene in the rain
+AREAS = (  # painted in this order
+    ("walkway", Label.WALKWAY),
+    ("drivable_area", Label.ROAD),
+    ("road_block", Label.ROAD_BLOCK),
+    ("carpark_area", Label.CARPARK),
+    ("stop_line", Label.STOP_LINE),
+)
+STRIPE = 0.5  # metres wide and apart, of zebra crossings
+LINE = 0.16  # metres wide
+DASH, PAUSE = 3.0, 3.0  # metres of lane dividers
+DOUBLE = 0.16  # metres of each line of a road divider from its middle
+KERB = 0.18  # metres wide
+
+
+@dataclass(frozen=True)
+class Ground:
+    """A map, prepared for painting."""
+
+    areas: list[tuple[Label, list[Array]]]  # rings of each area, in painting order
+    centres: Array  # (A, 2) of the areas
+    radii: Array  # (A,)
+    marks: Array  # (M, 4, 2) quadrilaterals in painting order
+    mark_labels: NDArray[np.int64]  # (M,)
+
+
+def prepare(shapes: MapShapes) -> Ground:
+    """Cuts the map's crossings and lines into stripes, dashes and kerb stones."""
+    areas = [(label, rings) for layer, label in AREAS for rings in shapes.polygons[layer]]
+    boxes = [(rings[0].min(axis=0), rings[0].max(axis=0)) for _, rings in areas]
+    marks: list[tuple[Label, Array]] = []
+    for rings in shapes.polygons["walkway"]:
+        marks += [(Label.KERB, _strip(np.concatenate([ring, ring[:1]]), KERB)) for ring in rings[:1]]
+    marks += [(Label.CROSSING, _stripes(rings[0])) for rings in shapes.polygons["ped_crossing"]]
+    marks += [(Label.LANE_DIVIDER, _dashes(line)) for line in shapes.lines["lane_divider"]]
+    for line in shapes.lines["road_divider"]:
+        marks += [(Label.ROAD_DIVIDER, _strip(line, LINE, offset)) for offset in (-DOUBLE, DOUBLE)]
+    marks = [(label, quads) for label, quads in marks if len(quads)]
+    return Ground(
+        areas=areas,
+        centres=np.array([(low + high) / 2 for low, high in boxes]).reshape(-1, 2),
+        radii=np.array([np.linalg.norm(high - low) / 2 for low, high in boxes]),
+        marks=np.concatenate([quads for _, quads in marks]) if marks else np.empty((0, 4, 2)),
+        mark_labels=np.array([label for label, quads in marks for _ in quads], dtype=np.int64),
+    )
+
+
+def paint(labels: Labels, ground: Ground, lens: Lens) -> None:
+    """Paints the land and the map into the labels."""
+    x, y = lens.eye[:2]
+    far = 4000.0
+    land = np.array([[x - far, y - far], [x + far, y - far], [x + far, y + far], [x - far, y + far]])
+    _fill(labels, [land], Label.LAND, lens)
+    away = np.linalg.norm(ground.centres - lens.eye[:2], axis=1) - ground.radii
+    for index in np.flatnonzero(away < SEEN):
+        label, rings = ground.areas[index]
+        _fill(labels, rings, label, lens)
+    middle = ground.marks.mean(axis=1)
+    near = np.flatnonzero(np.linalg.norm(middle - lens.eye[:2], axis=1) < FINE)
+    near = near[lens.ground(middle[near])[:, 2] > -4]
+    for index, outline in zip(near, lens.outlines(lens.ground(ground.marks[near]), 0.7), strict=True):
+        if outline is not None:
+            cv2.fillPoly(labels, [outline], int(ground.mark_labels[index]), shift=SHIFT)
+
+
+def shade(labels: Labels, quads: Array, lens: Lens) -> None:
+    """Marks shadows: quadrilaterals (N, 4, 2) on the ground."""
+    shadow = np.zeros_like(labels)
+    for outline in lens.outlines(lens.ground(quads), 1.0):
+        if outline is not None:
+            cv2.fillConvexPoly(shadow, outline, SHADOW, shift=SHIFT)
+    shadow[labels < Label.LAND] = 0
+    cv2.bitwise_or(labels, shadow, dst=labels)
+
+
+def _fill(labels: Labels, rings: list[Array], label: Label, lens: Lens) -> None:
+    outlines = [outline for ring in rings if len(outline := lens.outline(lens.ground(ring)))]
+    if outlines:
+        cv2.fillPoly(labels, outlines, int(label), shift=SHIFT)
+
+
+def _strip(line: Array, width: float, offset: float = 0.0) -> Array:
+    """A quadrilateral (4, 2) for each piece of a line, ``offset`` metres to its right."""
+    step = np.diff(line, axis=0)
+    length = np.linalg.norm(step, axis=1)
+    keep = length > 1e-6
+    start, step = line[:-1][keep], step[keep]
+    right = np.stack([step[:, 1], -step[:, 0]], axis=1) / length[keep, None]
+    near, far = right * (offset - width / 2), right * (offset + width / 2)
+    return np.stack([start + near, start + step + near, start + step + far, start + far], axis=1)
+
+
+def _dashes(line: Array) -> Array:
+    """Quadrilaterals of the dashes of a line."""
+    reach = np.concatenate([[0.0], np.cumsum(np.linalg.norm(np.diff(line, axis=0), axis=1))])
+    starts = np.arange(0.0, reach[-1], DASH + PAUSE)
+    quads = []
+    for start in starts:
+        end = min(start + DASH, reach[-1])
+        inner = reach[(reach > start) & (reach < end)]
+        at = np.concatenate([[start], inner, [end]])
+        quads.append(_strip(np.stack([np.interp(at, reach, line[:, axis]) for axis in (0, 1)], axis=1), LINE))
+    return np.concatenate(quads) if quads else np.empty((0, 4, 2))
+
+
+def _stripes(ring: Array) -> Array:
+    """Zebra stripes of a crossing: across its longer side, cut off at its outline's extent on each stripe."""
+    step = np.roll(ring, -1, axis=0) - ring
+    along = step[np.argmax(np.round(np.linalg.norm(step, axis=1), 6))]
+    along = along / np.linalg.norm(along)
+    across = np.array([-along[1], along[0]])
+    u, v = ring @ along, ring @ across
+    quads = []
+    for start in np.arange(u.min() + STRIPE / 2, u.max() - STRIPE, 2 * STRIPE):
+        spans = [_span(u, v, position) for position in (start, start + STRIPE)]
+        if all(spans):
+            corners = [(start, *spans[0]), (start + STRIPE, *spans[1])]
+            (a, low_a, high_a), (b, low_b, high_b) = corners
+            points = [(a, low_a), (b, low_b), (b, high_b), (a, high_a)]
+            quads.append([p * along + q * across for p, q in points])
+    return np.array(quads).reshape(-1, 4, 2)
+
+
+def _span(u: Array, v: Array, position: float) -> tuple[float, float] | None:
+    """The extent in v of an outline at u = position."""
+    after_u, after_v = np.roll(u, -1), np.roll(v, -1)
+    crosses = (u < position) != (after_u < position)
+    if crosses.sum() < 2:
+        return None
+    share = (position - u[crosses]) / (after_u[crosses] - u[crosses])
+    at = v[crosses] + share * (after_v[crosses] - v[crosses])
+    return float(at.min()), float(at.max())

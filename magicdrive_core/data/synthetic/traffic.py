@@ -1,0 +1,222 @@
+"""Everything that stands or moves in a generated scene, placed so that nothing ever touches anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from magicdrive_core.data.synthetic.city import CARPARK, HALF, LANE, WALKWAY, City, Lane
+from magicdrive_core.data.synthetic.curves import Curve
+
+Array = NDArray[np.float64]
+
+# w, l, h in metres, about the means of nuScenes
+SIZES = {
+    "vehicle.car": (1.92, 4.6, 1.7),
+    "vehicle.truck": (2.5, 7.2, 3.0),
+    "vehicle.construction": (2.7, 6.2, 3.2),
+    "vehicle.bus.rigid": (2.9, 11.0, 3.5),
+    "vehicle.trailer": (2.6, 9.0, 3.6),
+    "vehicle.motorcycle": (0.8, 2.1, 1.6),
+    "vehicle.bicycle": (0.65, 1.75, 1.7),
+    "human.pedestrian.adult": (0.66, 0.7, 1.75),
+    "movable_object.trafficcone": (0.42, 0.42, 0.85),
+    "movable_object.barrier": (2.4, 0.55, 1.0),
+}
+REACH = 55.0  # metres from the ego's way within which traffic starts
+CHECKS = 4.0  # a second: how often two objects are compared
+GAP = 0.35  # metres that stay free between any two objects
+TRIES = 80
+EGO_LENGTH, EGO_WIDTH, EGO_AHEAD = 4.9, 2.0, 1.4  # metres; the ego frame's origin is the rear axle
+
+
+@dataclass(frozen=True)
+class Actor:
+    """An object that follows a curve at constant speed."""
+
+    category: str
+    attribute: str
+    curve: Curve
+    start: float  # metres along the curve at time 0
+    speed: float = 0.0  # m/s
+    offset: float = 0.0  # metres right of the curve
+    turn: float = 0.0  # radians from the direction of travel to the front
+
+    @property
+    def size(self) -> tuple[float, float, float]:
+        """Width, length, height in metres."""
+        return SIZES[self.category]
+
+    def poses(self, seconds: Array) -> Array:
+        """Centre and heading (N, 3) at times (N,) from the scene's start."""
+        poses = self.curve.poses(self.start + self.speed * seconds, self.offset)
+        poses[:, 2] += self.turn
+        return poses
+
+
+@dataclass
+class Traffic:
+    """The accepted actors of a scene."""
+
+    seconds: Array  # times at which distances are checked
+    actors: list[Actor] = field(default_factory=list)
+    _discs: list[tuple[Array, float]] = field(default_factory=list)  # (T, D, 2) centres, radius
+
+    def occupy(self, poses: Array, length: float, width: float) -> None:
+        """Keeps free what a moving rectangle covers: poses (T, 3) of its centre."""
+        self._discs.append(_discs(poses, length, width))
+
+    def add(self, actors: Iterable[Actor]) -> bool:
+        """Accepts the actors, all or none: whether they keep clear of all that were accepted before."""
+        actors = list(actors)
+        covered = [_discs(actor.poses(self.seconds), actor.size[1], actor.size[0]) for actor in actors]
+        if any(_touch(new, old) for new in covered for old in self._discs):
+            return False
+        self._discs += covered
+        self.actors += actors
+        return True
+
+
+def populate(
+    city: City, ego: Curve, ego_start: float, speed: float, seconds: float, rng: np.random.Generator
+) -> Traffic:
+    """The traffic of a scene: all ten detection classes about the way of the ego car.
+
+    Args:
+        city: the streets.
+        ego: the ego's route.
+        ego_start: where the ego's rear axle starts, metres along the route.
+        speed: of the ego in m/s.
+        seconds: length of the scene.
+        rng: the scene's source of chance.
+    """
+    checks = np.linspace(-0.1, seconds + 0.1, int(np.ceil(CHECKS * seconds)) + 1)
+    traffic = Traffic(checks)
+    traffic.occupy(ego.poses(ego_start + EGO_AHEAD + speed * checks), EGO_LENGTH, EGO_WIDTH)
+    way = ego.poses(np.linspace(ego_start, ego_start + speed * seconds, 9))[:, :2]
+    near = _near_lanes(city, way)
+
+    ahead = ego_start + EGO_AHEAD + rng.uniform(13, 22)
+    traffic.add([Actor("vehicle.car", "vehicle.moving", ego, ahead, speed)])
+    traffic.add([Actor("vehicle.car", "vehicle.moving", ego, ego_start - rng.uniform(11, 16), speed)])
+    _try(traffic, lambda: _work_zone(_pick(near, rng, roads=True, index=1), rng))
+    _try(traffic, lambda: _lorry(city, _pick(near, rng, roads=True), rng))
+    for category in ("vehicle.bus.rigid", "vehicle.truck", "vehicle.motorcycle", "vehicle.bicycle", "vehicle.bicycle"):
+        _try(traffic, lambda category=category: [_driver(city, category, _pick(near, rng, index=1), rng)])  # type: ignore[misc]
+    for _ in range(9):
+        _try(traffic, lambda: [_driver(city, "vehicle.car", _pick(near, rng), rng)])
+    _park(traffic, city, way, rng)
+    for _ in range(8):
+        _try(traffic, lambda: [_walker(_pick(near, rng, roads=True, index=1), rng)])
+    crossings = [curve for curve in city.crossings.values() if _distance(curve.poses([0.0])[:, :2], way) < REACH]
+    for _ in range(4 if crossings else 0):
+        _try(traffic, lambda: [_crosser(crossings[rng.integers(len(crossings))], rng)])
+    return traffic
+
+
+def _try(traffic: Traffic, draw: Callable[[], list[Actor]]) -> None:
+    for _ in range(TRIES):
+        if traffic.add(draw()):
+            return
+
+
+def _driver(city: City, category: str, lane: Lane, rng: np.random.Generator) -> Actor:
+    cycle = category in ("vehicle.bicycle", "vehicle.motorcycle")
+    speed = rng.uniform(3.0, 4.5) if category == "vehicle.bicycle" else rng.uniform(4.5, 9.0)
+    offset = LANE / 2 - 0.8 if category == "vehicle.bicycle" else 0.0
+    attribute = "cycle.with_rider" if cycle else "vehicle.moving"
+    return Actor(category, attribute, _route(city, lane, rng), rng.uniform(0, lane.curve.length), speed, offset)
+
+
+def _lorry(city: City, lane: Lane, rng: np.random.Generator) -> list[Actor]:
+    """A truck that draws a trailer."""
+    route, speed = _route(city, lane, rng), rng.uniform(4.5, 7.0)
+    start = rng.uniform(0, lane.curve.length)
+    behind = (SIZES["vehicle.truck"][1] + SIZES["vehicle.trailer"][1]) / 2 + 0.9
+    return [
+        Actor("vehicle.truck", "vehicle.moving", route, start, speed),
+        Actor("vehicle.trailer", "vehicle.moving", route, start - behind, speed),
+    ]
+
+
+def _work_zone(lane: Lane, rng: np.random.Generator) -> list[Actor]:
+    """An excavator in a closed lane: barriers before it, cones along it."""
+    at = rng.uniform(8, lane.curve.length - 8)
+    zone = [Actor("vehicle.construction", "vehicle.stopped", lane.curve, at, 0.0, 0.3)]
+    zone += [
+        Actor("movable_object.barrier", "", lane.curve, at - 6.5 - 1.6 * row, 0.0, offset)
+        for row, offset in ((0, -0.2), (1, 0.3))
+    ]
+    zone += [
+        Actor("movable_object.barrier", "", lane.curve, at + distance, 0.0, LANE / 2 + 0.2, np.pi / 2)
+        for distance in (-3.5, 0.0, 3.5)
+    ]
+    zone += [
+        Actor("movable_object.trafficcone", "", lane.curve, at + distance, 0.0, -LANE / 2 + 0.35)
+        for distance in (-8.0, -5.0, -2.0, 1.0, 4.0, 7.0)
+    ]
+    return zone
+
+
+def _walker(lane: Lane, rng: np.random.Generator) -> Actor:
+    """Someone on the walkway beside an outer lane, in either direction or standing."""
+    speed = (0.0, 1.2, 1.4, -1.1, -1.4)[rng.integers(5)]
+    attribute = "pedestrian.moving" if speed else "pedestrian.standing"
+    offset = HALF - 1.5 * LANE + rng.uniform(0.8, WALKWAY - 0.6)
+    start, turn = rng.uniform(0, lane.curve.length), np.pi if speed < 0 else 0.0
+    return Actor("human.pedestrian.adult", attribute, lane.curve, start, speed, offset, turn)
+
+
+def _crosser(crossing: Curve, rng: np.random.Generator) -> Actor:
+    side = rng.uniform(-1.1, 1.1)
+    start = rng.uniform(0, crossing.length - 3)
+    return Actor("human.pedestrian.adult", "pedestrian.moving", crossing, start, rng.uniform(1.1, 1.5), side)
+
+
+def _park(traffic: Traffic, city: City, way: Array, rng: np.random.Generator) -> None:
+    for bay in city.bays:
+        if _distance(bay.poses([0.0])[:, :2], way) < REACH + CARPARK[2] and rng.random() < 0.55:
+            middle = bay.length / 2 + rng.uniform(-0.25, 0.25)
+            traffic.add([Actor("vehicle.car", "vehicle.parked", bay, middle, turn=np.pi * float(rng.integers(2)))])
+
+
+def _route(city: City, lane: Lane, rng: np.random.Generator) -> Curve:
+    """The lane and where chance leads from its end, far enough for a minute's drive or to the end of the world."""
+    curve, name = lane.curve, lane.name
+    while curve.length < 300 and city.outgoing[name]:
+        name = city.outgoing[name][rng.integers(len(city.outgoing[name]))]
+        curve = curve.joined(city.lane(name).curve)
+    return curve
+
+
+def _near_lanes(city: City, way: Array) -> list[Lane]:
+    lanes = (*city.lanes.values(), *city.connectors.values())
+    return [
+        lane for lane in lanes if _distance(lane.curve.poses(np.arange(0, lane.curve.length, 5))[:, :2], way) < REACH
+    ]
+
+
+def _pick(lanes: list[Lane], rng: np.random.Generator, *, roads: bool = False, index: int | None = None) -> Lane:
+    fitting = [lane for lane in lanes if not (roads and lane.move) and index in (None, lane.index)]
+    return fitting[rng.integers(len(fitting))]
+
+
+def _distance(points: Array, others: Array) -> float:
+    return float(np.linalg.norm(points[:, None] - others[None], axis=-1).min())
+
+
+def _discs(poses: Array, length: float, width: float) -> tuple[Array, float]:
+    """Discs that cover a rectangle at each pose (T, 3): centres (T, D, 2) and their radius."""
+    count = max(1, int(np.ceil(length / width)))
+    along = (np.arange(count) + 0.5) / count * length - length / 2
+    heading = np.stack([np.cos(poses[:, 2]), np.sin(poses[:, 2])], axis=-1)
+    radius = float(np.hypot(length / count, width)) / 2 + GAP / 2
+    return poses[:, None, :2] + along[None, :, None] * heading[:, None], radius
+
+
+def _touch(one: tuple[Array, float], other: tuple[Array, float]) -> bool:
+    distances = np.linalg.norm(one[0][:, :, None] - other[0][:, None, :], axis=-1)
+    return bool(distances.min() < one[1] + other[1])
