@@ -1,0 +1,68 @@
+"""Where a result came from: the commit, DVC's digests of what was read, the Prefect run, the profile."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import yaml
+
+from magicdrive_core.config import Config, fingerprint
+from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.files import sha256_file
+
+# What a run reads, and the small file in it that tells its content where DVC does not.
+INPUTS = {
+    "artifacts/infos": "infos.json",
+    "artifacts/conditions": "clips.json",
+    "artifacts/encoders": "encoders.json",
+    "artifacts/text": "index.json",
+    "artifacts/latents": "index.json",
+}
+
+
+def input_digests(project: Path) -> dict[str, str]:
+    """Digest of every input by path: the md5 in ``dvc.lock``, else that of its index file, else "absent".
+
+    Raises:
+        MagicDriveError: dvc.lock is not YAML.
+    """
+    locked = _locked(project / "dvc.lock")
+    return {path: locked.get(path) or _index_digest(project / path / index) for path, index in INPUTS.items()}
+
+
+def _index_digest(index: Path) -> str:
+    return sha256_file(index)[:32] if index.is_file() else "absent"
+
+
+def _locked(lock: Path) -> dict[str, str]:
+    if not lock.is_file():
+        return {}
+    try:
+        stages = (yaml.safe_load(lock.read_text(encoding="utf-8")) or {}).get("stages", {})
+    except yaml.YAMLError as error:
+        raise MagicDriveError(f"{lock} is not valid YAML", "git checkout dvc.lock, then dvc repro") from error
+    return {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", []) if "md5" in out}
+
+
+def lineage_tags(config: Config, project: Path = Path()) -> dict[str, str]:
+    """Tags for an MLflow run; a fact that does not exist here (no repository, no flow) has no tag."""
+    tags = {"profile": config.profile, "params": fingerprint(config)[:12]}
+    tags |= {f"dvc.{Path(path).name}": digest for path, digest in input_digests(project).items()}
+    commit = _git(project, "rev-parse", "HEAD")
+    if commit:
+        tags["git.commit"] = commit
+        tags["git.dirty"] = str(bool(_git(project, "status", "--porcelain", "--untracked-files=no"))).lower()
+    if "PREFECT__FLOW_RUN_ID" in os.environ:
+        tags["prefect.flow_run"] = os.environ["PREFECT__FLOW_RUN_ID"]
+    return tags
+
+
+def _git(project: Path, *arguments: str) -> str:
+    """Output of a git command; empty where there is no git or no repository."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=project, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()

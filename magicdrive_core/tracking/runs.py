@@ -1,0 +1,174 @@
+"""MLflow: a parent run for a whole training, a child for each stage; previews and models beside them.
+
+The launcher opens and closes runs; of the ranks, rank 0 alone logs (``MetricLog``). MLflow's database is a file, and
+its first use creates the tables, which two processes must not do at once: hence the lock.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunStatus, RunTag
+from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
+
+from magicdrive_core.config import Config, Tracking
+from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.tracking.lineage import lineage_tags
+
+logger = logging.getLogger(__name__)
+for _name in ("mlflow", "alembic"):
+    logging.getLogger(_name).setLevel(logging.ERROR)  # its migrations report every table
+
+PARENT = "mlflow.parentRunId"
+LOCK_SECONDS = 120
+FLUSH_SECONDS = 10.0  # a write to the database costs tens of milliseconds
+MOST = 1000  # metrics that MLflow takes at once
+LONGEST = 6000  # characters of a param's value that MLflow takes
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+
+class Store:
+    """The tracking database and its one experiment."""
+
+    def __init__(self, tracking: Tracking, project: Path = Path()) -> None:
+        """Opens the database, creating database and experiment where they are missing.
+
+        Raises:
+            MagicDriveError: another process holds the lock for minutes, or the database cannot be used.
+        """
+        folder = project / tracking.artifacts
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(folder.parent / ".mlflow.lock", timeout=LOCK_SECONDS):
+                self.client = MlflowClient(_absolute(tracking.uri, project))
+                experiment = self.client.get_experiment_by_name(tracking.experiment)
+                self.experiment = (
+                    experiment.experiment_id
+                    if experiment
+                    else self.client.create_experiment(tracking.experiment, folder.resolve().as_uri())
+                )
+        except Timeout:
+            raise MagicDriveError(
+                f"{folder.parent} has been locked for {LOCK_SECONDS} s", "another process is setting up MLflow: wait"
+            ) from None
+        except (MlflowException, SQLAlchemyError) as error:
+            raise MagicDriveError(
+                f"MLflow cannot use {tracking.uri}: {' '.join(str(error).split())[:200]}",
+                "move the database away, or give another tracking.uri",
+            ) from error
+
+    def open(self, name: str, tags: Mapping[str, str], parent: str | None = None) -> str:
+        """Starts a run and returns its id."""
+        family = {PARENT: parent} if parent else {}
+        return self.client.create_run(self.experiment, tags={**tags, **family}, run_name=name).info.run_id
+
+    def reopen(self, run: str, parent: str | None) -> bool:
+        """Goes on with a run that was interrupted; False when the database does not know it (any more)."""
+        try:
+            self.client.update_run(run, status=RunStatus.to_string(RunStatus.RUNNING))
+        except MlflowException:
+            return False
+        if parent:
+            self.client.set_tag(run, PARENT, parent)
+        return True
+
+    def params(self, run: str, values: Mapping[str, Any]) -> None:
+        """Logs nested settings as flat params. Params cannot change: a resume's other value becomes a tag."""
+        known = self.client.get_run(run).data.params
+        flat = flatten(values)
+        new = [Param(key, value) for key, value in flat.items() if key not in known]
+        changed = [RunTag(f"resumed.{key}", v) for key, v in flat.items() if key in known and known[key] != v]
+        self.client.log_batch(run, params=new, tags=changed)
+
+    def close(self, run: str, status: Status, **tags: str) -> None:
+        """Ends a run."""
+        for key, value in tags.items():
+            self.client.set_tag(run, key, value)
+        self.client.set_terminated(run, status)
+
+    def register(self, model: str, alias: str, weights: Path, run: str) -> str:
+        """Makes ``weights`` a version of the registered ``model`` under ``alias``; returns the version.
+
+        The file stays where it is: the registry holds its place.
+        """
+        try:
+            self.client.create_registered_model(model)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        version = self.client.create_model_version(model, weights.resolve().as_uri(), run).version
+        self.client.set_registered_model_alias(model, alias, version)
+        return str(version)
+
+
+def open_parent(config: Config, name: str, project: Path = Path()) -> str:
+    """Opens a parent run with the whole configuration and its lineage; returns its id."""
+    store = Store(config.tracking, project)
+    run = store.open(name, lineage_tags(config, project))
+    store.params(run, config.model_dump(mode="json"))
+    return run
+
+
+def close_parent(config: Config, run: str, status: Status, project: Path = Path()) -> None:
+    """Ends a parent run."""
+    Store(config.tracking, project).close(run, status)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """``{"a": {"b": 1}}`` -> ``{"a.b": "1"}``; lists and long texts as JSON, cut to what MLflow takes."""
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = (value if isinstance(value, str) else json.dumps(value))[:LONGEST]
+    return flat
+
+
+class MetricLog:
+    """Metrics and pictures of one run, from the one rank that logs; writes in batches."""
+
+    def __init__(self, store: Store, run: str) -> None:
+        self._store, self._run = store, run
+        self._waiting: list[Metric] = []
+        self._flushed = time.monotonic()
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Queues metrics; they are written every few seconds."""
+        now = int(time.time() * 1000)
+        self._waiting += [Metric(name, value, now, step) for name, value in values.items()]
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self.flush()
+
+    def picture(self, path: Path) -> None:
+        """Copies a picture into the run's ``previews``."""
+        self._store.client.log_artifact(self._run, str(path), "previews")
+
+    def flush(self) -> None:
+        """Writes what is queued."""
+        self._flushed = time.monotonic()
+        try:
+            while self._waiting:
+                self._store.client.log_batch(self._run, metrics=self._waiting[:MOST])
+                del self._waiting[:MOST]
+        except MlflowException as error:  # a training of days does not end for its diary
+            logger.warning("MLflow does not answer, metrics are kept back: %s", " ".join(str(error).split())[:200])
+
+
+def _absolute(uri: str, project: Path) -> str:
+    """A relative sqlite path counts from the project's folder, not from where the process happens to stand."""
+    scheme = "sqlite:///"
+    path = Path(uri.removeprefix(scheme))
+    if not uri.startswith(scheme) or path.is_absolute():
+        return uri
+    (project / path).parent.mkdir(parents=True, exist_ok=True)
+    return f"{scheme}{(project / path).resolve()}"

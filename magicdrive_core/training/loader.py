@@ -1,0 +1,137 @@
+"""Micro-batches for one rank: conditions, latents and masks of clips of one bucket, prepared while the network works.
+
+Every random number of a micro-batch comes from generators seeded with (seed, stage, index of the micro-batch among all
+ranks'). So a resumed training draws what an uninterrupted one would, on any number of ranks, and no two ranks draw
+the same (golden notes, oddity 12).
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from magicdrive_core.config import STAGES, Bucket, Config, Stage, parse_size
+from magicdrive_core.data.augment import add_boxes, drop_frames, hide_boxes
+from magicdrive_core.data.bev import read_map
+from magicdrive_core.data.buckets import BucketSampler
+from magicdrive_core.data.conditions import clip_conditions
+from magicdrive_core.data.infos import read_scenes
+from magicdrive_core.data.records import Clip, ClipConditions
+from magicdrive_core.encoders.caches import LatentCache, TextCache
+from magicdrive_core.encoders.vae import sample_moments
+from magicdrive_core.files import read_json
+from magicdrive_core.model.inputs import Conditions, collate
+from magicdrive_core.training.masks import draw_masks
+from magicdrive_core.training.plan import bucket_clips
+
+MAPS_IN_MEMORY = 32  # scenes; a scene of 20 s takes 10 to 40 MB
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one rank, on the CPU."""
+
+    bucket: int  # index into ``Loader.buckets``
+    shape: tuple[int, int, int]  # frames, height, width of the video
+    latents: Tensor  # B, V, C, T, h, w: clean
+    conditions: Conditions
+    mask: Tensor | None  # B, T bool: True = noisy; None: all noisy
+    generator: torch.Generator  # for time and noise
+
+
+class Loader:
+    """Yields the micro-batches of this rank without end; the next one is prepared in a thread."""
+
+    def __init__(self, config: Config, stage: Stage, project: Path = Path()) -> None:
+        self._config, self._stage, self._settings = config, stage, config.training.stage(stage)
+        artifacts = project / "artifacts"
+        scenes = read_scenes(artifacts / "infos")
+        self._scenes = {scene.token: scene for scene in scenes}
+        pairs = [(bucket, bucket_clips(config, bucket, scenes)) for bucket in self._settings.buckets]
+        self.buckets: list[Bucket] = [bucket for bucket, clips in pairs if clips]
+        self._clips = [clips for _, clips in pairs if clips]
+        self._read_map = lru_cache(MAPS_IN_MEMORY)(partial(read_map, artifacts / "conditions"))
+        self._text = TextCache(artifacts / "text")
+        self._latents = LatentCache(artifacts / "latents")
+        self._scale: float = read_json(artifacts / "encoders/encoders.json")["vae"]["scaling_factor"]
+        self._thread = ThreadPoolExecutor(max_workers=1)
+
+    def start(self, micro_batches: int) -> None:
+        """Begins after so many micro-batches of all ranks together."""
+        ranks, rank = dist.get_world_size(), dist.get_rank()
+        sampler = BucketSampler(
+            [len(clips) for clips in self._clips],
+            [bucket.batch for bucket in self.buckets],
+            ranks=ranks,
+            rank=rank,
+            seed=self._settings.seed,
+        )
+        self._order = sampler.stream(micro_batches // ranks)
+        self._index = micro_batches + rank
+        self._stride = ranks
+        self._waiting = self._prepare_next()
+
+    def next(self) -> Batch:
+        """The next micro-batch."""
+        batch = self._waiting.result()
+        self._waiting = self._prepare_next()
+        return batch
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def _prepare_next(self) -> Future[Batch]:
+        bucket, clips = next(self._order)
+        index, self._index = self._index, self._index + self._stride
+        return self._thread.submit(self._prepare, bucket, clips, index)
+
+    def _prepare(self, bucket: int, indices: list[int], micro_batch: int) -> Batch:
+        rng = np.random.default_rng([self._settings.seed, STAGES.index(self._stage), micro_batch])
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        size, frames = self.buckets[bucket].size, self.buckets[bucket].frames
+        clips = [self._clips[bucket][index] for index in indices]
+        moments = torch.stack([self._latents.moments(size, clip) for clip in clips]).float()
+        latents = self._scale * sample_moments(moments, generator)
+        mask = draw_masks(self._settings.mask_ratios, len(clips), latents.shape[3], rng)
+        return Batch(
+            bucket,
+            (frames, *parse_size(size)),
+            latents,
+            self._conditions(clips, size, rng, generator),
+            None if mask.all() else torch.from_numpy(mask),
+            generator,
+        )
+
+    def _conditions(
+        self, clips: list[Clip], size: str, rng: np.random.Generator, generator: torch.Generator
+    ) -> Conditions:
+        """The clips' conditions, changed as training changes them (golden notes, section 1)."""
+        training = self._config.training
+        told = [self._told(clip, size, rng) for clip in clips]
+        text = [self._text.features(conditions.caption) for conditions in told]
+        keep = torch.from_numpy(rng.random(len(clips)) >= training.drop_condition)
+        conditions = collate(told, text, self._config.text.max_tokens, keep)
+        keep_frame = [drop_frames(clip.frames, training.drop_frame, rng) for clip in clips]
+        conditions = replace(conditions, keep_frame=torch.from_numpy(np.stack(keep_frame)))
+        if self._stage == "stage1":
+            return conditions
+        slots = conditions.box_classes.shape[-1]
+        latent = torch.randn(len(clips), slots, self._config.model.width, generator=generator)
+        return replace(conditions, box_latent=latent)
+
+    def _told(self, clip: Clip, size: str, rng: np.random.Generator) -> ClipConditions:
+        config, scene = self._config, self._scenes[clip.scene]
+        bits = self._read_map(scene.token, config.conditions.map_cells[size])[clip.start : clip.start + clip.frames]
+        told = clip_conditions(scene, clip, size, bits, published=config.published)
+        return hide_boxes(add_boxes(told, config.training.add_boxes, rng), config.training.hide_boxes, rng)

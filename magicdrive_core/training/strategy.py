@@ -1,0 +1,263 @@
+"""How the network is trained on many devices: ColossalAI's Booster with ZeRO stage 2, on CUDA (nccl) and CPU (gloo).
+
+ColossalAI 0.5.0 has every part of this path but three that a CPU needs: an accelerator without streams, an Adam kernel
+that needs no compiler, and an optimizer that accepts the device. They are added here through its extension points, so
+that tests and the demo run what a cluster runs (docs/decisions/0001-environment.md).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # colossalai imports it; it complains about every CPU
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from colossalai.accelerator import get_accelerator, set_accelerator  # noqa: E402
+from colossalai.accelerator.cpu_accelerator import CpuAccelerator  # noqa: E402
+from colossalai.booster import Booster  # noqa: E402
+from colossalai.booster.plugin import LowLevelZeroPlugin  # noqa: E402
+from colossalai.booster.plugin.low_level_zero_plugin import LowLevelZeroModel  # noqa: E402
+from colossalai.kernel.extensions.base_extension import _Extension  # noqa: E402
+from colossalai.kernel.kernel_loader import CPUAdamLoader  # noqa: E402
+from colossalai.nn.optimizer import HybridAdam  # noqa: E402
+from colossalai.zero.low_level import LowLevelZeroOptimizer  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from magicdrive_core.config import Training  # noqa: E402
+from magicdrive_core.errors import MagicDriveError  # noqa: E402
+
+REDUCE_BUCKET_MILLIONS = 20  # elements a reduce-scatter (golden notes, section 5)
+
+
+class _NullStream:
+    def wait_stream(self, other: object) -> None: ...
+    def synchronize(self) -> None: ...
+
+
+class _GlooAccelerator(CpuAccelerator):
+    """The stock accelerator raises wherever a GPU would synchronise; on a CPU there is nothing to wait for."""
+
+    def synchronize(self, *_: Any) -> None: ...
+
+    def Stream(self, *_: Any, **__: Any) -> _NullStream:  # noqa: N802
+        return _NullStream()
+
+    def current_stream(self, *_: Any) -> _NullStream:
+        return _NullStream()
+
+    def stream(self, *_: Any) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+class _TorchAdam:
+    """Colossalai's interface to a compiled Adam step, computed by torch's fused CPU kernel."""
+
+    def __init__(self, *settings: Any) -> None:
+        *_, self.decoupled = settings  # lr, beta1, beta2, eps, weight decay, AdamW instead of Adam
+
+    @torch.no_grad()
+    def step(
+        self,
+        step: int,
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        bias_correction: bool,
+        parameter: Tensor,
+        gradient: Tensor,
+        mean: Tensor,
+        square: Tensor,
+        scale: float = -1.0,
+    ) -> None:
+        assert bias_correction, "torch's kernel always corrects the bias"
+        kernel = torch._fused_adamw_ if self.decoupled else torch._fused_adam_
+        kernel(
+            [parameter],
+            [gradient / scale if scale > 0 else gradient],
+            [mean],
+            [square],
+            [],
+            [torch.tensor(float(step))],
+            lr=float(lr),
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=weight_decay,
+            eps=eps,
+            amsgrad=False,
+            maximize=False,
+        )
+
+
+class _TorchAdamExtension(_Extension):
+    class _Kernel:
+        CPUAdamOptimizer = _TorchAdam
+
+    def __init__(self) -> None:
+        super().__init__("torch_cpu_adam", support_aot=False, support_jit=False)
+
+    def is_available(self) -> bool:
+        return True
+
+    def assert_compatible(self) -> None: ...
+
+    def build_aot(self) -> None:
+        raise NotImplementedError
+
+    def build_jit(self) -> None:
+        raise NotImplementedError
+
+    def load(self) -> type[_Kernel]:
+        return self._Kernel
+
+
+class ZeroOptimizer(LowLevelZeroOptimizer):
+    """ZeRO-2 for ranks that may each train on clips of another length.
+
+    Upstream puts gradients into reduce-scatter buckets in the order in which the backward pass makes them. That order,
+    and which parameters take part at all, can differ between a rank with pictures and one with videos; their buckets
+    would then hold different parameters. Here each rank fills its buckets in one fixed order, with zeros for a
+    parameter that its own clips did not use. Parameters that no rank used are left alone by the optimizer.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, **settings: Any) -> None:
+        super().__init__(optimizer, **settings)
+        # Backward passes reach the last layers first: close to the order of arrival, so that little waits.
+        self._order = [(p, group) for group, ps in self._working_param_groups.items() for p in reversed(ps)]
+        self._position = {id(p): index for index, (p, _) in enumerate(self._order)}
+        self._finite: list[Tensor] = []  # of each gradient of this rank, in that order: neither NaN nor infinite
+        self._start_pass()
+
+    def _start_pass(self) -> None:
+        self._arrived = [False] * len(self._order)
+        self._next = 0
+
+    def _sanity_checks(self) -> None:
+        """Upstream's, without its refusal of CPUs."""
+        for group in self.optim.param_groups:
+            for parameter in group["params"]:
+                assert parameter.dtype == self._dtype, (parameter.dtype, self._dtype)
+
+    def _add_to_bucket(self, param: Tensor, group_id: int) -> None:  # noqa: ARG002
+        """A gradient has arrived: what is next in the fixed order goes into the bucket."""
+        self._arrived[self._position[id(param)]] = True
+        while self._next < len(self._order) and self._arrived[self._next]:
+            self._bucket_next()
+
+    def _bucket_next(self) -> None:
+        parameter, group = self._order[self._next]
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        self._finite.append(torch.isfinite(parameter.grad).all())
+        super()._add_to_bucket(parameter, group)
+        self._next += 1
+
+    def _reduce_grad(self, partition_grad: bool) -> None:
+        while self._next < len(self._order):
+            self._bucket_next()
+        super()._reduce_grad(partition_grad)
+        used = torch.tensor(self._arrived, dtype=torch.uint8, device=get_accelerator().get_current_device())
+        dist.all_reduce(used, op=dist.ReduceOp.MAX)
+        for (parameter, group), by_any in zip(self._order, used.tolist(), strict=True):
+            if not by_any:
+                store = self.pid_to_grad_store[id(parameter)]
+                store._grads_of_params[group].pop(id(parameter))
+        self._start_pass()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets the gradients."""
+        super().zero_grad(set_to_none)
+        self._finite.clear()
+
+    def _unscale_and_clip_grads(self, grad_groups_flat: list[Tensor], total_norm: float) -> None:
+        """Upstream's, unless the norm over all ranks is not finite: then it raises, before any weight is touched."""
+        if not math.isfinite(total_norm):
+            raise MagicDriveError(f"the gradient is not finite: {self._first_fault()}", "lower the learning rate")
+        super()._unscale_and_clip_grads(grad_groups_flat, total_norm)
+
+    def _first_fault(self) -> str:
+        """Which rank's own gradient, and of how many parameters, was not finite before the ranks' were averaged."""
+        bad = [index for index, finite in enumerate(self._finite) if not finite]
+        counts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(counts, bad)
+        names = [f"rank {rank} ({len(faults)} parameters)" for rank, faults in enumerate(counts) if faults]
+        return ", ".join(names) or "the sum over the ranks overflowed"
+
+
+class _ZeroPlugin(LowLevelZeroPlugin):
+    """LowLevelZeroPlugin that also runs on CPUs and uses ``ZeroOptimizer``."""
+
+    def supported_devices(self) -> list[str]:
+        return ["cuda", "npu", "cpu"]
+
+    def configure(
+        self,
+        model: nn.Module,
+        optimizer: Any = None,
+        criterion: Any = None,
+        dataloader: Any = None,
+        lr_scheduler: Any = None,
+    ) -> tuple[Any, Any, Any, Any, Any]:
+        wrapped = LowLevelZeroModel(model, self.precision, cast_inputs=self.cast_inputs)
+        zero = ZeroOptimizer(optimizer, **self.zero_optim_kwargs, backward_context=wrapped._hook_context)
+        wrapped.update_master_params = MethodType(zero.update_master_params, wrapped)
+        return wrapped, zero, criterion, dataloader, lr_scheduler
+
+
+@dataclass
+class Boosted:
+    """A network ready to be trained by all ranks."""
+
+    network: nn.Module  # the bare network, in the working precision, on ``device``
+    optimizer: ZeroOptimizer
+    device: torch.device
+    fixed: dict[str, Tensor]  # frozen parameters and buffers as they were before the working precision rounded them
+
+    def set_learning_rate(self, rate: float) -> None:
+        """Of the next step."""
+        for group in self.optimizer.optim.param_groups:
+            group["lr"] = rate
+
+
+def join_group() -> torch.device:
+    """Enters the process group that torchrun started, and returns this rank's device."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    elif not isinstance(get_accelerator(), _GlooAccelerator):
+        set_accelerator(_GlooAccelerator())
+    if _TorchAdamExtension not in CPUAdamLoader.REGISTRY:
+        CPUAdamLoader.REGISTRY = [_TorchAdamExtension]
+    dist.init_process_group(get_accelerator().communication_backend)
+    return get_accelerator().get_current_device()
+
+
+def boost(network: nn.Module, training: Training, device: torch.device) -> Boosted:
+    """Moves the network to the device and precision, and shards gradients, masters and moments over all ranks."""
+    trained = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+    fixed = {name: tensor.clone() for name, tensor in network.state_dict().items() if name not in trained}
+    optimizer = HybridAdam(
+        list(trained.values()),
+        lr=0.0,  # set before each step
+        betas=training.betas,
+        eps=training.eps,
+        weight_decay=training.weight_decay,
+        adamw_mode=True,
+    )
+    plugin = _ZeroPlugin(
+        stage=2,
+        precision=training.precision,
+        max_norm=training.clip,
+        reduce_bucket_size_in_m=REDUCE_BUCKET_MILLIONS,
+        overlap_communication=False,  # suspected of the NaN of ColossalAI #6091; needs streams
+        cast_inputs=False,  # positions, poses and time lose their meaning in bf16
+    )
+    model, zero, *_ = Booster(plugin=plugin).boost(network, optimizer)
+    return Boosted(model.unwrap(), zero, device, fixed)

@@ -1,0 +1,159 @@
+"""Trains one stage from outside: skips what is done, keeps the MLflow run, starts the ranks, starts them again.
+
+No torch in here: the ranks (rank.py) are a process group of their own.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress, TaskID
+
+from magicdrive_core.config import Config, Stage, load_config
+from magicdrive_core.errors import MagicDriveError, UsageError
+from magicdrive_core.files import read_json, write_json
+from magicdrive_core.launch import RESUMABLE, run_group
+from magicdrive_core.progress import progress_bar
+from magicdrive_core.tracking.lineage import lineage_tags
+from magicdrive_core.tracking.runs import Store
+from magicdrive_core.training.masks import check_ratios
+from magicdrive_core.training.plan import StagePlan, feasibility, plan_stage, write_job
+
+logger = logging.getLogger(__name__)
+
+RESTARTS = 20  # after ranks that saved and asked to be started again
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """A finished stage."""
+
+    stage: Stage
+    folder: Path
+    weights: Path  # EMA weights, fp32
+    run: str | None  # MLflow's run id
+    skipped: bool  # it was done already
+    facts: dict[str, Any]  # run.json
+
+
+def train_stage(
+    config_path: Path | str, overrides: list[str] | None, stage: Stage, parent_run: str | None, project: Path = Path()
+) -> StageResult:
+    """Trains a stage, or goes on with it, or does nothing because it is done.
+
+    Args:
+        config_path: params.yaml.
+        overrides: ``key=value`` texts on top of it.
+        stage: "stage1", "stage2" or "stage3".
+        parent_run: MLflow run of the whole training, to which this stage's run belongs.
+        project: the project's folder.
+
+    Raises:
+        UsageError: the stage has no data, or the settings are impossible; nothing was started.
+        MagicDriveError: the stage before is not done, or a rank failed.
+    """
+    config = load_config(config_path, overrides)
+    plan = plan_stage(config, stage, project)
+    if plan.done:
+        logger.info("%s is done: %s", stage, plan.folder)
+        facts = read_json(plan.result)
+        if parent_run:
+            Store(config.tracking, project).client.set_tag(parent_run, f"reused.{stage}", facts["run"] or plan.folder)
+        return StageResult(stage, plan.folder, plan.weights, facts["run"], True, facts)
+    _check(config, plan, project)
+    write_job(plan, config)
+    store = Store(config.tracking, project)
+    run = _child_run(store, config, plan, parent_run, project)
+    try:
+        _run_until_done(config, plan, run)
+    except BaseException as error:  # an orchestrator's cancellation is no Exception
+        store.close(run, "FAILED" if isinstance(error, Exception) else "KILLED")
+        raise
+    facts = read_json(plan.result)
+    version = store.register(f"magicdrive-{config.profile}", stage, plan.weights, run)
+    store.close(run, "FINISHED", model_version=version, weights_sha256=facts["weights_sha256"])
+    return StageResult(stage, plan.folder, plan.weights, run, False, facts)
+
+
+def _check(config: Config, plan: StagePlan, project: Path) -> None:
+    check_ratios(config.training.stage(plan.stage).mask_ratios, plan.stage)
+    clips = feasibility(config, plan.stage, project)
+    if not clips.possible:
+        raise UsageError(
+            f"{plan.stage}: the data has no training clip for {', '.join(clips.clips)}",
+            "use shorter clips in the stage's buckets, or longer scenes; single key frames allow stage 1 only",
+        )
+    if clips.warning:
+        logger.warning(clips.warning)
+    if plan.previous is not None and not plan.previous.done:
+        raise MagicDriveError(
+            f"{plan.stage} starts from {plan.previous.stage}, which is not trained with these settings: "
+            f"{plan.previous.folder} is missing or incomplete",
+            f"magicdrive train {plan.previous.stage}",
+        )
+
+
+def _child_run(store: Store, config: Config, plan: StagePlan, parent: str | None, project: Path) -> str:
+    """The MLflow run of this folder: opened once, and gone on with after an interruption."""
+    note = plan.folder / "mlflow.json"
+    run = read_json(note)["run"] if note.is_file() else None
+    if run is None or not store.reopen(run, parent):
+        tags = lineage_tags(config, project) | {"stage": plan.stage, "fingerprint": plan.fingerprint}
+        if plan.previous is not None:
+            tags["previous.run"] = read_json(plan.previous.result)["run"] or "none"
+        run = store.open(plan.stage, tags, parent)
+        write_json(note, {"run": run})
+    shared = config.training.model_dump(mode="json", exclude={"stage1", "stage2", "stage3"})
+    own = config.training.stage(plan.stage).model_dump(mode="json")
+    model = config.model.model_dump(mode="json")
+    cluster = config.cluster.model_dump(mode="json")
+    store.params(run, {"training": shared | own, "model": model, "cluster": cluster, "vae": {"path": config.vae.path}})
+    return run
+
+
+def _run_until_done(config: Config, plan: StagePlan, run: str) -> None:
+    cluster = config.cluster
+    status = plan.folder / "status.json"
+    command = ["-m", "magicdrive_core.training.rank", str(plan.folder)]
+    for _ in range(RESTARTS):
+        with progress_bar() as bar:
+            watch = _Bar(bar, plan.stage, config.training.stage(plan.stage).steps, status)
+            code = run_group(
+                command,
+                cluster.ranks,
+                log=plan.folder / "log.txt",
+                status=status,
+                stall_seconds=cluster.stall_seconds,
+                threads=cluster.threads,
+                environment={"MLFLOW_RUN_ID": run},
+                on_poll=watch.update,
+            )
+            watch.update()
+        if code != RESUMABLE:
+            break
+        logger.warning("%s saved a checkpoint and asked to be started again", plan.stage)
+    if not plan.done:
+        raise MagicDriveError(
+            f"{plan.stage} ended without its weights ({RESTARTS} starts at most); log: {plan.folder / 'log.txt'}",
+            "run again to resume from the last checkpoint",
+        )
+
+
+class _Bar:
+    """Moves a progress bar by what rank 0 writes into status.json."""
+
+    def __init__(self, bar: Progress, stage: Stage, steps: int, status: Path) -> None:
+        self._bar, self._stage, self._status = bar, stage, status
+        self._task: TaskID = bar.add_task(f"{stage}: starting", total=steps)
+
+    def update(self) -> None:
+        if not self._status.is_file():
+            return
+        facts = read_json(self._status)
+        pace = f"{facts['clips_per_second']:.1f} clips/s"
+        self._bar.update(
+            self._task, completed=facts["step"], description=f"{self._stage}: loss {facts['loss']:.3f}, {pace}"
+        )

@@ -1,0 +1,146 @@
+"""Runs in a real MLflow database."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from magicdrive_core.config import Config, Tracking, load_config
+from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.tracking.runs import PARENT, MetricLog, Store, close_parent, flatten, open_parent
+
+PROFILE = Path(__file__).resolve().parents[2] / "profiles/demo.yaml"
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    return load_config(PROFILE)
+
+
+def test_a_training_is_a_parent_with_children(project: Path, config: Config) -> None:
+    parent = open_parent(config, "train-demo", project)
+    store = Store(config.tracking, project)
+    child = store.open("stage1", {"stage": "stage1"}, parent)
+    store.params(child, {"training": {"clip": 1.0, "betas": [0.9, 0.999]}})
+    store.close(child, "FINISHED", weights_sha256="ab")
+    close_parent(config, parent, "FINISHED", project)
+
+    runs = store.client.search_runs([store.experiment], f"tags.`{PARENT}` = '{parent}'")
+    assert [run.info.run_id for run in runs] == [child]
+    assert runs[0].info.status == "FINISHED"
+    assert runs[0].data.params == {"training.clip": "1.0", "training.betas": "[0.9, 0.999]"}
+    assert runs[0].data.tags["weights_sha256"] == "ab"
+    whole = store.client.get_run(parent)
+    assert whole.data.params["training.stage1.steps"] == str(config.training.stage1.steps)
+    assert whole.data.tags["profile"] == "demo"
+
+
+def test_a_resume_with_another_value_tags_it(project: Path) -> None:
+    store = Store(Tracking(), project)
+    run = store.open("stage1", {})
+    store.params(run, {"cluster": {"ranks": 2, "threads": 1}})
+    store.close(run, "KILLED")
+    assert store.reopen(run, parent="0" * 32)
+    store.params(run, {"cluster": {"ranks": 4, "threads": 1}})
+    data = store.client.get_run(run)
+    assert data.info.status == "RUNNING"
+    assert data.data.params == {"cluster.ranks": "2", "cluster.threads": "1"}
+    assert data.data.tags["resumed.cluster.ranks"] == "4"
+    assert "resumed.cluster.threads" not in data.data.tags
+    assert data.data.tags[PARENT] == "0" * 32
+
+
+def test_a_run_that_the_database_does_not_know_is_not_gone_on_with(project: Path) -> None:
+    assert not Store(Tracking(), project).reopen("f" * 32, None)
+
+
+def test_metrics_are_written_in_batches(project: Path) -> None:
+    store = Store(Tracking(), project)
+    run = store.open("stage1", {})
+    log = MetricLog(store, run)
+    for step in range(1, 701):
+        log.metrics({"loss": 1 / step, "loss/112x200-9": 2.0}, step)
+    assert store.client.get_metric_history(run, "loss") == []
+    log.flush()
+    history = store.client.get_metric_history(run, "loss")
+    assert [metric.step for metric in history] == list(range(1, 701))
+    assert history[-1].value == 1 / 700
+
+
+def test_a_database_that_cannot_be_written_does_not_end_training(
+    project: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Store(Tracking(), project)
+    run = store.open("stage1", {})
+    log = MetricLog(store, run)
+    log.metrics({"loss": 1.0}, 1)
+    right = log._run
+    log._run = "f" * 32
+    log.flush()
+    assert "metrics are kept back" in caplog.text
+    log._run = right
+    log.flush()
+    assert [metric.step for metric in store.client.get_metric_history(run, "loss")] == [1]
+
+
+def test_pictures_lie_below_previews(project: Path) -> None:
+    store = Store(Tracking(), project)
+    run = store.open("stage1", {})
+    picture = project / "step-1.png"
+    picture.write_bytes(b"png")
+    MetricLog(store, run).picture(picture)
+    assert [file.path for file in store.client.list_artifacts(run, "previews")] == ["previews/step-1.png"]
+    assert list((project / "tracking/artifacts").rglob("step-1.png"))
+
+
+def test_models_have_the_stage_as_alias(project: Path) -> None:
+    store = Store(Tracking(), project)
+    run = store.open("stage1", {})
+    weights = project / "runs/stage1/ema.safetensors"
+    assert store.register("magicdrive-demo", "stage1", weights, run) == "1"
+    assert store.register("magicdrive-demo", "stage1", weights, run) == "2"
+    version = store.client.get_model_version_by_alias("magicdrive-demo", "stage1")
+    assert version.version in (2, "2")
+    assert version.run_id == run
+    assert version.source.endswith("runs/stage1/ema.safetensors")
+
+
+def test_two_processes_may_use_a_new_database_at_once(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from magicdrive_core.config import Tracking;"
+        "from magicdrive_core.tracking.runs import Store; print(Store(Tracking(), Path(sys.argv[1])).open('a', {}))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    answers = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], answers
+    assert [errors for _, errors in answers] == ["", ""]  # MLflow's own chatter stays off the terminal
+    store = Store(Tracking(), tmp_path)
+    known = {run.info.run_id for run in store.client.search_runs([store.experiment])}
+    assert known == {run.strip() for run, _ in answers}
+
+
+def test_a_broken_database_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "tracking").mkdir()
+    (tmp_path / "tracking/mlflow.db").write_bytes(b"this is no database" * 100)
+    with pytest.raises(MagicDriveError, match=r"MLflow cannot use sqlite:///tracking/mlflow\.db"):
+        Store(Tracking(), tmp_path)
+
+
+leaf = st.integers() | st.booleans() | st.text(max_size=5)
+keys = st.sampled_from("abc")
+
+
+@given(st.dictionaries(keys, leaf | st.dictionaries(keys, leaf)))
+def test_flat_params_are_texts_and_lose_nothing(values: dict[str, object]) -> None:
+    def leaves(value: object) -> int:
+        return sum(map(leaves, value.values())) if isinstance(value, dict) else 1
+
+    flat = flatten(values)
+    assert all(isinstance(value, str) for value in flat.values())
+    assert len(flat) == leaves(values)

@@ -1,0 +1,54 @@
+"""A network of a few hundred weights for tests of the training itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from magicdrive_core.config import Training
+
+
+class TinyNetwork(nn.Module):
+    """Per-position mixing of channels, conditioned on time; ``video`` takes part for several frames only."""
+
+    def __init__(self, channels: int = 4, width: int = 7) -> None:
+        super().__init__()
+        self.into = nn.Linear(channels + 1, width)
+        self.unused = nn.Linear(3, 3)  # trainable, but in no forward pass
+        self.video = nn.Linear(width, width)
+        self.out = nn.Linear(width, channels)
+        self.frozen = nn.Linear(2, 2).requires_grad_(False)
+        self.register_buffer("table", torch.arange(5.0))
+
+    def forward(self, x: Tensor, timestep: Tensor, conditions: object = None, x_mask: Tensor | None = None) -> Tensor:
+        tokens = x.movedim(2, -1)
+        time = (timestep / 1000).view(-1, *[1] * (tokens.ndim - 1)).expand(*tokens.shape[:-1], 1)
+        hidden = self.into(torch.cat([tokens, time], -1).to(self.into.weight.dtype)).tanh()
+        if x.shape[3] > 1:
+            hidden = hidden + self.video(hidden)
+        return self.out(hidden).float().movedim(-1, 2)
+
+
+def tiny_network(seed: int = 0) -> TinyNetwork:
+    torch.manual_seed(seed)
+    return TinyNetwork()
+
+
+def training(**changes: object) -> Training:
+    """Shared settings of small trainings in fp32."""
+    stage = {
+        "buckets": [{"size": "16x16", "frames": 1, "batch": 2}, {"size": "16x16", "frames": 9, "batch": 1}],
+        "steps": 8,
+        "learning_rate": 0.01,
+        "warmup": 2,
+        "seed": 3,
+    }
+    values = {
+        **dict.fromkeys(("stage1", "stage2", "stage3"), stage),
+        "precision": "fp32",
+        "eps": 1e-8,
+        "ema": 0.9,
+        "checkpoint_every": 3,
+        "preview_every": 100,
+    }
+    return Training.model_validate(values | changes)

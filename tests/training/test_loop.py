@@ -1,0 +1,182 @@
+"""The loop on two gloo ranks: exact resume after every kind of end, and what it leaves in the run's folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from magicdrive_core.config import Config, StageConfig, load_config
+from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.files import read_json
+from magicdrive_core.launch import RESUMABLE, run_group
+from magicdrive_core.training.loop import learning_rate
+from magicdrive_core.training.plan import StagePlan, write_job
+from tests.training.distributed import run_distributed
+from tests.training.networks import training
+from tests.training.tiny_rank import NeverStop, train_tiny
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+def job(folder: Path, **changes: object) -> StagePlan:
+    config = load_config(PROJECT / "profiles/demo.yaml")
+    config = config.model_copy(update={"training": training(**changes)})
+    plan = StagePlan("stage1", folder, "f" * 64, {}, None)
+    write_job(plan, config)
+    return plan
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def train_once(folder: Path) -> int:
+    return train_tiny(folder, NeverStop())
+
+
+def launch(folder: Path, trouble: str) -> int:
+    command = [str(PROJECT / "tests/training/tiny_rank.py"), str(folder), trouble]
+    environment = {"PYTHONPATH": str(PROJECT)}
+    log, status = folder / "log.txt", folder / "status.json"
+    return run_group(command, 2, log=log, status=status, stall_seconds=60, threads=1, environment=environment)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training of eight steps that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    plan = job(folder)
+    assert run_distributed(train_once, 2, folder) == [0, 0]
+    assert plan.done
+    return folder
+
+
+def assert_equal_ends(folder: Path, whole: Path) -> None:
+    assert losses(folder) == losses(whole)
+    weights, expected = load_file(folder / "ema.safetensors"), load_file(whole / "ema.safetensors")
+    assert all((weights[name] == expected[name]).all() for name in expected)
+    assert read_json(folder / "run.json")["weights_sha256"] == read_json(whole / "run.json")["weights_sha256"]
+
+
+def test_a_run_leaves_its_weights_and_facts(whole: Path) -> None:
+    facts = read_json(whole / "run.json")
+    assert facts["steps"] == 8
+    assert facts["ranks"] == 2
+    assert facts["loss_first"] == losses(whole)[0]
+    assert facts["loss_last"] == losses(whole)[-1]
+    assert len(losses(whole)) == 8
+    assert set(load_file(whole / "ema.safetensors")) >= {"into.weight", "frozen.weight", "table"}
+    assert [path.name for path in sorted((whole / "checkpoints").iterdir())] == ["step-00000003", "step-00000006"]
+    assert read_json(whole / "status.json")["step"] == 8
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert {name for line in lines for name in line["bucket_losses"]} == {"16x16-1", "16x16-9"}
+    assert [line["learning_rate"] for line in lines[:3]] == [0.005, 0.01, 0.01]
+
+
+def test_weights_that_were_changed_are_not_done(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    plan = StagePlan("stage1", tmp_path / "run", "f" * 64, {}, None)
+    assert plan.done
+    with plan.weights.open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x01")
+    assert not plan.done
+
+
+@pytest.mark.parametrize("damage", ["none", "newest torn", "newest without manifest", "half-written"])
+def test_training_goes_on_from_the_newest_sound_checkpoint(whole: Path, tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    job(folder)
+    for name in ("ema.safetensors", "run.json"):
+        (folder / name).unlink()
+    newest = folder / "checkpoints/step-00000006"
+    if damage == "newest torn":
+        (newest / "moments.safetensors").write_bytes((newest / "moments.safetensors").read_bytes()[:-5])
+    if damage == "newest without manifest":
+        (newest / "manifest.json").unlink()
+    if damage == "half-written":
+        shutil.copytree(newest, folder / "checkpoints/.step-00000009.x.partial")
+    assert run_distributed(train_once, 2, folder) == [0, 0]
+    assert_equal_ends(folder, whole)
+    assert not list((folder / "checkpoints").glob(".*"))
+
+
+def test_bf16_resumes_exactly_too(tmp_path: Path) -> None:
+    job(tmp_path / "whole", precision="bf16")
+    assert run_distributed(train_once, 2, tmp_path / "whole") == [0, 0]
+    shutil.copytree(tmp_path / "whole/checkpoints", tmp_path / "again/checkpoints")
+    job(tmp_path / "again", precision="bf16")
+    assert run_distributed(train_once, 2, tmp_path / "again") == [0, 0]
+    weights, expected = (load_file(tmp_path / name / "ema.safetensors") for name in ("again", "whole"))
+    assert all((weights[name] == expected[name]).all() for name in expected)
+
+
+def test_a_checkpoint_of_another_network_is_refused(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole / "checkpoints", folder / "checkpoints")
+    job(folder)
+    faults = run_distributed(resume_other_network, 2, folder)
+    assert all("is of another network: into.bias differs" in fault for fault in faults)
+
+
+def resume_other_network(folder: Path) -> str:
+    import torch
+
+    from magicdrive_core.training import checkpoint
+    from magicdrive_core.training.ema import Ema
+    from magicdrive_core.training.strategy import boost
+    from tests.training.networks import TinyNetwork
+
+    boosted = boost(TinyNetwork(width=9), training(), torch.device("cpu"))
+    with pytest.raises(MagicDriveError) as caught:
+        checkpoint.resume(folder / "checkpoints", boosted, Ema(boosted, 0.9))
+    return caught.value.message
+
+
+def test_sigterm_to_one_rank_saves_on_all_and_resumes_exactly(whole: Path, tmp_path: Path) -> None:
+    plan = job(tmp_path)
+    assert launch(tmp_path, "term-1-4") == RESUMABLE
+    assert not plan.done
+    assert (tmp_path / "checkpoints/step-00000005").is_dir()
+    assert run_distributed(train_once, 2, tmp_path) == [0, 0]
+    assert_equal_ends(tmp_path, whole)
+
+
+def test_a_killed_rank_ends_the_group_and_the_last_checkpoint_goes_on(whole: Path, tmp_path: Path) -> None:
+    plan = job(tmp_path)
+    with pytest.raises(MagicDriveError, match="rank 1 was killed by SIGKILL"):
+        launch(tmp_path, "kill-1-4")
+    assert not plan.done
+    assert run_distributed(train_once, 2, tmp_path) == [0, 0]
+    assert_equal_ends(tmp_path, whole)
+
+
+def test_a_loss_that_is_not_finite_names_rank_and_step(tmp_path: Path) -> None:
+    job(tmp_path)
+    with pytest.raises(MagicDriveError) as caught:
+        launch(tmp_path, "nan-1-2")
+    assert "failed: step 2: the loss of rank 1 is nan" in caught.value.message
+    assert len(losses(tmp_path)) == 2
+
+
+def test_the_learning_rate_warms_up_and_stays(tmp_path: Path) -> None:
+    values: dict[str, Any] = {"buckets": [{"size": "16x16", "frames": 1, "batch": 1}], "steps": 9, "seed": 0}
+    stage = StageConfig(**values, learning_rate=0.4, warmup=4)
+    assert [learning_rate(stage, step) for step in range(6)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
+    assert learning_rate(StageConfig(**values, learning_rate=0.4, warmup=0), 0) == 0.4
+
+
+def test_jobs_are_read_as_they_were_written(tmp_path: Path) -> None:
+    from magicdrive_core.training.plan import read_job
+
+    first = StagePlan("stage1", tmp_path / "a", "1" * 64, {"artifacts/infos": "x"}, None)
+    second = StagePlan("stage2", tmp_path / "b", "2" * 64, {}, first)
+    config: Config = load_config(PROJECT / "profiles/demo.yaml")
+    write_job(second, config)
+    assert read_job(tmp_path / "b") == (config, second)

@@ -1,0 +1,104 @@
+"""A rank of a training of ``TinyNetwork`` on made-up latents: everything but the data is the project's own.
+
+    torchrun ... tests/training/tiny_rank.py FOLDER [trouble]
+
+``trouble`` is ``kill-<rank>-<step>``, ``term-<rank>-<step>``, ``nan-<rank>-<step>`` or ``torn-<step>``: what happens
+when the micro-batch of that step is asked for, in the first attempt only.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from magicdrive_core.config import Bucket
+from magicdrive_core.data.buckets import BucketSampler
+from magicdrive_core.training.loader import Batch
+from magicdrive_core.training.plan import read_job
+from tests.training.networks import tiny_network
+
+
+class NoConditions:
+    def to(self, device: torch.device) -> NoConditions:
+        return self
+
+
+class MadeUpLoader:
+    """Latents that depend on the clip, drawn again for each micro-batch, as the real loader's samples are."""
+
+    def __init__(self, seed: int, trouble: str = "") -> None:
+        self.buckets = [Bucket(size="16x16", frames=1, batch=2), Bucket(size="16x16", frames=9, batch=1)]
+        self._seed, self._trouble = seed, trouble
+
+    def start(self, micro_batches: int) -> None:
+        self._ranks, self._rank = dist.get_world_size(), dist.get_rank()
+        sampler = BucketSampler([7, 5], [b.batch for b in self.buckets], self._ranks, self._rank, self._seed)
+        self._order, self._index = sampler.stream(micro_batches // self._ranks), micro_batches + self._rank
+
+    def next(self) -> Batch:
+        step = self._index // self._ranks
+        scale = 1.0
+        for trouble in self._trouble.split(","):
+            match trouble.split("-"):
+                case ["kill", rank, at] if (int(rank), int(at)) == (self._rank, step):
+                    os.kill(os.getpid(), signal.SIGKILL)
+                case ["term", rank, at] if (int(rank), int(at)) == (self._rank, step):
+                    os.kill(os.getpid(), signal.SIGTERM)
+                case ["nan", rank, at] if (int(rank), int(at)) == (self._rank, step):
+                    scale = float("nan")
+        bucket, clips = next(self._order)
+        rng = np.random.default_rng([self._seed, self._index])
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        frames = self.buckets[bucket].frames
+        shape = (6, 4, (frames - 1) // 4 + 1, 2, 2)
+        fixed = [torch.randn(shape, generator=torch.Generator().manual_seed(100 * bucket + clip)) for clip in clips]
+        latents = torch.stack(fixed) + 0.1 * torch.randn(len(clips), *shape, generator=generator)
+        self._index += self._ranks
+        conditions: Any = NoConditions()
+        return Batch(bucket, (frames, 16, 16), scale * latents, conditions, None, generator)
+
+    def __enter__(self) -> MadeUpLoader:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+class NeverStop:
+    asked = False
+
+
+def train_tiny(folder: Path, stop: Any, trouble: str = "") -> int:
+    from magicdrive_core.training.loop import train
+
+    config, plan = read_job(folder)
+    attempt = folder / f"attempted-{dist.get_rank()}"
+    if attempt.exists():
+        trouble = ""
+    attempt.touch()
+    loader: Any = MadeUpLoader(3, trouble)
+    network: Any = tiny_network()
+    return train(config, plan, network, loader, None, stop, torch.device("cpu"))
+
+
+if __name__ == "__main__":
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    from magicdrive_core.training.rank import StopRequest
+    from magicdrive_core.training.strategy import join_group
+
+    @record
+    def main() -> None:
+        stop = StopRequest()
+        join_group()
+        code = train_tiny(Path(sys.argv[1]), stop, sys.argv[2] if len(sys.argv) > 2 else "")
+        dist.destroy_process_group()
+        sys.exit(code)
+
+    main()
