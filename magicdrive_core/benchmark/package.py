@@ -29,8 +29,8 @@ class PackagedFile:
     name: str  # in the zip
     sha256: str
     bytes: int
-    mbit_s: float
-    psnr: float  # dB against the frames that it was encoded from
+    mbit_s: float | None
+    psnr: float | None  # dB against the frames that it was encoded from
     recoded: bool  # cut out of a longer video, and so encoded a second time
     item: str  # fingerprint of the generated item
 
@@ -57,7 +57,7 @@ def pack(config: Config, generated: Path, out: Path, lineage: Mapping[str, str] 
     Raises:
         MagicDriveError: no items, an incomplete set, too short a clip, or a file that was changed since.
     """
-    records = read_items(generated)
+    records = [record for record in read_items(generated) if record.generation < config.generate.generations]
     _check_complete(config, records, generated)
     key = fingerprint(config.benchmark, config.video, [asdict(record)["views"] for record in records], VIEWS)
     folder, zip_path = out / f"{config.benchmark.team}_standard", out / ZIP
@@ -119,7 +119,7 @@ def _check_complete(config: Config, records: Sequence[ItemRecord], generated: Pa
             "run magicdrive generate again: what is done is kept",
         )
     for record in records:
-        if record.frames < wanted:
+        if record.frames < max(2, wanted):
             raise MagicDriveError(
                 f"{record.name} has {record.frames} frame(s), a W-CODA video {wanted}",
                 f"set generate.frames to {(wanted + 6) // 8 * 8 + 1} or more, and use scenes that long",

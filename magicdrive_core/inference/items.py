@@ -78,11 +78,6 @@ def input_digests(stage_folder: Path, project: Path = Path()) -> dict[str, str]:
     return {"model": run["weights_sha256"], "code": code_version(), **data}
 
 
-def generation_folder(config: Config, digests: Mapping[str, str], project: Path = Path()) -> Path:
-    """Where the items of these settings and inputs lie: ``outputs/generate-<12 digits>``."""
-    return project / "outputs" / f"generate-{fingerprint(_settings(config), dict(digests))[:12]}"
-
-
 def item_seed(config: Config, item: Item) -> int:
     """The seed of an item's noise, the same in any order, on any worker and host."""
     return int(fingerprint(config.generate.seed, asdict(item.clip), item.generation)[:15], 16)

@@ -38,15 +38,26 @@ def draw_boxes(
     camera_to_lidar: Floats,
     framing: Framing,
 ) -> Picture:
-    """A copy of a view with boxes drawn in: edges, a tinted body, and a stronger front.
+    """A copy of a view (H, W, 3) with the boxes drawn in; arguments as of ``box_layer``."""
+    layer = Image.fromarray(box_layer(corners, classes, intrinsics, camera_to_lidar, framing))
+    return np.asarray(Image.alpha_composite(Image.fromarray(frame).convert("RGBA"), layer).convert("RGB"))
+
+
+def box_layer(
+    corners: NDArray[np.floating],
+    classes: NDArray[np.integer],
+    intrinsics: Floats,
+    camera_to_lidar: Floats,
+    framing: Framing,
+) -> Picture:
+    """Boxes in a view, on nothing: (H, W, 4) with edges, a tinted body, and a stronger front.
 
     Args:
-        frame: (H, W, 3) of the size that ``framing`` says.
         corners: (N, 8, 3) metres in the lidar frame, true heights.
         classes: (N) class index, -1 = no box.
         intrinsics: (3, 3) pixels of the full picture.
         camera_to_lidar: (4, 4).
-        framing: from the full picture to ``frame``.
+        framing: from the full picture to the view.
     """
     matrix = _to_frame(framing) @ intrinsics
     planes = _frustum(matrix, framing)
@@ -67,8 +78,7 @@ def draw_boxes(
                 pen.line([*outline, outline[0]], fill=(*colour, 235), width=round(line), joint="curve")
         if body.getbbox():
             layer.alpha_composite(body)
-    smooth = layer.resize((framing.width, framing.height), Image.Resampling.BOX)
-    return np.asarray(Image.alpha_composite(Image.fromarray(frame).convert("RGBA"), smooth).convert("RGB"))
+    return np.asarray(layer.resize((framing.width, framing.height), Image.Resampling.BOX))
 
 
 def draw_ground(

@@ -26,14 +26,14 @@ CLASS_COLOURS: tuple[Colour, ...] = (
 
 # By layer index (records.MAP_LAYERS): quiet areas, clear lines.
 LAYER_COLOURS: tuple[Colour, ...] = (
-    (52, 60, 72),  # drivable_area
+    (60, 69, 84),  # drivable_area
     (112, 128, 160),  # ped_crossing
     (66, 84, 78),  # walkway
     (200, 104, 100),  # stop_line
     (72, 66, 98),  # carpark_area
     (232, 196, 104),  # road_divider
     (164, 178, 194),  # lane_divider
-    (60, 69, 82),  # road_block
+    (68, 78, 94),  # road_block
 )
 LAYER_ORDER = (0, 7, 4, 2, 1, 3, 6, 5)  # painted in this order: areas below, lines on top
 

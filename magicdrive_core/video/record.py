@@ -1,4 +1,4 @@
-"""``item.json``: what stands in the folder of one generated clip, one mp4 a view."""
+"""``item.json``: what stands in the folder of one generated clip, one file a view."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ RECORD = "item.json"
 
 @dataclass(frozen=True)
 class ViewFile:
-    """One encoded view, as measured on the file."""
+    """One view's file, as measured on it: an mp4, or a PNG where the clip is a single frame."""
 
     file: str  # name in the item's folder
     sha256: str
     bytes: int
-    mbit_s: float
-    psnr: float  # dB, decoded against the frames that were encoded
+    mbit_s: float | None  # None: a picture
+    psnr: float | None  # dB, decoded against the frames that were encoded; None: lossless
 
 
 @dataclass(frozen=True)

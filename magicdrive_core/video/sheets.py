@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from magicdrive_core.geometry.cameras import VIEWS
 from magicdrive_core.video.colour import Picture
-from magicdrive_core.video.palette import BACKGROUND, CLASS_COLOURS, INK, SOFT_INK, font
+from magicdrive_core.video.palette import BACKGROUND, INK, SOFT_INK, font
 
 DRIVING_ORDER = ((0, 1, 2), (5, 4, 3))  # indices of VIEWS: front left, front, front right / back left, back, back right
 
@@ -32,14 +32,16 @@ def six_views(frames: NDArray[np.uint8], width: int | None = None, captions: boo
     """Six views (V, H, W, 3) in the order of ``VIEWS`` as a grid of two rows of three, in driving order.
 
     Args:
-        frames: the views.
+        frames: the views; layers (V, H, W, 4) give a layer to lay over the grid of the views.
         width: of each view in the grid; as it is where left out.
         captions: whether each view's name stands in its corner.
     """
     views = [resize(frame, width) if width else frame for frame in frames]
     height, width = views[0].shape[:2]
-    gap = max(2, width // 80)
-    sheet = Image.new("RGB", (3 * width + 2 * gap, 2 * height + gap), BACKGROUND)
+    gap = max(2, width // 160 * 2)  # even, so that a sheet can be a frame of a video
+    layered = views[0].shape[2] == 4
+    size = (3 * width + 2 * gap, 2 * height + gap)
+    sheet = Image.new("RGBA", size) if layered else Image.new("RGB", size, BACKGROUND)
     for row, order in enumerate(DRIVING_ORDER):
         for column, view in enumerate(order):
             place = (column * (width + gap), row * (height + gap))
@@ -87,26 +89,6 @@ def contact_sheet(
         pen.text((x + width / 2, top - text), label, fill=SOFT_INK, font=font(text), anchor="mm")
         x += width + gap
     return np.asarray(sheet)
-
-
-def class_legend(names: Sequence[str], width: int) -> Picture:
-    """A strip that names the colours of the classes, wrapped to ``width`` pixels."""
-    text = max(12, width // 100)
-    line, x, y = text * 2, 0, 0
-    entries = []
-    for name, colour in zip(names, CLASS_COLOURS, strict=True):
-        label = name.replace("_", " ")
-        needed = int(text * 2.4 + font(text).getlength(label))
-        if x and x + needed > width:
-            x, y = 0, y + line
-        entries.append((x, y, label, colour))
-        x += needed
-    strip = Image.new("RGB", (width, y + line), BACKGROUND)
-    pen = ImageDraw.Draw(strip)
-    for x, y, label, colour in entries:
-        pen.rounded_rectangle((x, y + text * 0.45, x + text, y + text * 1.45), radius=text // 4, fill=colour)
-        pen.text((x + text * 1.4, y + text * 0.95), label, fill=INK, font=font(text), anchor="lm")
-    return np.asarray(strip)
 
 
 def _tag(sheet: Image.Image, place: tuple[int, int], label: str, text: int) -> None:
