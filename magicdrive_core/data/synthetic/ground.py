@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from magicdrive_core.data.synthetic.lens import SHIFT, Lens
+from magicdrive_core.data.synthetic.lens import SHIFT, Lens, Pixels
 from magicdrive_core.data.synthetic.maps import MapShapes
 
 Array = NDArray[np.float64]
@@ -17,6 +17,7 @@ Labels = NDArray[np.uint8]  # (900, 1600)
 
 SEEN = 110.0  # metres within which the map is drawn
 FINE = 60.0  # metres within which marks are drawn
+AHEAD = np.array([0.0, 0.0, 1.0])  # in a camera frame
 SHADOW = 0x80  # flag beside a label
 
 
@@ -59,9 +60,12 @@ KERB = 0.18  # metres wide
 class Ground:
     """A map, prepared for painting."""
 
-    areas: list[tuple[Label, list[Array]]]  # rings of each area, in painting order
-    centres: Array  # (A, 2) of the areas
-    radii: Array  # (A,)
+    points: Array  # (P, 2) of the areas' rings
+    starts: NDArray[np.int64]  # (R,) first point of each ring, in painting order
+    areas: NDArray[np.int64]  # (R,) the area that a ring belongs to
+    labels: NDArray[np.int64]  # (R,)
+    centres: Array  # (R, 2) and
+    radii: Array  # (R,) of circles about the rings
     marks: Array  # (M, 4, 2) quadrilaterals in painting order
     mark_labels: NDArray[np.int64]  # (M,)
 
@@ -69,7 +73,8 @@ class Ground:
 def prepare(shapes: MapShapes) -> Ground:
     """Cuts the map's crossings and lines into stripes, dashes and kerb stones."""
     areas = [(label, rings) for layer, label in AREAS for rings in shapes.polygons[layer]]
-    boxes = [(rings[0].min(axis=0), rings[0].max(axis=0)) for _, rings in areas]
+    outlines = [(area, label, ring) for area, (label, rings) in enumerate(areas) for ring in rings]
+    boxes = [(ring.min(axis=0), ring.max(axis=0)) for _, _, ring in outlines]
     marks: list[tuple[Label, Array]] = []
     for rings in shapes.polygons["walkway"]:
         marks += [(Label.KERB, _strip(np.concatenate([ring, ring[:1]]), KERB)) for ring in rings[:1]]
@@ -79,7 +84,10 @@ def prepare(shapes: MapShapes) -> Ground:
         marks += [(Label.ROAD_DIVIDER, _strip(line, LINE, offset)) for offset in (-DOUBLE, DOUBLE)]
     marks = [(label, quads) for label, quads in marks if len(quads)]
     return Ground(
-        areas=areas,
+        points=np.concatenate([np.empty((0, 2)), *(ring for _, _, ring in outlines)]),
+        starts=np.cumsum([0, *(len(ring) for _, _, ring in outlines)])[:-1],
+        areas=np.array([area for area, _, _ in outlines], dtype=np.int64),
+        labels=np.array([label for _, label, _ in outlines], dtype=np.int64),
         centres=np.array([(low + high) / 2 for low, high in boxes]).reshape(-1, 2),
         radii=np.array([np.linalg.norm(high - low) / 2 for low, high in boxes]),
         marks=np.concatenate([quads for _, quads in marks]) if marks else np.empty((0, 4, 2)),
@@ -92,33 +100,39 @@ def paint(labels: Labels, ground: Ground, lens: Lens) -> None:
     x, y = lens.eye[:2]
     far = 4000.0
     land = np.array([[x - far, y - far], [x + far, y - far], [x + far, y + far], [x - far, y + far]])
-    _fill(labels, [land], Label.LAND, lens)
-    away = np.linalg.norm(ground.centres - lens.eye[:2], axis=1) - ground.radii
-    for index in np.flatnonzero(away < SEEN):
-        label, rings = ground.areas[index]
-        _fill(labels, rings, label, lens)
-    middle = ground.marks.mean(axis=1)
-    near = np.flatnonzero(np.linalg.norm(middle - lens.eye[:2], axis=1) < FINE)
-    near = near[lens.ground(middle[near])[:, 2] > -4]
-    for index, outline in zip(near, lens.outlines(lens.ground(ground.marks[near]), 0.7), strict=True):
+    cv2.fillPoly(labels, [lens.outline(lens.ground(land))], int(Label.LAND), shift=SHIFT)
+    if len(ground.starts):
+        _paint_areas(labels, ground, lens)
+    close = np.flatnonzero(np.linalg.norm(ground.marks[:, 0] - lens.eye[:2], axis=1) < FINE)
+    for index, outline in zip(close, lens.outlines(lens.ground(ground.marks[close]), 0.7), strict=True):
         if outline is not None:
             cv2.fillPoly(labels, [outline], int(ground.mark_labels[index]), shift=SHIFT)
+
+
+def _paint_areas(labels: Labels, ground: Ground, lens: Lens) -> None:
+    points = lens.ground(ground.points)
+    seen = np.linalg.norm(ground.centres - lens.eye[:2], axis=1) - ground.radii < SEEN
+    for inward in (AHEAD, *lens.sides):
+        seen &= np.maximum.reduceat(points @ inward, ground.starts) > 0
+    outlines: dict[int, list[Pixels]] = {}
+    ends = [*ground.starts[1:], len(points)]
+    for ring in np.flatnonzero(seen):
+        outline = lens.outline(points[ground.starts[ring] : ends[ring]])
+        if len(outline):
+            outlines.setdefault(int(ground.areas[ring]), []).append(outline)
+    label_of = dict(zip(ground.areas.tolist(), ground.labels.tolist(), strict=True))
+    for area, rings in outlines.items():
+        cv2.fillPoly(labels, rings, label_of[area], shift=SHIFT)
 
 
 def shade(labels: Labels, quads: Array, lens: Lens) -> None:
     """Marks shadows: quadrilaterals (N, 4, 2) on the ground."""
     shadow = np.zeros_like(labels)
-    for outline in lens.outlines(lens.ground(quads), 1.0):
+    for outline in lens.outlines(lens.ground(quads), 2.0):
         if outline is not None:
             cv2.fillConvexPoly(shadow, outline, SHADOW, shift=SHIFT)
     shadow[labels < Label.LAND] = 0
     cv2.bitwise_or(labels, shadow, dst=labels)
-
-
-def _fill(labels: Labels, rings: list[Array], label: Label, lens: Lens) -> None:
-    outlines = [outline for ring in rings if len(outline := lens.outline(lens.ground(ring)))]
-    if outlines:
-        cv2.fillPoly(labels, outlines, int(label), shift=SHIFT)
 
 
 def _strip(line: Array, width: float, offset: float = 0.0) -> Array:

@@ -73,11 +73,19 @@ class Lens:
 
     def outline(self, points: Array) -> Pixels:
         """One polygon (K, 3) of the camera frame as pixels, cut at the near plane; no rows where it is behind."""
-        for normal, depth in zip(PLANES, DEPTHS, strict=True):
-            distance = points @ normal - depth
-            if distance.min(initial=0) < 0:
-                points = _cut(points, distance)
+        distances = points @ PLANES.T - DEPTHS
+        lowest, highest = distances.min(axis=0), distances.max(axis=0)
+        if (highest < 0).any():
+            return np.empty((0, 2), np.int32)
+        for plane in np.flatnonzero(lowest < 0):
+            points = _cut(points, points @ PLANES[plane] - DEPTHS[plane])
         return self.fixed(points)
+
+    @cached_property
+    def sides(self) -> Array:
+        """(4, 3): p @ side < 0 says that a point of the camera frame lies beyond that side of the picture."""
+        (fx, _, cx), (_, fy, cy) = self.intrinsics[:2]
+        return np.array([[fx, 0, cx], [-fx, 0, PICTURE_WIDTH - cx], [0, fy, cy], [0, -fy, PICTURE_HEIGHT - cy]])
 
     def fixed(self, points: Array) -> Pixels:
         """Points (..., 3) before the near plane as fixed-point pixels (..., 2)."""
@@ -94,33 +102,35 @@ class Lens:
             polygons: repeat the last point where a polygon has less than K.
             smallest: polygons narrower and lower than this many pixels are left out.
         """
-        x, y, z = polygons[..., 0], polygons[..., 1], polygons[..., 2]
-        safe = ((z >= NEAR) & (np.abs(x) <= WIDE * z) & (np.abs(y) <= WIDE * z)).all(axis=1)
         out: list[Pixels | None] = [None] * len(polygons)
-        easy = np.flatnonzero(safe)
+        z = polygons[..., 2]
+        before = z >= NEAR
+        seen = before.any(axis=1)
+        for side in self.sides:
+            seen &= (polygons @ side >= 0).any(axis=1)
+        whole = before.all(axis=1)
+        whole[seen] &= (np.abs(polygons[seen, :, :2]).max(axis=2) <= WIDE * z[seen]).all(axis=1)
+        easy = np.flatnonzero(seen & whole)
         pixels = self.fixed(polygons[easy])
-        shown = _shown(pixels.min(axis=1, initial=1 << 30), pixels.max(axis=1, initial=-(1 << 30)), smallest)
+        extent = pixels.max(axis=1, initial=-(1 << 30)) - pixels.min(axis=1, initial=1 << 30)
+        shown = extent.max(axis=1, initial=0) >= smallest * (1 << SHIFT)
         for index, outline in zip(easy[shown], pixels[shown], strict=True):
             out[index] = outline
-        for index in np.flatnonzero(~safe & (z > NEAR).any(axis=1)):
+        for index in np.flatnonzero(seen & ~whole):
             outline = self.outline(polygons[index])
-            if len(outline) and _shown(outline.min(axis=0), outline.max(axis=0), smallest):
-                out[index] = outline
+            out[index] = outline if len(outline) else None
         return out
-
-
-def _shown(low: Pixels, high: Pixels, smallest: float) -> NDArray[np.bool_]:
-    inside = (high >= 0).all(axis=-1) & (low[..., 0] < PICTURE_WIDTH << SHIFT) & (low[..., 1] < PICTURE_HEIGHT << SHIFT)
-    return inside & ((high - low).max(axis=-1) >= smallest * (1 << SHIFT))
 
 
 def _cut(points: Array, distance: Array) -> Array:
     """The part of a polygon with ``distance`` >= 0 (Sutherland-Hodgman; also right for the area of concave ones)."""
-    following, after = np.roll(points, -1, axis=0), np.roll(distance, -1)
+    following = np.concatenate([points[1:], points[:1]])
+    after = np.concatenate([distance[1:], distance[:1]])
     inside = distance >= 0
     crosses = inside != (after >= 0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        share = (distance / (distance - after))[:, None]
-        meeting = points + share * (following - points)
-    keep = np.stack([inside, crosses], axis=1)
-    return np.stack([points, meeting], axis=1)[keep]
+    share = np.zeros(len(points))
+    share[crosses] = distance[crosses] / (distance[crosses] - after[crosses])
+    both = np.empty((len(points), 2, 3))
+    both[:, 0] = points
+    both[:, 1] = points + share[:, None] * (following - points)
+    return both[np.column_stack([inside, crosses])]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 BEAMS = np.deg2rad(np.linspace(-30.67, 10.67, 32))  # elevations of an HDL-32E
-RANGE = 70.0  # metres
+RANGE = 60.0  # metres
 INSIDE = 0.01  # metres by which a return lies behind the surface, so that rounding leaves it inside its box
 
 
@@ -44,10 +44,10 @@ def scan(boxes: Array, lidar_to_global: Array, azimuths: int) -> Sweep:
     owner = np.full(depth.shape, -1)
     met = np.zeros(len(boxes), np.int64)
     heading = np.arctan2(rays[:, 0, 1], rays[:, 0, 0])  # of each column in the global frame; beams share it closely
-    for index, box in enumerate(boxes):
+    away = np.linalg.norm(boxes[:, :2] - origin[:2], axis=1) - np.linalg.norm(boxes[:, 3:5], axis=1) / 2
+    for index in np.flatnonzero(away < RANGE):
+        box = boxes[index]
         columns = _columns(box, origin, heading)
-        if not columns.size:
-            continue
         distance = _enter(box, origin, rays[columns])
         met[index] = np.count_nonzero(distance < RANGE)
         nearer = distance < depth[columns]
@@ -66,11 +66,9 @@ def scan(boxes: Array, lidar_to_global: Array, azimuths: int) -> Sweep:
 
 
 def _columns(box: Array, origin: Array, heading: Array) -> NDArray[np.int64]:
-    """The columns whose rays can meet a box: none beyond the lidar's range."""
+    """The columns whose rays can meet a box."""
     away = box[:2] - origin[:2]
     distance, radius = float(np.hypot(*away)), float(np.hypot(box[3], box[4])) / 2
-    if distance - radius > RANGE:
-        return np.empty(0, np.int64)
     if distance <= radius:
         return np.arange(len(heading))
     off = (heading - np.arctan2(away[1], away[0]) + np.pi) % (2 * np.pi) - np.pi
@@ -82,8 +80,9 @@ def _enter(box: Array, origin: Array, rays: Array) -> Array:
     c, s = np.cos(box[6]), np.sin(box[6])
     turn = np.array([[c, s, 0.0], [-s, c, 0.0], [0.0, 0.0, 1.0]])
     start, direction = turn @ (origin - box[:3]), rays @ turn.T
-    half = np.array([box[4], box[3], box[5]]) / 2
+    half = box[[4, 3, 5]] / 2
+    # Along each axis a ray is between the two faces for distances about -start / direction.
     with np.errstate(divide="ignore", invalid="ignore"):
-        one, other = (-half - start) / direction, (half - start) / direction
-    near, far = np.minimum(one, other).max(axis=-1), np.maximum(one, other).min(axis=-1)
+        middle, width = -start / direction, half / np.abs(direction)
+    near, far = (middle - width).max(axis=-1), (middle + width).min(axis=-1)
     return np.where((near < far) & (near > 0), near, np.inf)

@@ -17,7 +17,6 @@ from magicdrive_core.geometry.cameras import PICTURE_HEIGHT, PICTURE_WIDTH
 Array = NDArray[np.float64]
 Picture = NDArray[np.uint8]  # (900, 1600, 3) blue, green, red
 
-BAND = 4  # rows of the picture that share one palette
 COARSE = 8  # pixels a side of a cell of the map of lamp light
 HEAD_LAMPS = ((2.2, 16.0), (4.5, 34.0))  # dipped beams: half width at the car and reach, metres, of two lobes
 STREET_LAMP_REACH = 9.0  # metres
@@ -91,17 +90,27 @@ def light_of(description: str) -> Light:
 
 def colourise(labels: NDArray[np.uint8], lens: Lens, light: Light) -> Picture:
     """Colours of the sky and the ground, with haze growing towards the horizon."""
-    palettes = _palettes(lens, light)
+    starts = _bands(lens.horizon)
+    ends = [*starts[1:], PICTURE_HEIGHT]
     picture = np.empty((PICTURE_HEIGHT, PICTURE_WIDTH, 3), np.uint8)
-    for band, palette in enumerate(palettes):
-        rows = slice(band * BAND, (band + 1) * BAND)
-        cv2.applyColorMap(labels[rows], palette[:, None], dst=picture[rows])
+    middles = (np.array(starts) + np.array(ends)) / 2
+    for start, end, palette in zip(starts, ends, _palettes(middles, lens, light), strict=True):
+        cv2.applyColorMap(labels[start:end], palette[:, None], dst=picture[start:end])
     return picture
 
 
-def _palettes(lens: Lens, light: Light) -> NDArray[np.uint8]:
-    """Blue, green, red of every label in every band of rows: (225, 256, 3)."""
-    rows = (np.arange(PICTURE_HEIGHT // BAND) + 0.5) * BAND
+def _bands(horizon: float) -> list[int]:
+    """First rows of bands that share one palette: high ones far from the horizon, where haze changes slowly."""
+    starts = [0]
+    while starts[-1] < PICTURE_HEIGHT:
+        below = starts[-1] - horizon
+        step = 4 if below < 0 else 2 if below < 24 else 4 if below < 80 else 12 if below < 200 else 32
+        starts.append(starts[-1] + step)
+    return starts[:-1]
+
+
+def _palettes(rows: Array, lens: Lens, light: Light) -> NDArray[np.uint8]:
+    """Blue, green, red of every label at each of R rows: (R, 256, 3)."""
     below = (rows - lens.horizon) / lens.intrinsics[1, 1]  # tangent of the angle under the horizon
     distance = lens.height / np.maximum(below, 1e-3)
     clear = np.exp(-distance / light.haze)[:, None]
@@ -114,7 +123,7 @@ def _palettes(lens: Lens, light: Light) -> NDArray[np.uint8]:
     out[:, Label.FAR] = horizon + (np.array(light.skyline) - horizon) * 0.55
     out[:, Label.TREES] = horizon + (np.array(light.skyline) - horizon) * 0.95
     for label, daylight in GROUND.items():
-        colour = np.array(daylight, dtype=np.float64) * light.ground
+        colour = np.array(daylight, dtype=np.float64) * light.ground * (LAMP_COLOUR if light.dark else 1)
         if light.wet and label in (Label.ROAD, Label.ROAD_BLOCK, Label.CARPARK):
             colour = colour * 0.82 + horizon * 0.14  # the sky in the water
         for flag, share in ((0, 1.0), (SHADOW, light.shadow)):
@@ -123,35 +132,41 @@ def _palettes(lens: Lens, light: Light) -> NDArray[np.uint8]:
 
 
 def lamp_light(points: Array, lens: Lens, lamps: Array) -> Array:
-    """How brightly lamps light places (N, 2) of the ground at night, 0 to 1: head lamps of the ego, street lamps (M, 2)."""
-    ahead, left, _ = poses.transform(poses.inverse(lens.ego_to_global), _lifted(points, lens)).T
-    out = np.full(len(points), NIGHT_FLOOR)
+    """How brightly lamps light places on the ground at night, 0 to 1.
+
+    Args:
+        points: (N, 2) metres in the global frame.
+        lens: the camera; the ego's dipped beams shine ahead of its car.
+        lamps: (M, 2) street lamps.
+    """
+    ego = poses.inverse(lens.ego_to_global) @ lens.lift
+    ahead = points @ ego[0, :2] + ego[0, 2]
+    left = points @ ego[1, :2] + ego[1, 2]
+    beyond = np.maximum(ahead - 3.5, 0)
+    level = np.full(len(points), NIGHT_FLOOR)
+    before = 1 - np.exp(-np.maximum(ahead - 2.5, 0))
     for width, reach in HEAD_LAMPS:
-        u = np.maximum(ahead - 3.5, 0)
-        beam = np.exp(-((left / (width + 0.2 * u)) ** 2)) * np.exp(-((u / reach) ** 2))
-        out += 0.42 * beam * (1 - np.exp(-np.maximum(ahead - 2.5, 0)))
-    for lamp in lamps:
-        square = ((points - lamp) ** 2).sum(axis=1)
-        out += 0.45 * np.exp(-square / STREET_LAMP_REACH**2)
-    return np.minimum(out, 1.0)
+        level += 0.42 * before * np.exp(-((left / (width + 0.2 * beyond)) ** 2) - (beyond / reach) ** 2)
+    for x, y in lamps:
+        square = (points[:, 0] - x) ** 2 + (points[:, 1] - y) ** 2
+        close = square < (2.5 * STREET_LAMP_REACH) ** 2
+        level[close] += 0.45 * np.exp(-square[close] / STREET_LAMP_REACH**2)
+    return np.minimum(level, 1.0)
 
 
 def darken(picture: Picture, lens: Lens, lamps: Array) -> None:
-    """Leaves of the ground what lamps light at night."""
-    rows, columns = PICTURE_HEIGHT // COARSE + 1, PICTURE_WIDTH // COARSE
-    v, u = np.mgrid[:rows, :columns] * float(COARSE) + COARSE / 2
-    ray = np.stack([u, v, np.ones_like(u)], axis=-1).reshape(-1, 3) @ np.linalg.inv(lens.intrinsics).T
-    ray = ray @ lens.camera_to_global[:3, :3].T
+    """Leaves of the ground what lamps (M, 2) light at night."""
+    first = int(np.clip(lens.horizon - 40, 0, PICTURE_HEIGHT - COARSE)) // COARSE  # the horizon may lean
+    rows, columns = -(-PICTURE_HEIGHT // COARSE) - first, PICTURE_WIDTH // COARSE
+    v, u = np.mgrid[first : first + rows, :columns].reshape(2, -1) * float(COARSE) + COARSE / 2
+    (fx, _, cx), (_, fy, cy) = lens.intrinsics[:2]
+    ray = np.stack([(u - cx) / fx, (v - cy) / fy, np.ones_like(u)], axis=1) @ lens.camera_to_global[:3, :3].T
     drop = ray @ lens.ego_to_global[:3, 2]
-    level = np.full(len(ray), 1.0)
     down = drop < -0.004
-    places = lens.eye + ray[down] * (-lens.height / drop[down])[:, None]
-    level[down] = lamp_light(places[:, :2], lens, lamps)
-    coarse = np.rint(255 * np.minimum(level[:, None] * LAMP_COLOUR[::-1], 1)).astype(np.uint8).reshape(rows, columns, 3)
-    coarse[~down.reshape(rows, columns)] = 255
-    fine = cv2.resize(coarse, None, fx=COARSE, fy=COARSE, interpolation=cv2.INTER_LINEAR_EXACT)[:PICTURE_HEIGHT]
-    cv2.multiply(picture, fine, dst=picture, scale=1 / 255)
-
-
-def _lifted(points: Array, lens: Lens) -> Array:
-    return np.column_stack([points, np.ones(len(points))]) @ lens.lift[:3].T
+    places = lens.eye[:2] + ray[down, :2] * (-lens.height / drop[down])[:, None]
+    coarse = np.full(len(ray), 255, np.uint8)
+    coarse[down] = np.rint(255 * lamp_light(places, lens, lamps))
+    coarse = coarse.reshape(rows, columns)
+    fine = cv2.resize(coarse, None, fx=COARSE, fy=COARSE, interpolation=cv2.INTER_LINEAR_EXACT)
+    ground = picture[first * COARSE :]
+    cv2.multiply(ground, cv2.cvtColor(fine[: len(ground)], cv2.COLOR_GRAY2BGR), dst=ground, scale=1 / 255)

@@ -15,6 +15,7 @@ from magicdrive_core.data.synthetic.meshes import POINTS
 from magicdrive_core.data.synthetic.shapes import shape
 
 Array = NDArray[np.float64]
+Colour = tuple[int, int, int]  # blue, green, red
 
 SMALLEST = 1.2  # pixels of a face that is drawn
 SLACK = 0.05  # metres by which two things may overlap and still be told apart
@@ -58,13 +59,13 @@ class Things:
 
 
 @dataclass(frozen=True)
-class Painted:
-    """Faces in drawing order, far to near."""
+class Faces:
+    """Flat faces in drawing order, far to near. F of them."""
 
-    outlines: list[Pixels]
-    colours: list[tuple[int, int, int]]  # blue, green, red
-    smooth: list[bool]
-    lamps: list[tuple[Pixels, tuple[int, int, int], float]]  # shining faces: outline, colour, metres away
+    points: Array  # (F, 8, 3) in the camera frame
+    colours: NDArray[np.int64]  # (F, 3) blue, green, red
+    shining: NDArray[np.bool_]  # (F,)
+    away: Array  # (F,) metres from the eye to the thing's middle
 
 
 def seen(things: Things, lens: Lens, reach: float) -> Things:
@@ -117,45 +118,17 @@ def far_to_near(things: Things, eye: Array) -> NDArray[np.int64]:
     return np.array(order, dtype=np.int64)
 
 
-def paint_things(things: Things, lens: Lens, light: Light, lamps: Array, mirrored: bool = False) -> Painted:
-    """Faces of things, which come in drawing order (``seen``).
+def faces_of(things: Things, lens: Lens, light: Light, lamps: Array) -> Faces:
+    """The faces that are turned to the eye, in their colours.
 
     Args:
-        things: what to draw.
+        things: in drawing order (``seen``).
         lens: the camera.
         light: of the scene.
         lamps: (M, 2) street lamps, which light things at night.
-        mirrored: draw the things' mirror images in the ground instead.
     """
-    faces, colours, shining, away = _faces(things, lens, light, lamps)
-    if mirrored:
-        up = lens.ego_to_global[:3, 2] @ lens.camera_to_global[:3, :3]  # in the camera frame
-        faces = faces - 2 * ((faces @ up + lens.height)[..., None]) * up
-    out = Painted([], [], [], [])
-    smallest = SMALLEST if not mirrored else 4.0
-    for index, outline in enumerate(lens.outlines(faces, smallest)):
-        if outline is None:
-            continue
-        colour = (int(colours[index, 2]), int(colours[index, 1]), int(colours[index, 0]))
-        out.outlines.append(outline)
-        out.colours.append(colour)
-        out.smooth.append(bool(away[index] < SMOOTH))
-        if shining[index]:
-            out.lamps.append((outline, colour, float(away[index])))
-    return out
-
-
-def fill(picture: Picture, painted: Painted) -> None:
-    """Fills the faces into a picture."""
-    for outline, colour, smooth in zip(painted.outlines, painted.colours, painted.smooth, strict=True):
-        cv2.fillConvexPoly(picture, outline, colour, cv2.LINE_AA if smooth else cv2.LINE_8, SHIFT)
-
-
-def _faces(things: Things, lens: Lens, light: Light, lamps: Array) -> tuple[Array, Array, NDArray[np.bool_], Array]:
-    """Faces turned to the eye in drawing order: points (F, 8, 3) in the camera frame, colours, shining or not, metres."""
-    parts = []
+    parts = [(np.empty((0, POINTS, 3)), np.empty((0, 3)), np.empty(0, bool), np.empty(0, int), np.empty(0, int))]
     names = np.array(things.names)
-    away = np.linalg.norm(things.centres - lens.eye, axis=1)
     bright = _brightness(things, lens, light, lamps)
     for name in sorted(set(things.names)):
         members = np.flatnonzero(names == name)
@@ -168,8 +141,7 @@ def _faces(things: Things, lens: Lens, light: Light, lamps: Array) -> tuple[Arra
         rank = np.empty((len(members), form.faces.shape[0]), np.int64)
         np.put_along_axis(rank, form.order(eye), np.arange(rank.shape[1])[None], axis=1)
         which, face = np.nonzero(towards)
-        local = form.faces[face] * scale[which, None]
-        points = np.einsum("fij,fkj->fki", turn[which], local) + base[which, None]
+        points = (form.faces[face] * scale[which, None]) @ np.swapaxes(turn, 1, 2)[which] + base[which, None]
         normal = np.einsum("fij,fj->fi", turn[which], form.normals[face] / scale[which])
         normal /= np.linalg.norm(normal, axis=1, keepdims=True)
         owner = members[which]
@@ -178,15 +150,37 @@ def _faces(things: Things, lens: Lens, light: Light, lamps: Array) -> tuple[Arra
         glows = (SHINING[material, 0] >= 0) & light.shining
         colour[glows] = SHINING[material[glows]]
         parts.append((points, colour, glows, owner, rank[which, face]))
-    if not parts:
-        return np.empty((0, POINTS, 3)), np.empty((0, 3)), np.empty(0, bool), np.empty(0)
     points, colour, glows, owner, rank = (np.concatenate(column) for column in zip(*parts, strict=True))
-    clear = np.exp(-away[owner] / light.haze)[:, None]
-    clear = np.where(glows[:, None], np.sqrt(clear), clear)
+    away = np.linalg.norm(things.centres - lens.eye, axis=1)[owner]
+    clear = np.exp(-away / light.haze)[:, None]
+    clear = np.where(glows[:, None], np.sqrt(clear), clear)  # lamps shine through
     haze = np.array(light.horizon)
-    colour = np.clip(np.rint(haze + (colour - haze) * clear), 0, 255)
+    colour = np.clip(np.rint(haze + (colour - haze) * clear), 0, 255).astype(np.int64)
     order = np.lexsort((rank, owner))
-    return lens.camera(points[order]), colour[order], glows[order], away[owner[order]]
+    return Faces(lens.camera(points[order]), colour[order, ::-1], glows[order], away[order])
+
+
+def fill(picture: Picture, faces: Faces, lens: Lens) -> list[tuple[Pixels, Colour, float]]:
+    """Fills faces into a picture; returns outline, colour and distance of those that shine."""
+    lamps = []
+    for index, outline in enumerate(lens.outlines(faces.points, SMALLEST)):
+        if outline is None:
+            continue
+        blue, green, red = faces.colours[index].tolist()
+        smooth = cv2.LINE_AA if faces.away[index] < SMOOTH else cv2.LINE_8
+        cv2.fillConvexPoly(picture, outline, (blue, green, red), smooth, SHIFT)
+        if faces.shining[index]:
+            lamps.append((outline, (blue, green, red), float(faces.away[index])))
+    return lamps
+
+
+def mirrored(faces: Faces, lens: Lens, reach: float) -> Faces:
+    """The mirror images in the ground of faces within ``reach`` metres."""
+    near = faces.away < reach
+    up = lens.ego_to_global[:3, 2] @ lens.camera_to_global[:3, :3]  # in the camera frame
+    points = faces.points[near]
+    points = points - 2 * (points @ up + lens.height)[..., None] * up
+    return Faces(points, faces.colours[near], faces.shining[near], faces.away[near])
 
 
 def _shading(normals: Array, light: Light) -> Array:

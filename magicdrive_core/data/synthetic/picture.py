@@ -13,7 +13,7 @@ from magicdrive_core.data.synthetic.ground import SEEN, SHADOW, WET, Ground, Lab
 from magicdrive_core.data.synthetic.lens import Lens
 from magicdrive_core.data.synthetic.light import Light, Picture, colourise, darken
 from magicdrive_core.data.synthetic.maps import MapShapes
-from magicdrive_core.data.synthetic.objects import Things, fill, paint_things, seen
+from magicdrive_core.data.synthetic.objects import Faces, Things, faces_of, fill, mirrored, seen
 from magicdrive_core.data.synthetic.scenery import furnish
 from magicdrive_core.data.synthetic.sky import paint_sky
 from magicdrive_core.errors import MagicDriveError
@@ -22,6 +22,7 @@ from magicdrive_core.geometry.cameras import PICTURE_HEIGHT, PICTURE_WIDTH
 Array = NDArray[np.float64]
 
 QUALITY = 88  # of JPEG
+LIT = 70.0  # metres within which street lamps light the ground
 MIRRORED = 45.0  # metres within which things are mirrored in the wet
 MIRROR_SHARE = 0.42  # of a mirror image in the road's colour
 
@@ -61,15 +62,15 @@ def draw(lens: Lens, light: Light, place: Place, movers: Things) -> Picture:
     things = seen(movers.joined(_standing(place.scenery, lens)), lens, SEEN)
     shade(labels, _shadows(things, light), lens)
     picture = colourise(labels, lens, light)
-    lamps = place.lamps[np.linalg.norm(place.lamps - lens.eye[:2], axis=1) < 2 * MIRRORED]
+    lamps = place.lamps[np.linalg.norm(place.lamps - lens.eye[:2], axis=1) < LIT]
     if light.dark:
         darken(picture, lens, lamps)
+    faces = faces_of(things, lens, light, lamps)
     if light.wet:
-        _mirror(picture, labels, things, lens, light, lamps)
-    painted = paint_things(things, lens, light, lamps)
-    fill(picture, painted)
+        _mirror(picture, labels, faces, lens)
+    shining = fill(picture, faces, lens)
     if light.shining:
-        add_halos(picture, painted, 60 if light.dark else 22)
+        add_halos(picture, shining, 60 if light.dark else 22)
     return picture
 
 
@@ -91,19 +92,22 @@ def _standing(scenery: Things, lens: Lens) -> Things:
 
 
 def _shadows(things: Things, light: Light) -> Array:
-    """Quadrilaterals (N * 6, 4, 2) on the ground: footprint, that of the top, and what the sides sweep over."""
+    """Quadrilaterals (Q, 4, 2) on the ground: footprint, and in the sun that of the top and what the sides sweep over."""
     foot = things.footprints
+    if not light.sun:
+        return foot
     top = foot + (things.sizes[:, 2, None] * light.shadow_step)[:, None]
     after, top_after = np.roll(foot, -1, axis=1), np.roll(top, -1, axis=1)
     sides = np.stack([foot, after, top_after, top], axis=2)  # (N, 4, 4, 2)
     return np.concatenate([foot[:, None], top[:, None], sides], axis=1).reshape(-1, 4, 2)
 
 
-def _mirror(picture: Picture, labels: Labels, things: Things, lens: Lens, light: Light, lamps: Array) -> None:
-    """Mirrors things in the wet road, and only there."""
-    near = np.flatnonzero(np.linalg.norm(things.centres - lens.eye, axis=1) < MIRRORED)
+def _mirror(picture: Picture, labels: Labels, faces: Faces, lens: Lens) -> None:
+    """Mirrors faces in the wet road, and only there."""
+    first = int(np.clip(lens.horizon - 40, 0, PICTURE_HEIGHT - 1))  # the horizon may lean
     image = picture.copy()
-    fill(image, paint_things(things.taken(near), lens, light, lamps, mirrored=True))
-    mixed = cv2.addWeighted(image, MIRROR_SHARE, picture, 1 - MIRROR_SHARE, 0)
+    fill(image, mirrored(faces, lens, MIRRORED), lens)
+    ground = picture[first:]
+    mixed = cv2.addWeighted(image[first:], MIRROR_SHARE, ground, 1 - MIRROR_SHARE, 0)
     wet = np.isin(np.arange(256) & ~SHADOW, WET).astype(np.uint8)
-    cv2.copyTo(mixed, cv2.LUT(labels, wet), picture)
+    cv2.copyTo(mixed, cv2.LUT(labels[first:], wet), ground)

@@ -19,6 +19,7 @@ Array = NDArray[np.float64]
 LAMP_PITCH, LAMP_SIZE, LAMP_OFFSET = 28.0, (0.35, 2.4, 7.5), 0.9  # metres; w, l, h; from the kerb to its middle
 TREE_PITCH, TREE_OFFSET = 13.0, 2.6  # metres along the free land's edge, and into it
 HOUSE_PITCH, HOUSE_OFFSET = 15.0, 6.5
+CLEAR = 30.0  # metres from middle to middle beyond which no two things touch
 HOUSES = (  # name, metres along the street, deep, and high from and to
     ("house", 11.0, 9.0, (8.0, 11.0)),
     ("block", 13.0, 11.0, (14.0, 19.0)),
@@ -38,17 +39,20 @@ def furnish(shapes: MapShapes) -> Scenery:
     """Sets street lamps at the kerbs, trees and buildings on the free land, all with their fronts to the road."""
     road = _union(shapes, ("drivable_area",))
     paved = _union(shapes, ("drivable_area", "walkway", "ped_crossing", "carpark_area"))
+    shapely.prepare([road, paved])
     names: list[str] = []
     boxes: list[tuple[float, ...]] = []
-    taken: list[Polygon] = []
+    taken: list[tuple[Polygon, float, float]] = []
 
     def stand(name: str, middle: Array, inward: Array, size: tuple[float, float, float], foot: Polygon) -> None:
         keep_off = road if name == "street_lamp" else paved
-        if shapely.intersects(foot, keep_off):
+        if shapely.intersects(keep_off, foot):
             return
-        if taken and shapely.intersects(np.array(taken), foot.buffer(0.4)).any():
+        x, y = middle.tolist()
+        close = [other for other, u, v in taken if abs(u - x) < CLEAR and abs(v - y) < CLEAR]
+        if any(shapely.dwithin(other, foot, 0.4) for other in close):
             return
-        taken.append(foot)
+        taken.append((foot, x, y))
         names.append(name)
         heading = float(np.arctan2(inward[1], inward[0]))
         boxes.append((*np.round(middle, 3), 0.0, *size, round(heading, 5)))

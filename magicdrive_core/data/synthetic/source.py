@@ -65,17 +65,15 @@ class Track:
     centres: Array  # (K, 3)
     rotations: Array  # (K, 4) w, x, y, z
 
-    def at(self, time: int) -> tuple[Array, Array] | None:
-        """Centre (3,) and rotation (4,) at a time: linear and slerp between annotations; None where it is not."""
+    def around(self, time: int) -> tuple[int, int, float] | None:
+        """The annotations before and after a time, and where between them it is; None where the object is not."""
         if not self.times[0] - EARLY <= time <= self.times[-1] + EARLY:
             return None
         if len(self.times) == 1:
-            return self.centres[0], self.rotations[0]
+            return 0, 0, 0.0
         after = int(np.clip(np.searchsorted(self.times, time), 1, len(self.times) - 1))
         start, end = self.times[after - 1], self.times[after]
-        share = (time - start) / (end - start)
-        centre = self.centres[after - 1] + share * (self.centres[after] - self.centres[after - 1])
-        return centre, poses.slerp(self.rotations[after - 1], self.rotations[after], float(np.clip(share, 0, 1)))
+        return after - 1, after, float((time - start) / (end - start))
 
 
 @dataclass(frozen=True)
@@ -88,13 +86,18 @@ class Footage:
     tracks: list[Track]
 
     def things(self, time: int) -> Things:
-        """All objects at a time."""
-        found = [(track, at) for track in self.tracks if (at := track.at(time)) is not None]
+        """All objects at a time: linear and slerp between their annotations."""
+        found = [(track, around) for track in self.tracks if (around := track.around(time)) is not None]
+        share = np.array([share for _, (_, _, share) in found])
+        (start, end), (turn_start, turn_end) = (
+            [np.array([values(track)[around[side]] for track, around in found]).reshape(-1, width) for side in (0, 1)]
+            for values, width in ((lambda track: track.centres, 3), (lambda track: track.rotations, 4))
+        )
         return Things(
             names=[track.name for track, _ in found],
-            centres=np.array([centre for _, (centre, _) in found]).reshape(-1, 3),
+            centres=start + share[:, None] * (end - start),
             sizes=np.array([track.size for track, _ in found]).reshape(-1, 3),
-            rotations=poses.rotation_matrix(np.array([rotation for _, (_, rotation) in found]).reshape(-1, 4)),
+            rotations=poses.rotation_matrix(poses.slerp(turn_start, turn_end, np.clip(share, 0, 1))),
             tints=np.array([track.tint for track, _ in found]),
         )
 

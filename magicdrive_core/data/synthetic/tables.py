@@ -173,27 +173,27 @@ def _lidar_files(
     lidar = next(sensor for sensor in SENSORS if sensor.channel == LIDAR)
     lidar_to_ego = poses.pose(lidar.rotation, lidar.translation)
     ego = {row["token"]: row for row in rows["ego_pose"]}
+    records = [row for row in rows["sample_data"] if row["fileformat"] == "pcd"]
+    seconds = np.array([(row["timestamp"] - plan.first_time) / 1e6 for row in records])
+    actors = np.stack([_boxes(actor, seconds) for actor in plan.traffic.actors], axis=1)  # (records, actors, 7)
     files: dict[str, bytes] = {}
     returns = []
-    actors = plan.traffic.actors
-    for row in rows["sample_data"]:
-        if row["fileformat"] != "pcd":
-            continue
-        record = ego[row["ego_pose_token"]]
-        ego_to_global = poses.pose(record["rotation"], record["translation"])
-        seconds = np.array([(row["timestamp"] - plan.first_time) / 1e6])
-        boxes = np.concatenate([np.stack([_box(actor, seconds) for actor in actors]), scenery])
+    for row, moving in zip(records, actors, strict=True):
+        pose = ego[row["ego_pose_token"]]
+        lidar_to_global = poses.pose(pose["rotation"], pose["translation"]) @ lidar_to_ego
         columns = KEY_AZIMUTHS if row["is_key_frame"] else SWEEP_AZIMUTHS
-        sweep = scan(boxes, ego_to_global @ lidar_to_ego, columns)
+        sweep = scan(np.concatenate([moving, scenery]), lidar_to_global, columns)
         files[row["filename"]] = sweep.points.tobytes()
         if row["is_key_frame"]:
-            returns.append((sweep.hits[: len(actors)], sweep.rays[: len(actors)]))
+            returns.append((sweep.hits[: len(moving)], sweep.rays[: len(moving)]))
     return files, returns
 
 
-def _box(actor: Actor, seconds: NDArray[np.float64]) -> NDArray[np.float64]:
-    x, y, heading = actor.poses(seconds)[0]
-    return np.array([*rounded([x, y]), actor.size[2] / 2, *actor.size, heading])
+def _boxes(actor: Actor, seconds: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The actor's box (T, 7) at times (T,): centre, w, l, h, heading."""
+    track = actor.poses(seconds)
+    height = np.full(len(seconds), actor.size[2] / 2)
+    return np.column_stack([np.round(track[:, :2], 4), height, np.tile(actor.size, (len(seconds), 1)), track[:, 2]])
 
 
 def _annotate(

@@ -7,8 +7,12 @@ import io
 import os
 import shutil
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from magicdrive_core.config import Synth
 from magicdrive_core.data.synthetic.city import city
@@ -76,15 +80,21 @@ def _scenes(root: Path, plans: list[Plan], workers: int) -> list[Rows]:
 
 def _write_scene(root: Path, plan: Plan) -> Rows:
     """Writes the lidar files of a scene and returns its records."""
-    boxes = furnish(read_shapes(root, plan.location)).boxes
-    boxes[:, 2] += boxes[:, 5] / 2
-    rows, files = scene_rows(plan, boxes)
+    rows, files = scene_rows(plan, _scenery(root, plan.location))
     for name, data in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         write_unsynced(root / name, data)
     for folder in sorted({(root / name).parent for name in files}):
         sync_folder(folder)
     return rows
+
+
+@cache
+def _scenery(root: Path, location: str) -> NDArray[np.float64]:
+    """Boxes (N, 7) of what stands beside the roads: centre, w, l, h, heading."""
+    boxes = furnish(read_shapes(root, location)).boxes.copy()
+    boxes[:, 2] += boxes[:, 5] / 2
+    return boxes
 
 
 def _write_manifest(root: Path) -> None:
