@@ -47,18 +47,29 @@ def transform(matrix: Array, points: ArrayLike) -> Array:
     return np.asarray(points, dtype=np.float64) @ matrix[:3, :3].T + matrix[:3, 3]
 
 
-def slerp(start: ArrayLike, end: ArrayLike, fraction: float) -> Array:
-    """The quaternion at ``fraction`` in [0, 1] of the shorter great arc from ``start`` to ``end`` (w, x, y, z)."""
-    a, b = (np.asarray(q, dtype=np.float64) / np.linalg.norm(q) for q in (start, end))
-    cosine = float(a @ b)
-    if cosine < 0:
-        b, cosine = -b, -cosine
-    if cosine > 1 - 1e-9:  # the arc is too short for its sine: a straight line is the same to rounding
-        mixed = a + fraction * (b - a)
-    else:
-        angle = np.arccos(cosine)
-        mixed = (np.sin((1 - fraction) * angle) * a + np.sin(fraction * angle) * b) / np.sin(angle)
-    return mixed / np.linalg.norm(mixed)
+def slerp(start: ArrayLike, end: ArrayLike, fraction: ArrayLike) -> Array:
+    """The unit quaternions at ``fraction`` in [0, 1] of the shorter great arcs from ``start`` to ``end``.
+
+    Args:
+        start: (..., 4) quaternions (w, x, y, z), normalised first.
+        end: (..., 4) likewise.
+        fraction: (...), broadcast against both.
+
+    Returns:
+        (..., 4).
+    """
+    a, b = (np.asarray(q, dtype=np.float64) for q in (start, end))
+    a, b = (q / np.linalg.norm(q, axis=-1, keepdims=True) for q in (a, b))
+    t = np.asarray(fraction, dtype=np.float64)[..., None]
+    cosine = np.sum(a * b, axis=-1, keepdims=True)
+    b = np.where(cosine < 0, -b, b)
+    # The angle from both chords keeps its digits where the arc is short; arccos of the cosine loses half of them.
+    angle = 2 * np.arctan2(np.linalg.norm(a - b, axis=-1, keepdims=True), np.linalg.norm(a + b, axis=-1, keepdims=True))
+    # sin(t angle) / sin(angle), with np.sinc(x) = sin(pi x) / (pi x) whole at zero
+    weight = t * np.sinc(t * angle / np.pi) / np.sinc(angle / np.pi)
+    rest = (1 - t) * np.sinc((1 - t) * angle / np.pi) / np.sinc(angle / np.pi)
+    mixed = rest * a + weight * b
+    return mixed / np.linalg.norm(mixed, axis=-1, keepdims=True)
 
 
 def yaw(rotation: Array) -> float:

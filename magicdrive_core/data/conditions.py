@@ -1,0 +1,140 @@
+"""The conditions of clips: BEV maps made once for all frames, the rest computed from the infos when a clip is read."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from magicdrive_core.config import STAGES, Config, parse_size
+from magicdrive_core.data.bev import rasterise, unpack, write_map
+from magicdrive_core.data.clips import caption, list_clips
+from magicdrive_core.data.infos import read_scenes
+from magicdrive_core.data.maps import load_map
+from magicdrive_core.data.records import CLASSES, Clip, ClipConditions, FrameBoxes, Scene
+from magicdrive_core.files import atomic_folder, write_json
+from magicdrive_core.geometry import poses
+from magicdrive_core.geometry.boxes import corners
+from magicdrive_core.progress import track
+
+Floats = NDArray[np.float64]
+
+FPS = 12
+FPS_OF_STILLS = 120  # what the network is told about single frames
+
+_SCENES_A_WORKER = 8  # fewer are drawn faster than a process starts
+
+
+def build_conditions(config: Config, infos: Path | str, out: Path | str) -> None:
+    """Writes ``bev/<cells>/<scene token>.npz`` and ``clips.json`` to the folder ``out``, whole or not at all.
+
+    Raises:
+        MagicDriveError: unusable infos or maps, named.
+    """
+    scenes = read_scenes(infos)
+    with atomic_folder(out) as folder:
+        draw = partial(_draw_scene, root=Path(config.data.root), folder=folder, cells=_cells(config))
+        workers = min(len(os.sched_getaffinity(0)), len(scenes) // _SCENES_A_WORKER)
+        for _ in track(_map(draw, scenes, workers), "BEV maps", total=len(scenes)):
+            pass
+        write_json(folder / "clips.json", count_clips(config, scenes))
+
+
+def count_clips(config: Config, scenes: list[Scene]) -> dict[str, dict[str, dict[str, int]]]:
+    """Clips by split, size and length, for every bucket that is trained and for what is generated."""
+    kinds = {(bucket.size, bucket.frames) for stage in STAGES for bucket in config.training.stage(stage).buckets}
+    kinds.add((config.generate.size, config.generate.frames))
+    counts: dict[str, dict[str, dict[str, int]]] = {}
+    for split in ("train", "val"):
+        for size, frames in sorted(kinds):
+            clips = list_clips(scenes, split, frames, config.latents.start_stride)
+            counts.setdefault(split, {}).setdefault(size, {})[str(frames)] = len(clips)
+    return counts
+
+
+def clip_conditions(scene: Scene, clip: Clip, size: str, bits: NDArray[np.uint8], *, published: bool) -> ClipConditions:
+    """What the network is told about a clip.
+
+    Args:
+        scene: the clip's scene.
+        clip: frames of it.
+        size: of the video, for example "224x400".
+        bits: (F, h, w) BEV maps of the clip's frames.
+        published: every box corner h/2 too high, as the published weights expect.
+    """
+    frames = slice(clip.start, clip.start + clip.frames)
+    assert len(bits) == clip.frames
+    height, width = parse_size(size)
+    camera_to_lidar = scene.camera_to_lidar[frames]
+    ids, box_corners, box_classes, box_masks = _boxes(scene.boxes[frames], camera_to_lidar, published=published)
+    return ClipConditions(
+        caption=caption(scene),
+        cameras=np.concatenate([scene.intrinsics[frames], camera_to_lidar[..., :3, :]], axis=-1),
+        ego_motion=ego_motion(scene.ego_to_global[frames] @ scene.lidar_to_ego[frames]),
+        box_corners=box_corners,
+        box_classes=box_classes,
+        box_masks=box_masks,
+        box_ids=ids,
+        bev_map=unpack(bits),
+        height=height,
+        width=width,
+        fps=FPS if clip.frames > 1 else FPS_OF_STILLS,
+    )
+
+
+def ego_motion(lidar_to_global: Floats) -> Floats:
+    """First lidar frame -> each lidar frame: (F, 4, 4) -> (F, 4, 4), entries below 1e-6 set to 0 as published."""
+    motion = poses.inverse(lidar_to_global) @ lidar_to_global[0]
+    motion[np.abs(motion) < 1e-6] = 0.0
+    return motion
+
+
+def _boxes(
+    frames: list[FrameBoxes], camera_to_lidar: Floats, *, published: bool
+) -> tuple[list[str], NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
+    """Boxes in slots, one for each object of the clip: ids, corners, classes, masks as in ``ClipConditions``.
+
+    A box is shown to a view (mask 1) where any of its corners is in front of the camera, in the picture or not.
+    """
+    ids = sorted({token for frame in frames for token in frame.ids})
+    slots = {token: slot for slot, token in enumerate(ids)}
+    F, N, V = len(frames), len(ids), camera_to_lidar.shape[1]
+    lidar_to_depth = poses.inverse(camera_to_lidar)[..., 2, :]  # F, V, 4: the camera's z of a point in the lidar frame
+    box_corners = np.zeros((F, N, 8, 3), np.float32)
+    box_classes = np.full((F, N), -1, np.int64)
+    box_masks = np.zeros((F, V, N), np.int64)
+    for index, frame in enumerate(frames):
+        places = [slots[token] for token in frame.ids]
+        right = corners(frame.boxes)
+        depth = np.einsum("vk,nck->vnc", lidar_to_depth[index, :, :3], right) + lidar_to_depth[index, :, None, None, 3]
+        box_corners[index, places] = corners(frame.boxes, published=True) if published else right
+        box_classes[index, places] = [CLASSES.index(name) for name in frame.names]
+        box_masks[index][:, places] = (depth > 0).any(-1)
+    return ids, box_corners, box_classes, box_masks
+
+
+def _cells(config: Config) -> list[int]:
+    """The numbers of map cells that some size in use needs."""
+    sizes = {bucket.size for stage in STAGES for bucket in config.training.stage(stage).buckets}
+    return sorted({config.conditions.map_cells[size] for size in sizes | {config.generate.size}})
+
+
+def _draw_scene(scene: Scene, root: Path, folder: Path, cells: list[int]) -> None:
+    vectors = load_map(root, scene.location)
+    for count in cells:
+        maps = rasterise(vectors, scene.ego_to_global @ scene.lidar_to_ego, count)
+        write_map(folder / "bev" / str(count) / f"{scene.token}.npz", maps)
+
+
+def _map(draw: partial[None], scenes: list[Scene], workers: int) -> Iterator[None]:
+    if workers < 2:
+        yield from map(draw, scenes)
+        return
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:  # fork would copy held locks
+        yield from pool.map(draw, scenes)

@@ -1,0 +1,111 @@
+"""A nuScenes scene at 12 Hz, and the split that it belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from magicdrive_core.data.objects import interpolate, read_objects
+from magicdrive_core.data.records import FrameBoxes, Scene
+from magicdrive_core.data.timeline import SUFFIXES, Grid, Track, read_tracks
+from magicdrive_core.errors import UsageError
+from magicdrive_core.geometry import poses
+from magicdrive_core.geometry.cameras import VIEWS
+
+if TYPE_CHECKING:
+    from magicdrive_core.data.nuscenes import Record, Tables
+
+
+def build_scene(tables: Tables, scene: Record, split: str, *, published: bool) -> Scene:
+    """One scene at 12 Hz by one of the two rules of ``timeline``.
+
+    Raises:
+        MagicDriveError: incomplete or impossible records, named.
+    """
+    from magicdrive_core.data.nuscenes import LIDAR  # the devkit takes seconds to import
+
+    samples = tables.samples(scene)
+    tracks = read_tracks(tables, scene, samples, [LIDAR, *VIEWS])
+    lidar, cameras = tracks[LIDAR], [tracks[view] for view in VIEWS]
+    key_times = lidar.times[lidar.key_indices]
+    grid = Grid.between(key_times, published=published)
+    times = np.rint(grid.interpolate(key_times)).astype(np.int64)
+    if published:
+        lidar_rows = grid.following(lidar)
+        ego_to_global, lidar_to_ego = lidar.ego_to_global[lidar_rows], lidar.sensor_to_ego[lidar_rows]
+        rows = [grid.following(camera) for camera in cameras]
+    else:
+        ego_to_global, lidar_to_ego = lidar.pose_at(times), lidar.sensor_to_ego[lidar.key_indices][grid.keys]
+        rows = [camera.nearest(grid.interpolate(camera.times[camera.key_indices])) for camera in cameras]
+    lidar_to_global = ego_to_global @ lidar_to_ego
+    global_to_lidar = poses.inverse(lidar_to_global)
+    camera_to_global = [
+        camera.ego_to_global[row] @ camera.sensor_to_ego[row] for camera, row in zip(cameras, rows, strict=True)
+    ]
+    return Scene(
+        token=scene["token"],
+        name=scene["name"],
+        split=split,
+        location=tables.location(scene),
+        description=scene["description"],
+        tokens=[
+            samples[key]["token"] + (SUFFIXES[step] if step else "")
+            for key, step in zip(grid.keys, grid.steps, strict=True)
+        ],
+        key_frames=grid.steps == 0,
+        timestamps=times,
+        lidar_to_ego=lidar_to_ego,
+        ego_to_global=ego_to_global,
+        pictures=_pictures(cameras, rows),
+        intrinsics=np.stack([camera.intrinsics[row] for camera, row in zip(cameras, rows, strict=True)], axis=1),
+        camera_to_lidar=global_to_lidar[:, None] @ np.stack(camera_to_global, axis=1),
+        boxes=_boxes(tables, samples, grid, global_to_lidar),
+    )
+
+
+def choose_splits(names: Sequence[str], val_scenes: Literal["auto"] | list[str], version: str) -> dict[str, str]:
+    """The split of each scene: "train", "val", or "both" where there is a single scene.
+
+    Args:
+        names: of all scenes.
+        val_scenes: the validation scenes, or "auto": the official split where the devkit knows one for the version,
+            else the last quarter by name, at least one.
+        version: of the tables.
+
+    Raises:
+        UsageError: ``val_scenes`` names unknown scenes, or leaves none to train on.
+    """
+    from magicdrive_core.data.nuscenes import official_split  # the devkit takes seconds to import
+
+    if len(names) == 1:
+        return dict.fromkeys(names, "both")
+    if val_scenes == "auto":
+        official = official_split(version)
+        val = set(official[1]) & set(names) if official else set()
+        val = val or set(sorted(names)[-max(1, len(names) // 4) :])
+    else:
+        val = set(val_scenes)
+        unknown = sorted(val - set(names))
+        if unknown:
+            raise UsageError(f"data.val_scenes names {unknown[0]}, which is not a scene of {version}")
+    if not val or len(val) == len(names):
+        raise UsageError("data.val_scenes must leave at least one scene for training and one for validation")
+    return {name: "val" if name in val else "train" for name in names}
+
+
+def _pictures(cameras: Sequence[Track], rows: Sequence[np.ndarray]) -> list[list[str]]:
+    by_view = [[camera.files[index] for index in row] for camera, row in zip(cameras, rows, strict=True)]
+    return [list(views) for views in zip(*by_view, strict=True)]
+
+
+def _boxes(tables: Tables, samples: Sequence[Record], grid: Grid, global_to_lidar: np.ndarray) -> list[FrameBoxes]:
+    keys = [read_objects(tables, sample) for sample in samples]
+    objects = []
+    for index, (start, end) in enumerate(pairwise(keys)):
+        fractions = grid.fractions[(grid.keys == index) & (grid.steps > 0)]
+        objects += [start, *interpolate(start, end, fractions)]
+    objects.append(keys[-1])
+    return [found.in_lidar(matrix) for found, matrix in zip(objects, global_to_lidar, strict=True)]
