@@ -11,16 +11,17 @@ from prefect import flow, get_run_logger
 
 from flows.common import flow_command, main, run_verb, setting_words
 from flows.generate import generate
-from magicdrive_core.benchmark.package import ZIP
+from magicdrive_core.benchmark.verdict import VERDICT
 from magicdrive_core.config import load_config
 from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.inference.items import list_items
 from magicdrive_core.places import find_places
+from magicdrive_core.video.record import RECORD
 
 
 @flow(name="benchmark", validate_parameters=False)
 def benchmark(params: str = "params.yaml", overrides: list[str] | None = None) -> str:
-    """Generates, packages, validates and reports; returns the folder of package and report.
+    """Generates, packages (which validates) and reports; returns the folder of package and report.
 
     Scenes that are too short for W-CODA's 16 frames (a data set of single key frames) get a report without a package.
     """
@@ -28,18 +29,25 @@ def benchmark(params: str = "params.yaml", overrides: list[str] | None = None) -
     places = find_places(config)
     settings = setting_words(params, overrides)
     generate(params, overrides)
-    short = [
-        item for item in list_items(config, read_scenes(Path("artifacts/infos"))) if item.kept < config.benchmark.frames
-    ]
+    items = list_items(config, read_scenes(Path("artifacts/infos")))
+    short = [item for item in items if item.kept < config.benchmark.frames]
     if short:
         get_run_logger().warning(
             "no package: %s has %d frame(s), a W-CODA video %d", short[0].name, short[0].kept, config.benchmark.frames
         )
     else:
         run_verb("package", *settings)
-        run_verb("validate", str(places.benchmark / ZIP), *settings)
-    run_verb("report", *settings)
+    sources = [places.generated / item.name / RECORD for item in items] + [places.benchmark / VERDICT]
+    if not _newer(places.benchmark / "report.html", sources):
+        run_verb("report", *settings)
     return str(places.benchmark)
+
+
+def _newer(path: Path, sources: list[Path]) -> bool:
+    """Whether a file was written after all of those that exist."""
+    return path.exists() and all(
+        source.stat().st_mtime <= path.stat().st_mtime for source in sources if source.exists()
+    )
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from magicdrive_core.errors import MagicDriveError, UsageError
 from magicdrive_core.offline import stay_silent
 
 if TYPE_CHECKING:
+    from magicdrive_core.benchmark.validate import Expected
     from magicdrive_core.config import Config, Stage
 
 INFOS, CONDITIONS, ENCODERS = Path("artifacts/infos"), Path("artifacts/conditions"), Path("artifacts/encoders")
@@ -165,14 +166,16 @@ def generate(
 
 @app.command()
 def package(params: Params = DEFAULT_PARAMS, overrides: Set = None) -> None:
-    """Put the generated videos into a W-CODA results.zip."""
+    """Put the generated videos into a W-CODA results.zip, and check it."""
     from magicdrive_core.benchmark.package import pack
+    from magicdrive_core.benchmark.verdict import judge
     from magicdrive_core.places import find_places
     from magicdrive_core.tracking.lineage import lineage_tags
 
     config = _config(params, overrides)
     places = find_places(config)
-    print(pack(config, places.generated, places.benchmark, lineage_tags(config)).zip_path)
+    made = pack(config, places.generated, places.benchmark, lineage_tags(config))
+    _refuse(made.zip_path, judge(made.zip_path, _expected(config)))
 
 
 @app.command()
@@ -181,34 +184,77 @@ def validate(
     params: Params = DEFAULT_PARAMS,
     overrides: Set = None,
 ) -> None:
-    """Check a W-CODA results.zip: every name, every count, every frame of every video."""
-    from magicdrive_core.benchmark.validate import Expected
+    """Check any W-CODA results.zip: every name, every count, every frame of every video."""
     from magicdrive_core.benchmark.validate import validate as find_faults
 
+    _refuse(archive, find_faults(archive, _expected(_config(params, overrides))))
+
+
+@app.command()
+def report(params: Params = DEFAULT_PARAMS, overrides: Set = None) -> None:
+    """Write report.html: what was generated, from what, the losses, and the package where there is one."""
+    from datetime import datetime
+
+    from magicdrive_core.benchmark.package import ZIP, read_package
+    from magicdrive_core.benchmark.report import write_report
+    from magicdrive_core.benchmark.verdict import judge
+    from magicdrive_core.places import find_places
+    from magicdrive_core.tracking.lineage import lineage_tags
+
     config = _config(params, overrides)
-    video = config.video
-    expected = Expected(
+    places = find_places(config)
+    packed = read_package(places.benchmark) if (places.benchmark / ZIP).is_file() else None
+    page = write_report(
+        config,
+        places.generated,
+        places.benchmark,
+        runs={plan.stage: plan.folder for plan in places.stages},
+        package=packed,
+        faults=judge(packed.zip_path, _expected(config)) if packed else (),
+        notes=places.notes
+        if packed
+        else [*places.notes, f"no package: its videos have {config.benchmark.frames} frames"],
+        lineage=lineage_tags(config),
+        made=f"{datetime.now():%Y-%m-%d %H:%M}",
+    )
+    print(page)
+
+
+@app.command()
+def golden(files: Annotated[list[Path], typer.Argument(help="golden_model_*.npz files.")]) -> None:
+    """Compare the network with reference cases of the published one, intermediate by intermediate."""
+    from magicdrive_core.model.published import TOLERANCE, check_golden
+
+    far = []
+    for file in files:
+        result = check_golden(file)
+        for name, difference in result.rows:
+            print(f"{file.name}  {name:40} {difference:.1e}")
+        if not result.agrees:
+            far.append(file.name)
+    if far:
+        raise MagicDriveError(
+            f"{', '.join(far)}: further than {TOLERANCE:g} from the reference", "its rows stand above"
+        )
+
+
+def _expected(config: Config) -> Expected:
+    from magicdrive_core.benchmark.validate import Expected
+
+    return Expected(
         generations=config.generate.generations,
         frames=config.benchmark.frames,
-        fps=video.fps,
-        max_mbit_s=video.max_mbit_s,
+        fps=config.video.fps,
+        max_mbit_s=config.video.max_mbit_s,
     )
-    faults = find_faults(archive, expected)
+
+
+def _refuse(archive: Path, faults: list[str]) -> None:
     for fault in faults:
         print(fault)
     if faults:
         raise MagicDriveError(f"{archive} is not a valid submission: {len(faults)} fault(s)", "they stand above")
     print(f"{archive} is valid")
-
-
-@app.command()
-def report(params: Params = DEFAULT_PARAMS, overrides: Set = None) -> None:
-    """Write report.html beside the package."""
-
-
-@app.command()
-def golden(files: Annotated[list[Path], typer.Argument(help="golden_model_*.npz files.")]) -> None:
-    """Compare the network with reference outputs of the published one."""
 
 
 def _stage(name: str) -> Stage:
