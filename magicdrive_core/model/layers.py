@@ -73,7 +73,7 @@ class Rotary(nn.Module):
 
     def forward(self, length: int) -> Tensor:
         """(length, d/2, 2): cosine and sine of every angle, fp32."""
-        freqs = self.freqs.float() if self.published else self.formula(self.freqs.device)
+        freqs = self.freqs.detach().float() if self.published else self.formula(self.freqs.device)
         places = torch.arange(length, device=freqs.device, dtype=torch.float32)
         angles = places[:, None] * freqs
         return torch.stack([angles.cos(), angles.sin()], dim=-1)

@@ -1,0 +1,195 @@
+"""How fast the network is, in units that travel: multiples of a 2048 x 2048 x 2048 matrix product.
+
+    python benchmarks/network.py                      # workload W in fp32, two threads
+    python benchmarks/network.py --threads 1 --parts forward
+
+Workload W: width 384, 6 heads, depth 6, control depth 3, one sample of six views and 17 frames at 224x400 (latents
+5x28x50), 64 text tokens x 512 of which 41 are the prompt's, 32 box slots. The product is timed in the same process,
+before and after each part; a time is the least of several, so that other work on the machine matters little.
+The published implementation took 150 products for a forward pass and 628 and 20.7 GB for forward and backward
+(8.4 s and 35 s where a product ran at 308 GFLOP/s).
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from magicdrive_core.model.guidance import sample_latents
+from magicdrive_core.model.inputs import Conditions
+from magicdrive_core.model.network import MagicDrive, NetworkConfig
+
+PRODUCT = 2048
+PRODUCT_FLOP = 2 * PRODUCT**3
+PUBLISHED = {"forward": 8.4 * 308e9 / PRODUCT_FLOP, "forward + backward": 35 * 308e9 / PRODUCT_FLOP}
+LATENTS = (5, 28, 50)
+FRAMES, SLOTS, TOKENS, KEPT = 17, 32, 64, 41
+
+W = NetworkConfig(
+    width=384,
+    depth=6,
+    heads=6,
+    control_depth=3,
+    ego_heads=6,
+    box_heads=6,
+    box_widths=(384, 256, 256),
+    map_channels=(16, 32, 96, 256),
+    latent_channels=16,
+    text_width=512,
+    text_tokens=TOKENS,
+    temporal=True,
+    instance_latent=True,
+    mean_over_frames=False,
+)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Least time of one part, and of a matrix product beside it."""
+
+    part: str
+    seconds: float
+    product: float
+    flop: float
+    peak_gb: float
+
+    @property
+    def products(self) -> float:
+        return self.seconds / self.product
+
+    @property
+    def of_rate(self) -> float:
+        """Share of the product's FLOP/s that the part reaches."""
+        return self.flop / PRODUCT_FLOP / self.products
+
+
+def workload(seed: int = 0) -> Conditions:
+    """Conditions of the sizes of W, without meaning."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw)
+
+    def whole(low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=draw)
+
+    return Conditions(
+        text=normal(1, TOKENS, 512),
+        text_mask=torch.arange(TOKENS)[None] < KEPT,
+        cameras=normal(1, 6, FRAMES, 3, 7),
+        ego_motion=normal(1, FRAMES, 4, 4),
+        box_corners=20 * normal(1, 6, FRAMES, SLOTS, 8, 3),
+        box_classes=whole(0, 10, 1, 6, FRAMES, SLOTS),
+        box_masks=whole(-1, 2, 1, 6, FRAMES, SLOTS),
+        bev_map=whole(0, 2, 1, FRAMES, 8, 200, 200).float(),
+        height=torch.tensor([224.0]),
+        width=torch.tensor([400.0]),
+        fps=torch.tensor([12.0]),
+        keep=torch.ones(1, dtype=torch.bool),
+        keep_frame=torch.ones(1, FRAMES, dtype=torch.bool),
+        box_latent=normal(1, SLOTS, W.width),
+    )
+
+
+def least(run: Callable[[], object], repeat: int) -> float:
+    """Seconds of the fastest of several runs."""
+    times = []
+    for _ in range(repeat):
+        began = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def product_time(dtype: torch.dtype) -> float:
+    a, b = torch.randn(2, PRODUCT, PRODUCT).to(dtype).unbind(0)
+    return least(lambda: a @ b, 5)
+
+
+class PeakMemory:
+    """Highest resident memory of the process since it was made, in GB (Linux)."""
+
+    def __init__(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")
+
+    def read(self) -> float:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024 / 1e9
+
+
+def measure(part: str, run: Callable[[], object], repeat: int, dtype: torch.dtype) -> Timing:
+    before = product_time(dtype)
+    with FlopCounterMode(display=False) as counter:
+        run()
+    memory = PeakMemory()
+    seconds = least(run, repeat)
+    peak = memory.read()
+    return Timing(part, seconds, min(before, product_time(dtype)), counter.get_total_flops(), peak)
+
+
+def timings(parts: list[str], dtype: torch.dtype, compiled: bool, repeat: int, steps: int) -> Iterator[Timing]:
+    network = MagicDrive(W).to(dtype)
+    conditions = workload()
+    x = torch.randn(1, 6, W.latent_channels, *LATENTS)
+    t = torch.tensor([500.0])
+    forward = torch.compile(network, fullgraph=True) if compiled else network
+
+    def train() -> None:
+        network.zero_grad(set_to_none=True)
+        forward(x, t, conditions).square().mean().backward()
+
+    if "forward" in parts:
+        with torch.no_grad():
+            yield measure("forward", lambda: forward(x, t, conditions), repeat, dtype)
+            context = network.encode(conditions, LATENTS)
+            yield measure("denoise only", lambda: network.denoise(x, t, context), repeat, dtype)
+    if "backward" in parts:
+        yield measure("forward + backward", train, repeat, dtype)
+        network.checkpoint_blocks = True
+        yield measure("the same, checkpointed", train, repeat, dtype)
+        network.checkpoint_blocks = False
+    if "sampling" in parts:
+        generator = torch.Generator().manual_seed(0)
+        settings = {"steps": steps, "guidance": 2.0, "generator": generator}
+        yield measure(
+            f"{steps} guided steps", lambda: sample_latents(network, conditions, LATENTS, **settings), 1, dtype
+        )
+
+
+def show(rows: Iterable[Timing], steps: int) -> None:
+    """Prints the table as it grows."""
+    table = Table("part", "seconds", "products", "of the rate", "peak GB", "published products", "ratio")
+    for row in rows:
+        published = PUBLISHED.get(row.part, 2 * steps * PUBLISHED["forward"] if "guided" in row.part else None)
+        beside = ["", ""] if published is None else [f"{published:.0f}", f"{row.products / published:.2f}"]
+        values = [f"{row.seconds:.2f}", f"{row.products:.1f}", f"{row.of_rate:.0%}", f"{row.peak_gb:.1f}"]
+        table.add_row(row.part, *values, *beside)
+    Console().print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--compile", action="store_true", help="torch.compile(fullgraph=True)")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=30, help="of guided sampling")
+    choices = ["forward", "backward", "sampling"]
+    parser.add_argument("--parts", nargs="+", choices=choices, default=choices)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    rows = timings(options.parts, getattr(torch, options.dtype), options.compile, options.repeat, options.steps)
+    show(rows, options.steps)
+
+
+if __name__ == "__main__":
+    main()
