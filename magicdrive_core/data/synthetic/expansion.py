@@ -71,16 +71,16 @@ class _Expansion:
 
     def lane_record(self, layer: str, lane: Lane) -> Record:
         left, right = (lane.curve.points(CURVE_SPACING, side * LANE / 2) for side in (-1, 1))
-        record = {
+        record: Record = {
             "token": self.token(layer, lane.name),
             "polygon_token": self.add_polygon(layer, lane.name, [np.concatenate([left, right[::-1]])]),
         }
         if layer == "lane_connector":
             return record
-        edges = {"from": [left[0], right[0]], "to": [left[-1], right[-1]]}
         record["lane_type"] = "CAR"
-        for end, points in edges.items():
-            record[f"{end}_edge_line_token"] = self.add_line(layer, f"{lane.name}-{end}", np.stack(points))[0]
+        for end, index in (("from", 0), ("to", -1)):
+            edge = np.stack([left[index], right[index]])
+            record[f"{end}_edge_line_token"] = self.add_line(layer, f"{lane.name}-{end}", edge)[0]
         for side, points in (("left", left), ("right", right)):
             nodes = self.add_line(layer, f"{lane.name}-{side}", points)[1]
             kind = "DOUBLE_DASHED_WHITE" if (side == "left") == bool(lane.index) else "SINGLE_SOLID_WHITE"
@@ -178,7 +178,7 @@ def write_mask(root: Path, city: City) -> None:
     for layer in ("walkway", "drivable_area"):
         for area in city.areas[layer]:
             rings = [np.round(ring * MASK_CELLS).astype(np.int32) for ring in area.rings]
-            cv2.fillPoly(mask, [ring * [1, -1] + [0, height - 1] for ring in rings], 255)
+            cv2.fillPoly(mask, [ring * [1, -1] + [0, height - 1] for ring in rings], (255,))
     done, png = cv2.imencode(".png", mask)
     if not done:
         raise MagicDriveError(f"the map mask of {city.location} could not be encoded")

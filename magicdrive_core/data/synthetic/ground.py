@@ -100,13 +100,13 @@ def paint(labels: Labels, ground: Ground, lens: Lens) -> None:
     x, y = lens.eye[:2]
     far = 4000.0
     land = np.array([[x - far, y - far], [x + far, y - far], [x + far, y + far], [x - far, y + far]])
-    cv2.fillPoly(labels, [lens.outline(lens.ground(land))], int(Label.LAND), shift=SHIFT)
+    cv2.fillPoly(labels, [lens.outline(lens.ground(land))], (int(Label.LAND),), shift=SHIFT)
     if len(ground.starts):
         _paint_areas(labels, ground, lens)
     close = np.flatnonzero(np.linalg.norm(ground.marks[:, 0] - lens.eye[:2], axis=1) < FINE)
     for index, outline in zip(close, lens.outlines(lens.ground(ground.marks[close]), 0.7), strict=True):
         if outline is not None:
-            cv2.fillPoly(labels, [outline], int(ground.mark_labels[index]), shift=SHIFT)
+            cv2.fillPoly(labels, [outline], (int(ground.mark_labels[index]),), shift=SHIFT)
 
 
 def _paint_areas(labels: Labels, ground: Ground, lens: Lens) -> None:
@@ -122,7 +122,7 @@ def _paint_areas(labels: Labels, ground: Ground, lens: Lens) -> None:
             outlines.setdefault(int(ground.areas[ring]), []).append(outline)
     label_of = dict(zip(ground.areas.tolist(), ground.labels.tolist(), strict=True))
     for area, rings in outlines.items():
-        cv2.fillPoly(labels, rings, label_of[area], shift=SHIFT)
+        cv2.fillPoly(labels, rings, (label_of[area],), shift=SHIFT)
 
 
 def shade(labels: Labels, quads: Array, lens: Lens) -> None:
@@ -130,7 +130,7 @@ def shade(labels: Labels, quads: Array, lens: Lens) -> None:
     shadow = np.zeros_like(labels)
     for outline in lens.outlines(lens.ground(quads), 2.0):
         if outline is not None:
-            cv2.fillConvexPoly(shadow, outline, SHADOW, shift=SHIFT)
+            cv2.fillConvexPoly(shadow, outline, (SHADOW,), shift=SHIFT)
     shadow[labels < Label.LAND] = 0
     cv2.bitwise_or(labels, shadow, dst=labels)
 
@@ -168,11 +168,9 @@ def _stripes(ring: Array) -> Array:
     u, v = ring @ along, ring @ across
     quads = []
     for start in np.arange(u.min() + STRIPE / 2, u.max() - STRIPE, 2 * STRIPE):
-        spans = [_span(u, v, position) for position in (start, start + STRIPE)]
-        if all(spans):
-            corners = [(start, *spans[0]), (start + STRIPE, *spans[1])]
-            (a, low_a, high_a), (b, low_b, high_b) = corners
-            points = [(a, low_a), (b, low_b), (b, high_b), (a, high_a)]
+        near, far = _span(u, v, start), _span(u, v, start + STRIPE)
+        if near and far:
+            points = [(start, near[0]), (start + STRIPE, far[0]), (start + STRIPE, far[1]), (start, near[1])]
             quads.append([p * along + q * across for p, q in points])
     return np.array(quads).reshape(-1, 4, 2)
 

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from magicdrive_core.data.synthetic.ground import SHADOW, Label
+from magicdrive_core.data.synthetic.ground import SHADOW, WET, Label
 from magicdrive_core.data.synthetic.lens import Lens
 from magicdrive_core.geometry import poses
 from magicdrive_core.geometry.cameras import PICTURE_HEIGHT, PICTURE_WIDTH
@@ -65,10 +65,10 @@ class Light:
 # fmt: off
 DAY = Light(
     zenith=(92, 146, 208), horizon=(206, 220, 232), clouds=((246, 247, 249), (218, 224, 232)), skyline=(150, 166, 170),
-    ambient=0.62, sun=0.5, sun_from=(0.48, 0.36, 0.8), shadow=0.6, haze=420.0, ground=1.0,
+    ambient=0.68, sun=0.42, sun_from=(0.48, 0.36, 0.8), shadow=0.6, haze=420.0, ground=1.0,
 )
 RAIN = Light(
-    zenith=(142, 150, 160), horizon=(188, 193, 198), clouds=((160, 166, 174), (132, 140, 150)), skyline=(146, 154, 160),
+    zenith=(142, 150, 160), horizon=(188, 193, 198), clouds=((180, 185, 190), (148, 155, 164)), skyline=(146, 154, 160),
     ambient=0.7, sun=0.0, sun_from=(0.0, 0.0, 1.0), shadow=0.72, haze=130.0, ground=0.74, shining=True, wet=True,
 )
 NIGHT = Light(
@@ -77,7 +77,7 @@ NIGHT = Light(
 )
 # fmt: on
 LAMP_COLOUR = np.array([1.0, 0.93, 0.78])  # red, green, blue of lamp light
-NIGHT_FLOOR = 0.16  # of a colour that is left where no lamp shines
+NIGHT_FLOOR = 0.15  # of a colour that is left where no lamp shines
 
 
 def light_of(description: str) -> Light:
@@ -118,13 +118,13 @@ def _palettes(rows: Array, lens: Lens, light: Light) -> NDArray[np.uint8]:
     out = np.zeros((len(rows), 256, 3))
     high = (1 - np.exp(-np.maximum(-below, 0) * 3.2))[:, None]
     out[:, Label.SKY] = horizon + (np.array(light.zenith) - horizon) * high
-    for label, colour in zip((Label.CLOUD, Label.CLOUD_SHADE), light.clouds, strict=True):
-        out[:, label] = horizon + (np.array(colour) - horizon) * np.minimum(1, 0.35 + 1.6 * high)
+    for label, cloud in zip((Label.CLOUD, Label.CLOUD_SHADE), light.clouds, strict=True):
+        out[:, label] = horizon + (np.array(cloud) - horizon) * np.minimum(1, 0.35 + 1.6 * high)
     out[:, Label.FAR] = horizon + (np.array(light.skyline) - horizon) * 0.55
     out[:, Label.TREES] = horizon + (np.array(light.skyline) - horizon) * 0.95
     for label, daylight in GROUND.items():
-        colour = np.array(daylight, dtype=np.float64) * light.ground * (LAMP_COLOUR if light.dark else 1)
-        if light.wet and label in (Label.ROAD, Label.ROAD_BLOCK, Label.CARPARK):
+        colour = np.array(daylight) * light.ground * (LAMP_COLOUR if light.dark else 1)
+        if light.wet and label in WET:
             colour = colour * 0.82 + horizon * 0.14  # the sky in the water
         for flag, share in ((0, 1.0), (SHADOW, light.shadow)):
             out[:, label | flag] = horizon + (colour * share - horizon) * clear
@@ -146,11 +146,11 @@ def lamp_light(points: Array, lens: Lens, lamps: Array) -> Array:
     level = np.full(len(points), NIGHT_FLOOR)
     before = 1 - np.exp(-np.maximum(ahead - 2.5, 0))
     for width, reach in HEAD_LAMPS:
-        level += 0.42 * before * np.exp(-((left / (width + 0.2 * beyond)) ** 2) - (beyond / reach) ** 2)
+        level += 0.34 * before * np.exp(-((left / (width + 0.2 * beyond)) ** 2) - (beyond / reach) ** 2)
     for x, y in lamps:
         square = (points[:, 0] - x) ** 2 + (points[:, 1] - y) ** 2
         close = square < (2.5 * STREET_LAMP_REACH) ** 2
-        level[close] += 0.45 * np.exp(-square[close] / STREET_LAMP_REACH**2)
+        level[close] += 0.38 * np.exp(-square[close] / STREET_LAMP_REACH**2)
     return np.minimum(level, 1.0)
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -38,6 +39,7 @@ class Split:
 
 
 Node = Split | list[Face]
+Tree: TypeAlias = "list[int] | tuple[int, Tree, Tree]"  # numbers of faces; of a plane, and what is below and above it
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Mesh:
     normals: Array  # (F, 3) of the unit box, not normalised
     materials: NDArray[np.int64]  # (F,)
     planes: list[tuple[int, float]]  # axis and value of each split
-    orders: Array  # (2 ** splits, F) faces far to near, by the bits that say above which planes the eye is
+    orders: NDArray[np.int64]  # (2 ** splits, F) faces far to near, by the bits that say above which planes the eye is
 
     def order(self, eye: Array) -> NDArray[np.int64]:
         """The drawing orders (N, F) for eyes (N, 3) in the unit box's coordinates."""
@@ -133,7 +135,7 @@ def ball(x: ArrayLike, y: ArrayLike, z: ArrayLike, material: Material, around: i
             )
         )
     faces = [Face(rings[0][::-1], material), Face(rings[-1], material)]
-    for low, high in zip(rings[:-1], rings[1:], strict=True):
+    for low, high in pairwise(rings):
         for index in range(around):
             after = (index + 1) % around
             faces.append(Face(np.stack([low[index], low[after], high[after], high[index]]), material))
@@ -176,7 +178,7 @@ def wheels(
     return faces
 
 
-def _number(node: Node, faces: list[Face], planes: list[tuple[int, float]]) -> tuple | list[int]:  # type: ignore[type-arg]
+def _number(node: Node, faces: list[Face], planes: list[tuple[int, float]]) -> Tree:
     """Replaces faces and planes by their numbers."""
     if isinstance(node, Split):
         bit = len(planes)
@@ -187,7 +189,7 @@ def _number(node: Node, faces: list[Face], planes: list[tuple[int, float]]) -> t
     return list(range(first, len(faces)))
 
 
-def _ordered(tree: tuple | list[int], above: tuple[bool, ...]) -> list[int]:  # type: ignore[type-arg]
+def _ordered(tree: Tree, above: tuple[bool, ...]) -> list[int]:
     if isinstance(tree, list):
         return tree
     bit, lower, upper = tree

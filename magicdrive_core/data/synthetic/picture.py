@@ -14,7 +14,7 @@ from magicdrive_core.data.synthetic.lens import Lens
 from magicdrive_core.data.synthetic.light import Light, Picture, colourise, darken
 from magicdrive_core.data.synthetic.maps import MapShapes
 from magicdrive_core.data.synthetic.objects import Faces, Things, faces_of, fill, mirrored, seen
-from magicdrive_core.data.synthetic.scenery import furnish
+from magicdrive_core.data.synthetic.scenery import Scenery
 from magicdrive_core.data.synthetic.sky import paint_sky
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.geometry.cameras import PICTURE_HEIGHT, PICTURE_WIDTH
@@ -36,9 +36,8 @@ class Place:
     lamps: Array  # (M, 2) street lamps
 
 
-def prepare_place(shapes: MapShapes) -> Place:
+def prepare_place(shapes: MapShapes, scenery: Scenery) -> Place:
     """Everything that a map alone decides."""
-    scenery = furnish(shapes)
     boxes = scenery.boxes
     c, s, zero = np.cos(boxes[:, 6]), np.sin(boxes[:, 6]), np.zeros(len(boxes))
     rotations = np.stack([c, -s, zero, s, c, zero, zero, zero, zero + 1], axis=1).reshape(-1, 3, 3)
@@ -92,7 +91,7 @@ def _standing(scenery: Things, lens: Lens) -> Things:
 
 
 def _shadows(things: Things, light: Light) -> Array:
-    """Quadrilaterals (Q, 4, 2) on the ground: footprint, and in the sun that of the top and what the sides sweep over."""
+    """Quadrilaterals (Q, 4, 2) on the ground: footprints; in the sun also tops, and what the sides sweep over."""
     foot = things.footprints
     if not light.sun:
         return foot

@@ -16,7 +16,8 @@ import cv2
 from magicdrive_core.data.synthetic.light import light_of
 from magicdrive_core.data.synthetic.maps import read_shapes
 from magicdrive_core.data.synthetic.picture import Place, draw, encode, prepare_place
-from magicdrive_core.data.synthetic.source import Footage, read_footage
+from magicdrive_core.data.synthetic.scenery import scenery_of
+from magicdrive_core.data.synthetic.source import Footage, Shot, read_footage
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.files import sync_folder, write_unsynced
 from magicdrive_core.progress import progress_bar
@@ -58,7 +59,7 @@ def render_missing(root: Path, version: str, workers: int | None = None) -> int:
     return total
 
 
-def _batches(shots: list) -> Iterator[list]:  # type: ignore[type-arg]
+def _batches(shots: list[Shot]) -> Iterator[list[Shot]]:
     for start in range(0, len(shots), BATCH):
         yield shots[start : start + BATCH]
 
@@ -98,7 +99,7 @@ def prepare_process() -> None:
 
 @cache
 def _place(root: Path, location: str) -> Place:
-    return prepare_place(read_shapes(root, location))
+    return prepare_place(read_shapes(root, location), scenery_of(root, location))
 
 
 def _draw_task(root: Path, scene: Footage) -> int:

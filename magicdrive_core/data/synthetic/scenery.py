@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import shapely
@@ -12,11 +14,11 @@ from numpy.typing import NDArray
 from shapely.geometry import MultiPolygon, Polygon
 from shapely.geometry.base import BaseGeometry
 
-from magicdrive_core.data.synthetic.maps import MapShapes
+from magicdrive_core.data.synthetic.maps import MapShapes, read_shapes
 
 Array = NDArray[np.float64]
 
-LAMP_PITCH, LAMP_SIZE, LAMP_OFFSET = 28.0, (0.35, 2.4, 7.5), 0.9  # metres; w, l, h; from the kerb to its middle
+LAMP_PITCH, LAMP_SIZE, LAMP_OFFSET = 28.0, (0.24, 2.4, 7.5), 0.9  # metres; w, l, h; from the kerb to its middle
 TREE_PITCH, TREE_OFFSET = 13.0, 2.6  # metres along the free land's edge, and into it
 HOUSE_PITCH, HOUSE_OFFSET = 15.0, 6.5
 CLEAR = 30.0  # metres from middle to middle beyond which no two things touch
@@ -33,6 +35,12 @@ class Scenery:
 
     names: list[str]  # of shapes.shape
     boxes: Array  # (N, 7): x, y, height of the bottom above ground, w, l, h in metres, heading in radians
+
+
+@cache
+def scenery_of(root: Path, location: str) -> Scenery:
+    """The scenery of a data root's map, made once in each process."""
+    return furnish(read_shapes(root, location))
 
 
 def furnish(shapes: MapShapes) -> Scenery:

@@ -6,138 +6,149 @@ from functools import cache
 
 import numpy as np
 
-from magicdrive_core.data.synthetic.materials import Material as M
+from magicdrive_core.data.synthetic.materials import Material
 from magicdrive_core.data.synthetic.meshes import Face, Mesh, Node, Split, ball, box, end, mesh, prism, side, wheels
 
 
 @cache
 def shape(name: str) -> Mesh:
     """The mesh of a detection class or a piece of scenery; unknown names are plain boxes of concrete."""
-    return mesh(_SHAPES[name]() if name in _SHAPES else box((-0.5, 0.5), (-0.5, 0.5), (0, 1), M.CONCRETE))
+    return mesh(_SHAPES[name]() if name in _SHAPES else box((-0.5, 0.5), (-0.5, 0.5), (0, 1), Material.CONCRETE))
 
 
 def _lamps(z: tuple[float, float], front: bool = True, wide: float = 0.28) -> list[Face]:
     """Head and tail lamps, number plates."""
-    faces = end((-0.16, 0.16), (z[0] - 0.06, z[0]), -0.5, M.PLATE)
+    faces = end((-0.16, 0.16), (z[0] - 0.06, z[0]), -0.5, Material.PLATE)
     for y in ((-0.47, -0.47 + wide * 0.6), (0.47 - wide * 0.6, 0.47)):
-        faces += end(y, z, -0.5, M.TAIL_LAMP)
-        faces += end(y, z, 0.5, M.HEAD_LAMP) if front else []
+        faces += end(y, z, -0.5, Material.TAIL_LAMP)
+        faces += end(y, z, 0.5, Material.HEAD_LAMP) if front else []
     return faces
 
 
 def _car() -> Node:
-    body = prism([(-0.5, 0.16), (0.5, 0.16), (0.5, 0.42), (0.47, 0.5), (-0.46, 0.58), (-0.5, 0.5)], (-0.5, 0.5), M.CAR)
-    body += end((-0.5, 0.5), (0.16, 0.27), 0.5, M.BUMPER) + end((-0.5, 0.5), (0.16, 0.27), -0.5, M.BUMPER)
+    body = prism(
+        [(-0.5, 0.16), (0.5, 0.16), (0.5, 0.42), (0.47, 0.5), (-0.46, 0.58), (-0.5, 0.5)], (-0.5, 0.5), Material.CAR
+    )
+    body += end((-0.5, 0.5), (0.16, 0.27), 0.5, Material.BUMPER) + end((-0.5, 0.5), (0.16, 0.27), -0.5, Material.BUMPER)
     body += _lamps((0.36, 0.46)) + wheels((-0.3, 0.31), 0.34, 4.6, 1.7)
     roof = [(-0.42, 0.53), (0.24, 0.53), (0.06, 1.0), (-0.3, 1.0)]
-    cabin = prism(roof, (-0.47, 0.47), M.CAR, inset=0.07)
+    cabin = prism(roof, (-0.47, 0.47), Material.CAR, inset=0.07)
     for y, lean in ((-0.463, 0.055), (0.463, 0.055)):
         for x0, x1, x2, x3 in ((-0.36, -0.12, -0.12, -0.27), (-0.09, 0.17, 0.05, -0.09)):
             inner = y - np.sign(y) * lean
             window = np.array([[x0, y, 0.58], [x1, y, 0.58], [x2, inner, 0.94], [x3, inner, 0.94]])
-            cabin.append(Face(window[::-1] if y > 0 else window, M.GLASS))
-    cabin += end((-0.42, 0.42), (0.57, 0.95), (0.225, 0.08), M.GLASS)
-    cabin += end((-0.41, 0.41), (0.6, 0.94), (-0.402, -0.315), M.GLASS)
+            cabin.append(Face(window[::-1] if y > 0 else window, Material.GLASS))
+    cabin += end((-0.42, 0.42), (0.57, 0.95), (0.225, 0.08), Material.GLASS)
+    cabin += end((-0.41, 0.41), (0.6, 0.94), (-0.402, -0.315), Material.GLASS)
     return Split(2, 0.53, body, cabin)
 
 
 def _truck() -> Node:
-    cab = prism([(0.22, 0.14), (0.5, 0.14), (0.5, 0.5), (0.46, 0.86), (0.22, 0.86)], (-0.48, 0.48), M.TRUCK_CAB)
-    cab += end((-0.42, 0.42), (0.52, 0.8), (0.498, 0.468), M.GLASS) + end((-0.48, 0.48), (0.14, 0.22), 0.5, M.BUMPER)
+    cab = prism([(0.22, 0.14), (0.5, 0.14), (0.5, 0.5), (0.46, 0.86), (0.22, 0.86)], (-0.48, 0.48), Material.TRUCK_CAB)
+    cab += end((-0.42, 0.42), (0.52, 0.8), (0.498, 0.468), Material.GLASS) + end(
+        (-0.48, 0.48), (0.14, 0.22), 0.5, Material.BUMPER
+    )
     for y in (-0.48, 0.48):
-        cab += side((0.28, 0.45), (0.52, 0.78), y, M.GLASS)
+        cab += side((0.28, 0.45), (0.52, 0.78), y, Material.GLASS)
     cab += _lamps((0.26, 0.33)) + wheels((0.36,), 0.5, 7.2, 3.0, 0.48)
-    load = box((-0.5, 0.2), (-0.5, 0.5), (0.22, 1.0), M.TRUCK_CARGO)
-    load += end((-0.5, 0.5), (0.14, 0.24), -0.5, M.BUMPER) + end((-0.01, 0.01), (0.24, 1.0), -0.5, M.BUMPER)
+    load = box((-0.5, 0.2), (-0.5, 0.5), (0.22, 1.0), Material.TRUCK_CARGO)
+    load += end((-0.5, 0.5), (0.14, 0.24), -0.5, Material.BUMPER) + end(
+        (-0.01, 0.01), (0.24, 1.0), -0.5, Material.BUMPER
+    )
     load += _lamps((0.25, 0.3), front=False) + wheels((-0.34, -0.18), 0.5, 7.2, 3.0)
     return Split(0, 0.21, load, cab)
 
 
 def _bus() -> Node:
-    body = box((-0.5, 0.5), (-0.5, 0.5), (0.1, 1.0), M.BUS, M.BUS_BAND)
+    body = box((-0.5, 0.5), (-0.5, 0.5), (0.1, 1.0), Material.BUS, Material.BUS_BAND)
     for y in (-0.5, 0.5):
-        body += side((-0.5, 0.5), (0.34, 0.44), y, M.BUS_BAND)
+        body += side((-0.5, 0.5), (0.34, 0.44), y, Material.BUS_BAND)
         for index in range(6):
-            body += side((-0.47 + 0.157 * index, -0.335 + 0.157 * index), (0.48, 0.82), y, M.GLASS)
-    body += end((-0.45, 0.45), (0.4, 0.84), 0.5, M.GLASS) + end((-0.4, 0.4), (0.52, 0.82), -0.5, M.GLASS)
-    body += end((-0.35, 0.35), (0.87, 0.96), 0.5, M.BUS_BAND)
+            body += side((-0.47 + 0.157 * index, -0.335 + 0.157 * index), (0.48, 0.82), y, Material.GLASS)
+    body += end((-0.45, 0.45), (0.4, 0.84), 0.5, Material.GLASS) + end((-0.4, 0.4), (0.52, 0.82), -0.5, Material.GLASS)
+    body += end((-0.35, 0.35), (0.87, 0.96), 0.5, Material.BUS_BAND)
     return body + _lamps((0.2, 0.27)) + wheels((-0.3, 0.32), 0.5, 11.0, 3.5)
 
 
 def _trailer() -> Node:
-    body = box((-0.5, 0.5), (-0.5, 0.5), (0.24, 1.0), M.TRAILER)
+    body = box((-0.5, 0.5), (-0.5, 0.5), (0.24, 1.0), Material.TRAILER)
     for y in (-0.5, 0.5):
-        body += side((-0.5, 0.5), (0.5, 0.66), y, M.TRAILER_STRIPE)
-        body += side((-0.5, 0.5), (0.24, 0.28), y, M.BUMPER)
-    body += end((-0.01, 0.01), (0.28, 1.0), -0.5, M.BUMPER) + end((-0.5, 0.5), (0.14, 0.28), -0.5, M.BUMPER)
+        body += side((-0.5, 0.5), (0.5, 0.66), y, Material.TRAILER_STRIPE)
+        body += side((-0.5, 0.5), (0.24, 0.28), y, Material.BUMPER)
+    body += end((-0.01, 0.01), (0.28, 1.0), -0.5, Material.BUMPER) + end(
+        (-0.5, 0.5), (0.14, 0.28), -0.5, Material.BUMPER
+    )
     return body + _lamps((0.29, 0.34), front=False) + wheels((-0.4, -0.28, -0.16), 0.5, 9.0, 3.6)
 
 
 def _digger() -> Node:
-    tracks = box((-0.42, 0.36), (-0.5, 0.5), (0.0, 0.26), M.DIGGER_DARK)
+    tracks = box((-0.42, 0.36), (-0.5, 0.5), (0.0, 0.26), Material.DIGGER_DARK)
     for y in (-0.5, 0.5):
-        tracks += side((-0.38, 0.32), (0.06, 0.2), y, M.BUMPER)
-    house = box((-0.5, 0.16), (-0.46, 0.46), (0.27, 0.62), M.DIGGER)
-    house += end((-0.46, 0.46), (0.36, 0.44), -0.5, M.DIGGER_DARK)
-    cab = prism([(-0.16, 0.63), (0.16, 0.63), (0.12, 1.0), (-0.16, 1.0)], (-0.02, 0.44), M.DIGGER)
-    cab += end((0.02, 0.4), (0.66, 0.95), (0.158, 0.126), M.GLASS)
-    cab += side((-0.12, 0.1), (0.66, 0.93), 0.44, M.GLASS) + side((-0.12, 0.1), (0.66, 0.93), -0.02, M.GLASS)
-    boom = prism([(0.17, 0.42), (0.24, 0.36), (0.36, 0.9), (0.3, 0.96)], (-0.3, -0.12), M.DIGGER)
-    arm = prism([(0.365, 0.9), (0.42, 0.3), (0.47, 0.3), (0.43, 0.94)], (-0.3, -0.12), M.DIGGER)
-    bucket = prism([(0.36, 0.02), (0.5, 0.08), (0.5, 0.28), (0.4, 0.28)], (-0.4, -0.02), M.DIGGER_DARK)
+        tracks += side((-0.38, 0.32), (0.06, 0.2), y, Material.BUMPER)
+    house = box((-0.5, 0.16), (-0.46, 0.46), (0.27, 0.62), Material.DIGGER)
+    house += end((-0.46, 0.46), (0.36, 0.44), -0.5, Material.DIGGER_DARK)
+    cab = prism([(-0.16, 0.63), (0.16, 0.63), (0.12, 1.0), (-0.16, 1.0)], (-0.02, 0.44), Material.DIGGER)
+    cab += end((0.02, 0.4), (0.66, 0.95), (0.158, 0.126), Material.GLASS)
+    cab += side((-0.12, 0.1), (0.66, 0.93), 0.44, Material.GLASS) + side(
+        (-0.12, 0.1), (0.66, 0.93), -0.02, Material.GLASS
+    )
+    boom = prism([(0.17, 0.42), (0.24, 0.36), (0.36, 0.9), (0.3, 0.96)], (-0.3, -0.12), Material.DIGGER)
+    arm = prism([(0.365, 0.9), (0.42, 0.3), (0.47, 0.3), (0.43, 0.94)], (-0.3, -0.12), Material.DIGGER)
+    bucket = prism([(0.36, 0.02), (0.5, 0.08), (0.5, 0.28), (0.4, 0.28)], (-0.4, -0.02), Material.DIGGER_DARK)
     front = Split(0, 0.362, boom, Split(2, 0.29, bucket, arm))
     return Split(2, 0.265, tracks, Split(0, 0.165, Split(2, 0.625, house, cab), front))
 
 
-def _rider(body: M, top: M) -> Node:
+def _rider(body: Material, top: Material) -> Node:
     """Someone on a saddle: legs, back and head above z = 0.5."""
-    legs = box((-0.12, 0.1), (-0.42, 0.42), (0.34, 0.56), M.TROUSERS)
-    back = prism([(-0.18, 0.57), (0.06, 0.57), (0.16, 0.82), (-0.06, 0.85)], (-0.46, 0.46), body)
-    arms = prism([(0.17, 0.6), (0.3, 0.58), (0.3, 0.64), (0.17, 0.78)], (-0.44, 0.44), body)
-    head = ball((-0.02, 0.14), (-0.22, 0.22), (0.855, 1.0), top, 6)
+    legs = box((-0.1, 0.1), (-0.3, 0.3), (0.34, 0.56), Material.TROUSERS)
+    back = prism([(-0.16, 0.57), (0.04, 0.57), (0.14, 0.82), (-0.04, 0.85)], (-0.32, 0.32), body, inset=0.04)
+    arms = prism([(0.165, 0.6), (0.3, 0.58), (0.3, 0.63), (0.165, 0.76)], (-0.4, 0.4), body)
+    head = ball((-0.02, 0.13), (-0.2, 0.2), (0.855, 1.0), top, 8)
     return Split(2, 0.565, legs, Split(2, 0.852, Split(0, 0.165, back, arms), head))
 
 
 def _motorcycle() -> Node:
-    frame = prism([(-0.4, 0.2), (0.32, 0.18), (0.36, 0.42), (-0.46, 0.52)], (-0.32, 0.32), M.MOTORCYCLE)
-    frame += wheels((-0.34, 0.34), 0.33, 2.1, 1.6, 0.32)
-    frame += end((-0.16, 0.16), (0.4, 0.5), -0.46, M.TAIL_LAMP)
-    fork = prism([(0.365, 0.24), (0.5, 0.24), (0.42, 0.62), (0.37, 0.62)], (-0.25, 0.25), M.MOTORCYCLE)
-    fork += end((-0.18, 0.18), (0.46, 0.58), (0.45, 0.428), M.HEAD_LAMP)
-    return Split(2, 0.525, Split(0, 0.362, frame, fork), _rider(M.RIDER, M.HELMET))
+    frame = prism([(-0.4, 0.2), (0.32, 0.18), (0.36, 0.42), (-0.46, 0.52)], (-0.2, 0.2), Material.MOTORCYCLE)
+    frame += wheels((-0.34, 0.34), 0.33, 2.1, 1.6, 0.2)
+    frame += end((-0.16, 0.16), (0.4, 0.5), -0.46, Material.TAIL_LAMP)
+    fork = prism([(0.365, 0.24), (0.5, 0.24), (0.42, 0.62), (0.37, 0.62)], (-0.14, 0.14), Material.MOTORCYCLE)
+    fork += end((-0.12, 0.12), (0.44, 0.58), (0.453, 0.428), Material.HEAD_LAMP)
+    return Split(2, 0.525, Split(0, 0.362, frame, fork), _rider(Material.RIDER, Material.HELMET))
 
 
 def _bicycle() -> Node:
-    frame = prism([(-0.3, 0.2), (0.1, 0.16), (0.28, 0.44), (-0.12, 0.48)], (-0.12, 0.12), M.BICYCLE)
+    frame = prism([(-0.3, 0.2), (0.1, 0.16), (0.28, 0.44), (-0.12, 0.48)], (-0.12, 0.12), Material.BICYCLE)
     frame += wheels((-0.3, 0.3), 0.33, 1.75, 1.7, 0.12)
-    return Split(2, 0.49, frame, _rider(M.CYCLIST, M.HELMET))
+    return Split(2, 0.49, frame, _rider(Material.CYCLIST, Material.HELMET))
 
 
 def _pedestrian() -> Node:
     legs = Split(
         1,
         0.0,
-        prism([(-0.2, 0.0), (0.02, 0.0), (0.12, 0.46), (-0.12, 0.46)], (-0.3, -0.03), M.TROUSERS),
-        prism([(0.0, 0.0), (0.22, 0.0), (0.12, 0.46), (-0.12, 0.46)], (0.03, 0.3), M.TROUSERS),
+        prism([(-0.2, 0.0), (0.02, 0.0), (0.12, 0.46), (-0.12, 0.46)], (-0.3, -0.03), Material.TROUSERS),
+        prism([(0.0, 0.0), (0.22, 0.0), (0.12, 0.46), (-0.12, 0.46)], (0.03, 0.3), Material.TROUSERS),
     )
-    torso = prism([(-0.2, 0.46), (0.2, 0.46), (0.22, 0.8), (-0.2, 0.84)], (-0.36, 0.36), M.SHIRT, inset=0.06)
+    torso = prism([(-0.2, 0.46), (0.2, 0.46), (0.22, 0.8), (-0.2, 0.84)], (-0.36, 0.36), Material.SHIRT, inset=0.06)
     arms = [
-        prism([(-0.1, 0.44), (0.1, 0.44), (0.1, 0.8), (-0.1, 0.8)], y, M.SHIRT) for y in ((-0.5, -0.37), (0.37, 0.5))
+        prism([(-0.1, 0.44), (0.1, 0.44), (0.1, 0.8), (-0.1, 0.8)], y, Material.SHIRT)
+        for y in ((-0.5, -0.37), (0.37, 0.5))
     ]
     upper = Split(1, -0.365, arms[0], Split(1, 0.365, torso, arms[1]))
     head = Split(
         2,
         0.935,
-        ball((-0.2, 0.2), (-0.2, 0.2), (0.845, 0.97), M.SKIN, 8),
-        ball((-0.22, 0.2), (-0.21, 0.21), (0.92, 1.0), M.HAIR, 8),
+        ball((-0.2, 0.2), (-0.2, 0.2), (0.845, 0.97), Material.SKIN, 8),
+        ball((-0.22, 0.2), (-0.21, 0.21), (0.92, 1.0), Material.HAIR, 8),
     )
     return Split(2, 0.45, legs, Split(2, 0.842, upper, head))
 
 
 def _cone() -> Node:
-    foot = box((-0.5, 0.5), (-0.5, 0.5), (0, 0.07), M.BUMPER)
+    foot = box((-0.5, 0.5), (-0.5, 0.5), (0, 0.07), Material.BUMPER)
 
-    def ring(low: float, high: float, material: M) -> list[Face]:
+    def ring(low: float, high: float, material: Material) -> list[Face]:
         (r0, r1) = (0.36 - 0.28 * level for level in (low, high))
         turn = np.arange(8) / 8 * 2 * np.pi
         circle = np.stack([np.cos(turn), np.sin(turn)], axis=1)
@@ -147,7 +158,12 @@ def _cone() -> Node:
         walls = [Face(np.stack([bottom[i], bottom[i - 7], lid[i - 7], lid[i]]), material) for i in range(8)]
         return [*walls, Face(lid, material)]
 
-    parts = [(0.0, 0.35, M.CONE), (0.35, 0.6, M.CONE_BAND), (0.6, 0.78, M.CONE), (0.78, 1.0, M.CONE)]
+    parts = [
+        (0.0, 0.35, Material.CONE),
+        (0.35, 0.6, Material.CONE_BAND),
+        (0.6, 0.78, Material.CONE),
+        (0.78, 1.0, Material.CONE),
+    ]
     node: Node = ring(*parts[-1])
     for low, high, material in reversed(parts[:-1]):
         node = Split(2, 0.07 + 0.93 * high, ring(low, high, material), node)
@@ -155,22 +171,22 @@ def _cone() -> Node:
 
 
 def _barrier() -> Node:
-    faces = box((-0.5, 0.5), (-0.5, 0.5), (0, 1), M.BARRIER)
+    faces = box((-0.5, 0.5), (-0.5, 0.5), (0, 1), Material.BARRIER)
     for x in (-0.5, 0.5):
         for y in (-0.34, 0.0, 0.34):
-            faces += end((y - 0.08, y + 0.08), (0.1, 0.92), x, M.BARRIER_BAND)
+            faces += end((y - 0.08, y + 0.08), (0.1, 0.92), x, Material.BARRIER_BAND)
     return faces
 
 
-def _building(wall: M, floors: int, columns: int, ribbons: bool) -> Node:
-    faces = box((-0.5, 0.5), (-0.5, 0.5), (0, 1), wall, M.ROOF)
+def _building(wall: Material, floors: int, columns: int, ribbons: bool) -> Node:
+    faces = box((-0.5, 0.5), (-0.5, 0.5), (0, 1), wall, Material.ROOF)
     storey = 1 / (floors + 0.4)
     for number, x in ((0, -0.5), (1, 0.5)):
         for floor in range(floors):
             z = ((floor + 0.3) * storey, (floor + 0.8) * storey)
             for column in range(1 if ribbons or not floor else columns):
                 lit = (floor * 7 + column * 5 + number * 3) % 4 == 0
-                material = M.SHOP if not floor else M.LIT_WINDOW if lit else M.WINDOW
+                material = Material.SHOP if not floor else Material.LIT_WINDOW if lit else Material.WINDOW
                 step = 0.9 / (1 if ribbons or not floor else columns)
                 start = -0.45 + column * step + 0.12 * step
                 span = (-0.46, 0.46) if ribbons or not floor else (start, start + 0.76 * step)
@@ -180,16 +196,16 @@ def _building(wall: M, floors: int, columns: int, ribbons: bool) -> Node:
 
 
 def _tree() -> Node:
-    trunk = box((-0.05, 0.05), (-0.05, 0.05), (0, 0.42), M.TRUNK)
-    low = ball((-0.5, 0.5), (-0.5, 0.5), (0.32, 0.78), M.LEAVES, 8)
-    high = ball((-0.38, 0.34), (-0.34, 0.38), (0.6, 1.0), M.LEAVES, 8)
+    trunk = box((-0.05, 0.05), (-0.05, 0.05), (0, 0.42), Material.TRUNK)
+    low = ball((-0.5, 0.5), (-0.5, 0.5), (0.32, 0.78), Material.LEAVES, 8)
+    high = ball((-0.38, 0.34), (-0.34, 0.38), (0.6, 1.0), Material.LEAVES, 8)
     return Split(2, 0.36, trunk, Split(2, 0.7, low, high))
 
 
 def _street_lamp() -> Node:
-    pole = box((-0.5, -0.44), (-0.3, 0.3), (0, 0.965), M.POLE)
-    arm = box((-0.5, 0.44), (-0.2, 0.2), (0.975, 1.0), M.POLE)
-    lantern = box((0.14, 0.5), (-0.5, 0.5), (0.945, 0.972), M.LANTERN, M.POLE)
+    pole = box((-0.5, -0.44), (-0.3, 0.3), (0, 0.965), Material.POLE)
+    arm = box((-0.5, 0.44), (-0.2, 0.2), (0.975, 1.0), Material.POLE)
+    lantern = box((0.14, 0.5), (-0.5, 0.5), (0.945, 0.972), Material.LANTERN, Material.POLE)
     return Split(2, 0.973, Split(0, -0.1, pole, lantern), arm)
 
 
@@ -204,9 +220,9 @@ _SHAPES = {
     "pedestrian": _pedestrian,
     "traffic_cone": _cone,
     "barrier": _barrier,
-    "house": lambda: _building(M.BRICK, 3, 4, False),
-    "block": lambda: _building(M.PLASTER, 5, 5, False),
-    "office": lambda: _building(M.CONCRETE, 7, 1, True),
+    "house": lambda: _building(Material.BRICK, 3, 4, False),
+    "block": lambda: _building(Material.PLASTER, 5, 5, False),
+    "office": lambda: _building(Material.CONCRETE, 7, 1, True),
     "tree": _tree,
     "street_lamp": _street_lamp,
 }

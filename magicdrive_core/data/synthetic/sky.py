@@ -29,7 +29,7 @@ def paint_sky(labels: Labels, lens: Lens) -> None:
     ahead = np.flatnonzero(directions.mean(axis=1)[:, 2] > FAR * AHEAD)
     for index, outline in zip(ahead, lens.outlines(directions[ahead]), strict=True):
         if outline is not None:
-            cv2.fillPoly(labels, [outline], int(far.labels[index]), shift=SHIFT)
+            cv2.fillPoly(labels, [outline], (int(far.labels[index]),), shift=SHIFT)
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from magicdrive_core.data.synthetic.city import CARPARK, HALF, LANE, WALKWAY, City, Lane
+from magicdrive_core.data.synthetic.city import HALF, LANE, WALKWAY, City, Lane
 from magicdrive_core.data.synthetic.curves import Curve
 
 Array = NDArray[np.float64]
@@ -26,10 +27,10 @@ SIZES = {
     "movable_object.trafficcone": (0.42, 0.42, 0.85),
     "movable_object.barrier": (2.4, 0.55, 1.0),
 }
-REACH = 55.0  # metres from the ego's way within which traffic starts
+REACH = 50.0  # metres from the ego's way within which traffic starts
 CHECKS = 4.0  # a second: how often two objects are compared
 GAP = 0.35  # metres that stay free between any two objects
-TRIES = 80
+TRIES = 120
 EGO_LENGTH, EGO_WIDTH, EGO_AHEAD = 4.9, 2.0, 1.4  # metres; the ego frame's origin is the rear axle
 
 
@@ -62,6 +63,7 @@ class Traffic:
     """The accepted actors of a scene."""
 
     seconds: Array  # times at which distances are checked
+    way: Array  # (W, 2) places that the ego passes
     actors: list[Actor] = field(default_factory=list)
     _discs: list[tuple[Array, float]] = field(default_factory=list)  # (T, D, 2) centres, radius
 
@@ -70,8 +72,10 @@ class Traffic:
         self._discs.append(_discs(poses, length, width))
 
     def add(self, actors: Iterable[Actor]) -> bool:
-        """Accepts the actors, all or none: whether they keep clear of all that were accepted before."""
+        """Accepts the actors, all or none: whether they start near the ego's way and touch none accepted before."""
         actors = list(actors)
+        if _distance(actors[0].poses(np.zeros(1))[:, :2], self.way) > REACH:
+            return False
         covered = [_discs(actor.poses(self.seconds), actor.size[1], actor.size[0]) for actor in actors]
         if any(_touch(new, old) for new in covered for old in self._discs):
             return False
@@ -94,26 +98,29 @@ def populate(
         rng: the scene's source of chance.
     """
     checks = np.linspace(-0.1, seconds + 0.1, int(np.ceil(CHECKS * seconds)) + 1)
-    traffic = Traffic(checks)
-    traffic.occupy(ego.poses(ego_start + EGO_AHEAD + speed * checks), EGO_LENGTH, EGO_WIDTH)
     way = ego.poses(np.linspace(ego_start, ego_start + speed * seconds, 9))[:, :2]
+    traffic = Traffic(checks, way)
+    traffic.occupy(ego.poses(ego_start + EGO_AHEAD + speed * checks), EGO_LENGTH, EGO_WIDTH)
     near = _near_lanes(city, way)
 
     ahead = ego_start + EGO_AHEAD + rng.uniform(13, 22)
     traffic.add([Actor("vehicle.car", "vehicle.moving", ego, ahead, speed)])
     traffic.add([Actor("vehicle.car", "vehicle.moving", ego, ego_start - rng.uniform(11, 16), speed)])
-    _try(traffic, lambda: _work_zone(_pick(near, rng, roads=True, index=1), rng))
-    _try(traffic, lambda: _lorry(city, _pick(near, rng, roads=True), rng))
+    roads = [lane for lane in near if not lane.move]
+    outer = [lane for lane in near if lane.index == 1]
+    kerbs = [lane for lane in roads if lane.index == 1]
+    _try(traffic, partial(_work_zone, kerbs, rng))
+    _try(traffic, partial(_lorry, city, roads, rng))
     for category in ("vehicle.bus.rigid", "vehicle.truck", "vehicle.motorcycle", "vehicle.bicycle", "vehicle.bicycle"):
-        _try(traffic, lambda category=category: [_driver(city, category, _pick(near, rng, index=1), rng)])  # type: ignore[misc]
+        _try(traffic, partial(_driver, category, city, outer, rng))
     for _ in range(9):
-        _try(traffic, lambda: [_driver(city, "vehicle.car", _pick(near, rng), rng)])
-    _park(traffic, city, way, rng)
+        _try(traffic, partial(_driver, "vehicle.car", city, near, rng))
+    _park(traffic, city, rng)
     for _ in range(8):
-        _try(traffic, lambda: [_walker(_pick(near, rng, roads=True, index=1), rng)])
+        _try(traffic, partial(_walker, kerbs, rng))
     crossings = [curve for curve in city.crossings.values() if _distance(curve.poses([0.0])[:, :2], way) < REACH]
     for _ in range(4 if crossings else 0):
-        _try(traffic, lambda: [_crosser(crossings[rng.integers(len(crossings))], rng)])
+        _try(traffic, partial(_crosser, crossings, rng))
     return traffic
 
 
@@ -123,16 +130,18 @@ def _try(traffic: Traffic, draw: Callable[[], list[Actor]]) -> None:
             return
 
 
-def _driver(city: City, category: str, lane: Lane, rng: np.random.Generator) -> Actor:
+def _driver(category: str, city: City, lanes: list[Lane], rng: np.random.Generator) -> list[Actor]:
+    lane = lanes[rng.integers(len(lanes))]
     cycle = category in ("vehicle.bicycle", "vehicle.motorcycle")
     speed = rng.uniform(3.0, 4.5) if category == "vehicle.bicycle" else rng.uniform(4.5, 9.0)
     offset = LANE / 2 - 0.8 if category == "vehicle.bicycle" else 0.0
     attribute = "cycle.with_rider" if cycle else "vehicle.moving"
-    return Actor(category, attribute, _route(city, lane, rng), rng.uniform(0, lane.curve.length), speed, offset)
+    return [Actor(category, attribute, _route(city, lane, rng), rng.uniform(0, lane.curve.length), speed, offset)]
 
 
-def _lorry(city: City, lane: Lane, rng: np.random.Generator) -> list[Actor]:
+def _lorry(city: City, lanes: list[Lane], rng: np.random.Generator) -> list[Actor]:
     """A truck that draws a trailer."""
+    lane = lanes[rng.integers(len(lanes))]
     route, speed = _route(city, lane, rng), rng.uniform(4.5, 7.0)
     start = rng.uniform(0, lane.curve.length)
     behind = (SIZES["vehicle.truck"][1] + SIZES["vehicle.trailer"][1]) / 2 + 0.9
@@ -142,8 +151,9 @@ def _lorry(city: City, lane: Lane, rng: np.random.Generator) -> list[Actor]:
     ]
 
 
-def _work_zone(lane: Lane, rng: np.random.Generator) -> list[Actor]:
+def _work_zone(lanes: list[Lane], rng: np.random.Generator) -> list[Actor]:
     """An excavator in a closed lane: barriers before it, cones along it."""
+    lane = lanes[rng.integers(len(lanes))]
     at = rng.uniform(8, lane.curve.length - 8)
     zone = [Actor("vehicle.construction", "vehicle.stopped", lane.curve, at, 0.0, 0.3)]
     zone += [
@@ -161,24 +171,25 @@ def _work_zone(lane: Lane, rng: np.random.Generator) -> list[Actor]:
     return zone
 
 
-def _walker(lane: Lane, rng: np.random.Generator) -> Actor:
+def _walker(lanes: list[Lane], rng: np.random.Generator) -> list[Actor]:
     """Someone on the walkway beside an outer lane, in either direction or standing."""
+    lane = lanes[rng.integers(len(lanes))]
     speed = (0.0, 1.2, 1.4, -1.1, -1.4)[rng.integers(5)]
     attribute = "pedestrian.moving" if speed else "pedestrian.standing"
     offset = HALF - 1.5 * LANE + rng.uniform(0.8, WALKWAY - 0.6)
     start, turn = rng.uniform(0, lane.curve.length), np.pi if speed < 0 else 0.0
-    return Actor("human.pedestrian.adult", attribute, lane.curve, start, speed, offset, turn)
+    return [Actor("human.pedestrian.adult", attribute, lane.curve, start, speed, offset, turn)]
 
 
-def _crosser(crossing: Curve, rng: np.random.Generator) -> Actor:
-    side = rng.uniform(-1.1, 1.1)
-    start = rng.uniform(0, crossing.length - 3)
-    return Actor("human.pedestrian.adult", "pedestrian.moving", crossing, start, rng.uniform(1.1, 1.5), side)
+def _crosser(crossings: list[Curve], rng: np.random.Generator) -> list[Actor]:
+    crossing = crossings[rng.integers(len(crossings))]
+    start, speed, side = rng.uniform(0, crossing.length - 3), rng.uniform(1.1, 1.5), rng.uniform(-1.1, 1.1)
+    return [Actor("human.pedestrian.adult", "pedestrian.moving", crossing, start, speed, side)]
 
 
-def _park(traffic: Traffic, city: City, way: Array, rng: np.random.Generator) -> None:
+def _park(traffic: Traffic, city: City, rng: np.random.Generator) -> None:
     for bay in city.bays:
-        if _distance(bay.poses([0.0])[:, :2], way) < REACH + CARPARK[2] and rng.random() < 0.55:
+        if rng.random() < 0.55:
             middle = bay.length / 2 + rng.uniform(-0.25, 0.25)
             traffic.add([Actor("vehicle.car", "vehicle.parked", bay, middle, turn=np.pi * float(rng.integers(2)))])
 
@@ -197,11 +208,6 @@ def _near_lanes(city: City, way: Array) -> list[Lane]:
     return [
         lane for lane in lanes if _distance(lane.curve.poses(np.arange(0, lane.curve.length, 5))[:, :2], way) < REACH
     ]
-
-
-def _pick(lanes: list[Lane], rng: np.random.Generator, *, roads: bool = False, index: int | None = None) -> Lane:
-    fitting = [lane for lane in lanes if not (roads and lane.move) and index in (None, lane.index)]
-    return fitting[rng.integers(len(fitting))]
 
 
 def _distance(points: Array, others: Array) -> float:

@@ -7,19 +7,14 @@ import io
 import os
 import shutil
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
 
 from magicdrive_core.config import Synth
 from magicdrive_core.data.synthetic.city import city
 from magicdrive_core.data.synthetic.expansion import write_expansion, write_mask
-from magicdrive_core.data.synthetic.maps import read_shapes
 from magicdrive_core.data.synthetic.render import prepare_process, render_missing
-from magicdrive_core.data.synthetic.scenery import furnish
+from magicdrive_core.data.synthetic.scenery import scenery_of
 from magicdrive_core.data.synthetic.scenes import Plan, plan_scene
 from magicdrive_core.data.synthetic.tables import Rows, fixed_rows, merge, scene_rows
 from magicdrive_core.errors import MagicDriveError
@@ -47,7 +42,7 @@ def synthesize(synth: Synth, root: Path, version: str, workers: int | None = Non
     found = read_json(root / STAMP) if (root / STAMP).is_file() else None
     if found == {**stamp, "complete": True} and _is_complete(root):
         return
-    if found is None and root.is_dir() and any(root.iterdir()):
+    if found is None and root.is_dir() and any(not path.name.startswith(".") for path in root.iterdir()):
         raise MagicDriveError(f"{root} holds data that was not generated here", "choose an empty folder for data.root")
     if found is not None and {**found, "complete": None} != {**stamp, "complete": None}:
         _clear(root, str(found.get("version")))
@@ -80,21 +75,15 @@ def _scenes(root: Path, plans: list[Plan], workers: int) -> list[Rows]:
 
 def _write_scene(root: Path, plan: Plan) -> Rows:
     """Writes the lidar files of a scene and returns its records."""
-    rows, files = scene_rows(plan, _scenery(root, plan.location))
+    boxes = scenery_of(root, plan.location).boxes.copy()
+    boxes[:, 2] += boxes[:, 5] / 2  # from the bottom to the centre
+    rows, files = scene_rows(plan, boxes)
     for name, data in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         write_unsynced(root / name, data)
     for folder in sorted({(root / name).parent for name in files}):
         sync_folder(folder)
     return rows
-
-
-@cache
-def _scenery(root: Path, location: str) -> NDArray[np.float64]:
-    """Boxes (N, 7) of what stands beside the roads: centre, w, l, h, heading."""
-    boxes = furnish(read_shapes(root, location)).boxes.copy()
-    boxes[:, 2] += boxes[:, 5] / 2
-    return boxes
 
 
 def _write_manifest(root: Path) -> None:
