@@ -9,6 +9,7 @@ cuts polygons at the patch before drawing, it is then part of the outline.
 from __future__ import annotations
 
 import zipfile
+import zlib
 from pathlib import Path
 
 import cv2
@@ -77,7 +78,7 @@ def unpack(bits: Bits) -> Bits:
 
 def write_map(path: Path, bits: Bits) -> None:
     """Writes the maps (F, h, w) of a scene as a compressed npz whose bytes depend on the maps alone."""
-    with atomic_file(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
+    with atomic_file(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
         entry = zipfile.ZipInfo("map.npy")  # dated 1980, where numpy would write the time of day
         entry.compress_type = zipfile.ZIP_DEFLATED
         with archive.open(entry, "w", force_zip64=True) as file:
@@ -92,11 +93,11 @@ def read_map(folder: Path | str, scene: str, cells: int) -> Bits:
     """
     path = Path(folder) / "bev" / str(cells) / f"{scene}.npz"
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             bits = archive["map"]
     except FileNotFoundError:
         raise MagicDriveError(f"{path} is missing", _REMAKE) from None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise MagicDriveError(f"{path} cannot be read: {error}", _REMAKE) from None
     if bits.dtype != np.uint8 or bits.ndim != 3 or bits.shape[1:] != (cells, cells):
         raise MagicDriveError(f"{path} holds {bits.dtype} {bits.shape}, not uint8 maps of {cells} cells", _REMAKE)

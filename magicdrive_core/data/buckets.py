@@ -56,19 +56,23 @@ class BucketSampler:
 
     def __len__(self) -> int:
         """Micro-batches of a rank in an epoch."""
-        total = sum(self._filled(bucket) // self.batches[bucket] for bucket in self._used())
+        total = sum(self._filled(bucket) // batch for bucket, batch in enumerate(self.batches) if batch > 0)
         return total // self.ranks if self.drop_last else -(-total // self.ranks)
 
     def epoch(self, epoch: int) -> list[MicroBatch]:
         """The micro-batches of this rank in one epoch."""
         generator = _Generator(self.seed + epoch)
-        queues = {}
-        for bucket in self._used():
-            clips = np.arange(self._filled(bucket)) % self.counts[bucket]
-            queues[bucket] = iter(clips[generator.permutation(len(clips))].reshape(-1, self.batches[bucket]).tolist())
-        turns = np.array([bucket for bucket in queues for _ in range(self._filled(bucket) // self.batches[bucket])])
-        order = turns[generator.permutation(len(turns))].tolist()
-        dealt = [(bucket, next(queues[bucket])) for bucket in order]
+        queues: list[list[list[int]]] = []
+        for bucket, (count, batch) in enumerate(zip(self.counts, self.batches, strict=True)):
+            if batch < 0:
+                generator.permutation(count)  # as published: a bucket that is left out leaves the others in their order
+                queues.append([])
+                continue
+            clips = generator.permutation(self._filled(bucket)) % max(1, count)
+            queues.append(clips.reshape(-1, batch).tolist())
+        turns = np.repeat(np.arange(len(queues)), [len(queue) for queue in queues])
+        waiting = [iter(queue) for queue in queues]
+        dealt = [(bucket, next(waiting[bucket])) for bucket in turns[generator.permutation(len(turns))].tolist()]
         padded = [dealt[place % len(dealt)] for place in range(len(self) * self.ranks)]
         return padded[self.rank :: self.ranks]
 
@@ -78,9 +82,6 @@ class BucketSampler:
         while True:
             yield from self.epoch(epoch)[skip:]
             epoch, skip = epoch + 1, 0
-
-    def _used(self) -> list[int]:
-        return [bucket for bucket, batch in enumerate(self.batches) if batch > 0 and self.counts[bucket]]
 
     def _filled(self, bucket: int) -> int:
         """Clips of a bucket after leaving out or repeating some, a multiple of its micro-batch."""

@@ -52,9 +52,9 @@ class _Pairs:
         reach = HALF * np.sqrt(2)  # half a diagonal
         low, high = vectors.bounds[:, :2], vectors.bounds[:, 2:]
         near: Flags = ((low < centres[:, None] + reach) & (high > centres[:, None] - reach)).all(2) & wanted
-        frames, paths = (index.astype(np.int64) for index in np.nonzero(near))
+        frames, paths = np.nonzero(near)
         counts = vectors.offsets[paths + 1] - vectors.offsets[paths]
-        rows = np.repeat(vectors.offsets[paths] - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
+        rows: Ints = np.arange(counts.sum()) + np.repeat(vectors.offsets[paths] - (np.cumsum(counts) - counts), counts)
         frame = np.repeat(frames, counts)
         x, y = (vectors.points[rows] - centres[frame]).T
         cosine, sine = np.cos(headings)[frame], np.sin(headings)[frame]

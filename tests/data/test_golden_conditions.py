@@ -103,14 +103,13 @@ def test_right_boxes_differ_by_half_a_height_alone(golden: dict[str, np.ndarray]
 def test_bev_map(golden: dict[str, np.ndarray], meta: dict[str, Any], size: str, frames: int, cells: int) -> None:
     shapes = {**meta["map_polygons"], **meta["map_lines"]}
     paths = [(MAP_LAYERS.index(name), False, np.array(shape, float)) for name in MAP_LAYERS for shape in shapes[name]]
+
     # Straight lines across the whole map change rows with the last bit of the pose: take the matrices that the
     # published pipeline takes, from pyquaternion.
-    ego, lidar = (
-        poses.pose(
-            [Quaternion(q).rotation_matrix for q in golden[f"raw/{name}_rotation"]], golden[f"raw/{name}_translation"]
-        )
-        for name in ("ego2global", "lidar2ego")
-    )
+    def matrices(name: str) -> np.ndarray:
+        rotations = [Quaternion(q).rotation_matrix for q in golden[f"raw/{name}_rotation"]]
+        return poses.pose(rotations, golden[f"raw/{name}_translation"])
+
     packed = golden[f"clip_{size}_f{frames}/bev_packed"]
     bits = rasterise(VectorMap.of(paths), (matrices("ego2global") @ matrices("lidar2ego"))[[0, frames - 1]], cells)
     np.testing.assert_array_equal(unpack(bits), np.unpackbits(packed, axis=-1)[..., :cells])

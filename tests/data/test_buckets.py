@@ -1,0 +1,106 @@
+"""Micro-batches: the recorded ones of the published sampler, and what must hold for any buckets."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from magicdrive_core.data.buckets import BucketSampler, _Generator
+from magicdrive_core.errors import UsageError
+
+
+@pytest.fixture(scope="module")
+def golden(shared: Path) -> dict[str, Any]:
+    return json.loads((shared / "golden" / "golden_sampler.json").read_text())
+
+
+def sampler_of(golden: dict[str, Any], rank: int, *, drop_last: bool = True, buckets: int = 3) -> BucketSampler:
+    """The recorded runs know the first three buckets; one more run knows the fourth, with batch size -1."""
+    keys = list(golden["bucket_sizes"])[:buckets]
+    counts, batches = ([golden[field][key] for key in keys] for field in ("bucket_sizes", "batch_size"))
+    return BucketSampler(counts, batches, ranks=2, rank=rank, seed=42, drop_last=drop_last)
+
+
+def named(golden: dict[str, Any], batches: list[tuple[int, list[int]]]) -> list[list[str]]:
+    keys = list(golden["bucket_sizes"])
+    return [[f"{clip}-{keys[bucket]}" for clip in clips] for bucket, clips in batches]
+
+
+@pytest.mark.parametrize("run", range(8))
+def test_recorded_batches(golden: dict[str, Any], run: int) -> None:
+    recorded = golden["runs"][run]
+    sampler = sampler_of(golden, recorded["rank"], drop_last=recorded["drop_last"])
+    assert named(golden, sampler.epoch(recorded["epoch"])) == recorded["batches"]
+    assert len(sampler) == recorded["length"]
+
+
+def test_recorded_resume(golden: dict[str, Any]) -> None:
+    sampler = sampler_of(golden, rank=1)
+    resumed = list(islice(sampler.stream(2), len(sampler) - 2))
+    assert named(golden, resumed) == golden["resume_after_2_steps_rank1"]
+
+
+def test_recorded_batches_beside_a_bucket_that_is_left_out(golden: dict[str, Any]) -> None:
+    assert golden["batch_size"]["848-1600-12-9"] == -1
+    sampler = sampler_of(golden, rank=0, buckets=4)
+    assert named(golden, sampler.epoch(0)) == golden["with_disabled_bucket_rank0"]
+
+
+@given(st.integers(0, 2**40), st.lists(st.integers(0, 300), min_size=1, max_size=4))
+def test_permutations_are_those_of_torch(seed: int, counts: list[int]) -> None:
+    own, generator = _Generator(seed), torch.Generator().manual_seed(seed)
+    for count in counts:
+        np.testing.assert_array_equal(own.permutation(count), torch.randperm(count, generator=generator).numpy())
+
+
+buckets = st.lists(st.tuples(st.integers(0, 30), st.integers(1, 7)), min_size=1, max_size=4).filter(
+    lambda buckets: any(count for count, _ in buckets)
+)
+
+
+@given(buckets, st.integers(1, 5), st.integers(0, 3))
+def test_an_epoch_shows_every_clip_and_ranks_take_as_many_steps(
+    buckets: list[tuple[int, int]], ranks: int, epoch: int
+) -> None:
+    counts, batches = zip(*buckets, strict=True)
+    shares = [BucketSampler(counts, batches, ranks, rank, seed=1).epoch(epoch) for rank in range(ranks)]
+    assert len({len(share) for share in shares}) == 1
+    seen = Counter((bucket, clip) for share in shares for bucket, clips in share for clip in clips)
+    assert set(seen) == {(bucket, clip) for bucket, count in enumerate(counts) for clip in range(count)}
+    for share in shares:
+        assert all(len(clips) == batches[bucket] for bucket, clips in share)
+
+
+@given(buckets, st.integers(1, 4))
+def test_dropping_the_rest_repeats_no_clip(buckets: list[tuple[int, int]], ranks: int) -> None:
+    counts, batches = zip(*buckets, strict=True)
+    if sum(count // batch for count, batch in buckets) < ranks:
+        with pytest.raises(UsageError):
+            BucketSampler(counts, batches, ranks, 0, seed=1, drop_last=True)
+        return
+    shares = [BucketSampler(counts, batches, ranks, rank, seed=1, drop_last=True).epoch(0) for rank in range(ranks)]
+    seen = Counter((bucket, clip) for share in shares for bucket, clips in share for clip in clips)
+    assert max(seen.values()) == 1
+    if sum(count // batch for count, batch in buckets) % ranks == 0:
+        assert len(seen) == sum(count // batch * batch for count, batch in buckets)
+
+
+@given(buckets, st.integers(0, 40))
+def test_a_resumed_stream_goes_on_where_it_stopped(buckets: list[tuple[int, int]], start: int) -> None:
+    counts, batches = zip(*buckets, strict=True)
+    sampler = BucketSampler(counts, batches, ranks=2, rank=1, seed=3)
+    assert list(islice(sampler.stream(start), 5)) == list(islice(sampler.stream(), start, start + 5))
+
+
+def test_nothing_to_deal_is_an_error() -> None:
+    with pytest.raises(UsageError, match="too few clips"):
+        BucketSampler([0, 5], [2, -1], ranks=1, rank=0, seed=0)

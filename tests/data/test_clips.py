@@ -1,0 +1,161 @@
+"""Which clips are cut, what a clip's conditions look like, and how training changes them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from magicdrive_core.data.augment import add_boxes, drop_frames, hide_boxes
+from magicdrive_core.data.bev import read_map
+from magicdrive_core.data.clips import caption, full_length, list_clips
+from magicdrive_core.data.conditions import build_conditions, clip_conditions
+from magicdrive_core.data.records import Clip, ClipConditions, Scene
+from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.geometry import poses
+
+
+@pytest.fixture(scope="module")
+def conditions(synthetic_root: Path, infos: Path, make_config: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("conditions") / "conditions"
+    build_conditions(make_config(synthetic_root), infos, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def told(conditions: Path, scenes: list[Scene]) -> ClipConditions:
+    bits = read_map(conditions, scenes[0].token, 200)
+    return clip_conditions(scenes[0], Clip(scenes[0].token, 2, 9), "112x200", bits[2:11], published=False)
+
+
+def test_training_clips_start_at_every_stride(scenes: list[Scene]) -> None:
+    (train,) = (scene for scene in scenes if scene.split == "train")
+    assert len(train) == 19
+    assert [clip.start for clip in list_clips(scenes, "train", 9, 4)] == [0, 4, 8]
+    assert [clip.start for clip in list_clips(scenes, "train", 17, 1)] == [0, 1, 2]
+    assert [clip.start for clip in list_clips(scenes, "train", 1, 4)] == [0, 6, 12, 18]
+    assert list_clips(scenes, "train", 25, 1) == []
+    assert {clip.scene for clip in list_clips(scenes, "train", 9, 4)} == {train.token}
+
+
+def test_validation_takes_the_first_clip_of_each_scene(scenes: list[Scene]) -> None:
+    (val,) = (scene for scene in scenes if scene.split == "val")
+    for frames in (1, 9, 17):
+        assert list_clips(scenes, "val", frames, 1) == [Clip(val.token, 0, frames)]
+    assert list_clips(scenes, "val", 25, 1) == []
+    both = [replace(scenes[0], split="both")]
+    assert list_clips(both, "val", 9, 4)
+    assert list_clips(both, "train", 9, 4)
+
+
+@pytest.mark.parametrize(("frames", "kept"), [(26, 25), (29, 25), (32, 32), (25, 25), (241, 241), (187, 185)])
+def test_full_scenes_are_cut_to_what_the_encoder_takes(frames: int, kept: int) -> None:
+    assert full_length(frames) == kept
+
+
+def test_conditions_hold_maps_for_the_sizes_in_use_and_counts(conditions: Path, scenes: list[Scene]) -> None:
+    assert [path.name for path in (conditions / "bev").iterdir()] == ["200"]
+    for scene in scenes:
+        assert read_map(conditions, scene.token, 200).shape == (len(scene), 200, 200)
+    counts = json.loads((conditions / "clips.json").read_text())
+    assert counts["train"]["112x200"] == {"1": 4, "9": 3, "17": 1}
+    assert counts["val"]["224x400"] == {"1": 1}
+
+
+def test_the_same_infos_give_the_same_conditions(
+    synthetic_root: Path, infos: Path, conditions: Path, make_config: Any, tmp_path: Path
+) -> None:
+    build_conditions(make_config(synthetic_root), infos, tmp_path / "again")
+    for path in (path for path in conditions.rglob("*") if path.is_file()):
+        assert (tmp_path / "again" / path.relative_to(conditions)).read_bytes() == path.read_bytes()
+
+
+def test_a_map_of_another_version_leaves_nothing_behind(
+    root_copy: Path, infos: Path, make_config: Any, tmp_path: Path
+) -> None:
+    for path in (root_copy / "maps" / "expansion").glob("*.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"version": "1.0"}))
+    with pytest.raises(MagicDriveError, match=r"map 1.0"):
+        build_conditions(make_config(root_copy), infos, tmp_path / "conditions")
+    assert not (tmp_path / "conditions").exists()
+
+
+def test_conditions_of_a_clip(told: ClipConditions, scenes: list[Scene]) -> None:
+    scene = scenes[0]
+    N = len(told.box_ids)
+    assert told.box_ids == sorted({token for frame in scene.boxes[2:11] for token in frame.ids})
+    assert told.cameras.shape == (9, 6, 3, 7)
+    assert told.box_corners.shape == (9, N, 8, 3)
+    assert told.box_masks.shape == (9, 6, N)
+    assert told.bev_map.shape == (9, 8, 200, 200)
+    assert set(np.unique(told.bev_map)) == {0, 1}
+    assert (told.height, told.width, told.fps) == (112, 200, 12)
+    assert told.caption == caption(scene) == f"A driving scene image at {scene.location}. {scene.description}."
+    np.testing.assert_allclose(told.ego_motion[0], np.eye(4), atol=1e-12)
+    origin = poses.transform(scene.ego_to_global[2] @ scene.lidar_to_ego[2], np.zeros(3))
+    there = poses.transform(poses.inverse(scene.ego_to_global[9] @ scene.lidar_to_ego[9]), origin)
+    np.testing.assert_allclose(told.ego_motion[7, :3, 3], there, atol=1e-6)
+
+
+def test_absent_objects_have_no_class_no_corners_and_no_mask(told: ClipConditions, scenes: list[Scene]) -> None:
+    absent = told.box_classes < 0
+    for index, frame in enumerate(scenes[0].boxes[2:11]):
+        assert {told.box_ids[slot] for slot in np.flatnonzero(~absent[index])} == set(frame.ids)
+    assert absent.any()
+    assert not told.box_corners[absent].any()
+    assert not told.box_masks.transpose(0, 2, 1)[absent].any()
+    # an object that is present is in front of three cameras of the ring, or nearly
+    assert np.all(told.box_masks.sum(1)[~absent] >= 1)
+
+
+def test_single_frames_are_told_another_rate(scenes: list[Scene]) -> None:
+    still = clip_conditions(scenes[0], Clip("", 6, 1), "224x400", np.zeros((1, 8, 8), np.uint8), published=False)
+    assert still.fps == 120
+
+
+def test_a_clip_without_objects_has_no_slots(scenes: list[Scene]) -> None:
+    empty = replace(scenes[0], boxes=[type(frame)([], [], np.zeros((0, 7))) for frame in scenes[0].boxes])
+    told = clip_conditions(empty, Clip("", 0, 9), "224x400", np.zeros((9, 8, 8), np.uint8), published=True)
+    assert told.box_corners.shape == (9, 0, 8, 3)
+    assert told.box_masks.shape == (9, 6, 0)
+    hide_boxes(add_boxes(told, 1.0, np.random.default_rng(0)), 1.0, np.random.default_rng(0))
+
+
+def test_hidden_frames_hide_everything_but_every_sixth_never(told: ClipConditions) -> None:
+    rng = np.random.default_rng(0)
+    masks = hide_boxes(told, 1.0, rng).box_masks
+    for frame in range(9):
+        if frame % 6:
+            assert (masks[frame] == -1).all()
+        else:
+            np.testing.assert_array_equal(masks[frame], told.box_masks[frame])
+    share = np.mean([(hide_boxes(told, 0.4, rng).box_masks[1] == -1).all() for _ in range(400)])
+    assert 0.3 < share < 0.5
+    assert not (told.box_masks == -1).any()
+
+
+def test_added_boxes_are_present_and_at_most_three(told: ClipConditions) -> None:
+    rng = np.random.default_rng(0)
+    masks = add_boxes(told, 1.0, rng).box_masks
+    added = (masks == 1) & (told.box_masks == 0)
+    assert np.array_equal(masks[told.box_masks == 1], told.box_masks[told.box_masks == 1])
+    unseen = ((told.box_masks == 0) & (told.box_classes >= 0)[:, None]).sum(-1)
+    assert np.all(added.sum(-1) <= np.minimum(3, unseen))
+    assert np.all(added.sum(-1) >= np.minimum(1, unseen))
+    assert not added.transpose(0, 2, 1)[told.box_classes < 0].any()
+    np.testing.assert_array_equal(add_boxes(told, 0.0, rng).box_masks, told.box_masks)
+
+
+@given(st.integers(1, 60), st.floats(0, 1), st.integers(0, 99))
+def test_dropped_frames_lie_between_first_and_last(frames: int, ratio: float, seed: int) -> None:
+    keep = drop_frames(frames, ratio, np.random.default_rng(seed))
+    assert keep.shape == (frames,)
+    assert keep[0]
+    assert keep[-1]
+    assert (~keep).sum() == (int(ratio * (frames - 2)) if frames > 2 else 0)

@@ -1,0 +1,279 @@
+"""12 Hz infos: the two rules, the parquet file, splits, and what is said about unusable data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from magicdrive_core.data.infos import build_infos, read_scenes
+from magicdrive_core.data.nuscenes import LIDAR, Tables, load_tables
+from magicdrive_core.data.objects import interpolate, read_objects
+from magicdrive_core.data.records import CLASSES, Scene
+from magicdrive_core.data.scenes import build_scene, choose_splits
+from magicdrive_core.errors import MagicDriveError, UsageError
+from magicdrive_core.geometry import cameras, poses
+
+
+@pytest.fixture(scope="module")
+def tables(synthetic_root: Path) -> Tables:
+    return load_tables(synthetic_root, "v1.0-demo")
+
+
+@pytest.fixture(scope="module")
+def drive(shared: Path) -> Tables:
+    return load_tables(shared / "data/nuscenes-drive", "v1.0-drive")
+
+
+def scene_of(tables: Tables, *, published: bool) -> Scene:
+    return build_scene(tables, tables.scene[0], "both", published=published)
+
+
+def edit(root: Path, table: str, change: Any) -> None:
+    path = root / "v1.0-demo" / f"{table}.json"
+    records = json.loads(path.read_text())
+    change(records)
+    path.write_text(json.dumps(records))
+
+
+def test_frames_lie_at_12_hz_between_key_frames(tables: Tables) -> None:
+    for record in tables.scene:
+        scene, samples = build_scene(tables, record, "train", published=False), tables.samples(record)
+        assert len(scene) == 6 * (len(samples) - 1) + 1
+        assert scene.tokens[::6] == [sample["token"] for sample in samples]
+        assert scene.tokens[3] == samples[0]["token"] + "3"
+        assert scene.key_frames.tolist() == [index % 6 == 0 for index in range(len(scene))]
+        np.testing.assert_array_equal(scene.timestamps[::6], [sample["timestamp"] for sample in samples])
+        np.testing.assert_allclose(np.diff(scene.timestamps), 1e6 / 12, rtol=0.05)
+        assert {name for frame in scene.boxes for name in frame.names} <= set(CLASSES)
+
+
+def test_key_frames_hold_the_devkits_own_poses_boxes_and_pictures(tables: Tables) -> None:
+    record = tables.scene[1]
+    scene = build_scene(tables, record, "train", published=False)
+    for key, sample in enumerate(tables.samples(record)):
+        index = 6 * key
+        for view, channel in enumerate(cameras.VIEWS):
+            path, boxes, intrinsics = tables.get_sample_data(sample["data"][channel], box_vis_level=0)
+            assert str(tables.root / scene.pictures[index][view]) == path
+            np.testing.assert_array_equal(scene.intrinsics[index, view], intrinsics)
+            # The devkit brings boxes to the camera through the global frame at the camera's own time.
+            own = poses.transform(poses.inverse(scene.camera_to_lidar[index, view]), scene.boxes[index].boxes[:, :3])
+            for box in boxes:
+                token = tables.get("sample_annotation", box.token)["instance_token"]
+                if token in scene.boxes[index].ids:
+                    np.testing.assert_allclose(own[scene.boxes[index].ids.index(token)], box.center, atol=1e-6)
+        _, boxes, _ = tables.get_sample_data(sample["data"][LIDAR])
+        wanted = {tables.get("sample_annotation", box.token)["instance_token"]: box for box in boxes}
+        for token, row in zip(scene.boxes[index].ids, scene.boxes[index].boxes, strict=True):
+            np.testing.assert_allclose(row[:3], wanted[token].center, atol=1e-9)
+            np.testing.assert_allclose(row[3:6], wanted[token].wlh)
+            nose = wanted[token].rotation_matrix[:, 0]
+            turned = -row[6] - np.pi / 2 - np.arctan2(nose[1], nose[0])
+            np.testing.assert_allclose([np.cos(turned), np.sin(turned)], [1, 0], atol=1e-9)
+
+
+def test_projections_of_a_real_key_frame(shared: Path) -> None:
+    expected = json.loads((shared / "data/nuscenes-one/expected_projections.json").read_text())
+    scene = scene_of(load_tables(shared / "data/nuscenes-one", "v1.0-one"), published=False)
+    assert len(scene) == 1
+    assert sum(map(len, expected.values())) > 50
+    for channel, objects in expected.items():
+        view = cameras.VIEWS.index(channel)
+        centres = poses.transform(poses.inverse(scene.camera_to_lidar[0, view]), scene.boxes[0].boxes[:, :3])
+        pixels, depth = cameras.project(centres, scene.intrinsics[0, view])
+        for seen in objects:
+            off = np.abs(pixels - seen["center_2d"]).max(1) + np.abs(depth - seen["depth"])
+            nearest = int(np.argmin(off))
+            assert scene.boxes[0].names[nearest] == seen["label"]
+            np.testing.assert_allclose(pixels[nearest], seen["center_2d"], atol=1e-3)
+            np.testing.assert_allclose(depth[nearest], seen["depth"], atol=1e-3)
+
+
+def test_pictures_are_the_nearest_in_time_although_records_are_missing(drive: Tables) -> None:
+    scene, record = scene_of(drive, published=False), drive.scene[0]
+    samples = drive.samples(record)
+    for view, channel in enumerate(cameras.VIEWS):
+        records = drive.sensor_records(record)[channel]
+        times = {entry["filename"]: entry["timestamp"] for entry in records}
+        key_times = np.array([drive.get("sample_data", sample["data"][channel])["timestamp"] for sample in samples])
+        wanted = np.interp(np.arange(len(scene)) / 6, np.arange(len(key_times)), key_times)
+        chosen = np.array([times[views[view]] for views in scene.pictures])
+        every = np.array(sorted(times.values()))
+        np.testing.assert_allclose(np.abs(chosen - wanted), np.abs(every[:, None] - wanted).min(0))
+        assert np.all(np.diff(chosen) >= 0)
+        assert np.abs(chosen - wanted).max() < 90_000  # one dropped record away at most
+
+
+def test_the_published_rule_follows_records_and_its_lidar_saws(drive: Tables) -> None:
+    right, published = (scene_of(drive, published=rule) for rule in (False, True))
+    records = drive.sensor_records(drive.scene[0])[LIDAR]
+    keys = [index for index, entry in enumerate(records) if entry["is_key_frame"]]
+    for frame in (0, 7, 20, 186):
+        entry = records[keys[frame // 6] + frame % 6]
+        pose = drive.get("ego_pose", entry["ego_pose_token"])
+        np.testing.assert_allclose(published.ego_to_global[frame], poses.pose(pose["rotation"], pose["translation"]))
+    steps, sawing = (
+        np.linalg.norm(np.diff(scene.ego_to_global[60:90, :3, 3], axis=0), axis=1) for scene in (right, published)
+    )
+    assert steps.max() < 1.5 * np.median(steps)
+    assert sawing.max() > 3 * np.median(sawing)
+    # the same objects at the same moments, whatever the lidar: they agree in the global frame
+    for frame in (3, 40):
+        centres = [
+            poses.transform(scene.ego_to_global[frame] @ scene.lidar_to_ego[frame], scene.boxes[frame].boxes[:, :3])
+            for scene in (right, published)
+        ]
+        assert right.boxes[frame].ids == published.boxes[frame].ids
+        np.testing.assert_allclose(*centres, atol=1e-6)
+
+
+def test_interpolated_objects_are_near_the_annotations_that_were_held_back(drive: Tables) -> None:
+    """Every second key frame of the real drive is left out, and its boxes are then compared."""
+    samples = drive.samples(drive.scene[0])
+    errors = []
+    for before, held_back, after in zip(samples[:-2:2], samples[1:-1:2], samples[2::2], strict=True):
+        share = (held_back["timestamp"] - before["timestamp"]) / (after["timestamp"] - before["timestamp"])
+        (between,) = interpolate(read_objects(drive, before), read_objects(drive, after), np.array([share]))
+        truth = read_objects(drive, held_back)
+        rows = {token: row for row, token in enumerate(truth.ids)}
+        errors += [
+            np.linalg.norm(centre - truth.centres[rows[token]])
+            for token, centre in zip(between.ids, between.centres, strict=True)
+            if token in rows
+        ]
+    assert len(errors) > 500
+    assert np.median(errors) < 0.05
+    assert np.quantile(errors, 0.95) < 0.5
+
+
+def test_objects_in_one_of_two_key_frames_only_are_left_out_between(tables: Tables) -> None:
+    scene = scene_of(tables, published=False)
+    for start in range(0, len(scene) - 6, 6):
+        first, last = set(scene.boxes[start].ids), set(scene.boxes[start + 6].ids)
+        for between in scene.boxes[start + 1 : start + 6]:
+            assert set(between.ids) == first & last
+
+
+def test_a_missing_key_frame_is_bridged_at_12_hz(root_copy: Path) -> None:
+    tables = load_tables(root_copy, "v1.0-demo")
+    scene = tables.scene[0]
+    first, gone, last, *_ = tables.samples(scene)
+    first["next"], last["prev"] = last["token"], first["token"]
+    bridged = build_scene(tables, scene, "train", published=False)
+    np.testing.assert_allclose(np.diff(bridged.timestamps), 1e6 / 12, rtol=0.05)
+    assert bridged.tokens[11] == first["token"] + "b"
+    assert gone["token"] not in bridged.tokens
+
+
+def test_parquet_gives_back_every_field(tables: Tables, scenes: list[Scene]) -> None:
+    for read in scenes:
+        record = next(record for record in tables.scene if record["token"] == read.token)
+        built = build_scene(tables, record, read.split, published=False)
+        assert (read.name, read.location, read.description) == (built.name, built.location, built.description)
+        assert read.tokens == built.tokens
+        assert read.pictures == built.pictures
+        for field in ("key_frames", "timestamps", "lidar_to_ego", "ego_to_global", "intrinsics", "camera_to_lidar"):
+            np.testing.assert_array_equal(getattr(read, field), getattr(built, field))
+        for own, frame in zip(read.boxes, built.boxes, strict=True):
+            assert (own.ids, own.names) == (frame.ids, frame.names)
+            np.testing.assert_array_equal(own.boxes, frame.boxes)
+
+
+def test_the_same_tables_give_the_same_bytes(
+    synthetic_root: Path, infos: Path, make_config: Any, tmp_path: Path
+) -> None:
+    build_infos(make_config(synthetic_root), tmp_path / "again")
+    for name in ("frames.parquet", "infos.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (infos / name).read_bytes()
+
+
+def test_summary_names_rule_and_counts(infos: Path, scenes: list[Scene]) -> None:
+    summary = json.loads((infos / "infos.json").read_text())
+    assert summary["rule"] == "by time stamp"
+    assert summary["frames"] == sum(map(len, scenes))
+    assert summary["splits"] == {"train": [scenes[0].name], "val": [scenes[1].name]}
+    assert summary["pictures"] == len({path for scene in scenes for views in scene.pictures for path in views})
+    assert sum(summary["boxes"].values()) == sum(len(frame.ids) for scene in scenes for frame in scene.boxes)
+
+
+def test_splits() -> None:
+    names = [f"scene-{index:04d}" for index in range(1, 10)]
+    assert [name for name, split in choose_splits(names, "auto", "v1.0-demo").items() if split == "val"] == names[-2:]
+    assert choose_splits(names[:1], "auto", "v1.0-demo") == {names[0]: "both"}
+    assert choose_splits(names, [names[3]], "v1.0-demo")[names[3]] == "val"
+    official = choose_splits(["scene-0061", "scene-0103", "scene-0916"], "auto", "v1.0-mini")
+    assert official == {"scene-0061": "train", "scene-0103": "val", "scene-0916": "val"}
+    with pytest.raises(UsageError, match="scene-9999"):
+        choose_splits(names, ["scene-9999"], "v1.0-demo")
+    with pytest.raises(UsageError, match="at least one"):
+        choose_splits(names, names, "v1.0-demo")
+
+
+def test_a_root_without_tables_is_named(tmp_path: Path, root_copy: Path) -> None:
+    with pytest.raises(MagicDriveError, match="no nuScenes tables") as error:
+        load_tables(tmp_path / "nowhere", "v1.0-mini")
+    assert "magicdrive synth" in error.value.hint
+    with pytest.raises(MagicDriveError, match=r"v1\.0-mini is missing") as error:
+        load_tables(root_copy, "v1.0-mini")
+    assert "v1.0-demo" in error.value.hint
+
+
+@pytest.mark.parametrize("table", ["scene", "ego_pose"])
+def test_broken_and_missing_tables_are_named(root_copy: Path, table: str) -> None:
+    path = root_copy / "v1.0-demo" / f"{table}.json"
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(MagicDriveError, match=f"{table}.json is not valid JSON"):
+        load_tables(root_copy, "v1.0-demo")
+    path.unlink()
+    with pytest.raises(MagicDriveError, match=f"{table}.json is missing"):
+        load_tables(root_copy, "v1.0-demo")
+
+
+def test_a_missing_record_is_named(root_copy: Path) -> None:
+    edit(root_copy, "ego_pose", lambda records: records.pop(3))
+    tables = load_tables(root_copy, "v1.0-demo")
+    with pytest.raises(MagicDriveError, match=r"ego_pose.json has no record"):
+        [build_scene(tables, scene, "train", published=False) for scene in tables.scene]
+
+
+@pytest.mark.parametrize(
+    ("table", "field", "value", "message"),
+    [
+        ("ego_pose", "translation", [float("nan"), 0.0, 0.0], "translation of record .* is not 3 finite numbers"),
+        ("ego_pose", "rotation", [1.0, 0.0, 0.0], "rotation of record .* is not 4 finite numbers"),
+        ("sample_annotation", "size", [0.0, 1.0, 1.0], "size of record .* is not positive"),
+    ],
+)
+def test_impossible_values_are_named(root_copy: Path, table: str, field: str, value: Any, message: str) -> None:
+    edit(root_copy, table, lambda records: [record.update({field: value}) for record in records])
+    tables = load_tables(root_copy, "v1.0-demo")
+    with pytest.raises(MagicDriveError, match=message):
+        scene_of(tables, published=False)
+
+
+def test_missing_and_empty_pictures_are_counted(root_copy: Path, make_config: Any, tmp_path: Path) -> None:
+    first, second, *_ = sorted((root_copy / "samples" / "CAM_BACK").iterdir())
+    first.unlink()
+    second.unlink()
+    second.touch()
+    with pytest.raises(MagicDriveError, match=f"{first.name} is missing or empty .2 pictures") as error:
+        build_infos(make_config(root_copy), tmp_path / "infos")
+    assert f"magicdrive synth --render-for {root_copy} --version v1.0-demo" in error.value.hint
+    assert not (tmp_path / "infos").exists()
+
+
+def test_half_written_and_foreign_infos_are_refused(infos: Path, tmp_path: Path) -> None:
+    path = tmp_path / "frames.parquet"
+    with pytest.raises(MagicDriveError, match="is missing") as error:
+        read_scenes(tmp_path)
+    assert "dvc repro" in error.value.hint
+    whole = (infos / "frames.parquet").read_bytes()
+    for broken in (whole[: len(whole) // 2], b"", whole[:-4] + b"PAR2"):
+        path.write_bytes(broken)
+        with pytest.raises(MagicDriveError, match=r"frames.parquet cannot be read") as error:
+            read_scenes(tmp_path)
+        assert "dvc repro" in error.value.hint

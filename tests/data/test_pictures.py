@@ -1,0 +1,55 @@
+"""Pictures as video frames, and what is said about unusable ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from magicdrive_core.data.pictures import read_clip, read_picture
+from magicdrive_core.data.records import Clip, Scene
+from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.geometry.cameras import Framing
+
+SMALL = Framing(224, 400)
+
+
+@pytest.fixture
+def picture(synthetic_root: Path, scenes: list[Scene], tmp_path: Path) -> Path:
+    path = tmp_path / "front.jpg"
+    path.write_bytes((synthetic_root / scenes[0].pictures[0][1]).read_bytes())
+    return path
+
+
+def test_the_whole_size_is_the_picture_without_its_top(picture: Path) -> None:
+    with Image.open(picture) as image:
+        np.testing.assert_array_equal(read_picture(picture, Framing(848, 1600)), np.asarray(image)[52:])
+
+
+def test_smaller_sizes_show_the_same_scene(picture: Path) -> None:
+    whole, small = read_picture(picture, Framing(848, 1600)), read_picture(picture, SMALL)
+    assert small.shape == (224, 400, 3)
+    averaged = whole[-896:].astype(float)[-(848 // 4 * 4) :].reshape(212, 4, 400, 4, 3).mean((1, 3))
+    assert np.abs(small[-212:] - averaged).mean() < 4
+
+
+def test_a_clip_is_views_by_frames(synthetic_root: Path, scenes: list[Scene]) -> None:
+    clip = read_clip(synthetic_root, scenes[0], Clip(scenes[0].token, 4, 2), "112x200")
+    assert clip.shape == (6, 2, 112, 200, 3)
+    path = synthetic_root / scenes[0].pictures[5][3]
+    np.testing.assert_array_equal(clip[3, 1], read_picture(path, Framing(112, 200)))
+
+
+def test_unusable_pictures_are_named(picture: Path, tmp_path: Path) -> None:
+    whole = picture.read_bytes()
+    for broken in (whole[: len(whole) // 2], whole[:-500], b"", b"no picture"):
+        picture.write_bytes(broken)
+        with pytest.raises(MagicDriveError, match=r"front.jpg is not a whole picture"):
+            read_picture(picture, SMALL)
+    with pytest.raises(MagicDriveError, match=r"gone.jpg is missing"):
+        read_picture(tmp_path / "gone.jpg", SMALL)
+    Image.new("RGB", (800, 450)).save(picture)
+    with pytest.raises(MagicDriveError, match="800x450 pixels, not 1600x900"):
+        read_picture(picture, SMALL)
