@@ -145,19 +145,20 @@ def generate(
     ] = "1/1",
 ) -> None:
     """Generate the validation clips with the last trained stage; what is done is skipped."""
-    import torch
-
     from magicdrive_core.data.infos import read_scenes
-    from magicdrive_core.inference.generate import generate_items
     from magicdrive_core.inference.items import list_items
     from magicdrive_core.places import find_places
 
-    config = _config(params, overrides)
     share, shares = _shard(shard)
+    config = _config(params, overrides)
     places = find_places(config)
     if not places.model.done:
         raise MagicDriveError(f"{places.model.folder} holds no finished training", "python -m flows.train")
-    if torch.cuda.is_available():
+    import torch
+
+    from magicdrive_core.inference.generate import generate_items
+
+    if torch.cuda.is_available():  # the workers of one host take turns at its devices
         torch.cuda.set_device((share - 1) % torch.cuda.device_count())
     items = list_items(config, read_scenes(INFOS))
     summary = generate_items(config, items, places.model.folder, places.generated, shard=(share - 1, shares))

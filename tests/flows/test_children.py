@@ -1,0 +1,112 @@
+"""Children of flows: they end with the flow, whatever ends it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flows import common
+from magicdrive_core.errors import MagicDriveError
+from tests.conftest import PROJECT
+
+# A child with a child of its own, as `dvc repro` has one; both write their process ids.
+FAMILY = ["sh", "-c", 'sleep 300 & echo "$$ $!" > "$0"; wait']
+
+
+def family(file: Path) -> list[int]:
+    """The process ids, as soon as they are written."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if file.exists() and (words := file.read_text().split()):
+            return [int(word) for word in words]
+        time.sleep(0.05)
+    raise AssertionError("the child did not start")
+
+
+def assert_gone(pids: list[int]) -> None:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        alive = [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+        if not alive:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"still running: {alive}")
+
+
+def test_a_failing_child_is_explained_from_its_log(tmp_path: Path) -> None:
+    log = tmp_path / "logs/shard-1.log"
+    command = [common.tool("magicdrive"), "use", "nowhere"]
+    with pytest.raises(MagicDriveError, match="exit code 2: there is no profile 'nowhere'") as raised:
+        common.run_child(command, log)
+    assert "magicdrive use nowhere" in raised.value.message
+    assert str(log) in raised.value.hint
+
+
+def test_a_child_finds_the_tools_of_this_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    common.run_child(["sh", "-c", "command -v magicdrive; command -v dvc"], tmp_path / "log")
+    assert (tmp_path / "log").read_text().split() == [common.tool("magicdrive"), common.tool("dvc")]
+
+
+def test_an_interrupt_ends_the_whole_family(tmp_path: Path) -> None:
+    file = tmp_path / "pids"
+    threading.Thread(target=lambda: (family(file), os.kill(os.getpid(), signal.SIGINT)), daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        common.run_child([*FAMILY, str(file)])
+    assert_gone(family(file))
+
+
+def test_children_of_other_threads_end_with_the_body(tmp_path: Path) -> None:
+    file = tmp_path / "pids"
+    failures: list[MagicDriveError] = []
+
+    def work() -> None:
+        try:
+            common.run_child([*FAMILY, str(file)])
+        except MagicDriveError as error:
+            failures.append(error)
+
+    def body() -> None:
+        with common.no_orphans():
+            thread.start()
+            family(file)
+            raise RuntimeError("elsewhere")
+
+    thread = threading.Thread(target=work)
+    with pytest.raises(RuntimeError, match="elsewhere"):
+        body()
+    thread.join(30)
+    assert_gone(family(file))
+    assert len(failures) == 1  # the thread sees a failed child, no silence
+
+
+@pytest.mark.parametrize("submitted", [False, True])
+def test_a_terminated_flow_takes_its_children_along(prefect_api: str, tmp_path: Path, submitted: bool) -> None:
+    file = tmp_path / "pids"
+    call = "body.submit().result()" if submitted else "body()"
+    program = f"""
+from prefect import flow, task
+from flows.common import no_orphans, run_child
+@task
+def body():
+    run_child({[*FAMILY, str(file)]!r})
+@flow
+def work():
+    with no_orphans():
+        {call}
+work()
+"""
+    environment = os.environ | {"PREFECT_API_URL": prefect_api, "PYTHONPATH": str(PROJECT)}
+    with subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, env=environment) as flow:
+        pids = family(file)
+        flow.terminate()
+        assert flow.wait(60) != 0
+    assert_gone(pids)

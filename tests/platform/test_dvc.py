@@ -1,0 +1,111 @@
+"""The DVC stages, really run: what is reproduced, when, and on whose data."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from dvc.repo import Repo
+
+from magicdrive_core.config import apply_override
+from magicdrive_core.files import sha256_file
+from tests.projects import copy_project, run
+
+STAGES = {"infos", "conditions", "encoders", "text", "latents"}
+
+
+@pytest.fixture
+def project(reproduced_project: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    return copy_project(reproduced_project, tmp_path / "project")
+
+
+def status(project: Path) -> set[str]:
+    """Names of the stages that `dvc status` finds stale, and "data.dvc"."""
+    with Repo(str(project)) as repo:
+        found: dict[str, Any] = repo.status()
+    return {name.removeprefix("dvc.yaml:") for name in found}
+
+
+def change(project: Path, override: str) -> None:
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    apply_override(params, override)
+    (project / "params.yaml").write_text(yaml.safe_dump(params))
+
+
+def test_every_stage_runs_once(reproduced_project: Path) -> None:
+    first = (reproduced_project / "reproduced").read_text()
+    assert all(f"Running stage '{stage}'" in first for stage in STAGES)
+    assert status(reproduced_project) == set()
+    again = run(reproduced_project, "dvc", "repro")
+    assert "Running stage" not in again
+    assert again.count("didn't change, skipping") == len(STAGES) + 1
+
+
+@pytest.mark.parametrize(
+    ("override", "stale"),
+    [
+        ("training.stage1.steps=3", set()),
+        ("generate.steps=2", set()),
+        ("generate.frames=9", {"conditions"}),
+        ("latents.dtype=float32", {"latents"}),
+        ("latents.start_stride=4", {"conditions", "latents"}),
+        ("text.max_tokens=16", {"encoders", "text"}),
+        ("vae.build.steps=3", {"encoders"}),
+        ("data.val_scenes=[demo-2001]", {"infos"}),
+        ("training.stage2.buckets=[{size: 112x200, frames: 17, batch: 1}]", {"conditions", "latents"}),
+    ],
+)
+def test_a_changed_value_makes_only_its_stages_stale(project: Path, override: str, stale: set[str]) -> None:
+    change(project, override)
+    assert status(project) == stale
+
+
+def test_only_the_stale_stage_runs_again(project: Path) -> None:
+    change(project, "latents.dtype=float32")
+    out = run(project, "dvc", "repro")
+    assert [line for line in out.splitlines() if line.startswith("Running")] == ["Running stage 'latents':"]
+    assert status(project) == set()
+
+
+def test_data_dvc_is_satisfied_by_the_same_bytes_without_a_cache(project: Path) -> None:
+    shutil.rmtree(project / ".dvc/cache")
+    before = (project / "data.dvc").read_bytes()
+    with Repo(str(project)) as repo:
+        repo.commit("data.dvc", force=False)  # what `dvc repro` does for data that is not cached
+    assert (project / "data.dvc").read_bytes() == before
+    assert "data.dvc" not in status(project)
+
+
+def test_pictures_are_versioned_by_their_digests_alone(project: Path) -> None:
+    with (project / "data/manifest.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) > 100
+    for row in rows[::20]:
+        assert sha256_file(project / "data" / row["path"]) == row["sha256"]
+    cached = {path.read_bytes()[:2] for path in (project / ".dvc/cache").rglob("*") if path.is_file()}
+    assert b"\xff\xd8" not in cached  # no JPEG
+    shutil.rmtree(project / "data/samples")
+    assert "data.dvc" not in status(project)
+
+
+def test_a_changed_table_is_noticed(project: Path) -> None:
+    table = project / "data/v1.0-demo/scene.json"
+    text = table.read_text()
+    table.unlink()  # it is a link to another project's
+    table.write_text(text + "\n")
+    assert status(project) == {"data.dvc", "infos"}
+
+
+def test_data_elsewhere_leaves_data_dvc_alone(project: Path, synthetic_root: Path) -> None:
+    before = (project / "data.dvc").read_bytes()
+    change(project, f"data.root={synthetic_root}")
+    change(project, "synth=null")
+    shutil.rmtree(project / "data")
+    run(project, "dvc", "repro", "infos")
+    assert (project / "data.dvc").read_bytes() == before
+    assert "infos" not in status(project)

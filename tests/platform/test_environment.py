@@ -1,0 +1,53 @@
+"""The lock file and what pip says about it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from importlib import metadata
+
+from tests.conftest import PROJECT
+
+# ColossalAI's own pins, and what only its command line needs: docs/decisions/0001-environment.md.
+KNOWN = {
+    "contexttimer, which is not installed",
+    "diffusers==0.29.0",
+    "fabric, which is not installed",
+    "google, which is not installed",
+    "peft<=0.13.2,>=0.7.1",
+    "pre-commit, which is not installed",
+    "ray, which is not installed",
+    "rpyc, which is not installed",
+    "torch<=2.5.1,>=2.2.0",
+    "transformers==4.51.3",
+    "uvicorn==0.29.0",
+}
+
+
+def _name(text: str) -> str:
+    return re.sub(r"[-_.]+", "-", text).lower()
+
+
+def _locked() -> dict[str, str]:
+    lines = (PROJECT / "requirements.lock").read_text().split()
+    pairs = [line.partition("==")[::2] for line in lines]
+    return {_name(name): version for name, version in pairs}
+
+
+def test_pip_complains_of_colossalais_own_pins_only() -> None:
+    done = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True)
+    complaints = set()
+    for line in done.stdout.splitlines():
+        match = re.fullmatch(r"colossalai 0\.5\.0 (?:requires|has requirement) (.*?)(?:, but you have .*)?\.?", line)
+        assert match, line
+        complaints.add(match[1])
+    assert complaints == KNOWN
+
+
+def test_the_lock_is_what_is_installed_and_names_no_address() -> None:
+    locked = _locked()
+    assert "://" not in (PROJECT / "requirements.lock").read_text()
+    assert "torch" not in locked
+    wrong = {name: (want, metadata.version(name)) for name, want in locked.items() if metadata.version(name) != want}
+    assert not wrong

@@ -1,0 +1,85 @@
+"""A small project folder as a user has one: the repository's DVC files, tiny settings, generated data, `dvc repro`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+from filelock import FileLock
+
+from magicdrive_core.profiles import use_profile
+from tests.conftest import PROJECT
+
+TINY = [
+    "synth={seed: 7, scenes: 2, seconds: 1.5}",  # what the fixture `synthetic_root` holds
+    "vae.build.block_out_channels=[8, 8, 8, 8]",
+    "vae.build.latent_channels=4",
+    "vae.build.steps=2",
+    "vae.build.batch=1",
+    "vae.build.crop=32",
+    "text.build={width: 16, layers: 1, heads: 2, feed_forward: 16, seed: 1}",
+    "latents.start_stride=8",
+    "model={width: 32, depth: 1, heads: 2, control_depth: 1, temporal_heads: 2, box_widths: [8], map_channels: [4, 4]}",
+    "training.stage1.buckets=[{size: 112x200, frames: 1, batch: 1}]",
+    "training.stage2.buckets=[{size: 112x200, frames: 9, batch: 1}]",
+    "training.stage3.buckets=[{size: 112x200, frames: 9, batch: 1}]",
+    "training.stage1.steps=2",
+    "training.stage2.steps=1",
+    "training.stage3.steps=1",
+    "cluster.ranks=1",
+    "generate.steps=1",
+    "generate.generations=1",
+]
+
+
+def run(project: Path, *command: str) -> str:
+    """Output of a command of this environment that must succeed, run in the project's folder."""
+    tools = Path(sys.executable).parent
+    environment = os.environ | {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=project, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout + done.stderr
+
+
+def make_project(folder: Path, data: Path) -> None:
+    """Lays out a project without results; the pictures of ``data`` are linked, not copied."""
+    folder.mkdir(parents=True)
+    for name in ("profiles", ".dvc"):
+        shutil.copytree(PROJECT / name, folder / name, ignore=shutil.ignore_patterns("cache", "tmp"))
+    for name in ("dvc.yaml", ".dvcignore", ".gitignore", "pyproject.toml"):
+        shutil.copy(PROJECT / name, folder / name)
+    for stage in yaml.safe_load((PROJECT / "dvc.yaml").read_text())["stages"].values():
+        for source in [dep for dep in stage["deps"] if dep.endswith(".py")]:
+            (folder / source).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(PROJECT / source, folder / source)
+    shutil.copytree(data, folder / "data", copy_function=os.link)
+    use_profile("demo", TINY, project=folder)
+    run(folder, "git", "init", "-q")
+    run(folder, "dvc", "add", "-q", "data")
+
+
+def reproduced(base: Path, data: Path) -> Path:
+    """The project below ``base`` in which ``dvc repro`` was run, made by the first who asks. Not to be changed."""
+    folder = base / "project"
+    with FileLock(base / "project.lock"):
+        if not (folder / "reproduced").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            make_project(folder, data)
+            (folder / "reproduced").write_text(run(folder, "dvc", "repro"))
+    return folder
+
+
+def copy_project(source: Path, target: Path) -> Path:
+    """A copy to be changed; files are linked where nothing is written into them."""
+    shutil.copytree(
+        source, target, copy_function=os.link, ignore=shutil.ignore_patterns("params.yaml", "*.lock", "tmp")
+    )
+    for name in ("params.yaml", "dvc.lock"):
+        shutil.copy(source / name, target / name)
+    return target
