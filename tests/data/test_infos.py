@@ -277,3 +277,24 @@ def test_half_written_and_foreign_infos_are_refused(infos: Path, tmp_path: Path)
         with pytest.raises(MagicDriveError, match=r"frames.parquet cannot be read") as error:
             read_scenes(tmp_path)
         assert "dvc repro" in error.value.hint
+
+
+def test_a_single_real_key_frame_is_a_scene_of_one_frame(shared: Path, make_config: Any, tmp_path: Path) -> None:
+    root = shared / "data/nuscenes-one"
+    build_infos(make_config(root, "v1.0-one"), tmp_path / "infos")
+    (scene,) = read_scenes(tmp_path / "infos")
+    assert (len(scene), scene.split, len(scene.boxes[0].ids)) == (1, "both", 68)
+    with pytest.raises(MagicDriveError, match=r"no scene of v1.0-one has more than six frames"):
+        build_infos(make_config(root, "v1.0-one", published=True), tmp_path / "published")
+
+
+def test_a_root_without_pictures_says_how_to_draw_them(shared: Path, make_config: Any, tmp_path: Path) -> None:
+    with pytest.raises(MagicDriveError, match=r"1\d\d\d pictures are missing or empty") as error:
+        build_infos(make_config(shared / "data/nuscenes-drive", "v1.0-drive"), tmp_path / "infos")
+    assert "--render-for" in error.value.hint
+
+
+def test_the_published_rule_is_named_in_the_summary(synthetic_root: Path, make_config: Any, tmp_path: Path) -> None:
+    build_infos(make_config(synthetic_root, published=True), tmp_path / "infos")
+    assert json.loads((tmp_path / "infos" / "infos.json").read_text())["rule"] == "published"
+    assert len(read_scenes(tmp_path / "infos")) == 2
