@@ -64,14 +64,14 @@ def test_real_maps_are_drawn_as_by_the_devkit(shared: Path, devkit_lines: None, 
     drive = shared / "data/nuscenes-drive"
     tables = load_tables(drive, "v1.0-drive")
     scene = build_scene(tables, tables.scene[0], "both", published=False)
-    frames = (scene.ego_to_global @ scene.lidar_to_ego)[::12]
+    frames = (scene.ego_to_global @ scene.lidar_to_ego)[::20]
     assert np.nanmin(compare(drive, "boston-seaport", frames, cells)) >= 0.999
     # a real drivable area with 130 holes, at places and headings all over it
     one = shared / "data/nuscenes-one"
     rng = np.random.default_rng(0)
-    places = rng.choice(load_map(one, "singapore-onenorth").points, 15)
+    places = rng.choice(load_map(one, "singapore-onenorth").points, 8)
     frames = np.stack(
-        [poses.pose([np.cos(a), 0, 0, np.sin(a)], [*p, 0]) for a, p in zip(rng.random(15), places, strict=True)]
+        [poses.pose([np.cos(a), 0, 0, np.sin(a)], [*p, 0]) for a, p in zip(rng.random(8), places, strict=True)]
     )
     assert np.nanmin(compare(one, "singapore-onenorth", frames, cells)) >= 0.999
 
