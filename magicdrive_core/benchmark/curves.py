@@ -81,15 +81,16 @@ def _axis(low: float, high: float) -> tuple[float, float, float]:
     raw = max(high - low, abs(high) * 0.02, 1e-6) / 4
     size = 10.0 ** floor(log10(raw))
     tick = next(m * size for m in (1, 2, 2.5, 5, 10) if m * size >= raw)
-    return floor(low / tick) * tick, -floor(-high / tick) * tick, tick
+    bottom, top = floor(low / tick), -floor(-high / tick)
+    return bottom * tick, max(top, bottom + 1) * tick, tick
 
 
 def _running_mean(values: Sequence[float]) -> list[float]:
-    """Mean over a centred window, which does not lag behind; cut evenly at the ends."""
+    """Mean over a centred window, which does not lag behind; what lies beyond the ends is left out."""
     sums = [0.0, *accumulate(values)]
     half = round(len(values) * WINDOW)
-    reaches = [min(half, index, len(values) - 1 - index) for index in range(len(values))]
-    return [(sums[i + r + 1] - sums[i - r]) / (2 * r + 1) for i, r in enumerate(reaches)]
+    spans = [(max(0, index - half), min(len(values), index + half + 1)) for index in range(len(values))]
+    return [(sums[end] - sums[begin]) / (end - begin) for begin, end in spans]
 
 
 def _thinned(steps: Sequence[int], values: Sequence[float]) -> list[tuple[int, float]]:

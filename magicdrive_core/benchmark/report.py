@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,11 +74,13 @@ def write_report(
     broken = [f"{record.name}: {fault}" for record in records for fault in record.faults(generated / record.name)]
     scenes = {scene.token: scene for scene in read_scenes(project / "artifacts/infos")}
     tokens = list(dict.fromkeys(record.scene for record in records))
-    shown = [
-        _scene(config, scenes[token], [r for r in records if r.scene == token], generated, project)
-        for token in track(tokens[:SHOWN_SCENES], "report")
-        if not broken
-    ]
+    chosen = [] if broken else tokens[:SHOWN_SCENES]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        work = pool.map(
+            lambda token: _scene(config, scenes[token], [r for r in records if r.scene == token], generated, project),
+            chosen,
+        )
+        shown = list(track(work, "report", len(chosen)))
     curves = [curve for stage, folder in runs.items() if (curve := Curve.read(stage, folder))]
     page = _template().render(
         config=config,

@@ -81,8 +81,9 @@ class Sights:
         if record.frames == 1:
             yield np.stack([self._fit(file) for file in files])
             return
-        for frames in zip(*map(decode_video, files), strict=True):
-            yield np.stack([self._resize(Image.fromarray(frame)) for frame in frames])
+        size = self.framing.height, self.framing.width
+        for frames in zip(*(decode_video(file, size=size) for file in files), strict=True):
+            yield np.stack(frames)
 
     def _boxes(self, frame: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         boxes = self.scene.boxes[frame]
@@ -91,7 +92,5 @@ class Sights:
     def _fit(self, path: Path) -> Picture:
         with Image.open(path) as image:
             image.draft("RGB", (self.framing.width, self.framing.height))  # JPEG: decoded at a fraction of its size
-            return self._resize(image.convert("RGB"))
-
-    def _resize(self, image: Image.Image) -> Picture:
-        return np.asarray(image.resize((self.framing.width, self.framing.height), Image.Resampling.BICUBIC))
+            size = self.framing.width, self.framing.height
+            return np.asarray(image.convert("RGB").resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0))

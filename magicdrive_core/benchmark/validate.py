@@ -133,7 +133,8 @@ def _video_faults(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, expected: Ex
             faults.append(f"{name}: codec {info.codec}, not h264")
         if (info.height, info.width) != (expected.height, expected.width):
             faults.append(f"{name}: {info.width}x{info.height}, not {expected.width}x{expected.height}")
-            return faults  # a size that is not asked for is not decoded: it may be a bomb
+        if faults:
+            return faults  # what is not asked for is not decoded: it may be a bomb
         if info.fps != expected.fps:
             faults.append(f"{name}: {info.fps:g} frames per second, not {expected.fps}")
         decoded = decode_video(io.BytesIO(data), max_pixels=2 * expected.height * expected.width)

@@ -38,10 +38,11 @@ class Colours:
             interpolation=_EXACT,
         )
 
-    def to_picture(self, frame: VideoFrame) -> Picture:
-        """A decoded frame as RGB (H, W, 3), by the matrix and range that the file is tagged with."""
-        return (
-            self._reformatter.reformat(frame, format="rgb24", interpolation=_EXACT)
-            .to_ndarray()
-            .astype(np.uint8, copy=False)
-        )
+    def to_picture(self, frame: VideoFrame, size: tuple[int, int] | None = None) -> Picture:
+        """A decoded frame as RGB (H, W, 3), by the matrix and range that the file is tagged with.
+
+        ``size`` (H, W) scales it on the way, which is faster than scaling the picture.
+        """
+        height, width = size or (frame.height, frame.width)
+        rgb = self._reformatter.reformat(frame, width=width, height=height, format="rgb24", interpolation=_EXACT)
+        return rgb.to_ndarray().astype(np.uint8, copy=False)

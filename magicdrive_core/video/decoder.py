@@ -31,8 +31,10 @@ class VideoInfo:
 MAX_PIXELS = 8192 * 4352  # of a frame: no memory is given to a file that claims more
 
 
-def decode_video(source: Path | str | BinaryIO, max_pixels: int = MAX_PIXELS) -> Iterator[Picture]:
-    """Yields the frames (H, W, 3) of a video in order of display, one at a time.
+def decode_video(
+    source: Path | str | BinaryIO, *, size: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS
+) -> Iterator[Picture]:
+    """Yields the frames (H, W, 3) of a video in order of display, one at a time; scaled to ``size`` (H, W) if given.
 
     Raises:
         MagicDriveError: the file is missing, is no video, its data is broken, or a frame has more than ``max_pixels``.
@@ -44,7 +46,7 @@ def decode_video(source: Path | str | BinaryIO, max_pixels: int = MAX_PIXELS) ->
         # Without "explode" the decoder paints over broken data and says nothing.
         stream.codec_context.options = {"err_detect": "explode", "max_pixels": str(max_pixels)}
         for frame in container.decode(stream):
-            yield colours.to_picture(frame)
+            yield colours.to_picture(frame, size)
 
 
 def probe(source: Path | str | BinaryIO) -> VideoInfo:

@@ -89,7 +89,10 @@ def _write_under_cap(spool: _Spool, partial: Path, fps: int, cap: float, options
     with tempfile.TemporaryDirectory(dir=partial.parent, prefix=".tries-") as folder:
         trial = Path(folder, partial.name)
         for _ in range(CAP_TRIES):
-            _write(spool.replay(), trial, fps, options, flags=Flags.pass2, bit_rate=max(1000, int(target * 1e6)))
+            try:
+                _write(spool.replay(), trial, fps, options, flags=Flags.pass2, bit_rate=max(1000, int(target * 1e6)))
+            except av.ExternalError:  # x264 knows from its notes that no quality is as low as that
+                break
             measured = _measure(trial, len(spool), fps)
             if best < measured <= cap:
                 trial.replace(partial)

@@ -25,8 +25,8 @@ NEAR = 0.2  # metres in front of a camera, where boxes are cut off
 RINGS = (20, 40)  # metres, drawn around the car in the panel from above
 MAP_METRES = 100.0  # a side of the BEV map, centred on the lidar
 
-_FACES = ((0, 1, 2, 3), (4, 5, 6, 7), (0, 1, 5, 4), (2, 3, 7, 6), (1, 2, 6, 5), (0, 3, 7, 4))
 _FRONT = (0, 1, 5, 4)
+_FACES = ((0, 1, 2, 3), (4, 5, 6, 7), (2, 3, 7, 6), (1, 2, 6, 5), (0, 3, 7, 4), _FRONT)  # a later one covers
 _FOOTPRINT = (0, 3, 7, 4)
 
 
@@ -63,21 +63,22 @@ def box_layer(
     planes = _frustum(matrix, framing)
     lidar_to_camera = inverse(np.asarray(camera_to_lidar, dtype=np.float64))
     boxes = [(transform(lidar_to_camera, corners[n]), CLASS_COLOURS[classes[n]]) for n in np.flatnonzero(classes >= 0)]
-    layer = Image.new("RGBA", (framing.width * SMOOTH, framing.height * SMOOTH))
-    line = max(1.0, framing.width / 420) * SMOOTH
+    size = framing.width * SMOOTH, framing.height * SMOOTH
+    layer = Image.new("RGBA", size)
+    line = round(max(1.0, framing.width / 420) * SMOOTH)
     for box, colour in sorted(boxes, key=lambda item: -float(item[0][:, 2].mean())):
-        body = Image.new("RGBA", layer.size)
+        faces = [(face, _seen(box[list(face)], planes, matrix)) for face in _FACES]
+        area = _around([point for _, outline in faces for point in outline], line, size)
+        if area is None:
+            continue
+        body = Image.new("RGBA", (area[2] - area[0], area[3] - area[1]))
         pen = ImageDraw.Draw(body)
-        for face in _FACES:
-            outline = _seen(box[list(face)], planes, matrix)
-            if outline:
-                pen.polygon(outline, fill=(*colour, 70 if face == _FRONT else 28))
-        for face in _FACES:
-            outline = _seen(box[list(face)], planes, matrix)
-            if outline:
-                pen.line([*outline, outline[0]], fill=(*colour, 235), width=round(line), joint="curve")
-        if body.getbbox():
-            layer.alpha_composite(body)
+        seen = [(face, [(x - area[0], y - area[1]) for x, y in outline]) for face, outline in faces if outline]
+        for face, outline in seen:
+            pen.polygon(outline, fill=(*colour, 70 if face == _FRONT else 28))
+        for _, outline in seen:
+            pen.line([*outline, outline[0]], fill=(*colour, 235), width=line, joint="curve")
+        layer.alpha_composite(body, area[:2])
     return np.asarray(layer.resize((framing.width, framing.height), Image.Resampling.BOX))
 
 
@@ -92,7 +93,7 @@ def draw_ground(
 ) -> Picture:
     """A copy of a view with the map painted on the ground, as far as the map reaches.
 
-    Every pixel's ray is followed to the plane z = 0 of the ego frame, and takes the colour of the map's cell there.
+    Ground and picture are two planes seen by one camera, so that one 3x3 matrix leads from a pixel to its cell.
 
     Args:
         frame: (H, W, 3).
@@ -103,27 +104,27 @@ def draw_ground(
         framing: from the full picture to ``frame``.
         opacity: of the paint, 0 to 1.
     """
-    fine = 2
-    matrix = _to_frame(framing) @ intrinsics
-    columns, rows = np.meshgrid(
-        (np.arange(framing.width * fine) + 0.5) / fine, (np.arange(framing.height * fine) + 0.5) / fine
-    )
-    rays = np.stack([columns, rows, np.ones_like(rows)], axis=-1) @ np.linalg.inv(matrix).T
-    camera_to_ego = lidar_to_ego @ camera_to_lidar
-    directions, origin = rays @ camera_to_ego[:3, :3].T, camera_to_ego[:3, 3]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        distance = -origin[2] / directions[..., 2]
-    below = np.isfinite(distance) & (distance > 0)
-    hits = origin + np.where(below, distance, 0.0)[..., None] * directions
-    lidar = transform(inverse(lidar_to_ego), hits)
-    cells = np.floor((lidar[..., :2] / MAP_METRES + 0.5) * bev_map.shape[-1]).astype(np.int64)
-    known = below & ((cells >= 0) & (cells < bev_map.shape[-1])).all(axis=-1)
-    i, j = np.where(known, cells[..., 0], 0), np.where(known, cells[..., 1], 0)
-    painted = bev_map.any(axis=0)[i, j] & known
-    paint = np.concatenate([_paint(bev_map)[i, j], (painted * round(255 * opacity))[..., None]], axis=-1)
-    layer = _premultiplied_reduce(paint.astype(np.float32), fine)
-    alpha = layer[..., 3:] / 255
-    return np.round(frame * (1 - alpha) + layer[..., :3] * alpha).astype(np.uint8)
+    fine = 2  # rays a pixel, each way
+    side = bev_map.shape[-1]
+    lidar_to_camera, ego_to_lidar = inverse(camera_to_lidar), inverse(lidar_to_ego)
+    ground_to_pixel = _to_frame(framing) @ intrinsics @ (lidar_to_camera @ ego_to_lidar)[:3, [0, 1, 3]]
+    ground_to_cell = ego_to_lidar[[0, 1, 3]][:, [0, 1, 3]]
+    ground_to_cell[:2] = (ground_to_cell[:2] / MAP_METRES + [[0, 0, 0.5]]) * side
+    to_cell = ground_to_cell @ np.linalg.inv(ground_to_pixel)
+    columns = (np.arange(framing.width * fine) + 0.5) / fine
+    rows = (np.arange(framing.height * fine)[:, None] + 0.5) / fine
+    i, j, nearness = (along * columns + (down * rows + here) for along, down, here in to_cell)
+    below = nearness > 0  # the horizon: beyond it a pixel's ray meets the ground behind the camera
+    depth = 1 / np.where(below, nearness, 1)
+    i, j = i * depth, j * depth
+    known = below & (i >= 0) & (i < side) & (j >= 0) & (j < side)
+    i, j = np.where(known, i, 0).astype(np.int32), np.where(known, j, 0).astype(np.int32)
+    mapped = bev_map.any(axis=0)[..., None]
+    cells = np.concatenate([_paint(bev_map) * mapped, 255 * mapped], axis=-1).astype(np.uint16)  # colour times alpha
+    paint = cells[i, j] * known[..., None]
+    paint = paint[0::2, 0::2] + paint[0::2, 1::2] + paint[1::2, 0::2] + paint[1::2, 1::2]
+    paint = paint.astype(np.float32) * (opacity / 4)
+    return np.round(frame * (1 - paint[..., 3:] / 255) + paint[..., :3]).astype(np.uint8)
 
 
 def bev_panel(
@@ -172,15 +173,6 @@ def _paint(bev_map: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return out
 
 
-def _premultiplied_reduce(layer: NDArray[np.float32], fine: int) -> NDArray[np.float32]:
-    """Mean of ``fine`` x ``fine`` pixels of an RGBA layer, colours weighted by their alpha."""
-    height, width = layer.shape[0] // fine, layer.shape[1] // fine
-    alpha = layer[..., 3:]
-    blocks = np.concatenate([layer[..., :3] * alpha, alpha], axis=-1).reshape(height, fine, width, fine, 4)
-    mean = blocks.mean(axis=(1, 3))
-    return np.concatenate([mean[..., :3] / np.maximum(mean[..., 3:], 1e-6), mean[..., 3:]], axis=-1)
-
-
 def _to_frame(framing: Framing) -> Floats:
     """Homogeneous (column, row, 1) of the full picture to those of the frame, (3, 3)."""
     return framing.matrix[np.ix_([0, 1, 3], [0, 1, 3])]
@@ -210,6 +202,16 @@ def _seen(polygon: Floats, planes: Floats, matrix: Floats) -> Points:
             return []
     pixels, _ = project(polygon, matrix)
     return [(float(x), float(y)) for x, y in pixels * SMOOTH]
+
+
+def _around(points: Points, margin: int, size: tuple[int, int]) -> tuple[int, int, int, int] | None:
+    """The pixels (left, top, right, bottom) around points, within a picture; None where there are none."""
+    if not points:
+        return None
+    columns, rows = zip(*points, strict=True)
+    left, top = max(0, int(min(columns)) - margin), max(0, int(min(rows)) - margin)
+    right, bottom = min(size[0], int(max(columns)) + margin + 1), min(size[1], int(max(rows)) + margin + 1)
+    return (left, top, right, bottom) if left < right and top < bottom else None
 
 
 def _cut(polygon: Floats, side: Floats) -> Floats:

@@ -1,0 +1,109 @@
+"""Which items there are, and what makes one of them done."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.inference.items import code_version, is_done, item_fingerprint, item_seed, list_items
+from tests.benchmark.stand_in import write_item
+from tests.inference.project import small_config, small_scene
+
+DIGESTS = {"model": "m", "code": "c", "infos": "i"}
+
+
+def test_one_item_a_validation_scene_and_generation() -> None:
+    scenes = [small_scene(12), small_scene(12, "train", "scene-0002"), small_scene(30, "both", "scene-0003")]
+    items = list_items(small_config(), scenes)
+    assert [item.name for item in items] == [f"scene000{n}f0_gen{g}" for n in (1, 3) for g in range(2)]
+    assert {(item.clip.start, item.clip.frames) for item in items} == {(0, 9)}
+
+
+@pytest.mark.parametrize(
+    ("length", "wanted", "frames", "kept"),
+    [
+        (30, 17, 17, 16),  # W-CODA
+        (17, 17, 17, 16),
+        (16, 17, 9, 9),  # the scene is too short: all that it allows
+        (30, 9, 9, 9),
+        (30, 25, 25, 25),  # a longer clip is written whole
+        (1, 17, 1, 1),
+        (8, 17, 1, 1),
+    ],
+)
+def test_a_clip_is_as_long_as_the_scene_allows(length: int, wanted: int, frames: int, kept: int) -> None:
+    config = small_config("benchmark.frames=16", f"generate.frames={wanted}")
+    item = list_items(config, [small_scene(length)])[0]
+    assert (item.clip.frames, item.kept) == (frames, kept)
+
+
+def test_no_validation_scene_is_an_error() -> None:
+    with pytest.raises(MagicDriveError, match="no scene is for validation"):
+        list_items(small_config(), [small_scene(12, "train")])
+
+
+def test_seeds_belong_to_items_alone() -> None:
+    config = small_config("generate.generations=4")
+    scenes = [small_scene(12, "val", f"scene-000{n}") for n in range(3)]
+    seeds = {item.name: item_seed(config, item) for item in list_items(config, scenes)}
+    fewer = small_config("generate.generations=2", "generate.workers=5")
+    again = {item.name: item_seed(fewer, item) for item in list_items(fewer, scenes[:0:-1])}
+    assert len(again) == 4
+    assert again.items() <= seeds.items()
+    assert len(set(seeds.values())) == 12
+    assert 0 <= min(seeds.values()) < max(seeds.values()) < 2**63
+    other = small_config("generate.seed=1")
+    assert not {item_seed(other, item) for item in list_items(other, scenes)} & set(seeds.values())
+
+
+def test_the_fingerprint_changes_with_what_decides_the_pixels_and_nothing_else() -> None:
+    config = small_config()
+    item = list_items(config, [small_scene()])[0]
+    print_ = item_fingerprint(config, item, DIGESTS)
+    for override in (
+        "generate.steps=3",
+        "generate.guidance=3",
+        "generate.seed=5",
+        "video.max_mbit_s=2",
+        "video.fps=10",
+    ):
+        assert item_fingerprint(small_config(override), item, DIGESTS) != print_, override
+    for override in ("generate.workers=9", "generate.generations=7", "benchmark.team=owls", "training.stage1.steps=7"):
+        assert item_fingerprint(small_config(override), item, DIGESTS) == print_, override
+    for name in DIGESTS:
+        assert item_fingerprint(config, item, {**DIGESTS, name: "other"}) != print_
+    assert item_fingerprint(config, replace(item, kept=1), DIGESTS) != print_
+
+
+def test_done_means_this_fingerprint_and_these_bytes(tmp_path: Path) -> None:
+    record = write_item(tmp_path, frames=1)
+    folder = tmp_path / record.name
+    assert is_done(folder, record.fingerprint)
+    assert not is_done(folder, "another")
+    assert not is_done(tmp_path / "nothing", record.fingerprint)
+    picture = next(folder.glob("*CAM_BACK.png"))
+    data = bytearray(picture.read_bytes())
+    data[-20] ^= 1
+    picture.write_bytes(data)
+    assert not is_done(folder, record.fingerprint)
+    picture.unlink()
+    assert not is_done(folder, record.fingerprint)
+    (folder / "item.json").write_text('{"half": ')
+    assert not is_done(folder, record.fingerprint)
+
+
+def test_the_code_has_a_version() -> None:
+    version, _, digest = code_version().partition("+")
+    assert version
+    assert len(digest) == 12
+
+
+def test_planning_and_packing_need_no_torch() -> None:
+    modules = "inference.items, benchmark.package, benchmark.validate, benchmark.report, video.encoder, video.overlays"
+    code = "import sys\n" + "".join(f"import magicdrive_core.{module}\n" for module in modules.split(", "))
+    subprocess.run([sys.executable, "-c", code + "assert 'torch' not in sys.modules"], check=True)
