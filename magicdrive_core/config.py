@@ -103,6 +103,8 @@ class VaeBuild(Section):
     steps: Positive
     batch: Positive  # crops a step
     crop: Positive  # pixels a side
+    clips: Positive = 48  # of nine frames, read once and cropped again and again
+    clip_every: Positive = 4  # steps: one of so many sees a clip, the others see single frames
     learning_rate: PositiveFloat
     seed: Count
 

@@ -1,13 +1,14 @@
-"""The VAE's 3D convolutions as 2D ones, where torch would otherwise take its slow path on a CPU.
+"""The VAE's causal 3D convolutions as 2D ones, for CPUs.
 
-torch computes a small 3D convolution without oneDNN (measured: 8 to 25 times slower for 8 to 16 channels at 112x200).
-Folding the kernel's frames into the channels gives a 2D convolution of the same numbers, which is always fast.
+torch computes small 3D convolutions without oneDNN (measured: 8 to 25 times slower for 8 to 16 channels at 112x200),
+and a single frame, which stands for its own past, is convolved three times with itself. Summing the kernel's frames for
+single frames, and folding them into the channels for clips, gives 2D convolutions of the same numbers.
 """
 
 from __future__ import annotations
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXSafeConv3d
+from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXCausalConv3d
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -16,36 +17,55 @@ ONEDNN_VALUES = 20480
 
 
 class PlaneConv3d(nn.Module):
-    """Stands in for a stride-1 3D convolution that is not padded in time; weights and their names stay the same.
+    """Weights of a ``CogVideoXCausalConv3d``'s convolution under the same names."""
 
-    The values equal the 3D convolution's to rounding (about 1e-6 of their size).
-    """
-
-    def __init__(self, conv: CogVideoXSafeConv3d) -> None:
+    def __init__(self, conv: nn.Conv3d) -> None:
         super().__init__()
         self.weight, self.bias = conv.weight, conv.bias
-        self.padding = conv.padding
+        self.padding = tuple(int(side) for side in conv.padding[1:])
+
+    def single(self, frame: Tensor) -> Tensor:
+        """A still of one frame, (N, C, 1, H, W): every kernel frame meets the same picture."""
+        weight = self.weight.sum(dim=2)
+        return functional.conv2d(frame[:, :, 0], weight, self.bias, padding=self.padding)[:, :, None]
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, F, H, W) -> (N, C_out, F - kernel frames + 1, H', W')."""
+        """(N, C, F, H, W) -> (N, C_out, F - kernel frames + 1, H, W)."""
         kernel = self.weight.shape[2]
-        if x.shape[:4].numel() > ONEDNN_VALUES and kernel > 1:
-            return functional.conv3d(x, self.weight, self.bias, padding=self.padding)
+        if kernel > 1 and x.shape[:4].numel() > ONEDNN_VALUES:
+            return functional.conv3d(x, self.weight, self.bias, padding=(0, *self.padding))
         N, _, F, H, W = x.shape
         F = F - kernel + 1
-        if kernel == 1 and self.weight.shape[3:].numel() == 1:  # frames can be stacked as rows without a copy
-            flat = functional.conv2d(x.reshape(N, -1, F * H, W), self.weight[:, :, 0], self.bias)
-            return flat.reshape(N, -1, F, H, W)
-        windows = torch.cat([x[:, :, shift : shift + F] for shift in range(kernel)], dim=1)
+        windows = torch.cat([x[:, :, shift : shift + F] for shift in range(kernel)], dim=1) if kernel > 1 else x
         planes = windows.transpose(1, 2).reshape(N * F, -1, H, W)
         weight = self.weight.transpose(1, 2).flatten(1, 2)
-        out = functional.conv2d(planes, weight, self.bias, padding=self.padding[1:])
-        return out.reshape(N, F, *out.shape[1:]).transpose(1, 2)
+        out = functional.conv2d(planes, weight, self.bias, padding=self.padding)
+        return out.reshape(N, F, -1, H, W).transpose(1, 2)
+
+
+class PlaneCausalConv3d(nn.Module):
+    """Stands in for a ``CogVideoXCausalConv3d``: the same values to rounding, state-dict names and cache."""
+
+    def __init__(self, causal: CogVideoXCausalConv3d) -> None:
+        super().__init__()
+        self.conv = PlaneConv3d(causal.conv)
+        self.past = causal.time_kernel_size - 1
+
+    def forward(self, inputs: Tensor, conv_cache: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """(N, C, F, H, W) and the last frames of the chunk before; without one, the first frame repeats."""
+        if self.past == 0:
+            return self.conv(inputs), None
+        if conv_cache is None and inputs.shape[2] == 1:
+            return self.conv.single(inputs), inputs.expand(-1, -1, self.past, -1, -1)
+        if conv_cache is None:
+            conv_cache = inputs[:, :, :1].expand(-1, -1, self.past, -1, -1)
+        x = torch.cat([conv_cache, inputs], dim=2)
+        return self.conv(x), x[:, :, -self.past :].clone()
 
 
 def use_planes(model: nn.Module) -> None:
-    """Replaces the 3D convolutions of a CogVideoX VAE in place."""
+    """Replaces the causal convolutions of a CogVideoX VAE in place."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, CogVideoXSafeConv3d):
-                setattr(parent, name, PlaneConv3d(child))
+            if isinstance(child, CogVideoXCausalConv3d):
+                setattr(parent, name, PlaneCausalConv3d(child))
