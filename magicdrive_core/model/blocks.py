@@ -1,8 +1,8 @@
 """The transformer blocks. Golden notes (README of the reference data), section 2, "Block" and "Head".
 
-Inside the network the view is the outermost dimension, x is (V, B, T, S, C), so that each view is one contiguous
-slice for cross-view attention. A modulation is (B, T or 1, n, C): one for the whole clip, or one a latent frame where
-some frames are given.
+Inside the network the tokens are a list of V tensors (B, T, S, C), one a view: all steps but cross-view attention are
+a view's own, and one view's activations are small enough to stay in a CPU's cache, or beside the weights on a GPU.
+A modulation is (B, T or 1, n, C): one for the whole clip, or one a latent frame where some frames are given.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from magicdrive_core.model.kernels import modulate
 from magicdrive_core.model.layers import (
     CrossAttention,
     CrossViewAttention,
-    Mlp,
-    SelfAttention,
+    ModulatedMlp,
+    SpatialAttention,
     TemporalAttention,
-    modulate,
 )
 
 if TYPE_CHECKING:
@@ -31,12 +31,12 @@ class Surroundings:
     """What every block of one pass shares beside its tokens and modulation. None: nothing to hide."""
 
     angles: Tensor  # T, d/2, 2: rotary angles of the latent frames
-    context_bias: Tensor | None  # V*B*T, 1, 1, L: -inf at context tokens that stand for nothing
+    context_bias: list[Tensor] | list[None]  # V times B*T, 1, 1, L: -inf at context tokens that stand for nothing
     padding_bias: Tensor | None  # 1, 1, 1, S: -inf at patches that only pad the height
 
 
 def per_token(modulation: Tensor) -> tuple[Tensor, ...]:
-    """(B, T or 1, n, C) -> n tensors (B, T or 1, 1, C) that broadcast against x (V, B, T, S, C)."""
+    """(B, T or 1, n, C) -> n tensors (B, T or 1, 1, C) that broadcast against (B, T, S, C)."""
     return modulation[:, :, :, None].unbind(2)
 
 
@@ -51,22 +51,24 @@ class Block(nn.Module):
         width = config.width
         self.temporal = temporal
         self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
-        self.attn = (TemporalAttention if temporal else SelfAttention)(width, config.heads)
+        self.attn = (TemporalAttention if temporal else SpatialAttention)(width, config.heads)
         self.cross_attn = CrossAttention(width, config.heads)
-        self.mlp = Mlp(width, config.mlp_ratio * width)
+        self.mlp = ModulatedMlp(width, config.mlp_ratio * width)
 
-    def forward(self, x: Tensor, modulation: Tensor, kv: Tensor, around: Surroundings) -> Tensor:
-        """x (V, B, T, S, C), modulation (B, T or 1, 6, C), kv (V, B, T, L, 2C) -> like x."""
+    def forward(self, views: list[Tensor], modulation: Tensor, kv: list[Tensor], around: Surroundings) -> list[Tensor]:
+        """V times (B, T, S, C), in and out; modulation (B, T or 1, 6, C), kv V times (B, T, L, 2C)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = per_token(self.scale_shift_table + modulation)
-        angles, bias = (around.angles, None) if self.temporal else (None, around.padding_bias)
-        x = torch.addcmul(x, gate1, self.attn(modulate(x, shift1, scale1), angles, bias))
-        x = x + self.cross_attn(x, kv, around.context_bias)
-        x = self.across_views(x, modulation, around)
-        return torch.addcmul(x, gate2, self.mlp(modulate(x, shift2, scale2)))
+        hint = around.angles if self.temporal else around.padding_bias
+        attended = []
+        for x, keys_values, bias in zip(views, kv, around.context_bias, strict=True):
+            x = torch.addcmul(x, gate1, self.attn(x, shift1, scale1, hint))
+            attended.append(x + self.cross_attn(x, keys_values, bias))
+        attended = self.across_views(attended, modulation, around)
+        return [torch.addcmul(x, gate2, self.mlp(x, shift2, scale2)) for x in attended]
 
-    def across_views(self, x: Tensor, modulation: Tensor, around: Surroundings) -> Tensor:  # noqa: ARG002
+    def across_views(self, views: list[Tensor], modulation: Tensor, around: Surroundings) -> list[Tensor]:  # noqa: ARG002
         """Cross-view attention, in the blocks that have it."""
-        return x
+        return views
 
 
 class ViewBlock(Block):
@@ -79,12 +81,12 @@ class ViewBlock(Block):
         self.cross_view_attn = CrossViewAttention(config.width, config.heads, config.neighbours)
         self.mva_proj = nn.Linear(config.width, config.width)
 
-    def across_views(self, x: Tensor, modulation: Tensor, around: Surroundings) -> Tensor:
+    def across_views(self, views: list[Tensor], modulation: Tensor, around: Surroundings) -> list[Tensor]:
         # The published network adds three scalars, the first entries of the first vector (oddity 1).
         by_time = modulation[:, :, 0, :3, None] if self.published else modulation[:, :, :3]
         shift, scale, gate = per_token(self.scale_shift_table_mva + by_time)
-        seen = self.cross_view_attn(modulate(x, shift, scale), around.padding_bias)
-        return x + self.mva_proj(gate * seen)
+        seen = self.cross_view_attn(views, shift, scale, around.padding_bias)
+        return [x + self.mva_proj(gate * other) for x, other in zip(views, seen, strict=True)]
 
 
 class ControlBlock(Block):
@@ -95,10 +97,10 @@ class ControlBlock(Block):
         self.after_proj = nn.Linear(config.width, config.width)
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, modulation: Tensor, kv: Tensor, around: Surroundings
-    ) -> tuple[Tensor, Tensor]:
-        x = super().forward(x, modulation, kv, around)
-        return x, self.after_proj(x)
+        self, views: list[Tensor], modulation: Tensor, kv: list[Tensor], around: Surroundings
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        views = super().forward(views, modulation, kv, around)
+        return views, [self.after_proj(x) for x in views]
 
 
 class Head(nn.Module):
@@ -114,13 +116,13 @@ class Head(nn.Module):
         """Velocities of the patches.
 
         Args:
-            x: (V, B, T, S, C).
+            x: (..., B, T, S, C).
             noisy: (B, C), time vector of the noise level.
             clean: (B, C), time vector of noise level 0; None without given frames.
             x_mask: (B, T) bool, True = noisy.
 
         Returns:
-            (V, B, T, S, patch^2 * channels).
+            (..., B, T, S, patch^2 * channels).
         """
         if clean is None or x_mask is None:
             x = modulate(x, *self._vectors(noisy))

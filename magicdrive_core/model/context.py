@@ -47,12 +47,12 @@ class ContextTokens:
         ]
         return self._over_latent_frames(torch.cat(parts, dim=3), frames)
 
-    def bias(self, frames: int, dtype: torch.dtype) -> Tensor | None:
-        """(V*B*T, 1, 1, L): 0 where visible, -inf elsewhere."""
+    def bias(self, frames: int, dtype: torch.dtype) -> list[Tensor] | list[None]:
+        """For each view (B*T, 1, 1, L): 0 where visible, -inf elsewhere."""
         if self.visible is None:
-            return None
-        visible = self._over_latent_frames(self.visible, frames).flatten(0, 2)[:, None, None]
-        return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, float("-inf"))
+            return [None] * self.views
+        visible = self._over_latent_frames(self.visible, frames).flatten(1, 2)[:, :, None, None]
+        return list(torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, float("-inf")).unbind(0))
 
     def _over_latent_frames(self, x: Tensor, frames: int) -> Tensor:
         """Nearest resampling of the frames of (V, B, T', ...); a single one is used for all."""
@@ -76,6 +76,6 @@ class Context:
     fps: Tensor  # B, C
     surroundings: Surroundings
 
-    def keys_values(self, group: str, index: int) -> Tensor:
-        """(V, B, T, L, 2C) for one block."""
-        return self.tokens.spread(self.kv[group][index], self.latent_shape[0])
+    def keys_values(self, group: str, index: int) -> list[Tensor]:
+        """For one block and each view (B, T, L, 2C)."""
+        return list(self.tokens.spread(self.kv[group][index], self.latent_shape[0]).unbind(0))

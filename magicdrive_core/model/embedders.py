@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from magicdrive_core.model.layers import Mlp, Rotary, TemporalAttention, modulate
+from magicdrive_core.model.layers import Mlp, ModulatedMlp, Rotary, TemporalAttention
 
 FREQUENCIES = (1.0, 2.0, 4.0, 8.0)
 FOURIER_WIDTH = 3 * (1 + 2 * len(FREQUENCIES))  # 27 numbers for a 3-vector
@@ -92,18 +92,16 @@ class TemporalEmbedder(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
         self.rope = Rotary(width // heads, published)
         self.attn = TemporalAttention(width, heads)
-        self.mlp = Mlp(width, 4 * width)
+        self.mlp = ModulatedMlp(width, 4 * width)
         self.final_proj = nn.Linear(width, width)
 
     def over_time(self, x: Tensor) -> Tensor:
-        """(..., F, N, C) -> (..., T', N, C)."""
+        """(R, F, N, C) -> (R, T', N, C)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.scale_shift_table.unbind(0)
-        x = x + gate1 * self.attn(modulate(x, shift1, scale1), self.rope(x.shape[-3]))
-        x = x + gate2 * self.mlp(modulate(x, shift2, scale2))
+        x = x + gate1 * self.attn(x, shift1, scale1, self.rope(x.shape[1]))
+        x = x + gate2 * self.mlp(x, shift2, scale2)
         x = self.final_proj(x)
-        if self.mean_over_frames:
-            return x.mean(-3, keepdim=True)
-        return halve_frames(halve_frames(x, x.ndim - 3), x.ndim - 3)
+        return x.mean(1, keepdim=True) if self.mean_over_frames else halve_frames(halve_frames(x, 1), 1)
 
 
 class EgoMotionEmbedder(TemporalEmbedder):
@@ -181,7 +179,7 @@ class BoxEmbedder(TemporalEmbedder):
         position = torch.where(absent, self.null_pos_feature, position)
         kind = torch.where(absent, self.null_class_feature, torch.where(shown, kind, self.mask_class_feature))
         tokens = torch.cat([functional.silu(self.bbox_proj(position)), kind], dim=-1)
-        return self.over_time(self.second_linear(tokens))
+        return self.over_time(self.second_linear(tokens).flatten(0, 1)).unflatten(0, states.shape[:2])
 
     def present(self, states: Tensor) -> Tensor:
         """Which box tokens stand for a box, shown or hidden, in any of their frames: (V, B, F, N) -> (V, B, T', N)."""

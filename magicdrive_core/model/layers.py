@@ -11,18 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-NORM_EPS = 1e-6
+from magicdrive_core.model.kernels import modulated_mlp, modulated_qkv
+
 ROTARY_BASE = 10000.0
-
-
-def layer_norm(x: Tensor) -> Tensor:
-    """Layer norm over the last dimension without learned scale and shift."""
-    return functional.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LN(x) * (1 + scale) + shift; ``shift`` and ``scale`` broadcast against ``x``."""
-    return torch.addcmul(shift, layer_norm(x), 1 + scale)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -41,15 +32,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
 
 
-class RmsNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the channels of a head."""
+class HeadNorm(nn.Module):
+    """The weight of an RMS norm over the channels of a head; ``kernels.modulated_qkv`` applies it."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.rms_norm(x, x.shape[-1:], self.weight, NORM_EPS)
 
 
 class Rotary(nn.Module):
@@ -80,46 +68,46 @@ class Rotary(nn.Module):
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Turns the channel pairs of ``x`` (R, n, h, d) by ``angles`` (n, d/2, 2), computed in fp32."""
-    cos, sin = angles[:, None].unbind(-1)
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+    """Turns the channel pairs of ``x`` (B, T, S, h, d) by the frames' ``angles`` (T, d/2, 2), computed in fp32."""
+    turns = torch.view_as_complex(angles)[:, None, None]
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
 
 
 class PackedAttention(nn.Module):
-    """Packed q, k, v with an RMS norm on q and k, and the output projection."""
+    """Packed q, k, v of modulated tokens with an RMS norm on q and k, and the output projection."""
 
     def __init__(self, width: int, heads: int, qkv_bias: bool = True) -> None:
         super().__init__()
-        self.heads = heads
         self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
-        self.q_norm = RmsNorm(width // heads)
-        self.k_norm = RmsNorm(width // heads)
+        self.q_norm = HeadNorm(width // heads)
+        self.k_norm = HeadNorm(width // heads)
         self.proj = nn.Linear(width, width)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k (normalised) and v of ``x`` (..., C), each (..., h, d)."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
-        return self.q_norm(q), self.k_norm(k), v
+    def project(self, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k (normalised) and v of LN(x) * (1 + scale) + shift: (..., C) -> (..., h, d) each."""
+        norm = torch.stack([self.q_norm.weight, self.k_norm.weight])
+        return modulated_qkv(x, shift, scale, self.qkv.weight, self.qkv.bias, norm)
 
 
-class SelfAttention(PackedAttention):
-    """Attention within a sequence, with rotary embedding if angles are given."""
+class SpatialAttention(PackedAttention):
+    """Attention among the S patches of every frame."""
 
-    def forward(self, x: Tensor, angles: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        """Attention over the second last dimension of ``x`` (..., n, C)."""
-        q, k, v = self.project(x.flatten(0, -3))
-        if angles is not None:
-            q, k = rotate(q, angles), rotate(k, angles)
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """(B, T, S, C) -> (B, T, S, C), ``bias`` (1, 1, 1, S) against patches that only pad the height."""
+        q, k, v = (tensor.flatten(0, 1) for tensor in self.project(x, shift, scale))
         return self.proj(attend(q, k, v, bias).flatten(-2)).view(x.shape)
 
 
-class TemporalAttention(SelfAttention):
-    """Attention along the time of every place: the third last dimension of x (..., T, S, C)."""
+class TemporalAttention(PackedAttention):
+    """Attention among the T frames of every place, with rotary embedding."""
 
-    def forward(self, x: Tensor, angles: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        places = x.transpose(-2, -3)
-        return super().forward(places, angles, bias).transpose(-2, -3)
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor, angles: Tensor) -> Tensor:
+        """(B, T, S, C) -> (B, T, S, C), ``angles`` (T, d/2, 2)."""
+        q, k, v = self.project(x, shift, scale)
+        by_place = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (rotate(q, angles), rotate(k, angles), v))
+        out = attend(*by_place).flatten(-2)
+        return self.proj(out.unflatten(0, (len(x), -1)).transpose(1, 2))
 
 
 class CrossAttention(nn.Module):
@@ -133,7 +121,7 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, kv: Tensor, bias: Tensor | None) -> Tensor:
-        """Attention of ``x`` (..., S, C) to ``kv`` (..., L, 2C) under ``bias`` (R, 1, 1, L), R the product of '...'."""
+        """Attention of ``x`` (B, T, S, C) to ``kv`` (B, T, L, 2C) under ``bias`` (B*T, 1, 1, L) -> like x."""
         q = self.q_linear(x.flatten(0, -3)).unflatten(-1, (self.heads, -1))
         k, v = kv.flatten(0, -3).unflatten(-1, (2, self.heads, -1)).unbind(-3)
         return self.proj(attend(q, k, v, bias).flatten(-2)).view(x.shape)
@@ -146,21 +134,24 @@ class CrossViewAttention(PackedAttention):
         super().__init__(width, heads, qkv_bias=False)
         self.neighbours = neighbours
 
-    def pairs(self, x: Tensor, bias: Tensor | None = None) -> list[list[Tensor]]:
-        """For every view, attention to each of its neighbours before the output projection, each (B*T, S, C).
+    def pairs(self, views: list[Tensor], shift: Tensor, scale: Tensor, bias: Tensor | None) -> list[list[Tensor]]:
+        """For every view, attention to each of its neighbours before the output projection.
 
-        q, k and v are made once a view. ``x`` is (V, B, T, S, C).
+        q, k and v are made once a view. Views and results are (B, T, S, C).
         """
-        q, k, v = (tensor.flatten(1, 2).unbind(0) for tensor in self.project(x))
+        projected = [self.project(x, shift, scale) for x in views]
+        q, k, v = ([tensors[i].flatten(0, 1) for tensors in projected] for i in range(3))
         return [
-            [attend(q[view], k[other], v[other], bias).flatten(-2) for other in others]
+            [attend(q[view], k[other], v[other], bias).flatten(-2).view(views[view].shape) for other in others]
             for view, others in enumerate(self.neighbours)
         ]
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """(V, B, T, S, C) -> (V, B, T, S, C). The projection's bias counts once for each neighbour (oddity 7)."""
-        total = torch.stack([sum(outputs[1:], outputs[0]) for outputs in self.pairs(x, bias)]).view(x.shape)
-        return functional.linear(total, self.proj.weight, self.proj.bias * len(self.neighbours[0]))
+    def forward(self, views: list[Tensor], shift: Tensor, scale: Tensor, bias: Tensor | None) -> list[Tensor]:
+        """V times (B, T, S, C), in and out. The projection's bias counts once for each neighbour (oddity 7)."""
+        return [
+            functional.linear(sum(outputs[1:], outputs[0]), self.proj.weight, self.proj.bias * len(outputs))
+            for outputs in self.pairs(views, shift, scale, bias)
+        ]
 
 
 class Mlp(nn.Module):
@@ -173,6 +164,14 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(functional.gelu(self.fc1(x), approximate="tanh"))
+
+
+class ModulatedMlp(Mlp):
+    """The MLP of a block, on modulated tokens."""
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:  # type: ignore[override]
+        """(..., C) -> (..., C); ``shift`` and ``scale`` broadcast against x."""
+        return modulated_mlp(x, shift, scale, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
 
 
 class PatchEmbedding(nn.Module):

@@ -7,7 +7,7 @@ Two halves: ``encode`` computes once a clip all that does not depend on the nois
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -191,8 +191,8 @@ class MagicDrive(nn.Module):
     def denoise(self, x: Tensor, timestep: Tensor, context: Context, x_mask: Tensor | None = None) -> Tensor:
         """``forward`` with the conditions encoded before; shapes and dtypes as there."""
         patches = to_patches(x.transpose(0, 1).to(self.dtype), context.grid[0] - -(-x.shape[-2] // PATCH))
-        main = self.x_embedder(patches) + context.position[:, None]
-        control = self.x_control_embedder(patches) + context.control
+        main = list((self.x_embedder(patches) + context.position[:, None]).unbind(0))
+        control = list((self.x_control_embedder(patches) + context.control).unbind(0))
         noisy = self.t_embedder(timestep) + context.fps
         modulation, clean = self.t_block(noisy)[:, None], None
         if x_mask is not None:
@@ -200,9 +200,9 @@ class MagicDrive(nn.Module):
             modulation = torch.where(x_mask[..., None], modulation, self.t_block(clean)[:, None])
         modulation = modulation.unflatten(-1, (6, -1))
 
-        def run(group: str, index: int, tokens: Tensor) -> Tensor:
+        def run(group: str, index: int, views: list[Tensor]) -> Any:
             block = getattr(self, group)[index]
-            arguments = tokens, modulation, context.keys_values(group, index), context.surroundings
+            arguments = views, modulation, context.keys_values(group, index), context.surroundings
             if self.checkpoint_blocks and torch.is_grad_enabled():
                 return checkpoint(block, *arguments, use_reentrant=False)
             return block(*arguments)
@@ -211,9 +211,9 @@ class MagicDrive(nn.Module):
             for kind in ("s", "t") if self.config.temporal else ("s",):
                 main = run(f"base_blocks_{kind}", index, main)
                 if index < self.config.control_depth:
-                    control, skip = run(f"control_blocks_{kind}", index, control)
-                    main = main + skip
-        return self._unpatch(self.final_layer(main, noisy, clean, x_mask), context)
+                    control, skips = run(f"control_blocks_{kind}", index, control)
+                    main = [x + skip for x, skip in zip(main, skips, strict=True)]
+        return self._unpatch(self.final_layer(torch.stack(main), noisy, clean, x_mask), context)
 
     @torch.no_grad()
     def set_text_buffers(self, class_features: Tensor, base_feature: Tensor) -> None:

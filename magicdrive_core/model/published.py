@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.model.golden import (
@@ -18,7 +19,7 @@ from magicdrive_core.model.golden import (
     read_npz,
     views_from_channels,
 )
-from magicdrive_core.model.layers import layer_norm
+from magicdrive_core.model.kernels import NORM_EPS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -67,6 +68,16 @@ def check_golden(path: Path | str) -> GoldenResult:
     return GoldenResult([*rows, ("out", float((channels_from_views(out) - arrays["out"]).abs().max()))])
 
 
+def _stacked(name: str, outputs: list[Any]) -> dict[str, Tensor]:
+    """The calls of a module as one tensor; inside a block a module is called once a view."""
+    first = outputs[0]
+    if isinstance(first, tuple):
+        return {f"{name}.{index}": torch.stack(part) for index, part in enumerate(first)}
+    if isinstance(first, list):
+        return {name: torch.stack(first)}
+    return {name: torch.stack(outputs) if "_blocks_" in name else first}
+
+
 def _of_context(context: Context, pixels: Tensor) -> dict[str, Tensor]:
     rows, columns = context.grid
     return {
@@ -80,6 +91,8 @@ def _difference(name: str, ours: Tensor, expected: Tensor, views: int) -> float:
     """Largest absolute difference after ours is laid out like the file's: rows b*V+v, all views in full."""
     if name.endswith("controlnet_cond_embedder_temp"):
         ours = ours.transpose(1, 2)
+    elif name.endswith("cross_view_attn"):
+        pass  # rows are pairs of views already, then samples and frames
     elif ours.ndim == 5 or name.endswith("camera_token"):
         ours = ours.transpose(0, 1)
     if "_t." in name and name.endswith(".attn"):
@@ -92,26 +105,24 @@ def _difference(name: str, ours: Tensor, expected: Tensor, views: int) -> float:
 @contextmanager
 def _recorded(network: MagicDrive) -> Iterator[dict[str, Tensor]]:
     """Collects the first output of every module that the reference files know, by their names for it."""
+    calls: dict[str, list[Any]] = {}
     found: dict[str, Tensor] = {}
     handles = []
 
     def keep(module: nn.Module, name: str) -> None:
-        def hook(_module: nn.Module, _inputs: Any, output: Tensor | tuple[Tensor, ...]) -> None:
-            named = {name: output} if isinstance(output, Tensor) else {f"{name}.{i}": o for i, o in enumerate(output)}
-            for key, value in named.items():
-                found.setdefault(key, value)
-
-        handles.append(module.register_forward_hook(hook))
+        handles.append(
+            module.register_forward_hook(lambda _module, _inputs, output: calls.setdefault(name, []).append(output))
+        )
 
     def keep_norm(block: nn.Module, name: str) -> None:
         def hook(_module: nn.Module, inputs: Any) -> None:
-            found.setdefault(name, layer_norm(inputs[0]))
+            found[name] = torch.stack([functional.layer_norm(x, x.shape[-1:], eps=NORM_EPS) for x in inputs[0]])
 
         handles.append(block.register_forward_pre_hook(hook))
 
     def keep_pairs(attention: nn.Module, name: str) -> None:
-        def hook(module: Any, inputs: Any, _output: Tensor) -> None:
-            found.setdefault(name, torch.stack([module.proj(out) for view in module.pairs(*inputs) for out in view]))
+        def hook(module: Any, inputs: Any, _output: list[Tensor]) -> None:
+            found[name] = torch.stack([module.proj(out) for view in module.pairs(*inputs) for out in view])
 
         handles.append(attention.register_forward_hook(hook))
 
@@ -132,6 +143,8 @@ def _recorded(network: MagicDrive) -> Iterator[dict[str, Tensor]]:
             keep_pairs(first["cross_view_attn"], f"{group}.0.cross_view_attn")
     try:
         yield found
+        for name, outputs in calls.items():
+            found |= _stacked(name, outputs)
     finally:
         for handle in handles:
             handle.remove()

@@ -141,7 +141,7 @@ def test_published_temporal_blocks_are_no_identity() -> None:
         for blocks in (net.base_blocks_t, net.control_blocks_t):
             blocks[0].register_forward_hook(
                 lambda _m, inputs, out, changed=changed: changed.append(
-                    not torch.equal(inputs[0], out if isinstance(out, Tensor) else out[0])
+                    not torch.equal(inputs[0][0], (out[0] if isinstance(out, tuple) else out)[0])
                 )
             )
         run(net, conditions(), noisy())

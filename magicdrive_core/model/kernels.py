@@ -1,0 +1,131 @@
+"""The costly steps of a block as single autograd functions, so that a training step keeps little and copies little.
+
+Plain autograd would keep the modulated input of every linear map, both forms of q and k, and the MLP's activations.
+Here the cheap ones are computed again in the backward pass. R stands for all leading dimensions but the last.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+NORM_EPS = 1e-6
+GELU_SCALE = 1.5957691216057308  # 2 sqrt(2 / pi)
+GELU_CUBE = 0.044715 * GELU_SCALE
+ROWS = 2048  # tokens of an MLP at once on a CPU: hidden activations of this many stay in its cache
+
+aten = torch.ops.aten
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LN(x) * (1 + scale) + shift; ``shift`` and ``scale`` broadcast against ``x`` (..., C)."""
+    return torch.addcmul(shift, functional.layer_norm(x, x.shape[-1:], eps=NORM_EPS), 1 + scale)
+
+
+def modulated_qkv(
+    x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v = Linear(LN(x) * (1 + scale) + shift), with an RMS norm of every head of q and k.
+
+    Args:
+        x: (R, C).
+        shift: broadcastable against x; scale alike.
+        weight: (3 C, C); bias: (3 C) or None.
+        norm: (2, d), the norms' weights.
+
+    Returns:
+        Each (R, h, d).
+    """
+    return _ModulatedQkv.apply(x, shift, scale, weight, bias, norm)
+
+
+def modulated_mlp(
+    x: Tensor, shift: Tensor, scale: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor
+) -> Tensor:
+    """Linear(GELU(Linear(LN(x) * (1 + scale) + shift))), GELU in its tanh form: (R, C) -> (R, C)."""
+    return _ModulatedMlp.apply(x, shift, scale, up, up_bias, down, down_bias)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU's tanh form, x sigmoid(2 u) with u = sqrt(2/pi) (x + 0.044715 x^3): half the time of tanh on a CPU."""
+    return x * _gelu_gate(x) if x.device.type == "cpu" else functional.gelu(x, approximate="tanh")
+
+
+def _gelu_gate(x: Tensor) -> Tensor:
+    return x.square().mul_(GELU_CUBE).add_(GELU_SCALE).mul_(x).sigmoid_()
+
+
+def _gelu_backward(x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """GELU(x), and the gradient at x."""
+    gate = _gelu_gate(x)
+    value = x * gate
+    slope = x.square().mul_(3 * GELU_CUBE).add_(GELU_SCALE)
+    return value, gradient * slope.mul_(value).mul_(1 - gate).add_(gate)
+
+
+def _modulate_backward(gradient: Tensor, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients at x, shift and scale of ``modulate``."""
+    normed, mean, deviation = aten.native_layer_norm(x, x.shape[-1:], None, None, NORM_EPS)
+    inner = gradient * (1 + scale)
+    outer = aten.native_layer_norm_backward(inner, x, x.shape[-1:], mean, deviation, None, None, [True, False, False])[
+        0
+    ]
+    return outer, gradient.sum_to_size(shift.shape), normed.mul_(gradient).sum_to_size(scale.shape)
+
+
+class _ModulatedQkv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        packed = functional.linear(modulate(x, shift, scale), weight, bias)
+        raw = packed.unflatten(-1, (3, -1, norm.shape[-1]))
+        inverse = (raw[..., :2, :, :].float().square().mean(-1, keepdim=True) + NORM_EPS).rsqrt_().to(x.dtype)
+        ctx.save_for_backward(x, shift, scale, weight, norm, raw, inverse)
+        ctx.has_bias = bias is not None
+        q, k = ((raw[..., i, :, :] * inverse[..., i, :, :]).mul_(norm[i]) for i in range(2))
+        return q, k, raw[..., 2, :, :]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
+        x, shift, scale, weight, norm, raw, inverse = ctx.saved_tensors
+        packed = torch.empty_like(raw)
+        packed[..., 2, :, :] = dv
+        d_norm = []
+        for i, gradient in enumerate((dq, dk)):
+            normed = raw[..., i, :, :] * inverse[..., i, :, :]
+            d_norm.append((gradient * normed).sum_to_size(norm.shape[-1:]))
+            inner = gradient * norm[i]
+            inner.sub_(normed.mul_((inner * normed).mean(-1, keepdim=True)))
+            torch.mul(inner, inverse[..., i, :, :], out=packed[..., i, :, :])
+        rows = packed.flatten(-3).flatten(0, -2)
+        z = modulate(x, shift, scale).flatten(0, -2)
+        dx, d_shift, d_scale = _modulate_backward((rows @ weight).view(x.shape), x, shift, scale)
+        d_bias = rows.sum(0) if ctx.has_bias else None
+        return dx, d_shift, d_scale, rows.t() @ z, d_bias, torch.stack(d_norm)
+
+
+class _ModulatedMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor
+    ) -> Tensor:
+        z = modulate(x, shift, scale)
+        hidden = functional.linear(z, up, up_bias)
+        ctx.save_for_backward(x, shift, scale, up, down, hidden)
+        return functional.linear(gelu(hidden), down, down_bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        x, shift, scale, up, down, hidden = ctx.saved_tensors
+        rows, hidden = gradient.flatten(0, -2), hidden.flatten(0, -2)
+        value, d_hidden = _gelu_backward(hidden, rows @ down)
+        z = modulate(x, shift, scale).flatten(0, -2)
+        dx, d_shift, d_scale = _modulate_backward((d_hidden @ up).view(x.shape), x, shift, scale)
+        return dx, d_shift, d_scale, d_hidden.t() @ z, d_hidden.sum(0), rows.t() @ value, rows.sum(0)
