@@ -78,6 +78,7 @@ def write_unsynced(path: Path | str, data: bytes) -> None:
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             partial.write_bytes(data)
             partial.replace(path)

@@ -46,8 +46,6 @@ def render_missing(root: Path, version: str, workers: int | None = None) -> int:
     tasks = [replace(scene, shots=shots) for scene in missing for shots in _batches(scene.shots)]
     total = sum(len(task.shots) for task in tasks)
     folders = {(root / shot.filename).parent for task in tasks for shot in task.shots}
-    for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
     for location in sorted({task.location for task in tasks}):
         read_shapes(root, location)  # a missing map is better reported here than by each process
     with progress_bar() as bar:

@@ -79,7 +79,6 @@ def _write_scene(root: Path, plan: Plan) -> Rows:
     boxes[:, 2] += boxes[:, 5] / 2  # from the bottom to the centre
     rows, files = scene_rows(plan, boxes)
     for name, data in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
         write_unsynced(root / name, data)
     for folder in sorted({(root / name).parent for name in files}):
         sync_folder(folder)
