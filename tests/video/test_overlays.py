@@ -47,12 +47,13 @@ def test_a_box_ahead_covers_exactly_its_projection(x: float, y: float, yaw: floa
     placed = box(x, y, yaw=yaw)
     layer = box_layer(placed, np.array([0]), INTRINSICS, CAMERA_TO_LIDAR, FRAMING)
     drawn = np.argwhere(layer[..., 3] > 0)[:, ::-1]  # column, row
-    expected = pixels(placed[0])
-    low = np.clip(expected.min(0), 0, [400, 224])
-    high = np.clip(expected.max(0), 0, [400, 224])
-    if (high - low > 2).all():
+    low, high = pixels(placed[0]).min(0), pixels(placed[0]).max(0)
+    if (low > 3).all() and (high < [397, 221]).all():
         np.testing.assert_allclose(drawn.min(0), low, atol=2.5)
         np.testing.assert_allclose(drawn.max(0) + 1, high, atol=2.5)
+    elif len(drawn):  # partly out of the picture: what is seen may end before its corners do
+        assert (drawn.min(0) > low - 2.5).all()
+        assert (drawn.max(0) + 1 < high + 2.5).all()
 
 
 @settings(max_examples=30, deadline=None)
