@@ -1,7 +1,8 @@
 """The transformer blocks. Golden notes (README of the reference data), section 2, "Block" and "Head".
 
-Inside the network the tokens are a list of V tensors (B, T, S, C), one a view: all steps but cross-view attention are
-a view's own, and one view's activations are small enough to stay in a CPU's cache, or beside the weights on a GPU.
+Inside the network the tokens are a list of groups of views, (G, B, T, S, C) each: all steps but cross-view attention
+are a view's own, and a group is chosen so small that its activations stay in a CPU's cache, or beside the weights on a
+GPU, and so large that the number of calls does not matter.
 A modulation is (B, T or 1, n, C): one for the whole clip, or one a latent frame where some frames are given.
 """
 
@@ -31,12 +32,14 @@ class Surroundings:
     """What every block of one pass shares beside its tokens and modulation. None: nothing to hide."""
 
     angles: Tensor  # T, d/2, 2: rotary angles of the latent frames
-    context_bias: list[Tensor] | list[None]  # V times B*T, 1, 1, L: -inf at context tokens that stand for nothing
+    context_bias: (
+        list[Tensor] | list[None]
+    )  # for each group G*B*T, 1, 1, L: -inf at context tokens that stand for nothing
     padding_bias: Tensor | None  # 1, 1, 1, S: -inf at patches that only pad the height
 
 
 def per_token(modulation: Tensor) -> tuple[Tensor, ...]:
-    """(B, T or 1, n, C) -> n tensors (B, T or 1, 1, C) that broadcast against (B, T, S, C)."""
+    """(B, T or 1, n, C) -> n tensors (B, T or 1, 1, C) that broadcast against (G, B, T, S, C)."""
     return modulation[:, :, :, None].unbind(2)
 
 
@@ -55,20 +58,20 @@ class Block(nn.Module):
         self.cross_attn = CrossAttention(width, config.heads)
         self.mlp = ModulatedMlp(width, config.mlp_ratio * width)
 
-    def forward(self, views: list[Tensor], modulation: Tensor, kv: list[Tensor], around: Surroundings) -> list[Tensor]:
-        """V times (B, T, S, C), in and out; modulation (B, T or 1, 6, C), kv V times (B, T, L, 2C)."""
+    def forward(self, groups: list[Tensor], modulation: Tensor, kv: list[Tensor], around: Surroundings) -> list[Tensor]:
+        """Groups (G, B, T, S, C), in and out; modulation (B, T or 1, 6, C), kv for each group (G, B, T, L, 2C)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = per_token(self.scale_shift_table + modulation)
         hint = around.angles if self.temporal else around.padding_bias
         attended = []
-        for x, keys_values, bias in zip(views, kv, around.context_bias, strict=True):
+        for x, keys_values, bias in zip(groups, kv, around.context_bias, strict=True):
             x = torch.addcmul(x, gate1, self.attn(x, shift1, scale1, hint))
             attended.append(x + self.cross_attn(x, keys_values, bias))
         attended = self.across_views(attended, modulation, around)
         return [torch.addcmul(x, gate2, self.mlp(x, shift2, scale2)) for x in attended]
 
-    def across_views(self, views: list[Tensor], modulation: Tensor, around: Surroundings) -> list[Tensor]:  # noqa: ARG002
+    def across_views(self, groups: list[Tensor], modulation: Tensor, around: Surroundings) -> list[Tensor]:  # noqa: ARG002
         """Cross-view attention, in the blocks that have it."""
-        return views
+        return groups
 
 
 class ViewBlock(Block):
@@ -81,12 +84,12 @@ class ViewBlock(Block):
         self.cross_view_attn = CrossViewAttention(config.width, config.heads, config.neighbours)
         self.mva_proj = nn.Linear(config.width, config.width)
 
-    def across_views(self, views: list[Tensor], modulation: Tensor, around: Surroundings) -> list[Tensor]:
+    def across_views(self, groups: list[Tensor], modulation: Tensor, around: Surroundings) -> list[Tensor]:
         # The published network adds three scalars, the first entries of the first vector (oddity 1).
         by_time = modulation[:, :, 0, :3, None] if self.published else modulation[:, :, :3]
         shift, scale, gate = per_token(self.scale_shift_table_mva + by_time)
-        seen = self.cross_view_attn(views, shift, scale, around.padding_bias)
-        return [x + self.mva_proj(gate * other) for x, other in zip(views, seen, strict=True)]
+        seen = self.cross_view_attn(groups, shift, scale, around.padding_bias)
+        return [x + self.mva_proj(gate * other) for x, other in zip(groups, seen, strict=True)]
 
 
 class ControlBlock(Block):
@@ -97,10 +100,10 @@ class ControlBlock(Block):
         self.after_proj = nn.Linear(config.width, config.width)
 
     def forward(  # type: ignore[override]
-        self, views: list[Tensor], modulation: Tensor, kv: list[Tensor], around: Surroundings
+        self, groups: list[Tensor], modulation: Tensor, kv: list[Tensor], around: Surroundings
     ) -> tuple[list[Tensor], list[Tensor]]:
-        views = super().forward(views, modulation, kv, around)
-        return views, [self.after_proj(x) for x in views]
+        groups = super().forward(groups, modulation, kv, around)
+        return groups, [self.after_proj(x) for x in groups]
 
 
 class Head(nn.Module):

@@ -47,12 +47,13 @@ class ContextTokens:
         ]
         return self._over_latent_frames(torch.cat(parts, dim=3), frames)
 
-    def bias(self, frames: int, dtype: torch.dtype) -> list[Tensor] | list[None]:
-        """For each view (B*T, 1, 1, L): 0 where visible, -inf elsewhere."""
+    def bias(self, frames: int, dtype: torch.dtype, group: int) -> list[Tensor] | list[None]:
+        """For each group of views (G*B*T, 1, 1, L): 0 where visible, -inf elsewhere."""
         if self.visible is None:
-            return [None] * self.views
-        visible = self._over_latent_frames(self.visible, frames).flatten(1, 2)[:, :, None, None]
-        return list(torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, float("-inf")).unbind(0))
+            return [None] * -(-self.views // group)
+        visible = self._over_latent_frames(self.visible, frames)
+        bias = torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, float("-inf"))
+        return [part.flatten(0, 2)[:, None, None] for part in bias.split(group)]
 
     def _over_latent_frames(self, x: Tensor, frames: int) -> Tensor:
         """Nearest resampling of the frames of (V, B, T', ...); a single one is used for all."""
@@ -69,6 +70,7 @@ class Context:
 
     latent_shape: tuple[int, int, int]  # T, H, W
     grid: tuple[int, int]  # rows and columns of patches, padding included
+    views_at_once: int  # in a group
     tokens: ContextTokens
     kv: dict[str, list[Tensor]]  # by group of blocks: keys and values (B, R, 2C) of ``tokens.distinct``
     position: Tensor  # B or 1, S, C
@@ -77,5 +79,5 @@ class Context:
     surroundings: Surroundings
 
     def keys_values(self, group: str, index: int) -> list[Tensor]:
-        """For one block and each view (B, T, L, 2C)."""
-        return list(self.tokens.spread(self.kv[group][index], self.latent_shape[0]).unbind(0))
+        """For one block and each group of views (G, B, T, L, 2C)."""
+        return list(self.tokens.spread(self.kv[group][index], self.latent_shape[0]).split(self.views_at_once))

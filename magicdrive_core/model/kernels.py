@@ -16,7 +16,6 @@ from torch.nn import functional
 NORM_EPS = 1e-6
 GELU_SCALE = 1.5957691216057308  # 2 sqrt(2 / pi)
 GELU_CUBE = 0.044715 * GELU_SCALE
-ROWS = 2048  # tokens of an MLP at once on a CPU: hidden activations of this many stay in its cache
 
 aten = torch.ops.aten
 

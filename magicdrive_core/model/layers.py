@@ -68,7 +68,7 @@ class Rotary(nn.Module):
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Turns the channel pairs of ``x`` (B, T, S, h, d) by the frames' ``angles`` (T, d/2, 2), computed in fp32."""
+    """Turns the channel pairs of ``x`` (..., T, S, h, d) by the frames' ``angles`` (T, d/2, 2), computed in fp32."""
     turns = torch.view_as_complex(angles)[:, None, None]
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
@@ -94,8 +94,8 @@ class SpatialAttention(PackedAttention):
     """Attention among the S patches of every frame."""
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        """(B, T, S, C) -> (B, T, S, C), ``bias`` (1, 1, 1, S) against patches that only pad the height."""
-        q, k, v = (tensor.flatten(0, 1) for tensor in self.project(x, shift, scale))
+        """(..., S, C) -> (..., S, C), ``bias`` (1, 1, 1, S) against patches that only pad the height."""
+        q, k, v = (tensor.flatten(0, -4) for tensor in self.project(x, shift, scale))
         return self.proj(attend(q, k, v, bias).flatten(-2)).view(x.shape)
 
 
@@ -103,11 +103,11 @@ class TemporalAttention(PackedAttention):
     """Attention among the T frames of every place, with rotary embedding."""
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor, angles: Tensor) -> Tensor:
-        """(B, T, S, C) -> (B, T, S, C), ``angles`` (T, d/2, 2)."""
+        """(..., T, S, C) -> (..., T, S, C), ``angles`` (T, d/2, 2)."""
         q, k, v = self.project(x, shift, scale)
-        by_place = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (rotate(q, angles), rotate(k, angles), v))
+        by_place = (tensor.transpose(-4, -3).flatten(0, -4) for tensor in (rotate(q, angles), rotate(k, angles), v))
         out = attend(*by_place).flatten(-2)
-        return self.proj(out.unflatten(0, (len(x), -1)).transpose(1, 2))
+        return self.proj(out.view(x.transpose(-3, -2).shape).transpose(-3, -2))
 
 
 class CrossAttention(nn.Module):
@@ -121,7 +121,7 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, kv: Tensor, bias: Tensor | None) -> Tensor:
-        """Attention of ``x`` (B, T, S, C) to ``kv`` (B, T, L, 2C) under ``bias`` (B*T, 1, 1, L) -> like x."""
+        """Attention of ``x`` (..., S, C) to ``kv`` (..., L, 2C) under ``bias`` (R, 1, 1, L), R all of '...'."""
         q = self.q_linear(x.flatten(0, -3)).unflatten(-1, (self.heads, -1))
         k, v = kv.flatten(0, -3).unflatten(-1, (2, self.heads, -1)).unbind(-3)
         return self.proj(attend(q, k, v, bias).flatten(-2)).view(x.shape)
@@ -134,24 +134,24 @@ class CrossViewAttention(PackedAttention):
         super().__init__(width, heads, qkv_bias=False)
         self.neighbours = neighbours
 
-    def pairs(self, views: list[Tensor], shift: Tensor, scale: Tensor, bias: Tensor | None) -> list[list[Tensor]]:
-        """For every view, attention to each of its neighbours before the output projection.
+    def pairs(self, groups: list[Tensor], shift: Tensor, scale: Tensor, bias: Tensor | None) -> list[list[Tensor]]:
+        """For every view, attention to each of its neighbours before the output projection, (B, T, S, C) each.
 
-        q, k and v are made once a view. Views and results are (B, T, S, C).
+        q, k and v are made once a view. ``groups`` hold the views in order, (G, B, T, S, C) each.
         """
-        projected = [self.project(x, shift, scale) for x in views]
-        q, k, v = ([tensors[i].flatten(0, 1) for tensors in projected] for i in range(3))
+        projected = [self.project(x, shift, scale) for x in groups]
+        q, k, v = ([view.flatten(0, 1) for tensors in projected for view in tensors[i].unbind(0)] for i in range(3))
+        shape = groups[0].shape[1:]
         return [
-            [attend(q[view], k[other], v[other], bias).flatten(-2).view(views[view].shape) for other in others]
+            [attend(q[view], k[other], v[other], bias).flatten(-2).view(shape) for other in others]
             for view, others in enumerate(self.neighbours)
         ]
 
-    def forward(self, views: list[Tensor], shift: Tensor, scale: Tensor, bias: Tensor | None) -> list[Tensor]:
-        """V times (B, T, S, C), in and out. The projection's bias counts once for each neighbour (oddity 7)."""
-        return [
-            functional.linear(sum(outputs[1:], outputs[0]), self.proj.weight, self.proj.bias * len(outputs))
-            for outputs in self.pairs(views, shift, scale, bias)
-        ]
+    def forward(self, groups: list[Tensor], shift: Tensor, scale: Tensor, bias: Tensor | None) -> list[Tensor]:
+        """Groups of views (G, B, T, S, C), in and out. The projection's bias counts for each neighbour (oddity 7)."""
+        seen = iter([sum(outputs[1:], outputs[0]) for outputs in self.pairs(groups, shift, scale, bias)])
+        proj_bias = self.proj.bias * len(self.neighbours[0])
+        return [functional.linear(torch.stack([next(seen) for _ in x]), self.proj.weight, proj_bias) for x in groups]
 
 
 class Mlp(nn.Module):

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from magicdrive_core.model.inputs import Conditions
 
 PATCH = 2
+TOKENS_AT_ONCE = {"cpu": 4096, "gpu": 65536}  # in a group of views, unless one view has more
 BASE_PIXELS = 512  # positions are scaled to a square of this many pixels
 
 
@@ -167,6 +168,7 @@ class MagicDrive(nn.Module):
         rows, columns = -(-height // PATCH), -(-width // PATCH)
         extra = self._padding_rows(rows, columns)
         tokens = self._context_tokens(conditions)
+        group = self._views_at_once(tokens.views, len(conditions.text) * frames * (rows + extra) * columns)
         position = self._position(conditions, rows, columns, extra)
         padding_bias = None
         if extra and not self.config.published:
@@ -175,6 +177,7 @@ class MagicDrive(nn.Module):
         return Context(
             latent_shape=(frames, height, width),
             grid=(rows + extra, columns),
+            views_at_once=group,
             tokens=tokens,
             kv={
                 name: [block.cross_attn.kv_linear(tokens.distinct) for block in blocks]  # type: ignore[union-attr,operator]
@@ -184,15 +187,15 @@ class MagicDrive(nn.Module):
             control=position[:, None] + self.before_proj(self._map_tokens(conditions.bev_map, latent_shape, extra)),
             fps=self.fps_embedder(conditions.fps),
             surroundings=Surroundings(
-                angles=self.rope(frames), context_bias=tokens.bias(frames, self.dtype), padding_bias=padding_bias
+                angles=self.rope(frames), context_bias=tokens.bias(frames, self.dtype, group), padding_bias=padding_bias
             ),
         )
 
     def denoise(self, x: Tensor, timestep: Tensor, context: Context, x_mask: Tensor | None = None) -> Tensor:
         """``forward`` with the conditions encoded before; shapes and dtypes as there."""
         patches = to_patches(x.transpose(0, 1).to(self.dtype), context.grid[0] - -(-x.shape[-2] // PATCH))
-        main = list((self.x_embedder(patches) + context.position[:, None]).unbind(0))
-        control = list((self.x_control_embedder(patches) + context.control).unbind(0))
+        main = list((self.x_embedder(patches) + context.position[:, None]).split(context.views_at_once))
+        control = list((self.x_control_embedder(patches) + context.control).split(context.views_at_once))
         noisy = self.t_embedder(timestep) + context.fps
         modulation, clean = self.t_block(noisy)[:, None], None
         if x_mask is not None:
@@ -200,9 +203,9 @@ class MagicDrive(nn.Module):
             modulation = torch.where(x_mask[..., None], modulation, self.t_block(clean)[:, None])
         modulation = modulation.unflatten(-1, (6, -1))
 
-        def run(group: str, index: int, views: list[Tensor]) -> Any:
+        def run(group: str, index: int, groups: list[Tensor]) -> Any:
             block = getattr(self, group)[index]
-            arguments = views, modulation, context.keys_values(group, index), context.surroundings
+            arguments = groups, modulation, context.keys_values(group, index), context.surroundings
             if self.checkpoint_blocks and torch.is_grad_enabled():
                 return checkpoint(block, *arguments, use_reentrant=False)
             return block(*arguments)
@@ -213,7 +216,7 @@ class MagicDrive(nn.Module):
                 if index < self.config.control_depth:
                     control, skips = run(f"control_blocks_{kind}", index, control)
                     main = [x + skip for x, skip in zip(main, skips, strict=True)]
-        return self._unpatch(self.final_layer(torch.stack(main), noisy, clean, x_mask), context)
+        return self._unpatch(self.final_layer(torch.cat(main), noisy, clean, x_mask), context)
 
     @torch.no_grad()
     def set_text_buffers(self, class_features: Tensor, base_feature: Tensor) -> None:
@@ -226,6 +229,11 @@ class MagicDrive(nn.Module):
 
     def block_groups(self) -> dict[str, nn.ModuleList]:
         return {name: child for name, child in self.named_children() if isinstance(child, nn.ModuleList)}
+
+    def _views_at_once(self, views: int, tokens: int) -> int:
+        """Of ``views`` with so many ``tokens`` each."""
+        limit = TOKENS_AT_ONCE["cpu" if self.base_token.device.type == "cpu" else "gpu"]
+        return min(views, max(1, limit // tokens))
 
     def _padding_rows(self, rows: int, columns: int) -> int:
         size = self.config.pad_patches

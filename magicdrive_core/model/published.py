@@ -69,13 +69,13 @@ def check_golden(path: Path | str) -> GoldenResult:
 
 
 def _stacked(name: str, outputs: list[Any]) -> dict[str, Tensor]:
-    """The calls of a module as one tensor; inside a block a module is called once a view."""
+    """The calls of a module as one tensor; inside a block a module is called once a group of views."""
     first = outputs[0]
     if isinstance(first, tuple):
-        return {f"{name}.{index}": torch.stack(part) for index, part in enumerate(first)}
+        return {f"{name}.{index}": torch.cat(part) for index, part in enumerate(first)}
     if isinstance(first, list):
-        return {name: torch.stack(first)}
-    return {name: torch.stack(outputs) if "_blocks_" in name else first}
+        return {name: torch.cat(first)}
+    return {name: torch.cat(outputs) if "_blocks_" in name else first}
 
 
 def _of_context(context: Context, pixels: Tensor) -> dict[str, Tensor]:
@@ -116,7 +116,7 @@ def _recorded(network: MagicDrive) -> Iterator[dict[str, Tensor]]:
 
     def keep_norm(block: nn.Module, name: str) -> None:
         def hook(_module: nn.Module, inputs: Any) -> None:
-            found[name] = torch.stack([functional.layer_norm(x, x.shape[-1:], eps=NORM_EPS) for x in inputs[0]])
+            found[name] = torch.cat([functional.layer_norm(x, x.shape[-1:], eps=NORM_EPS) for x in inputs[0]])
 
         handles.append(block.register_forward_pre_hook(hook))
 
