@@ -39,7 +39,7 @@ def find_places(config: Config, last: Stage = "stage3", project: Path = Path()) 
     for stage in STAGES[: STAGES.index(last) + 1]:
         clips = feasibility(config, stage, project)
         if not clips.possible:
-            wanted = ", ".join(clips.clips)
+            wanted = ", ".join(clips.empty)
             if not names:
                 raise UsageError(f"{stage}: the data has no training clip for {wanted}", "use longer scenes, or more")
             notes.append(f"{stage} is left out: the data has no training clip for {wanted}; {names[-1]} is the last")

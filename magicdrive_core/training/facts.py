@@ -43,11 +43,11 @@ class RankFacts:
 def share(own: RankFacts, device: torch.device) -> list[RankFacts]:
     """The facts of all ranks, by rank. Collective."""
     mine = torch.tensor([own.loss, own.bucket, own.clips, own.tokens, own.waited, own.stop], dtype=torch.float64)
-    everyone = torch.empty(dist.get_world_size(), len(mine), dtype=torch.float64, device=device)
+    everyone = torch.empty(dist.get_world_size() * len(mine), dtype=torch.float64, device=device)
     dist.all_gather_into_tensor(everyone, mine.to(device))
     return [
         RankFacts(loss, int(bucket), int(clips), int(tokens), waited, bool(stop))
-        for loss, bucket, clips, tokens, waited, stop in everyone.tolist()
+        for loss, bucket, clips, tokens, waited, stop in everyone.view(-1, len(mine)).tolist()
     ]
 
 

@@ -75,24 +75,29 @@ class Feasibility:
 
     stage: Stage
     clips: dict[str, int]  # by bucket name
+    possible: bool  # whether there is anything to train that the stage is for
 
     @property
-    def possible(self) -> bool:
-        """Whether any bucket has a clip."""
-        return any(self.clips.values())
+    def empty(self) -> list[str]:
+        """The buckets without a clip."""
+        return [name for name, count in self.clips.items() if not count]
 
     @property
     def warning(self) -> str | None:
         """One line about buckets that are skipped."""
-        empty = [name for name, count in self.clips.items() if not count]
-        return f"{self.stage}: no training clip for {', '.join(empty)}: skipped" if empty else None
+        return f"{self.stage}: no training clip for {', '.join(self.empty)}: skipped" if self.empty else None
 
 
 def feasibility(config: Config, stage: Stage, project: Path = Path()) -> Feasibility:
-    """Counts the training clips of a stage's buckets. A data set of one key frame has pictures, but no clips."""
+    """Counts the training clips of a stage's buckets.
+
+    A stage that has buckets of several frames is for videos: single pictures beside them do not make it possible.
+    """
     scenes = read_scenes(project / "artifacts/infos")
     buckets = config.training.stage(stage).buckets
-    return Feasibility(stage, {bucket_name(b): len(bucket_clips(config, b, scenes)) for b in buckets})
+    clips = {bucket_name(bucket): len(bucket_clips(config, bucket, scenes)) for bucket in buckets}
+    videos = [bucket for bucket in buckets if bucket.frames > 1]
+    return Feasibility(stage, clips, any(clips[bucket_name(bucket)] for bucket in videos or buckets))
 
 
 def bucket_clips(config: Config, bucket: Bucket, scenes: Sequence[Scene]) -> list[Clip]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import psutil
 import torch.distributed as dist
@@ -17,11 +18,13 @@ import torch.distributed as dist
 from magicdrive_core.config import Bucket, Config
 from magicdrive_core.files import atomic_file, write_json
 from magicdrive_core.model.network import MagicDrive
-from magicdrive_core.tracking.runs import MetricLog, Store
 from magicdrive_core.training.checkpoint import Progress
 from magicdrive_core.training.facts import RankFacts
 from magicdrive_core.training.plan import StagePlan, bucket_name
 from magicdrive_core.training.preview import Preview
+
+if TYPE_CHECKING:
+    from magicdrive_core.tracking.runs import MetricLog
 
 HEARTBEAT_SECONDS = 1.0
 
@@ -81,6 +84,8 @@ class Recorder:
         self._log: MetricLog | None = None
         if self._active:
             if self.run:
+                from magicdrive_core.tracking.runs import MetricLog, Store  # seconds to import, needed by one rank
+
                 self._log = MetricLog(Store(config.tracking, project), self.run)
             self._metrics = plan.folder / "metrics.jsonl"
             self._resume(progress.step)

@@ -83,7 +83,7 @@ def _check(config: Config, plan: StagePlan, project: Path) -> None:
     clips = feasibility(config, plan.stage, project)
     if not clips.possible:
         raise UsageError(
-            f"{plan.stage}: the data has no training clip for {', '.join(clips.clips)}",
+            f"{plan.stage}: the data has no training clip for {', '.join(clips.empty)}",
             "use shorter clips in the stage's buckets, or longer scenes; single key frames allow stage 1 only",
         )
     if clips.warning:

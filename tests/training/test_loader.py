@@ -1,0 +1,126 @@
+"""Micro-batches: what is drawn, and that it depends on the seed and the place in the order alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from magicdrive_core.config import Bucket, Config, load_config
+from magicdrive_core.config import Conditions as ConditionSettings
+from magicdrive_core.files import write_json
+from tests.training.distributed import run_distributed
+
+PROFILE = Path(__file__).resolve().parents[2] / "profiles/demo.yaml"
+
+
+def settings() -> Config:
+    config = load_config(PROFILE, ["text.max_tokens=6"])
+    buckets = [Bucket(size="16x32", frames=frames, batch=batch) for frames, batch in ((1, 3), (33, 2), (65, 1))]
+    stage = config.training.stage2.model_copy(update={"buckets": buckets, "mask_ratios": {"image_head": 0.5}})
+    training = config.training.model_copy(update={"stage2": stage, "stage1": stage, "drop_condition": 0.5})
+    return config.model_copy(
+        update={"training": training, "conditions": ConditionSettings.model_construct(map_cells={"16x32": 4})}
+    )
+
+
+def batches(project: Path, stage: Any, start: int, count: int) -> list[Any]:
+    """The first micro-batches of this rank, by real threads."""
+    from unittest import mock
+
+    import numpy as np
+
+    from magicdrive_core.training import loader
+    from tests.training.scenes import FakeLatents, FakeText, make_scene
+
+    scenes = [make_scene("a", 60), make_scene("b", 48)]
+    fakes = {
+        "read_scenes": lambda _: scenes,
+        "read_map": lambda _, scene, cells: np.full((60, cells, cells), 5, np.uint8),
+        "TextCache": FakeText,
+        "LatentCache": FakeLatents,
+    }
+    with mock.patch.multiple(loader, **fakes), loader.Loader(settings(), stage, project) as source:
+        source.start(start)
+        return [plain(source.next()) for _ in range(count)] + [[b.frames for b in source.buckets]]
+
+
+def plain(batch: Any) -> dict[str, Any]:
+    """A batch as NumPy arrays, so that it can leave the rank."""
+    import dataclasses
+
+    told = {k: v if v is None else v.numpy() for k, v in dataclasses.asdict(batch.conditions).items()}
+    return told | {
+        "bucket": batch.bucket,
+        "shape": batch.shape,
+        "latents": batch.latents.numpy(),
+        "x_mask": None if batch.mask is None else batch.mask.numpy(),
+        "state": batch.generator.get_state().numpy(),
+    }
+
+
+def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    import numpy as np
+
+    return all(np.array_equal(a[key], b[key]) for key in a)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("project")
+    write_json(folder / "artifacts/encoders/encoders.json", {"vae": {"scaling_factor": 2.0}})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def drawn(project: Path) -> list[list[dict[str, Any]]]:
+    """Twelve micro-batches of both ranks."""
+    results = run_distributed(batches, 2, project, "stage2", 0, 12)
+    assert results[0].pop() == [1, 33]  # no scene has 65 frames
+    results[1].pop()
+    return results
+
+
+def test_a_later_start_goes_on_with_the_same_batches(project: Path, drawn: list[list[dict[str, Any]]]) -> None:
+    later = run_distributed(batches, 2, project, "stage2", 14, 5)
+    for rank in range(2):
+        assert all(same(a, b) for a, b in zip(later[rank][:5], drawn[rank][7:], strict=True))
+
+
+def test_no_two_micro_batches_draw_the_same(drawn: list[list[dict[str, Any]]]) -> None:
+    states = [batch["state"].tobytes() for rank in drawn for batch in rank]
+    assert len(set(states)) == len(states)
+
+
+def test_shapes_and_scaling(drawn: list[list[dict[str, Any]]]) -> None:
+    sizes = {(batch["shape"], batch["latents"].shape) for rank in drawn for batch in rank}
+    assert sizes == {((1, 16, 32), (3, 6, 4, 1, 2, 4)), ((33, 16, 32), (2, 6, 4, 9, 2, 4))}
+    for batch in (batch for rank in drawn for batch in rank):
+        B = len(batch["latents"])
+        starts = batch["latents"].mean(axis=(1, 2, 3, 4, 5)) / 2  # the fake's mean is the clip's start
+        assert (abs(starts - starts.round()) < 0.4).all()
+        assert batch["latents"].std(axis=(1, 2, 3, 4, 5)) == pytest.approx([2.0] * B, abs=0.3)
+        assert batch["bev_map"].shape == (B, batch["shape"][0], 8, 4, 4)
+        assert batch["text_mask"].sum(1).tolist() == [4] * B
+        assert batch["box_latent"].shape == (B, batch["box_classes"].shape[-1], 128)
+
+
+def test_conditions_are_dropped_and_masked_as_asked(drawn: list[list[dict[str, Any]]]) -> None:
+    everything = [batch for rank in drawn for batch in rank]
+    keep = [bool(flag) for batch in everything for flag in batch["keep"]]
+    assert 0.2 < sum(keep) / len(keep) < 0.8
+    videos = [batch for batch in everything if batch["shape"][0] == 33]
+    assert {row.sum() for batch in videos for row in batch["keep_frame"]} == {33 - int(0.4 * 31)}
+    masks = [row for batch in videos if batch["x_mask"] is not None for row in batch["x_mask"]]
+    assert any(not row[0] for row in masks)
+    assert all(row[1:].all() for row in masks)
+    assert all(batch["x_mask"] is None for batch in everything if batch["shape"][0] == 1)
+    hidden = [(batch["box_masks"] == -1).any() for batch in videos]
+    assert any(hidden)
+
+
+def test_stage_1_has_no_box_latents_and_other_draws(project: Path, drawn: list[list[dict[str, Any]]]) -> None:
+    first = run_distributed(batches, 2, project, "stage1", 0, 1)
+    assert first[0][0]["box_latent"] is None
+    assert first[0][0]["state"].tobytes() != drawn[0][0]["state"].tobytes()
