@@ -18,7 +18,7 @@ from magicdrive_core.encoders.small_vae import CLIP_FRAMES, build_vae, draw_clip
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.files import atomic_folder, read_json, sha256_folder, write_json
 
-HELD_OUT_FRAMES, HELD_OUT_CLIPS, HELD_OUT_LENGTH = 48, 6, 17  # single pictures, and clips of 17 frames
+HELD_OUT_FRAMES, HELD_OUT_CLIPS, HELD_OUT_LENGTH = 36, 3, 17  # single pictures, and clips of 17 frames
 SPREAD_CLIPS, SPREAD_SIZE = 12, "224x400"  # measured where nothing is built
 
 

@@ -110,50 +110,61 @@ def encode_scenes(works: list[SceneWork], settings: EncoderSettings, folder: Pat
     Raises:
         MagicDriveError: a picture is missing or broken, or a process was killed.
     """
-    on_gpu = torch.cuda.is_available()
-    workers = 1 if on_gpu else min(len(os.sched_getaffinity(0)), len(works))
-    # Measured on 2 cores: two processes of one thread need 3/5 of the time of one process of two threads.
-    pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=_load_vae, initargs=(settings, on_gpu)
-    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    workers = min(len(os.sched_getaffinity(0)), len(works)) if device == "cpu" else 1
+    if workers == 1:
+        _load_vae(settings, device)
+        _print_estimate(works, settings, _seconds_per_pixel(works[0]))
+        parts = [_encode_scene(work, settings.dtype, folder) for work in track(works, "VAE moments")]
+    else:
+        parts = _encode_in_processes(works, settings, folder, workers)
+    sums: dict[str, np.ndarray] = {}
+    for part in parts:  # in the order of the works, so that rounding is the same every time
+        for bucket, values in part.items():
+            sums[bucket] = sums.get(bucket, np.zeros(3)) + values
+    factor = settings.scaling_factor
+    return {name: factor * float(np.sqrt(s / n - (m / n) ** 2)) for name, (n, m, s) in sorted(sums.items())}
+
+
+def _encode_in_processes(
+    works: list[SceneWork], settings: EncoderSettings, folder: Path, workers: int
+) -> list[dict[str, np.ndarray]]:
+    """One process of one thread a core: measured on 2 cores, faster than one process of two threads."""
+    context = multiprocessing.get_context("spawn")
     try:
-        with pool:
-            _print_estimate(works, settings, pool.submit(_seconds_per_pixel, works[0]).result() / workers)
-            futures = [pool.submit(_encode_scene, work, DTYPES[settings.dtype], folder) for work in works]
+        with ProcessPoolExecutor(workers, context, initializer=_load_vae, initargs=(settings, "cpu")) as pool:
+            seconds_per_pixel = pool.submit(_seconds_per_pixel, works[0]).result()
+            _print_estimate(works, settings, seconds_per_pixel / workers)
+            futures = [pool.submit(_encode_scene, work, settings.dtype, folder) for work in works]
             try:
                 for future in track(as_completed(futures), "VAE moments", len(futures)):
                     future.result()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+            return [future.result() for future in futures]
     except BrokenProcessPool:
         raise MagicDriveError(
             "a process that encoded clips was killed", "most likely the memory is full: close other programs"
         ) from None
-    sums: dict[str, np.ndarray] = {}
-    for future in futures:  # in the order of the works, so that rounding is the same every time
-        for bucket, values in future.result().items():
-            sums[bucket] = sums.get(bucket, np.zeros(3)) + values
-    factor = settings.scaling_factor
-    return {name: factor * float(np.sqrt(s / n - (m / n) ** 2)) for name, (n, m, s) in sorted(sums.items())}
 
 
-_vae: Vae  # of a worker process
+_vae: Vae  # of this process
 
 
-def _load_vae(settings: EncoderSettings, on_gpu: bool) -> None:
+def _load_vae(settings: EncoderSettings, device: str) -> None:
     global _vae
-    if not on_gpu:
+    if multiprocessing.parent_process() is not None:
         torch.set_num_threads(1)
     _vae = Vae.load(
         settings.folder,
         scaling_factor=settings.scaling_factor,
         chunk_frames=settings.chunk_frames,
-        device="cuda" if on_gpu else "cpu",
+        device=device,
     )
 
 
-def _encode_scene(work: SceneWork, dtype: torch.dtype, folder: Path) -> dict[str, np.ndarray]:
+def _encode_scene(work: SceneWork, dtype: str, folder: Path) -> dict[str, np.ndarray]:
     """Writes the moments of one scene at one size; returns count, sum and sum of squares of each bucket's latents."""
     framing = Framing(*parse_size(work.size))
     moments: dict[int, list[Tensor]] = {frames: [] for frames in work.starts}
@@ -164,7 +175,7 @@ def _encode_scene(work: SceneWork, dtype: torch.dtype, folder: Path) -> dict[str
             parts = []
             for first in range(0, len(starts), batch):
                 clips = [[read(frame) for frame in range(s, s + frames)] for s in starts[first : first + batch]]
-                parts.append(_vae.moments(to_video(np.array(clips)), micro_batch=batch).to(dtype))
+                parts.append(_vae.moments(to_video(np.array(clips)), micro_batch=batch).to(DTYPES[dtype]))
             moments[frames].append(torch.cat(parts))
     sums = {}
     for frames, starts in work.starts.items():

@@ -1,0 +1,121 @@
+"""A small data set as the data room leaves it: infos of two scenes, and their pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from PIL import Image
+
+from magicdrive_core.config import Config, parse_config
+from magicdrive_core.data.infos import FRAMES, to_table
+from magicdrive_core.data.records import FrameBoxes, Scene
+from magicdrive_core.geometry.cameras import VIEWS
+
+PROFILE = Path(__file__).resolve().parents[2] / "profiles/demo.yaml"
+LENGTH = 19  # frames of a scene: clips of 17 from frames 0 and 2
+
+
+@dataclass(frozen=True)
+class Project:
+    """Folders of a project whose infos are made, and its configuration."""
+
+    config: Config
+    artifacts: Path
+    root: Path
+
+    @property
+    def infos(self) -> Path:
+        return self.artifacts / "infos"
+
+    @property
+    def encoders(self) -> Path:
+        return self.artifacts / "encoders"
+
+
+def picture(index: int) -> Image.Image:
+    """Sky, ground, and two blocks that drift with ``index``."""
+    pixels = np.empty((900, 1600, 3), np.uint8)
+    pixels[:450] = (120, 160, 220)
+    pixels[450:] = np.linspace(60, 130, 450)[:, None, None]
+    for left, colour in ((200 + 60 * index, (200, 40, 40)), (1000 - 40 * index, (40, 60, 90))):
+        pixels[350:600, left : left + 300] = colour
+    return Image.fromarray(pixels)
+
+
+def make_scene(name: str, split: str, description: str, offset: int) -> Scene:
+    F, V = LENGTH, len(VIEWS)
+    return Scene(
+        token=f"token-{name}",
+        name=name,
+        split=split,
+        location="singapore-onenorth",
+        description=description,
+        tokens=[f"{name}-{frame}" for frame in range(F)],
+        key_frames=np.arange(F) % 6 == 0,
+        timestamps=np.arange(F) * 83_333,
+        lidar_to_ego=np.tile(np.eye(4), (F, 1, 1)),
+        ego_to_global=np.tile(np.eye(4), (F, 1, 1)),
+        pictures=[[f"samples/{(frame + view + offset) % 12}.jpg" for view in range(V)] for frame in range(F)],
+        intrinsics=np.tile(np.eye(3), (F, V, 1, 1)),
+        camera_to_lidar=np.tile(np.eye(4), (F, V, 1, 1)),
+        boxes=[FrameBoxes([], [], np.zeros((0, 7))) for _ in range(F)],
+    )
+
+
+def write_infos(folder: Path, scenes: list[Scene]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with pq.ParquetWriter(folder / FRAMES, to_table(scenes[0]).schema) as writer:
+        for scene in scenes:
+            writer.write_table(to_table(scene))
+
+
+def make_config(root: Path, **changes: object) -> Config:
+    """The demo profile with small encoders and two sizes of buckets; ``changes`` are sections' values."""
+    values = yaml.safe_load(PROFILE.read_text())
+    values["data"]["root"] = str(root)
+    values["conditions"]["map_cells"]["56x104"] = 200
+    values["vae"]["build"] = {
+        "block_out_channels": [4, 4, 8, 8],
+        "latent_channels": 4,
+        "layers_per_block": 1,
+        "norm_groups": 4,
+        "size": "56x104",
+        "steps": 2,
+        "batch": 2,
+        "crop": 32,
+        "clips": 2,
+        "learning_rate": 1e-2,
+        "seed": 1,
+    }
+    values["latents"]["start_stride"] = 2
+    training = values["training"]
+    training["stage1"]["buckets"] = [{"size": "56x104", "frames": 1, "batch": 1}]
+    training["stage2"]["buckets"] = [{"size": "56x104", "frames": n, "batch": 1} for n in (1, 9)]
+    training["stage3"]["buckets"] = [
+        {"size": "56x104", "frames": 17, "batch": 1},
+        {"size": "112x200", "frames": 1, "batch": 1},
+    ]
+    for section, keys in changes.items():
+        values[section] = {**values[section], **keys}  # type: ignore[dict-item]
+    return parse_config(values)
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """Infos and pictures; encoders and caches are for the tests to make elsewhere."""
+    root = tmp_path_factory.mktemp("root")
+    (root / "samples").mkdir()
+    for index in range(12):
+        picture(index).save(root / f"samples/{index}.jpg")
+    artifacts = tmp_path_factory.mktemp("artifacts")
+    scenes = [
+        make_scene("scene-1", "train", "Parked truck, turn left", 0),
+        make_scene("scene-2", "val", "Night, rain", 5),
+    ]
+    write_infos(artifacts / "infos", scenes)
+    return Project(make_config(root), artifacts, root)

@@ -1,0 +1,187 @@
+"""The caches hold what the encoders compute, and are refused when stale or not whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from magicdrive_core.data.clips import caption
+from magicdrive_core.data.infos import read_scenes
+from magicdrive_core.data.pictures import read_clip
+from magicdrive_core.data.records import CLASSES, Clip
+from magicdrive_core.encoders import encode
+from magicdrive_core.encoders.build import build_encoders
+from magicdrive_core.encoders.caches import LatentCache, TextCache, write_latents, write_text
+from magicdrive_core.encoders.text import TextEncoder
+from magicdrive_core.encoders.vae import Vae, to_video
+from magicdrive_core.errors import MagicDriveError
+from tests.encoders.conftest import Project, make_config, make_scene, write_infos
+
+TRAIN = "token-scene-1"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_core() -> Iterator[None]:
+    """Clips are encoded in this process: others would spend seconds on their imports."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "sched_getaffinity", lambda pid: {0})
+        yield
+
+
+@pytest.fixture(scope="module")
+def project(source: Project, one_core: None) -> Project:
+    """Everything made once, in the layout of ``artifacts/``."""
+    build_encoders(source.config, source.infos, source.encoders)
+    write_text(source.config, source.infos, source.encoders, source.artifacts / "text")
+    write_latents(source.config, source.infos, source.encoders, source.artifacts / "latents")
+    return source
+
+
+@pytest.fixture
+def copy(project: Project, tmp_path: Path) -> Path:
+    """A copy of the artifacts that a test may spoil."""
+    shutil.copytree(project.artifacts, tmp_path / "artifacts")
+    return tmp_path / "artifacts"
+
+
+def facts(project: Project) -> dict:
+    return json.loads((project.encoders / "encoders.json").read_text())
+
+
+def test_text_features_are_the_encoders(project) -> None:
+    cache = TextCache(project.artifacts / "text")
+    encoder = TextEncoder.load(project.encoders / "text", project.config.text.max_tokens)
+    assert cache.width == facts(project)["text"]["width"] == encoder.width
+    for scene in read_scenes(project.infos):
+        text = caption(scene)
+        torch.testing.assert_close(cache.features(text), encoder.encode([text])[0], atol=1e-5, rtol=0)
+    expected = torch.stack([encoder.encode([name])[0].mean(dim=0) for name in CLASSES])
+    torch.testing.assert_close(cache.class_features, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(cache.base_feature, encoder.encode([""])[0][0], atol=1e-5, rtol=0)
+    with pytest.raises(MagicDriveError, match="no features of the caption 'A new one'"):
+        cache.features("A new one")
+
+
+def test_moments_are_the_encoders(project) -> None:
+    cache = LatentCache(project.artifacts / "latents")
+    scene = read_scenes(project.infos)[0]
+    made = facts(project)["vae"]
+    vae = Vae.load(project.encoders / "vae", scaling_factor=made["scaling_factor"])
+    for size, frames, starts, shape in (
+        ("56x104", 1, [0, 6, 12, 18], (6, 8, 1, 7, 13)),
+        ("56x104", 9, [0, 2, 4, 6, 8, 10], (6, 8, 3, 7, 13)),
+        ("56x104", 17, [0, 2], (6, 8, 5, 7, 13)),
+        ("112x200", 1, [0, 6, 12, 18], (6, 8, 1, 14, 25)),
+    ):
+        assert cache.starts(size, frames, TRAIN) == starts
+        for start in (starts[0], starts[-1]):
+            clip = Clip(TRAIN, start, frames)
+            moments = cache.moments(size, clip)
+            assert moments.shape == shape
+            assert moments.dtype == torch.float16
+            expected = vae.moments(to_video(read_clip(project.root, scene, clip, size)))
+            torch.testing.assert_close(moments.float(), expected, atol=2e-3, rtol=2e-3)
+    assert cache.starts("56x104", 9, "token-scene-2") == []  # validation scenes are not trained on
+
+
+def test_the_index_tells_the_spread_of_scaled_latents(project) -> None:
+    index = json.loads((project.artifacts / "latents/index.json").read_text())
+    assert set(index["scaled_std"]) == {"56x104-1", "56x104-9", "56x104-17", "112x200-1"}
+    cache = LatentCache(project.artifacts / "latents")
+    mean, log_variance = torch.stack(
+        [cache.moments("56x104", Clip(TRAIN, start, 9)) for start in cache.starts("56x104", 9, TRAIN)]
+    ).double().chunk(2, dim=2)  # fmt: skip
+    variance = mean.var(unbiased=False) + log_variance.exp().mean()
+    expected = facts(project)["vae"]["scaling_factor"] * variance.sqrt().item()
+    assert index["scaled_std"]["56x104-9"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_clip_that_is_not_cached_is_named(project) -> None:
+    cache = LatentCache(project.artifacts / "latents")
+    with pytest.raises(MagicDriveError, match=f"no latents of 56x104-9 from frame 1 of scene {TRAIN}") as caught:
+        cache.moments("56x104", Clip(TRAIN, 1, 9))
+    assert "dvc repro" in caught.value.hint
+
+
+@pytest.mark.parametrize(("cache", "reader"), [("text", TextCache), ("latents", LatentCache)])
+def test_stale_caches_are_refused(copy, cache, reader) -> None:
+    reader(copy / cache)  # a copy is as good
+    encoders = copy / "encoders/encoders.json"
+    whole = encoders.read_text()
+    encoders.write_text(whole.replace('"digest": "', '"digest": "0'))
+    with pytest.raises(MagicDriveError, match="stale: it was made by another encoder") as caught:
+        reader(copy / cache)
+    assert "dvc repro" in caught.value.hint
+    encoders.write_text(whole)
+    write_infos(copy / "infos", [make_scene("scene-1", "train", "Another scene", 0)])
+    with pytest.raises(MagicDriveError, match="stale: it was made from other data"):
+        reader(copy / cache)
+
+
+@pytest.mark.parametrize(
+    ("cache", "reader", "file"),
+    [
+        ("text", TextCache, "features.safetensors"),
+        ("latents", LatentCache, f"56x104-9/{TRAIN}.safetensors"),
+    ],
+)
+def test_half_written_caches_are_refused(copy, cache, reader, file) -> None:
+    path = copy / cache / file
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(MagicDriveError, match="missing or not whole") as caught:
+        reader(copy / cache)
+    assert "dvc repro" in caught.value.hint
+    path.unlink()
+    with pytest.raises(MagicDriveError, match="missing or not whole"):
+        reader(copy / cache)
+    (copy / cache / "index.json").unlink()
+    with pytest.raises(MagicDriveError, match=r"index\.json is missing"):
+        reader(copy / cache)
+
+
+def test_a_broken_picture_stops_the_work_and_leaves_nothing(project, tmp_path) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(project.root, root)
+    (root / "samples/3.jpg").write_bytes((root / "samples/3.jpg").read_bytes()[:2000])
+    with pytest.raises(MagicDriveError, match=r"3\.jpg is not a whole picture"):
+        write_latents(make_config(root), project.infos, project.encoders, tmp_path / "latents")
+    assert not (tmp_path / "latents").exists()
+    assert not list(tmp_path.glob(".latents*"))
+
+
+@pytest.mark.slow
+def test_processes_give_the_same_files(project, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    write_latents(project.config, project.infos, project.encoders, tmp_path / "latents")
+    for path in (project.artifacts / "latents").rglob("*.safetensors"):
+        other = tmp_path / "latents" / path.relative_to(project.artifacts / "latents")
+        for name, tensor in load_file(path).items():
+            torch.testing.assert_close(load_file(other)[name], tensor, atol=2e-3, rtol=2e-3)
+
+
+def test_a_full_disk_is_told_before_the_work(project, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))
+    with pytest.raises(MagicDriveError, match=r"latents need .* GB"):
+        write_latents(project.config, project.infos, project.encoders, tmp_path / "latents")
+
+
+def test_a_bucket_longer_than_every_scene_is_named(project) -> None:
+    with pytest.raises(MagicDriveError, match="no training scene has 33 frames, which the bucket 56x104 needs"):
+        encode.plan_scenes(read_scenes(project.infos), project.root, [("56x104", 33)], 1)
+
+
+def test_the_planned_size_is_the_written_size(project) -> None:
+    works = encode.plan_scenes(
+        read_scenes(project.infos), project.root, [("56x104", 1), ("56x104", 9), ("56x104", 17), ("112x200", 1)], 2
+    )
+    settings = encode.EncoderSettings(str(project.encoders / "vae"), 1.0, 4, 8, "float16")
+    written = sum(path.stat().st_size for path in (project.artifacts / "latents").rglob("*.safetensors"))
+    assert sum(work.bytes(settings) for work in works) == pytest.approx(written, rel=0.05)
+    assert sum(work.frames for work in works) == 6 * (4 + 6 * 9 + 2 * 17 + 4)
