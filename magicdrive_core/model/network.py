@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from magicdrive_core.model.inputs import Conditions
 
 PATCH = 2
-TOKENS_AT_ONCE = {"cpu": 4096, "gpu": 65536}  # in a group of views, unless one view has more
+TOKENS_AT_ONCE = {"cpu": 2048, "gpu": 65536}  # in a group of views, unless one view has more
 BASE_PIXELS = 512  # positions are scaled to a square of this many pixels
 
 

@@ -89,7 +89,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(weights: dict[str, Tensor], t
     torch.save({**weights, "extra": Bomb(witness)}, tmp_path / "bomb.pt")
     (tmp_path / "bare.pt").write_bytes(pickle.dumps(Bomb(witness)))
     for name in ("bomb.pt", "bare.pt"):
-        with pytest.raises(MagicDriveError, match="refused|not readable"):
+        with pytest.raises(MagicDriveError, match=r"refused|not readable"):
             import_checkpoint(tmp_path / name, tmp_path / "out.safetensors", CONFIG)
     assert not witness.exists()
 

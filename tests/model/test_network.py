@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
@@ -175,6 +175,19 @@ def test_the_network_has_no_data_dependent_shapes() -> None:
         out = net(x, torch.full((2,), 500.0), told, torch.ones(2, 3, dtype=torch.bool))
         out.sum().backward()
         assert out.shape == x.shape
+
+
+@pytest.mark.slow
+def test_the_network_exports_with_equal_results() -> None:
+    net, told, x = network(depth=1).requires_grad_(False), conditions(), noisy()
+
+    class Flat(nn.Module):
+        def forward(self, x: Tensor, *tensors: Tensor) -> Tensor:
+            return net(x, T, Conditions(*tensors))
+
+    arguments = (x, *[getattr(told, field.name) for field in fields(told)])
+    exported = torch.export.export(Flat(), arguments, strict=False).module()
+    torch.testing.assert_close(exported(*arguments), run(net, told, x))
 
 
 @pytest.mark.parametrize("stage1", [True, False])
