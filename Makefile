@@ -40,7 +40,7 @@ format: $(READY)  ## put the code in shape
 	ruff format .
 
 test: check  ## check, then all tests (what .ci/run calls)
-	OMP_NUM_THREADS=1 pytest -n 2
+	OMP_NUM_THREADS=1 pytest -n 2 --dist loadgroup
 
 demo: $(READY)  ## everything end to end on generated data, or on yours: make demo DATA=/path VERSION=v1.0-mini
 	magicdrive use $(PROFILE) $(if $(DATA),-S data.root='$(abspath $(DATA))' -S data.version='$(VERSION)' -S synth=null)
@@ -59,7 +59,7 @@ ui: $(READY)  ## MLflow's pages on 127.0.0.1:5000
 	mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///tracking/mlflow.db
 
 data-dvc: $(READY)  ## write data.dvc anew, after the generator or its settings changed
-	magicdrive synth
+	magicdrive synth --params profiles/demo.yaml
 	dvc add --quiet data
 	git --no-pager diff --stat -- data.dvc
 

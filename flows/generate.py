@@ -68,7 +68,9 @@ def _counted(folder: Path, items: int) -> Iterator[None]:
         row = bar.add_task("generate", total=items)
 
         def count() -> None:
-            while not ended.wait(1.0):
+            going = True
+            while going:
+                going = not ended.wait(1.0)
                 bar.update(row, completed=sum(1 for _ in folder.glob(f"*/{RECORD}")))
 
         counter = threading.Thread(target=count, daemon=True)

@@ -31,7 +31,7 @@ def run() -> None:
     places = find_places(config)
     package = places.benchmark / ZIP
     print(f"\nreport     {places.benchmark / 'report.html'}")
-    print(f"videos     {places.generated}/*/*.mp4")
+    print(f"videos     {places.generated}/")
     print(f"package    {package if package.exists() else 'none: the scenes are too short'}")
     print(f"weights    {places.model.weights}")
     print("tracking   make ui")

@@ -32,3 +32,12 @@ def synthetic_root(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> 
     with FileLock(folder / "synthetic.lock"):
         synthesize(Synth(seed=7, scenes=2, seconds=1.5), root, "v1.0-demo")
     return root
+
+
+@pytest.fixture(scope="session")
+def reproduced_project(tmp_path_factory: pytest.TempPathFactory, worker_id: str, synthetic_root: Path) -> Path:
+    """A small project in which `dvc repro` was run. Tests must not change it: ``projects.copy_project``."""
+    from tests.projects import reproduced
+
+    base = tmp_path_factory.getbasetemp()
+    return reproduced(base if worker_id == "master" else base.parent, synthetic_root)

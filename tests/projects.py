@@ -20,6 +20,7 @@ TINY = [
     "vae.build.latent_channels=4",
     "vae.build.steps=2",
     "vae.build.batch=1",
+    "vae.build.clips=2",
     "vae.build.crop=32",
     "text.build={width: 16, layers: 1, heads: 2, feed_forward: 16, seed: 1}",
     "latents.start_stride=8",

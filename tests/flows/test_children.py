@@ -17,6 +17,8 @@ from flows import common
 from magicdrive_core.errors import MagicDriveError
 from tests.conftest import PROJECT
 
+pytestmark = pytest.mark.xdist_group("prefect")  # one server for all tests of flows
+
 # A child with a child of its own, as `dvc repro` has one; both write their process ids.
 FAMILY = ["sh", "-c", 'sleep 300 & echo "$$ $!" > "$0"; wait']
 

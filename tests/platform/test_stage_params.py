@@ -14,6 +14,7 @@ from magicdrive_core.config import Config, Section, load_config
 from tests.conftest import PROJECT
 from tests.projects import copy_project
 
+pytestmark = pytest.mark.timeout(900)  # the first one waits for `dvc repro`
 STAGES: dict[str, dict[str, Any]] = yaml.safe_load((PROJECT / "dvc.yaml").read_text())["stages"]
 
 
