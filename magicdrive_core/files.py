@@ -32,8 +32,8 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
         os.close(handle)
         partial = Path(name)
         try:
-            partial.chmod(0o666 & ~_umask())  # mkstemp makes private files; results are shared
             yield partial
+            partial.chmod(0o666 & ~_umask())  # mkstemp and safetensors make private files; results are shared
             _sync(partial)
             partial.replace(path)
             _sync(path.parent)
@@ -56,6 +56,8 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
             partial.chmod(0o777 & ~_umask())
             yield partial
             for file in partial.rglob("*"):
+                if file.is_file():
+                    file.chmod(0o666 & ~_umask())
                 _sync(file)
             if path.exists():
                 old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))

@@ -128,7 +128,7 @@ def _run_until_done(config: Config, plan: StagePlan, run: str) -> None:
                 status=status,
                 stall_seconds=cluster.stall_seconds,
                 threads=cluster.threads,
-                environment={"MLFLOW_RUN_ID": run},
+                environment={"MLFLOW_RUN_ID": run, "PYTHONWARNINGS": "ignore"},  # colossalai warns of all it lacks
                 on_poll=watch.update,
             )
             watch.update()

@@ -67,23 +67,23 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("project")
     write_json(folder / "artifacts/encoders/encoders.json", {"vae": {"scaling_factor": 2.0}})
     return folder
 
 
 @pytest.fixture(scope="module")
-def drawn(project: Path) -> list[list[dict[str, Any]]]:
+def drawn(cached: Path) -> list[list[dict[str, Any]]]:
     """Twelve micro-batches of both ranks."""
-    results = run_distributed(batches, 2, project, "stage2", 0, 12)
+    results = run_distributed(batches, 2, cached, "stage2", 0, 12)
     assert results[0].pop() == [1, 33]  # no scene has 65 frames
     results[1].pop()
     return results
 
 
-def test_a_later_start_goes_on_with_the_same_batches(project: Path, drawn: list[list[dict[str, Any]]]) -> None:
-    later = run_distributed(batches, 2, project, "stage2", 14, 5)
+def test_a_later_start_goes_on_with_the_same_batches(cached: Path, drawn: list[list[dict[str, Any]]]) -> None:
+    later = run_distributed(batches, 2, cached, "stage2", 14, 5)
     for rank in range(2):
         assert all(same(a, b) for a, b in zip(later[rank][:5], drawn[rank][7:], strict=True))
 
@@ -120,7 +120,7 @@ def test_conditions_are_dropped_and_masked_as_asked(drawn: list[list[dict[str, A
     assert any(hidden)
 
 
-def test_stage_1_has_no_box_latents_and_other_draws(project: Path, drawn: list[list[dict[str, Any]]]) -> None:
-    first = run_distributed(batches, 2, project, "stage1", 0, 1)
+def test_stage_1_has_no_box_latents_and_other_draws(cached: Path, drawn: list[list[dict[str, Any]]]) -> None:
+    first = run_distributed(batches, 2, cached, "stage1", 0, 1)
     assert first[0][0]["box_latent"] is None
     assert first[0][0]["state"].tobytes() != drawn[0][0]["state"].tobytes()

@@ -1,0 +1,5 @@
+"""The database fixtures of the tracking tests."""
+
+from tests.tracking.conftest import migrated, project
+
+__all__ = ["migrated", "project"]
