@@ -14,7 +14,9 @@ from magicdrive_core.model.network import MagicDrive
 from magicdrive_core.training.start import build_network, load_previous
 
 PROFILE = Path(__file__).resolve().parents[2] / "profiles/demo.yaml"
-SMALL = "model={width: 32, depth: 1, heads: 2, control_depth: 1, temporal_heads: 2, box_widths: [8], map_channels: [4]}"
+SMALL = (
+    "model={width: 32, depth: 1, heads: 2, control_depth: 1, temporal_heads: 2, box_widths: [8], map_channels: [4, 4]}"
+)
 SOURCE = Path("runs/stage1/ema.safetensors")
 
 
