@@ -20,7 +20,8 @@ from magicdrive_core.config import STAGES, Config
 from magicdrive_core.data.clips import caption
 from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.data.records import CLASSES, Clip
-from magicdrive_core.encoders.encode import EncoderSettings, bucket_name, encode_scenes, plan_scenes
+from magicdrive_core.encoders.encode import encode_scenes
+from magicdrive_core.encoders.scene_work import EncoderSettings, bucket_name, plan_scenes
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.files import atomic_folder, read_json, sha256_folder, write_json
 

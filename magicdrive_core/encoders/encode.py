@@ -1,14 +1,14 @@
-"""Encoding a data set's clips: what there is to do, and the processes that do it."""
+"""Encoding the clips of scenes on the GPU, or in a process on each core."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -18,87 +18,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from magicdrive_core.config import parse_size
-from magicdrive_core.data.clips import list_clips
 from magicdrive_core.data.pictures import read_picture
-from magicdrive_core.data.records import Scene
+from magicdrive_core.encoders.scene_work import DTYPES, EncoderSettings, SceneWork, begins_as, bucket_name
 from magicdrive_core.encoders.vae import Vae, latent_shape, to_video
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.geometry.cameras import Framing
 from magicdrive_core.progress import track
 
-DTYPES = {"float16": torch.float16, "float32": torch.float32}
 FRAMES_AT_ONCE = 8  # single frames are encoded in batches of so many
-
-
-def bucket_name(size: str, frames: int) -> str:
-    """``224x400-17``: the folder of a bucket's moments."""
-    return f"{size}-{frames}"
-
-
-@dataclass(frozen=True)
-class EncoderSettings:
-    """The VAE and how it is used."""
-
-    folder: str
-    scaling_factor: float
-    latent_channels: int
-    chunk_frames: int | None
-    dtype: str  # of the stored moments
-
-
-@dataclass(frozen=True)
-class SceneWork:
-    """All clips of one scene at one size. Pictures are read once for all lengths."""
-
-    scene: str
-    pictures: list[list[Path]]  # F, V
-    size: str
-    starts: dict[int, list[int]]  # by frames of the clip
-
-    @property
-    def frames(self) -> int:
-        """Frames to be encoded, all views."""
-        views = len(self.pictures[0])
-        return views * sum(frames * len(starts) for frames, starts in self.starts.items())
-
-    @property
-    def pixels(self) -> int:
-        """Pixels to be encoded."""
-        height, width = parse_size(self.size)
-        return self.frames * height * width
-
-    def bytes(self, settings: EncoderSettings) -> int:
-        """Size of the moments."""
-        views, width = len(self.pictures[0]), DTYPES[settings.dtype].itemsize
-        values = [
-            len(starts)
-            * views
-            * 2
-            * settings.latent_channels
-            * int(np.prod(latent_shape(frames, *parse_size(self.size))))
-            for frames, starts in self.starts.items()
-        ]
-        return width * sum(values)
-
-
-def plan_scenes(scenes: list[Scene], root: Path, buckets: list[tuple[str, int]], stride: int) -> list[SceneWork]:
-    """What is to be encoded of the training scenes, for buckets of (size, frames).
-
-    Raises:
-        MagicDriveError: a bucket has no clip at all, because every scene is too short.
-    """
-    starts: dict[tuple[str, str], dict[int, list[int]]] = {}
-    for size, frames in buckets:
-        clips = list_clips(scenes, "train", frames, stride)
-        if not clips:
-            raise MagicDriveError(
-                f"no training scene has {frames} frames, which the bucket {size} needs",
-                "take the bucket out of training, or add longer scenes",
-            )
-        for clip in clips:
-            starts.setdefault((clip.scene, size), {}).setdefault(frames, []).append(clip.start)
-    pictures = {scene.token: [[root / path for path in views] for views in scene.pictures] for scene in scenes}
-    return [SceneWork(token, pictures[token], size, by_frames) for (token, size), by_frames in sorted(starts.items())]
 
 
 def encode_scenes(works: list[SceneWork], settings: EncoderSettings, folder: Path) -> dict[str, float]:
@@ -167,19 +94,18 @@ def _load_vae(settings: EncoderSettings, device: str) -> None:
 def _encode_scene(work: SceneWork, dtype: str, folder: Path) -> dict[str, np.ndarray]:
     """Writes the moments of one scene at one size; returns count, sum and sum of squares of each bucket's latents."""
     framing = Framing(*parse_size(work.size))
-    moments: dict[int, list[Tensor]] = {frames: [] for frames in work.starts}
+    views = []
     for view in range(len(work.pictures[0])):  # memory holds one view's pictures
-        read = lru_cache(maxsize=None)(lambda frame, view=view: read_picture(work.pictures[frame][view], framing))
-        for frames, starts in work.starts.items():
-            batch = max(1, FRAMES_AT_ONCE // frames)
-            parts = []
-            for first in range(0, len(starts), batch):
-                clips = [[read(frame) for frame in range(s, s + frames)] for s in starts[first : first + batch]]
-                parts.append(_vae.moments(to_video(np.array(clips)), micro_batch=batch).to(DTYPES[dtype]))
-            moments[frames].append(torch.cat(parts))
+
+        @cache
+        def read(frame: int, view: int = view) -> np.ndarray:
+            return read_picture(work.pictures[frame][view], framing)
+
+        views.append(_encode_view(work, read))
     sums = {}
     for frames, starts in work.starts.items():
-        stacked = torch.stack(moments[frames], dim=1)  # n, V, 2C, T, h, w
+        clips = [torch.stack([moments[frames, start] for moments in views]) for start in starts]
+        stacked = torch.stack(clips).to(DTYPES[dtype])  # n, V, 2C, T, h, w
         name = bucket_name(work.size, frames)
         tensors = {"moments": stacked, "starts": torch.tensor(starts)}
         (folder / name).mkdir(exist_ok=True)
@@ -188,6 +114,26 @@ def _encode_scene(work: SceneWork, dtype: str, folder: Path) -> dict[str, np.nda
         squares = mean.square().sum() + log_variance.exp().sum()
         sums[name] = np.array([mean.numel(), mean.sum().item(), squares.item()])
     return sums
+
+
+def _encode_view(work: SceneWork, read: Callable[[int], np.ndarray]) -> dict[tuple[int, int], Tensor]:
+    """Moments (2C, T, h, w) of one view's clips by frames and start; ``read`` gives the picture of a frame."""
+    chunk = _vae.chunk_frames
+    moments: dict[tuple[int, int], Tensor] = {}
+    for frames, starts in work.encoded(chunk).items():
+        batch = max(1, FRAMES_AT_ONCE // frames)
+        for first in range(0, len(starts), batch):
+            now = starts[first : first + batch]
+            clips = np.array([[read(start + frame) for frame in range(frames)] for start in now])
+            encoded = _vae.moments(to_video(clips), micro_batch=batch)
+            moments |= {(frames, start): one for start, one in zip(now, encoded, strict=True)}
+    for frames, starts in work.starts.items():
+        length = latent_shape(frames, *parse_size(work.size))[0]
+        for start in starts:
+            if (frames, start) not in moments:
+                longer = next(n for n, s in moments if s == start and n > frames and begins_as(frames, n, chunk))
+                moments[frames, start] = moments[longer, start][:, :length]
+    return moments
 
 
 def _seconds_per_pixel(work: SceneWork) -> float:
@@ -204,9 +150,10 @@ def _seconds_per_pixel(work: SceneWork) -> float:
 
 def _print_estimate(works: list[SceneWork], settings: EncoderSettings, seconds_per_pixel: float) -> None:
     size = sum(work.bytes(settings) for work in works)
-    minutes = seconds_per_pixel * sum(work.pixels for work in works) / 60
-    frames = sum(work.frames for work in works)
+    frames = [work.frames(settings.chunk_frames) for work in works]
+    pixels = sum(n * int(np.prod(parse_size(work.size))) for n, work in zip(frames, works, strict=True))
+    minutes = seconds_per_pixel * pixels / 60
     Console(stderr=True).print(
-        f"latents: {frames:,} frames of {len({work.scene for work in works})} scenes,"
+        f"latents: {sum(frames):,} frames of {len({work.scene for work in works})} scenes,"
         f" {size / 1e6:,.0f} MB, about {minutes:,.1f} minutes"
     )

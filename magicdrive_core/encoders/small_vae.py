@@ -11,12 +11,13 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.optim import Adam
+from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
 from magicdrive_core.config import VaeBuild, parse_size
 from magicdrive_core.data.pictures import read_picture
 from magicdrive_core.data.records import Scene
+from magicdrive_core.encoders.muon import Muon
 from magicdrive_core.encoders.planes import use_planes
 from magicdrive_core.encoders.vae import Vae, to_video
 from magicdrive_core.errors import MagicDriveError
@@ -25,8 +26,10 @@ from magicdrive_core.progress import track
 
 Pixels = NDArray[np.uint8]
 CLIP_FRAMES = 9  # of a training clip: three latent frames
-EDGE_WEIGHT = 0.5  # of the error of neighbouring pixels' differences: keeps outlines sharp
+EDGE_WEIGHT = 0.25  # of the error of neighbouring pixels' differences: keeps outlines sharp
 KL_WEIGHT = 1e-6  # of latent diffusion's: keeps the latents bounded, and hardly blurs
+LOG_VARIANCE = -6.0  # of fresh posteriors: their noise would else be as large as what they say
+ADAM_SHARE = 0.2  # of Muon's learning rate
 
 
 def build_vae(build: VaeBuild, clips: Pixels) -> Any:
@@ -50,26 +53,47 @@ def build_vae(build: VaeBuild, clips: Pixels) -> Any:
             sample_width=parse_size(build.size)[1],
         )
         use_planes(model)
+        _start(model)
         model.train()
-        optimizer = Adam(model.parameters(), lr=build.learning_rate, betas=(0.9, 0.99), fused=True)
-        schedule = OneCycleLR(optimizer, build.learning_rate, total_steps=build.steps, pct_start=0.1)
+        optimizers = _optimizers(model, build.learning_rate)
+        schedules = [
+            OneCycleLR(o, o.defaults["lr"], total_steps=build.steps, pct_start=0.1, cycle_momentum=False)
+            for o in optimizers
+        ]
         crops = _crops(build, clips)
         for _ in track(range(build.steps), "VAE", build.steps):
-            loss = _loss(model, to_video(next(crops)))
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
+            model.zero_grad()
+            _loss(model, to_video(next(crops))).backward()
+            for optimizer, schedule in zip(optimizers, schedules, strict=True):
+                optimizer.step()
+                schedule.step()
     return model.eval()
 
 
+@torch.no_grad()
+def _start(model: Any) -> None:
+    """Nearly linear residual blocks and nearly certain posteriors: both make the first hundred steps count."""
+    for name, weight in model.named_parameters():
+        if "conv2.conv" in name:
+            weight.mul_(0.1)
+    channels = model.config.latent_channels
+    model.encoder.conv_out.conv.bias[channels:] = LOG_VARIANCE
+
+
+def _optimizers(model: Any, learning_rate: float) -> list[Optimizer]:
+    """Muon for the inner convolutions; Adam for the first and last ones, norms and biases."""
+    ends = {id(model.encoder.conv_in.conv.weight), id(model.decoder.conv_out.conv.weight)}
+    inner = [p for p in model.parameters() if p.ndim >= 4 and id(p) not in ends]
+    rest = [p for p in model.parameters() if p.ndim < 4 or id(p) in ends]
+    return [Muon(inner, learning_rate), Adam(rest, ADAM_SHARE * learning_rate, betas=(0.9, 0.99), fused=True)]
+
+
 def _loss(model: Any, video: Tensor) -> Tensor:
-    """Absolute error of pixels and of their differences along height and width, and the posterior's divergence."""
+    """Squared error of pixels and of their differences along height and width, and the posterior's divergence."""
     posterior = model.encode(video).latent_dist
     error = model.decode(posterior.sample()).sample - video
-    edges = error.diff(dim=3).abs().mean() + error.diff(dim=4).abs().mean()
-    return error.abs().mean() + EDGE_WEIGHT * edges + KL_WEIGHT * posterior.kl().mean()
+    edges = error.diff(dim=3).square().mean() + error.diff(dim=4).square().mean()
+    return error.square().mean() + EDGE_WEIGHT * edges + KL_WEIGHT * posterior.kl().mean()
 
 
 def _crops(build: VaeBuild, clips: Pixels) -> Iterator[Pixels]:

@@ -79,6 +79,7 @@ class Vae:
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.scaling_factor = scaling_factor
+        self.chunk_frames = chunk_frames
         self.tile = tile
         # diffusers encodes in chunks of this many frames, the first taking the odd one; group norm's statistics are
         # those of a chunk, so that chunks and whole clips give different latents (golden notes, section 2).

@@ -16,9 +16,9 @@ from magicdrive_core.data.clips import caption
 from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.data.pictures import read_clip
 from magicdrive_core.data.records import CLASSES, Clip
-from magicdrive_core.encoders import encode
 from magicdrive_core.encoders.build import build_encoders
 from magicdrive_core.encoders.caches import LatentCache, TextCache, write_latents, write_text
+from magicdrive_core.encoders.scene_work import EncoderSettings, begins_as, plan_scenes
 from magicdrive_core.encoders.text import TextEncoder
 from magicdrive_core.encoders.vae import Vae, to_video
 from magicdrive_core.errors import MagicDriveError
@@ -174,14 +174,26 @@ def test_a_full_disk_is_told_before_the_work(project, tmp_path, monkeypatch) -> 
 
 def test_a_bucket_longer_than_every_scene_is_named(project) -> None:
     with pytest.raises(MagicDriveError, match="no training scene has 33 frames, which the bucket 56x104 needs"):
-        encode.plan_scenes(read_scenes(project.infos), project.root, [("56x104", 33)], 1)
+        plan_scenes(read_scenes(project.infos), project.root, [("56x104", 33)], 1)
 
 
 def test_the_planned_size_is_the_written_size(project) -> None:
-    works = encode.plan_scenes(
+    works = plan_scenes(
         read_scenes(project.infos), project.root, [("56x104", 1), ("56x104", 9), ("56x104", 17), ("112x200", 1)], 2
     )
-    settings = encode.EncoderSettings(str(project.encoders / "vae"), 1.0, 4, 8, "float16")
+    settings = EncoderSettings(str(project.encoders / "vae"), 1.0, 4, 8, "float16")
     written = sum(path.stat().st_size for path in (project.artifacts / "latents").rglob("*.safetensors"))
     assert sum(work.bytes(settings) for work in works) == pytest.approx(written, rel=0.05)
-    assert sum(work.frames for work in works) == 6 * (4 + 6 * 9 + 2 * 17 + 4)
+    # The clips of 9 frames from frames 0 and 2 are the beginnings of those of 17.
+    assert sum(work.frames(8) for work in works) == 6 * (4 + 4 * 9 + 2 * 17 + 4)
+    assert sum(work.frames(None) for work in works) == 6 * (4 + 6 * 9 + 2 * 17 + 4)
+
+
+@pytest.mark.parametrize("chunk", [8, 16, None])
+@pytest.mark.parametrize(("frames", "longer"), [(1, 9), (9, 17), (9, 25), (17, 33), (9, 33), (8, 17)])
+def test_a_clip_is_taken_from_a_longer_one_only_where_the_encoder_agrees(project, chunk, frames, longer) -> None:
+    vae = Vae.load(project.encoders / "vae", scaling_factor=1.0, chunk_frames=chunk)
+    video = torch.rand((1, 3, longer, 16, 16), generator=torch.Generator().manual_seed(3)) * 2 - 1
+    short = vae.moments(video[:, :, :frames])
+    same = torch.equal(vae.moments(video)[:, :, : short.shape[2]], short)
+    assert begins_as(frames, longer, chunk) == same
