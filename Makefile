@@ -40,7 +40,7 @@ format: $(READY)  ## put the code in shape
 	ruff format .
 
 test: check  ## check, then all tests (what .ci/run calls)
-	OMP_NUM_THREADS=1 pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 pytest -n 2
 
 demo: $(READY)  ## everything end to end on generated data, or on yours: make demo DATA=/path VERSION=v1.0-mini
 	magicdrive use $(PROFILE) $(if $(DATA),-S data.root='$(abspath $(DATA))' -S data.version='$(VERSION)' -S synth=null)

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import yaml
 from filelock import FileLock
 
 from magicdrive_core.profiles import use_profile
@@ -55,10 +54,10 @@ def make_project(folder: Path, data: Path) -> None:
         shutil.copytree(PROJECT / name, folder / name, ignore=shutil.ignore_patterns("cache", "tmp"))
     for name in ("dvc.yaml", ".dvcignore", ".gitignore", "pyproject.toml"):
         shutil.copy(PROJECT / name, folder / name)
-    for stage in yaml.safe_load((PROJECT / "dvc.yaml").read_text())["stages"].values():
-        for source in [dep for dep in stage["deps"] if dep.endswith(".py")]:
-            (folder / source).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(PROJECT / source, folder / source)
+    # The whole source: `python -m` looks into the folder that it is started in before it looks elsewhere.
+    shutil.copytree(
+        PROJECT / "magicdrive_core", folder / "magicdrive_core", ignore=shutil.ignore_patterns("__pycache__")
+    )
     shutil.copytree(data, folder / "data", copy_function=os.link)
     use_profile("demo", TINY, project=folder)
     run(folder, "git", "init", "-q")

@@ -17,8 +17,6 @@ from flows import common
 from magicdrive_core.errors import MagicDriveError
 from tests.conftest import PROJECT
 
-pytestmark = pytest.mark.xdist_group("prefect")  # one server for all tests of flows
-
 # A child with a child of its own, as `dvc repro` has one; both write their process ids.
 FAMILY = ["sh", "-c", 'sleep 300 & echo "$$ $!" > "$0"; wait']
 
@@ -90,25 +88,24 @@ def test_children_of_other_threads_end_with_the_body(tmp_path: Path) -> None:
     assert len(failures) == 1  # the thread sees a failed child, no silence
 
 
-@pytest.mark.parametrize("submitted", [False, True])
-def test_a_terminated_flow_takes_its_children_along(prefect_api: str, tmp_path: Path, submitted: bool) -> None:
-    file = tmp_path / "pids"
-    call = "body.submit().result()" if submitted else "body()"
+def test_a_terminated_flow_takes_its_children_along(prefect_api: str, tmp_path: Path) -> None:
+    called, submitted = tmp_path / "called", tmp_path / "submitted"
     program = f"""
 from prefect import flow, task
 from flows.common import no_orphans, run_child
 @task
-def body():
-    run_child({[*FAMILY, str(file)]!r})
+def body(file):
+    run_child({FAMILY!r} + [file])
 @flow
 def work():
     with no_orphans():
-        {call}
+        body.submit({str(submitted)!r})
+        body({str(called)!r})
 work()
 """
     environment = os.environ | {"PREFECT_API_URL": prefect_api, "PYTHONPATH": str(PROJECT)}
     with subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, env=environment) as flow:
-        pids = family(file)
+        pids = family(called) + family(submitted)
         flow.terminate()
         assert flow.wait(60) != 0
     assert_gone(pids)

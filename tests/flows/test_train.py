@@ -1,4 +1,4 @@
-"""Flow `train`, really run: one stage, its runs in MLflow, and nothing on the second call."""
+"""Flow `train`, really run: impossible settings start nothing; a stage is trained and recorded once."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ from magicdrive_core.places import find_places
 from magicdrive_core.tracking.runs import PARENT, Store
 from tests.projects import copy_project
 
-pytestmark = [pytest.mark.xdist_group("prefect"), pytest.mark.timeout(900)]
-
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # the first one waits for `dvc repro`
 def test_a_stage_is_trained_once_and_recorded(
     prefect_api: str, reproduced_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project = copy_project(reproduced_project, tmp_path / "project")
     monkeypatch.chdir(project)
+    with pytest.raises(UsageError, match="no training clip"):
+        train("stage1", overrides=["training.stage1.buckets=[{size: 112x200, frames: 65, batch: 1}]"])
+    assert not (project / "runs").exists()
+    assert not (project / "tracking").exists()
     folder = Path(train("stage1"))
     assert find_places(load_config(), "stage1").model.done
     store = Store(load_config().tracking)
@@ -34,16 +37,3 @@ def test_a_stage_is_trained_once_and_recorded(
     assert Path(train("stage1")) == folder
     assert (folder / "ema.safetensors").stat() == weights
     assert len(store.client.search_runs([store.experiment])) == 2
-
-
-def test_impossible_settings_start_nothing(
-    prefect_api: str, reproduced_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    project = copy_project(reproduced_project, tmp_path / "project")
-    monkeypatch.chdir(project)
-    with pytest.raises(UsageError, match="no training clip"):
-        train("stage1", overrides=["training.stage1.buckets=[{size: 112x200, frames: 65, batch: 1}]"])
-    with pytest.raises(UsageError, match=r"training\.stage1\.steps"):
-        train("stage1", overrides=["training.stage1.steps=-1"])
-    assert not (project / "runs").exists()
-    assert not (project / "tracking").exists()
