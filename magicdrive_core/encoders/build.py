@@ -50,7 +50,9 @@ def _vae(config: Config, scenes: list[Scene], folder: Path, out: Path) -> dict[s
         model_folder, path = Path(config.vae.path), config.vae.path
         described = _describe(model_folder, "vae.path", vae.BUILD_HINT)
         if described.get("_class_name") != "AutoencoderKLCogVideoX":
-            raise MagicDriveError(f"vae.path: {path} holds a {described.get('_class_name')}, no VAE", vae.BUILD_HINT)
+            raise MagicDriveError(
+                f"vae.path: {path} holds a {described.get('_class_name')}, no CogVideoX VAE", vae.BUILD_HINT
+            )
         clips = None
     loaded = vae.Vae.load(model_folder, scaling_factor=1.0, chunk_frames=config.vae.chunk_frames)
     if build is not None:

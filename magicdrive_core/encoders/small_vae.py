@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,14 +127,15 @@ def draw_clips(scenes: list[Scene], root: Path, size: str, frames: int, count: i
         )
     rng = np.random.default_rng(seed)
     framing = Framing(*parse_size(size))
-    out = np.empty((count, frames, framing.height, framing.width, 3), np.uint8)
-    for index in track(range(count), "pictures", count):
+    paths = []
+    for index in range(count):
         scene = long_enough[index % len(long_enough)]
         start = int(rng.integers(len(scene) - frames + 1))
         view = int(rng.integers(len(scene.pictures[0])))
-        for frame in range(frames):
-            out[index, frame] = read_picture(root / scene.pictures[start + frame][view], framing)
-    return out
+        paths += [root / views[view] for views in scene.pictures[start : start + frames]]
+    with ThreadPoolExecutor() as pool:  # PIL decodes and resizes without Python's lock
+        pictures = list(track(pool.map(partial(read_picture, framing=framing), paths), "pictures", len(paths)))
+    return np.stack(pictures).reshape(count, frames, framing.height, framing.width, 3)
 
 
 def psnr(vae: Vae, clips: Pixels) -> float:

@@ -22,21 +22,38 @@ def test_singular_values_come_near_one(rows, columns, seed) -> None:
     assert values.max() < 1.3
 
 
-def test_it_learns_a_linear_map_with_scales_far_apart() -> None:
+@pytest.mark.parametrize("shape", [(4, 2, 1, 3, 3), (16, 2), (6, 6)])
+def test_a_step_has_the_size_of_the_learning_rate_whatever_the_gradients(shape) -> None:
+    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    steps = []
+    for scale in (1.0, 1e4):
+        weight = torch.zeros(shape, requires_grad=True)
+        weight.grad = scale * gradient
+        Muon([weight], lr=0.1).step()
+        steps.append(-weight.detach())
+    torch.testing.assert_close(steps[0], steps[1], atol=1e-5, rtol=1e-4)
+    rows, columns = steps[0].flatten(1).shape
+    expected = 0.1 * max(1.0, rows / columns) ** 0.5
+    assert torch.linalg.svdvals(steps[0].flatten(1)).median() == pytest.approx(expected, rel=0.4)
+    assert (steps[0] * gradient).sum() > 0  # downhill
+
+
+def test_it_learns_a_linear_map() -> None:
     generator = torch.Generator().manual_seed(0)
-    scales = torch.logspace(0, -1, 8)  # the gradient's singular values lie 100 apart
-    inputs = torch.randn(256, 8, generator=generator) * scales
+    inputs = torch.randn(256, 8, generator=generator) * torch.logspace(0, -1, 8)
     target = torch.randn(4, 8, generator=generator)
     weight = torch.zeros(4, 8, requires_grad=True)
     optimizer = Muon([weight], lr=0.1)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, total_iters=150)
-    for _ in range(150):
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, total_iters=100)
+    losses = []
+    for _ in range(100):
         loss = (inputs @ (weight - target).T).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    assert weight.detach().sub(target).abs().max().item() == pytest.approx(0.0, abs=0.3)
+        losses.append(loss.item())
+    assert losses[-1] < 0.01 * losses[0]
 
 
 def test_weights_without_a_gradient_stay() -> None:
