@@ -29,6 +29,7 @@ STOP = ((signal.SIGINT, 10.0), (signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0))
 
 _children: set[subprocess.Popen[bytes]] = set()
 _children_lock = threading.Lock()
+_interrupted = threading.Event()  # the flow's body was left early: tasks on other threads must not try again
 
 
 def tool(name: str) -> str:
@@ -87,14 +88,21 @@ def no_orphans() -> Iterator[None]:
 
     Signals reach the main thread only, so that a mapped task never sees the cancellation itself.
     """
+    _interrupted.clear()
     try:
         yield
     except BaseException:
+        _interrupted.set()
         with _children_lock:
             children = list(_children)
         for child in children:
             stop_child(child)
         raise
+
+
+def unless_interrupted(*_: object) -> bool:
+    """Prefect's ``retry_condition_fn``: a child that failed gets another try, one that was stopped does not."""
+    return not _interrupted.is_set()
 
 
 @task(cache_policy=NO_CACHE, task_run_name="{verb}")

@@ -16,7 +16,7 @@ from pathlib import Path
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from flows.common import flow_command, main, no_orphans, run_child, setting_words, tool
+from flows.common import flow_command, main, no_orphans, run_child, setting_words, tool, unless_interrupted
 from magicdrive_core.config import load_config
 from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.inference.items import input_digests, is_done, item_fingerprint, list_items
@@ -25,7 +25,7 @@ from magicdrive_core.progress import progress_bar
 from magicdrive_core.video.record import RECORD
 
 
-@task(cache_policy=NO_CACHE, task_run_name="shard {shard}", retries=1)
+@task(cache_policy=NO_CACHE, task_run_name="shard {shard}", retries=1, retry_condition_fn=unless_interrupted)
 def generate_shard(shard: str, settings: list[str], log: Path) -> None:
     """One child's share of the items: ``shard`` is "2/8" for the second of eight."""
     run_child([tool("magicdrive"), "generate", "--shard", shard, *settings], log)

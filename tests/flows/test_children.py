@@ -92,8 +92,8 @@ def test_a_terminated_flow_takes_its_children_along(prefect_api: str, tmp_path: 
     called, submitted = tmp_path / "called", tmp_path / "submitted"
     program = f"""
 from prefect import flow, task
-from flows.common import no_orphans, run_child
-@task
+from flows.common import no_orphans, run_child, unless_interrupted
+@task(retries=1, retry_condition_fn=unless_interrupted)
 def body(file):
     run_child({FAMILY!r} + [file])
 @flow
@@ -108,4 +108,5 @@ work()
         pids = family(called) + family(submitted)
         flow.terminate()
         assert flow.wait(60) != 0
+    assert family(called) + family(submitted) == pids  # nothing was started again
     assert_gone(pids)
