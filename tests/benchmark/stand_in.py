@@ -19,7 +19,9 @@ SAMPLES = ("0a" * 16, "1b" * 16)
 
 
 def config(*overrides: str) -> Config:
-    return load_config(PROFILE, ["benchmark.team=owls", *overrides])
+    return load_config(
+        PROFILE, ["benchmark.team=owls", "conditions.map_cells={112x200: 200, 224x400: 200}", *overrides]
+    )
 
 
 def write_item(

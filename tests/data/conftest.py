@@ -20,10 +20,12 @@ MakeConfig = Callable[..., Config]
 
 @pytest.fixture(scope="session")
 def make_config() -> MakeConfig:
-    """``make_config(root, version, published=False, val_scenes="auto")``: the demo profile on another data root."""
+    """``make_config(root, version, published=False, val_scenes="auto")``: the demo's on another data root."""
 
     def make(root: Path, version: str = "v1.0-demo", *, published: bool = False, val_scenes: object = "auto") -> Config:
         values = yaml.safe_load((PROFILES / "demo.yaml").read_text(encoding="utf-8"))
+        values["conditions"]["map_cells"] = {"112x200": 200, "224x400": 200}
+        values["latents"]["start_stride"] = 4
         values |= {"published": published, "data": {"root": str(root), "version": version, "val_scenes": val_scenes}}
         return parse_config(values)
 
