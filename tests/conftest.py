@@ -6,11 +6,16 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from hypothesis import HealthCheck, settings
 
 from magicdrive_core.config import Synth
 from magicdrive_core.data.synthetic.write import synthesize
 
 PROJECT = Path(__file__).resolve().parents[1]
+
+# A busy machine is no fault of the code: properties are judged by what they say, not by how long an example takes.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")
