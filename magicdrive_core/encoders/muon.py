@@ -18,13 +18,20 @@ ITERATIONS = 5
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:
-    """About U V^T of the singular value decomposition U S V^T of a matrix (m, n), by Newton-Schulz iteration."""
+    """About U V^T of the singular value decomposition U S V^T of a matrix (m, n), by Newton-Schulz iteration.
+
+    Every iterate is a polynomial of X X^T times X, so that the iteration runs on square matrices of the shorter side.
+    """
     a, b, c = COEFFICIENTS
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     wide = wide / (wide.norm() + 1e-7)
+    gram = wide @ wide.T
+    product = identity = torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
     for _ in range(ITERATIONS):
-        gram = wide @ wide.T
-        wide = a * wide + (b * gram + c * gram @ gram) @ wide
+        factor = a * identity + b * gram + c * gram @ gram
+        product = factor @ product
+        gram = factor @ gram @ factor
+    wide = product @ wide
     return wide if matrix.shape[0] <= matrix.shape[1] else wide.T
 
 
