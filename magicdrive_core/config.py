@@ -95,10 +95,9 @@ class Conditions(Section):
 class VaeBuild(Section):
     """A small CogVideoX VAE, trained on the pictures in a DVC stage."""
 
-    block_out_channels: list[Positive]
+    block_out_channels: list[Positive]  # at full size, a half, a quarter, an eighth
     latent_channels: Positive
     layers_per_block: Positive
-    norm_groups: Positive
     size: Size  # pictures are trained at this size
     steps: Positive
     batch: Positive  # crops a step
@@ -107,6 +106,18 @@ class VaeBuild(Section):
     clip_every: Positive = 4  # steps: one of so many sees a clip, the others see single frames
     learning_rate: PositiveFloat
     seed: Count
+
+    @model_validator(mode="after")
+    def _fits_the_linear_start(self) -> VaeBuild:
+        widths, pairs = self.block_out_channels, 2 * self.latent_channels + 2
+        if len(widths) != 4 or widths != sorted(widths) or widths[0] == widths[1] or widths[2] == widths[3]:
+            raise ValueError(f"block_out_channels {widths} must be four numbers, rising at the first and the last step")
+        if widths[0] < 8 or widths[3] < pairs:
+            raise ValueError(
+                f"block_out_channels {widths} must begin with 8 or more and end with {pairs} or more"
+                f" for {self.latent_channels} latent_channels"
+            )
+        return self
 
 
 class Vae(Section):

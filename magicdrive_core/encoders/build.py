@@ -14,11 +14,11 @@ from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.data.records import CLASSES, Scene
 from magicdrive_core.encoders import text, vae
 from magicdrive_core.encoders.small_text import build_text
-from magicdrive_core.encoders.small_vae import CLIP_FRAMES, build_vae, draw_clips, latent_spread, psnr
+from magicdrive_core.encoders.small_vae import CLIP_FRAMES, build_vae, draw_clips, latent_spread, longest_clip, psnr
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.files import atomic_folder, read_json, sha256_folder, write_json
 
-HELD_OUT_FRAMES, HELD_OUT_CLIPS, HELD_OUT_LENGTH = 36, 3, 17  # single pictures, and clips of 17 frames
+HELD_OUT_FRAMES, HELD_OUT_CLIPS, HELD_OUT_LENGTH = 36, 3, 17  # single pictures; clips of 17 frames at most
 SPREAD_CLIPS, SPREAD_SIZE = 12, "224x400"  # measured where nothing is built
 
 
@@ -40,8 +40,9 @@ def _vae(config: Config, scenes: list[Scene], folder: Path, out: Path) -> dict[s
     build, root = config.vae.build, Path(config.data.root)
     facts: dict[str, Any] = {}
     train = _split(scenes, "train")
+    length = longest_clip(train, CLIP_FRAMES)
     if build is not None:
-        clips = draw_clips(train, root, build.size, CLIP_FRAMES, build.clips, build.seed)
+        clips = draw_clips(train, root, build.size, length, build.clips, build.seed)
         model = build_vae(build, clips)
         model.save_pretrained(folder / "vae")
         model_folder, path = folder / "vae", (out / "vae").as_posix()
@@ -59,12 +60,14 @@ def _vae(config: Config, scenes: list[Scene], folder: Path, out: Path) -> dict[s
         held_out = _split(scenes, "val")
         frames = draw_clips(held_out, root, build.size, 1, HELD_OUT_FRAMES, build.seed)
         facts["psnr_frames"] = round(psnr(loaded, frames), 3)
-        videos = draw_clips(held_out, root, build.size, HELD_OUT_LENGTH, HELD_OUT_CLIPS, build.seed)
-        facts["psnr_clips"] = round(psnr(loaded, videos), 3)
+        held_out_length = longest_clip(held_out, HELD_OUT_LENGTH)
+        if held_out_length > 1:
+            videos = draw_clips(held_out, root, build.size, held_out_length, HELD_OUT_CLIPS, build.seed)
+            facts["psnr_clips"] = round(psnr(loaded, videos), 3)
     factor = config.vae.scaling_factor
     if factor == "measure":
         if clips is None:
-            clips = draw_clips(train, root, SPREAD_SIZE, CLIP_FRAMES, SPREAD_CLIPS, seed=0)
+            clips = draw_clips(train, root, SPREAD_SIZE, length, SPREAD_CLIPS, seed=0)
         factor = round(1 / latent_spread(loaded, clips[:SPREAD_CLIPS]), 6)
     return {
         **facts,

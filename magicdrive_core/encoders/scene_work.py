@@ -81,18 +81,18 @@ class SceneWork:
 def plan_scenes(scenes: list[Scene], root: Path, buckets: list[tuple[str, int]], stride: int) -> list[SceneWork]:
     """What is to be encoded of the training scenes, for buckets of (size, frames).
 
+    A bucket that is longer than every scene has no clips: training leaves it out and says so (``training/plan.py``).
+
     Raises:
-        MagicDriveError: a bucket has no clip at all, because every scene is too short.
+        MagicDriveError: no bucket has a clip.
     """
     starts: dict[tuple[str, str], dict[int, list[int]]] = {}
     for size, frames in buckets:
-        clips = list_clips(scenes, "train", frames, stride)
-        if not clips:
-            raise MagicDriveError(
-                f"no training scene has {frames} frames, which the bucket {size} needs",
-                "take the bucket out of training, or add longer scenes",
-            )
-        for clip in clips:
+        for clip in list_clips(scenes, "train", frames, stride):
             starts.setdefault((clip.scene, size), {}).setdefault(frames, []).append(clip.start)
+    if not starts:
+        raise MagicDriveError(
+            "no training scene is long enough for any bucket", "add a bucket of 1 frame, or longer scenes"
+        )
     pictures = {scene.token: [[root / path for path in views] for views in scene.pictures] for scene in scenes}
     return [SceneWork(token, pictures[token], size, by_frames) for (token, size), by_frames in sorted(starts.items())]

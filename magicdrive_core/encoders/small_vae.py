@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from magicdrive_core.config import VaeBuild, parse_size
 from magicdrive_core.data.pictures import read_picture
 from magicdrive_core.data.records import Scene
+from magicdrive_core.encoders.linear_start import start_linear
 from magicdrive_core.encoders.muon import Muon
 from magicdrive_core.encoders.planes import use_planes
 from magicdrive_core.encoders.vae import Vae, to_video
@@ -27,10 +28,10 @@ from magicdrive_core.geometry.cameras import Framing
 from magicdrive_core.progress import track
 
 Pixels = NDArray[np.uint8]
-CLIP_FRAMES = 9  # of a training clip: three latent frames
+CLIP_FRAMES = 9  # of a training clip at most: three latent frames
 EDGE_WEIGHT = 0.25  # of the error of neighbouring pixels' differences: keeps outlines sharp
 KL_WEIGHT = 1e-6  # of latent diffusion's: keeps the latents bounded, and hardly blurs
-LOG_VARIANCE = -6.0  # of fresh posteriors: their noise would else be as large as what they say
+START_FRAMES = 24  # pictures that the linear start is fitted to
 ADAM_SHARE = 0.2  # of Muon's learning rate
 
 
@@ -50,12 +51,12 @@ def build_vae(build: VaeBuild, clips: Pixels) -> Any:
             block_out_channels=tuple(build.block_out_channels),
             latent_channels=build.latent_channels,
             layers_per_block=build.layers_per_block,
-            norm_num_groups=build.norm_groups,
+            norm_num_groups=1,
             sample_height=parse_size(build.size)[0],
             sample_width=parse_size(build.size)[1],
         )
         use_planes(model)
-        _start(model)
+        start_linear(model, to_video(clips[:START_FRAMES, -1:])[:, :, 0])
         model.train()
         optimizers = _optimizers(model, build.learning_rate)
         schedules = [
@@ -70,16 +71,6 @@ def build_vae(build: VaeBuild, clips: Pixels) -> Any:
                 optimizer.step()
                 schedule.step()
     return model.eval()
-
-
-@torch.no_grad()
-def _start(model: Any) -> None:
-    """Nearly linear residual blocks and nearly certain posteriors: both make the first hundred steps count."""
-    for name, weight in model.named_parameters():
-        if "conv2.conv" in name:
-            weight.mul_(0.1)
-    channels = model.config.latent_channels
-    model.encoder.conv_out.conv.bias[channels:] = LOG_VARIANCE
 
 
 def _optimizers(model: Any, learning_rate: float) -> list[Optimizer]:
@@ -105,13 +96,18 @@ def _crops(build: VaeBuild, clips: Pixels) -> Iterator[Pixels]:
     step = 0
     while True:
         step += 1
-        clip_step = step % build.clip_every == 0
+        clip_step = frames > 1 and step % build.clip_every == 0
         parts = []
         for _ in range(1 if clip_step else build.batch):
             clip, top, left = rng.integers((count, height - build.crop + 1, width - build.crop + 1))
             when = slice(None) if clip_step else slice(first := int(rng.integers(frames)), first + 1)
             parts.append(clips[clip, when, top : top + build.crop, left : left + build.crop])
         yield np.stack(parts)
+
+
+def longest_clip(scenes: list[Scene], at_most: int) -> int:
+    """Frames (8n + 1) of the longest clip that some scene has, up to ``at_most``."""
+    return (min(at_most, max(map(len, scenes), default=1)) - 1) // 8 * 8 + 1
 
 
 def draw_clips(scenes: list[Scene], root: Path, size: str, frames: int, count: int, seed: int) -> Pixels:

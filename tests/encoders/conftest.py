@@ -47,8 +47,8 @@ def picture(index: int) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def make_scene(name: str, split: str, description: str, offset: int) -> Scene:
-    F, V = LENGTH, len(VIEWS)
+def make_scene(name: str, split: str, description: str, offset: int, frames: int = LENGTH) -> Scene:
+    F, V = frames, len(VIEWS)
     return Scene(
         token=f"token-{name}",
         name=name,
@@ -80,10 +80,9 @@ def make_config(root: Path, **changes: object) -> Config:
     values["data"]["root"] = str(root)
     values["conditions"]["map_cells"]["56x104"] = 200
     values["vae"]["build"] = {
-        "block_out_channels": [4, 4, 8, 8],
+        "block_out_channels": [8, 12, 12, 16],
         "latent_channels": 4,
         "layers_per_block": 1,
-        "norm_groups": 4,
         "size": "56x104",
         "steps": 2,
         "batch": 2,

@@ -172,9 +172,12 @@ def test_a_full_disk_is_told_before_the_work(project, tmp_path, monkeypatch) -> 
         write_latents(project.config, project.infos, project.encoders, tmp_path / "latents")
 
 
-def test_a_bucket_longer_than_every_scene_is_named(project) -> None:
-    with pytest.raises(MagicDriveError, match="no training scene has 33 frames, which the bucket 56x104 needs"):
-        plan_scenes(read_scenes(project.infos), project.root, [("56x104", 33)], 1)
+def test_a_bucket_longer_than_every_scene_is_left_out(project) -> None:
+    scenes = read_scenes(project.infos)
+    works = plan_scenes(scenes, project.root, [("56x104", 33), ("56x104", 9)], 1)
+    assert [sorted(work.starts) for work in works] == [[9]]
+    with pytest.raises(MagicDriveError, match="no training scene is long enough for any bucket"):
+        plan_scenes(scenes, project.root, [("56x104", 33)], 1)
 
 
 def test_the_planned_size_is_the_written_size(project) -> None:
