@@ -104,7 +104,7 @@ def _signed_pairs(shortcut: Any, matrix: Tensor) -> float:
 
 
 def _set(convolution: Any, kernel: Tensor, bias: Tensor | float = 0.0) -> None:
-    """The first rows of a convolution: a kernel (out, in, 3, 3), or a matrix (out, in) for the centre; now, not before."""
+    """First rows of a convolution: a kernel (out, in, 3, 3), or a matrix (out, in) at its centre; none sees the past."""
     rows, columns = kernel.shape[:2]
     weight = convolution.weight
     weight[:rows] = 0
@@ -131,7 +131,10 @@ def _principal(features: Tensor, count: int) -> Tensor:
 def _least_squares(features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Kernel (out, in, 3, 3) and bias of the convolution that comes nearest to the target."""
     size = 9 * features.shape[1] + 1
-    gram, moments = torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, target.shape[1], dtype=torch.float64)
+    gram, moments = (
+        torch.zeros(size, size, dtype=torch.float64),
+        torch.zeros(size, target.shape[1], dtype=torch.float64),
+    )
     for source, wanted in zip(features, target, strict=True):  # one picture at a time, for memory
         columns = functional.unfold(source[None].double(), 3, padding=1)[0]
         columns = torch.cat([columns, torch.ones_like(columns[:1])])

@@ -64,7 +64,10 @@ def test_latents_are_principal_components(model, pictures) -> None:
     patches = patches.transpose(0, 1).flatten(1)
     best = torch.linalg.svdvals(patches / patches.shape[1] ** 0.5)[:LATENTS]
     torch.testing.assert_close(
-        deviations ** (1 / (1 - WHITENING)) / deviations[0] ** (1 / (1 - WHITENING)), best / best[0], rtol=0.2, atol=0.01
+        deviations ** (1 / (1 - WHITENING)) / deviations[0] ** (1 / (1 - WHITENING)),
+        best / best[0],
+        rtol=0.2,
+        atol=0.01,
     )
     explained = torch.linalg.lstsq(latents.T, patches.T)
     residual = patches.T - latents.T @ explained.solution
