@@ -150,6 +150,19 @@ class Latents(Section):
     dtype: Literal["float16", "float32"] = "float16"
 
 
+class Flow(Section):
+    """Rectified flow's noise levels."""
+
+    # The size at which a single picture's levels stay as drawn. Larger videos are moved to more noise, smaller ones to
+    # less; small videos need a small base, or training hardly ever sees the noise that decides what a picture shows.
+    base_size: Size = "512x512"
+
+    @property
+    def base_pixels(self) -> int:
+        height, width = parse_size(self.base_size)
+        return height * width
+
+
 class Model(Section):
     """The network's sizes. The published XL: width 1152, depth 28, heads 16, control_depth 13."""
 
@@ -270,6 +283,7 @@ class Config(Section):
     vae: Vae
     text: Text
     latents: Latents
+    flow: Flow = Flow()
     model: Model
     training: Training
     cluster: Cluster

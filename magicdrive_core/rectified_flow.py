@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 VideoShape = tuple[int, int, int]  # frames, height and width in pixels of the video that latents stand for
 
 NOISE = 1000.0  # the noise level of pure noise
-BASE_PIXELS = 512 * 512  # a single picture of this size keeps its time steps
+BASE_PIXELS = 512 * 512  # of the published system
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,18 @@ class RectifiedFlow:
     """Noise levels of one kind of training.
 
     Attributes:
+        base_pixels: height times width at which a single picture keeps its noise levels.
         latent_frames: how the frames of a shape are counted. True: as the VAE's latent frames, F//4 + F%2
             (the published stages 2 and 3). False: 5 for each 17 (their stage 1, where clips have one frame).
     """
 
+    base_pixels: int = BASE_PIXELS
     latent_frames: bool = True
 
     def shift(self, t: Tensor, shape: VideoShape) -> Tensor:
         """Moves noise levels up for larger videos: 1000 r s / (1 + (r - 1) s) with s = t/1000, in fp32.
 
-        r = sqrt(height * width / 512^2) * sqrt(n), n the counted frames.
+        r = sqrt(height * width / base_pixels) * sqrt(n), n the counted frames.
 
         Raises:
             ValueError: the shape has no frames as counted (``latent_frames=False`` and 2 to 16 frames).
@@ -52,7 +54,7 @@ class RectifiedFlow:
         # Rounded step by step in fp32: the published times bit for bit, where rounding once would differ by 1e-4.
         pixels = torch.tensor(float(height * width), device=t.device)
         counted = torch.tensor(float(self._counted(frames)), device=t.device)
-        r = (pixels / BASE_PIXELS).sqrt() * counted.sqrt()
+        r = (pixels / self.base_pixels).sqrt() * counted.sqrt()
         s = t.float() / NOISE
         return r * s / (1 + (r - 1) * s) * NOISE
 

@@ -164,6 +164,13 @@ def test_shift_keeps_order_and_ends(a: float, b: float, shape: tuple[int, int, i
     torch.testing.assert_close(ends, torch.tensor([0.0, 1000.0]))
 
 
+def test_the_base_size_keeps_its_noise_levels() -> None:
+    flow, t = RectifiedFlow(base_pixels=112 * 200), torch.linspace(0, 1000, 9)
+    torch.testing.assert_close(flow.shift(t, (1, 112, 200)), t)
+    torch.testing.assert_close(flow.shift(t, (17, 112, 200)), RectifiedFlow().shift(t, (17, 512, 512)))
+    assert (flow.shift(t, (1, 224, 400))[1:-1] > t[1:-1]).all()
+
+
 def test_a_sample_without_noisy_frames_has_no_loss() -> None:
     x = torch.ones(1, 2, 3, 4, 4)
     assert RectifiedFlow.loss(x, x, x, torch.zeros(1, 3, dtype=torch.bool)).item() == 0.0

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 CONSTANT = 32.0  # of the pair that outweighs the picture in the last norms
-WHITENING = 0.5  # latent channel k is divided by its deviation to this power: 0 keeps the pictures' scale, 1 is white
+WHITENING = 0.85  # latent channel k is divided by its deviation to this power: 0 keeps the pictures' scale, 1 is white
 RIDGE = 1e-5  # share of the mean square, added to the diagonal
 LOG_VARIANCE = -6.0  # of the posterior: its noise hides nothing yet
 
@@ -104,7 +104,7 @@ def _signed_pairs(shortcut: Any, matrix: Tensor) -> float:
 
 
 def _set(convolution: Any, kernel: Tensor, bias: Tensor | float = 0.0) -> None:
-    """First rows of a convolution: a kernel (out, in, 3, 3), or a matrix (out, in) at its centre; none sees the past."""
+    """First rows of a convolution: a kernel (out, in, 3, 3), or a matrix (out, in) at its centre, for the present."""
     rows, columns = kernel.shape[:2]
     weight = convolution.weight
     weight[:rows] = 0

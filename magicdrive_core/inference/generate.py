@@ -30,6 +30,7 @@ from magicdrive_core.inference.models import Models
 from magicdrive_core.model.guidance import sample_latents
 from magicdrive_core.model.inputs import collate
 from magicdrive_core.progress import progress_bar
+from magicdrive_core.rectified_flow import RectifiedFlow
 from magicdrive_core.video.colour import Picture
 from magicdrive_core.video.encoder import encode_video
 from magicdrive_core.video.record import ItemRecord, ViewFile, video_name
@@ -179,6 +180,7 @@ class _Work:
             latent_shape(self.item.clip.frames, *parse_size(settings.size)),
             steps=settings.steps,
             guidance=settings.guidance,
+            flow=RectifiedFlow(self.config.flow.base_pixels),
             generator=generator,
             progress=self.progress,
         )

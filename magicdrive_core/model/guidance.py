@@ -57,6 +57,7 @@ def sample_latents(
     *,
     steps: int,
     guidance: float,
+    flow: RectifiedFlow,
     generator: torch.Generator | Sequence[torch.Generator],
     null: Conditions | None = None,
     x_0: Tensor | None = None,
@@ -71,6 +72,7 @@ def sample_latents(
         latent_shape: (T, H, W).
         steps: number of Euler steps.
         guidance: v = v_null + guidance (v_cond - v_null); with 1 the unconditional pass is left out.
+        flow: the noise levels that the network was trained on.
         generator: CPU generators of the start noise, one a sample, so that a sample does not depend on its batch;
             a single one draws for the samples in turn.
         null: the unconditional state; None: the one that training knows, ``conditions.dropped()``.
@@ -101,7 +103,7 @@ def sample_latents(
     return sample(
         guided_velocity(network, conditions, null or conditions.dropped(), latent_shape, guidance),
         start,
-        RectifiedFlow().timesteps(steps, size).to(device),
+        flow.timesteps(steps, size).to(device),
         x_0=x_0,
         edit=None if x_mask is None else x_mask.to(device, torch.float32),
         draw_noise=lambda _: draw_noise(),

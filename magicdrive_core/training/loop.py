@@ -61,7 +61,7 @@ def train(
     progress = checkpoint.resume(plan.folder / "checkpoints", boosted, ema) or Progress()
     logger.info("%s: from step %d of %d, %d ranks", plan.stage, progress.step, stage.steps, dist.get_world_size())
     loader.start(progress.micro_batches)
-    flow = RectifiedFlow()
+    flow = RectifiedFlow(config.flow.base_pixels)
 
     def save() -> None:
         checkpoint.save(plan.folder / "checkpoints", boosted, ema, progress, training.keep_checkpoints)

@@ -56,7 +56,16 @@ def plan_stage(config: Config, stage: Stage, project: Path = Path()) -> StagePla
     for name in STAGES[: STAGES.index(stage) + 1]:
         shared = {k: v for k, v in config.training.model_dump(mode="json").items() if k not in _UNIMPORTANT}
         print_ = fingerprint(
-            *(config.published, config.data, config.conditions, config.vae, config.text, config.latents, config.model),
+            *(
+                config.published,
+                config.data,
+                config.conditions,
+                config.vae,
+                config.text,
+                config.latents,
+                config.flow,
+                config.model,
+            ),
             *(shared, name, config.training.stage(name), inputs, plan.fingerprint if plan else None),
         )
         plan = StagePlan(name, project / "runs" / f"{name}-{print_[:12]}", print_, inputs, plan)

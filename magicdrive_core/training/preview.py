@@ -25,6 +25,7 @@ from magicdrive_core.geometry.cameras import Framing
 from magicdrive_core.model.guidance import sample_latents
 from magicdrive_core.model.inputs import Conditions, collate
 from magicdrive_core.model.network import MagicDrive
+from magicdrive_core.rectified_flow import RectifiedFlow
 from magicdrive_core.video.sheets import contact_sheet, six_views
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class Preview:
         real = [read_picture(project / config.data.root / path, Framing(*size)) for path in paths]
         self._real = six_views(np.stack(real), SHEET_WIDTH)
         self._guidance = config.generate.guidance
+        self._flow = RectifiedFlow(config.flow.base_pixels)
         self._chunk_frames = config.vae.chunk_frames
         self._project = project
         self._caption = told.caption
@@ -77,6 +79,7 @@ class Preview:
             self._latent_shape,
             steps=STEPS,
             guidance=self._guidance,
+            flow=self._flow,
             generator=torch.Generator().manual_seed(SEED),
         )
         generated = six_views(self._decode(latents[0]), SHEET_WIDTH)
