@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from magicdrive_core.model.guidance import sample_latents
 from magicdrive_core.model.inputs import Conditions
 from magicdrive_core.model.network import MagicDrive, NetworkConfig
+from magicdrive_core.rectified_flow import RectifiedFlow
 
 PRODUCT = 2048
 PRODUCT_FLOP = 2 * PRODUCT**3
@@ -158,8 +159,10 @@ def timings(parts: list[str], dtype: torch.dtype, compiled: bool, repeat: int, s
         yield measure("denoise only", lambda: network.denoise(x, t, context), repeat, dtype)
         del context
     if "sampling" in parts:
-        settings = {"steps": steps, "guidance": 2.0, "generator": torch.Generator().manual_seed(0)}
-        sampling = partial(sample_latents, network, conditions, LATENTS, **settings)
+        settings = {"steps": steps, "guidance": 2.0, "flow": RectifiedFlow()}
+        sampling = partial(
+            sample_latents, network, conditions, LATENTS, generator=torch.Generator().manual_seed(0), **settings
+        )
         yield measure(f"{steps} guided steps", sampling, 1, dtype)
     network.requires_grad_(True)
     if "backward" in parts:
