@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from flows import common
-from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.errors import MagicDriveError, UsageError
 from tests.conftest import PROJECT
 
 # A child with a child of its own, as `dvc repro` has one; both write their process ids.
@@ -41,13 +41,20 @@ def assert_gone(pids: list[int]) -> None:
     raise AssertionError(f"still running: {alive}")
 
 
-def test_a_failing_child_is_explained_from_its_log(tmp_path: Path) -> None:
-    log = tmp_path / "logs/shard-1.log"
-    command = [common.tool("magicdrive"), "use", "nowhere"]
-    with pytest.raises(MagicDriveError, match="exit code 2: there is no profile 'nowhere'") as raised:
-        common.run_child(command, log)
-    assert "magicdrive use nowhere" in raised.value.message
-    assert str(log) in raised.value.hint
+def test_a_failing_verb_s_error_is_the_flow_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also through others: DVC says of a stage that failed no more than that it did."""
+    monkeypatch.chdir(tmp_path)
+    use = [common.tool("magicdrive"), "use", "nowhere"]
+    for command in (use, ["sh", "-c", f"{' '.join(use)} || exit 255"]):
+        with pytest.raises(UsageError, match="there is no profile 'nowhere'") as raised:
+            common.run_child(command, tmp_path / "log")
+        assert raised.value.hint == "run in the project's folder"
+
+
+def test_a_child_of_others_is_told_by_its_command(tmp_path: Path) -> None:
+    with pytest.raises(MagicDriveError, match=r"`sh -c 'exit 3'` ended with exit code 3") as raised:
+        common.run_child(["sh", "-c", "exit 3"], tmp_path / "logs/shard-1.log")
+    assert str(tmp_path / "logs/shard-1.log") in raised.value.hint
 
 
 def test_a_child_finds_the_tools_of_this_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,24 +96,51 @@ def test_children_of_other_threads_end_with_the_body(tmp_path: Path) -> None:
 
 
 def test_a_terminated_flow_takes_its_children_along(prefect_api: str, tmp_path: Path) -> None:
-    called, submitted = tmp_path / "called", tmp_path / "submitted"
-    program = f"""
+    """The real shard task has a retry, which a child that was stopped must not get."""
+    called, submitted, program = tmp_path / "called", tmp_path / "submitted", tmp_path / "magicdrive"
+    program.write_text(f'#!/bin/sh\nsleep 300 & echo "$$ $!" >> {submitted}; wait\n')
+    program.chmod(0o755)
+    body = f"""
 from prefect import flow, task
-from flows.common import no_orphans, run_child, unless_interrupted
-@task(retries=1, retry_condition_fn=unless_interrupted)
-def body(file):
-    run_child({FAMILY!r} + [file])
+from flows import generate
+from flows.common import no_orphans, run_child
+generate.tool = lambda _: {str(program)!r}
+body = task(run_child)
 @flow
 def work():
     with no_orphans():
-        body.submit({str(submitted)!r})
-        body({str(called)!r})
+        generate.generate_shard.submit("1/1", [], None)
+        body({FAMILY!r} + [{str(called)!r}])
 work()
 """
     environment = os.environ | {"PREFECT_API_URL": prefect_api, "PYTHONPATH": str(PROJECT)}
-    with subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, env=environment) as flow:
-        pids = family(called) + family(submitted)
-        flow.terminate()
-        assert flow.wait(60) != 0
+    with subprocess.Popen([sys.executable, "-c", body], cwd=tmp_path, env=environment) as flow:
+        try:
+            pids = family(called) + family(submitted)
+            flow.terminate()
+            assert flow.wait(60) != 0
+        finally:
+            flow.kill()  # a flow that starts its children again would wait for them
     assert family(called) + family(submitted) == pids  # nothing was started again
     assert_gone(pids)
+
+
+def test_a_failed_flow_ends_with_the_cause_and_without_a_traceback(prefect_api: str, tmp_path: Path) -> None:
+    body = """
+from prefect import flow
+from flows.common import main, run_verb
+@flow
+def inner():
+    run_verb("infos", "-S", "data.rot=1")
+@flow
+def outer():
+    inner()
+main(outer)
+"""
+    (tmp_path / "params.yaml").write_text((PROJECT / "profiles/demo.yaml").read_text())
+    environment = os.environ | {"PREFECT_API_URL": prefect_api, "PYTHONPATH": str(PROJECT)}
+    command = [sys.executable, "-c", body]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: params.yaml: data.rot is not a known key")
