@@ -222,6 +222,27 @@ def report(params: Params = DEFAULT_PARAMS, overrides: Set = None) -> None:
 
 
 @app.command()
+def import_checkpoint(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="PATH", help="ema.pt, a safetensors file, or a folder of shards with its index.")
+    ],
+    stage: Annotated[str, typer.Option(help="Whose network it is: stage1, stage2 or stage3.")] = "stage3",
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where to put it; runs/published-<stage> by default.")
+    ] = None,
+) -> None:
+    """Take over the released XL weights: every name and shape checked, written as safetensors."""
+    from magicdrive_core.model.importing import import_checkpoint as take_over
+    from magicdrive_core.model.importing import published_xl
+
+    kind = _stage(stage)
+    folder = out or Path(f"runs/published-{kind}")
+    count = take_over(checkpoint, folder, kind, published_xl(kind))
+    print(f"{count} tensors: {folder / 'ema.safetensors'}")
+    print(f"to generate with them: magicdrive use nuscenes -S published=true -S generate.weights={folder}")
+
+
+@app.command()
 def golden(files: Annotated[list[Path], typer.Argument(help="golden_model_*.npz files.")]) -> None:
     """Compare the network with reference cases of the published one, intermediate by intermediate."""
     from magicdrive_core.model.published import TOLERANCE, check_golden

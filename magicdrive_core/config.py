@@ -250,6 +250,7 @@ class Generate(Section):
     steps: Positive = 30
     guidance: Annotated[float, Field(ge=1)] = 2.0
     generations: Positive = 4
+    weights: str | None = None  # folder of magicdrive import-checkpoint; null: the last stage that is trained here
     seed: Count = 1024
     workers: Positive = 1  # processes that share the items on this host
 
@@ -276,7 +277,9 @@ class Config(Section):
     """The whole of params.yaml."""
 
     profile: str
-    published: bool = False  # copy the published system's oddities (needed by its weights): docs/decisions/0003
+    published: bool = (
+        False  # copy the published system's oddities (needed by its weights): docs/decisions/0003-published-switch.md
+    )
     synth: Synth | None = None  # null: the data is the user's own
     data: Data
     conditions: Conditions

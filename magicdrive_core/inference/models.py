@@ -32,7 +32,8 @@ class Models:
         On a GPU with ``training.precision: bf16`` the weights are bf16.
 
         Raises:
-            MagicDriveError: the stage is not finished, its weights were changed, or are of another model section.
+            MagicDriveError: the stage is not finished, its weights were changed, or are of another model section, or
+                imported ones meet ``published: false``.
         """
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if device.type == "cuda" and config.training.precision == "bf16" else torch.float32
@@ -54,6 +55,11 @@ def _load_network(config: Config, stage_folder: Path, latent_channels: int, text
     if not weights.is_file() or sha256_file(weights) != run["weights_sha256"]:
         raise MagicDriveError(
             f"{weights} is missing or not the file that training wrote", "delete the folder and train the stage again"
+        )
+    if run.get("published", config.published) != config.published:
+        raise MagicDriveError(
+            f"{weights} are imported weights, which need the published network's oddities",
+            "set published: true in params.yaml, then dvc repro (docs/decisions/0003-published-switch.md)",
         )
     network = MagicDrive(
         NetworkConfig.of(
