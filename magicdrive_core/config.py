@@ -277,9 +277,7 @@ class Config(Section):
     """The whole of params.yaml."""
 
     profile: str
-    published: bool = (
-        False  # copy the published system's oddities (needed by its weights): docs/decisions/0003-published-switch.md
-    )
+    published: bool = False  # copy the published oddities, which its weights need: decision 0003
     synth: Synth | None = None  # null: the data is the user's own
     data: Data
     conditions: Conditions
