@@ -243,6 +243,33 @@ def import_checkpoint(
 
 
 @app.command()
+def memory(
+    size: Annotated[str | None, typer.Option(help="One size instead of the published table's, e.g. 848x1600.")] = None,
+    frames: Annotated[int, typer.Option(help="Of that clip.")] = 17,
+    sp: Annotated[int, typer.Option(help="Devices that share a clip's tokens (with --size).")] = 1,
+    boxes: Annotated[int, typer.Option(help="Boxes of a clip.")] = 100,
+    offload: Annotated[bool, typer.Option(help="The model that is not at work waits in main memory.")] = True,
+    slice_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Tokens that a block works on at a time; 0: all of them.")
+    ] = 65536,
+) -> None:
+    """Plan the GPU memory of generation with the XL network, without a GPU."""
+    from dataclasses import replace
+
+    from magicdrive_core.inference.memory import Planner, Setting
+    from magicdrive_core.inference.memory_table import cell_lines, table_lines
+
+    setting = Setting(slots=boxes, sp=sp, offload=offload, slice_tokens=slice_tokens or None)
+    planner = Planner()
+    if size is None:
+        lines = table_lines(planner, replace(setting, sp=1))
+    else:
+        lines = cell_lines(planner, _size(size), _frames(frames), setting)
+    for line in lines:
+        print(line, flush=True)
+
+
+@app.command()
 def golden(files: Annotated[list[Path], typer.Argument(help="golden_model_*.npz files.")]) -> None:
     """Compare the network with reference cases of the published one, intermediate by intermediate."""
     from magicdrive_core.model.published import TOLERANCE, check_golden
@@ -285,6 +312,22 @@ def _stage(name: str) -> Stage:
     if name not in STAGES:
         raise UsageError(f"there is no stage {name!r}", f"known: {', '.join(STAGES)}")
     return name
+
+
+def _size(text: str) -> str:
+    from magicdrive_core.config import parse_size
+
+    try:
+        parse_size(text)
+    except ValueError as error:
+        raise UsageError(f"--size {text}: {error}") from None
+    return text
+
+
+def _frames(count: int) -> int:
+    if count < 1 or (count - 1) % 8:
+        raise UsageError(f"--frames {count}: a clip has 8n+1 frames", "1, 9, 17, 33, ...")
+    return count
 
 
 def _shard(text: str) -> tuple[int, int]:
