@@ -253,6 +253,7 @@ class Generate(Section):
     weights: str | None = None  # folder of magicdrive import-checkpoint; null: the last stage that is trained here
     seed: Count = 1024
     workers: Positive = 1  # processes that share the items on this host
+    offload: bool = False  # on a GPU: the VAE waits in main memory while the network samples, and the other way round
 
 
 class Video(Section):

@@ -43,7 +43,7 @@ def find_places(config: Config, last: Stage = "stage3", project: Path = Path()) 
         stages = [_imported(project / config.generate.weights)]
     else:
         stages = _chain(plan_stage(config, _last_possible(config, last, project, notes), project))
-    sampling = config.generate.model_dump(mode="json", exclude={"generations", "workers", "weights"})
+    sampling = config.generate.model_dump(mode="json", exclude={"generations", "workers", "weights", "offload"})
     generated = fingerprint(stages[-1].fingerprint, sampling, config.video, config.benchmark.frames)[:12]
     benchmark = fingerprint(generated, config.generate.generations, config.benchmark)[:12]
     outputs = project / "outputs"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from magicdrive_core.config import Config
 from magicdrive_core.encoders.caches import TextCache
@@ -24,6 +25,7 @@ class Models:
     vae: Vae
     text: TextCache
     device: torch.device
+    offload: bool  # what is not at work waits in main memory
 
     @classmethod
     def load(cls, config: Config, stage_folder: Path, project: Path = Path()) -> Models:
@@ -46,7 +48,15 @@ class Models:
             device=device,
             dtype=dtype,
         )
-        return cls(network.to(device, dtype), vae, TextCache(project / "artifacts/text"), device)
+        text = TextCache(project / "artifacts/text")
+        return cls(network.to(device, dtype), vae, text, device, config.generate.offload)
+
+    def make_room_for(self, wanted: nn.Module) -> None:
+        """With ``offload`` the device holds ``wanted``, network or VAE, and the other one waits."""
+        if self.offload:
+            waiting = self.vae.model if wanted is self.network else self.network
+            waiting.to("cpu")
+            wanted.to(self.device)
 
 
 def _load_network(config: Config, stage_folder: Path, latent_channels: int, text_width: int) -> MagicDrive:
