@@ -40,7 +40,7 @@ def find_places(config: Config, last: Stage = "stage3", project: Path = Path()) 
     """
     notes: list[str] = []
     if config.generate.weights is not None:
-        stages = [_imported(project / config.generate.weights)]
+        stages = [_imported(config, project / config.generate.weights)]
     else:
         stages = _chain(plan_stage(config, _last_possible(config, last, project, notes), project))
     sampling = config.generate.model_dump(mode="json", exclude={"generations", "workers", "weights", "offload"})
@@ -50,9 +50,9 @@ def find_places(config: Config, last: Stage = "stage3", project: Path = Path()) 
     return Places(stages, notes, outputs / f"generate-{generated}", outputs / f"benchmark-{benchmark}")
 
 
-def _imported(folder: Path) -> StagePlan:
+def _imported(config: Config, folder: Path) -> StagePlan:
     run = read_json(folder / "run.json", "magicdrive import-checkpoint, or set generate.weights to null")
-    return StagePlan(run["stage"], folder, run["weights_sha256"], inputs={}, previous=None)
+    return StagePlan(run["stage"], folder, fingerprint(run["weights_sha256"], config.flow), inputs={}, previous=None)
 
 
 def _last_possible(config: Config, last: Stage, project: Path, notes: list[str]) -> Stage:

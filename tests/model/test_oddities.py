@@ -10,6 +10,7 @@ import torch
 from magicdrive_core.model.blocks import Surroundings, ViewBlock
 from magicdrive_core.model.embedders import PICTURE_WIDTH, CameraEmbedder
 from magicdrive_core.model.guidance import published_null, sample_latents, unconditional
+from magicdrive_core.rectified_flow import RectifiedFlow
 from tests.model.networks import conditions, config, network
 
 SHAPE = (3, 4, 6)
@@ -55,7 +56,14 @@ def test_guidance_leads_away_from_the_state_of_training_or_the_published_sampler
     states = {"training": told.dropped(), "published": published_null(net, told)}
     samples = {
         name: sample_latents(
-            net, told, SHAPE, steps=2, guidance=2.0, generator=torch.Generator().manual_seed(1), null=null
+            net,
+            told,
+            SHAPE,
+            flow=RectifiedFlow(),
+            steps=2,
+            guidance=2.0,
+            generator=torch.Generator().manual_seed(1),
+            null=null,
         )
         for name, null in (states | {"own": None}).items()
     }
