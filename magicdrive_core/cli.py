@@ -222,6 +222,54 @@ def report(params: Params = DEFAULT_PARAMS, overrides: Set = None) -> None:
 
 
 @app.command()
+def import_checkpoint(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="PATH", help="ema.pt, a safetensors file, or a folder of shards with its index.")
+    ],
+    stage: Annotated[str, typer.Option(help="Whose network it is: stage1, stage2 or stage3.")] = "stage3",
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where to put it; runs/published-<stage> by default.")
+    ] = None,
+) -> None:
+    """Take over the released XL weights: every name and shape checked, written as safetensors."""
+    from magicdrive_core.model.importing import import_checkpoint as take_over
+    from magicdrive_core.model.importing import published_xl
+
+    kind = _stage(stage)
+    folder = out or Path(f"runs/published-{kind}")
+    count = take_over(checkpoint, folder, kind, published_xl(kind))
+    print(f"{count} tensors: {folder / 'ema.safetensors'}")
+    print(f"to generate with them: magicdrive use nuscenes -S published=true -S generate.weights={folder}")
+
+
+@app.command()
+def memory(
+    size: Annotated[str | None, typer.Option(help="One size instead of the published table's, e.g. 848x1600.")] = None,
+    frames: Annotated[int, typer.Option(help="Of that clip.")] = 17,
+    sp: Annotated[int, typer.Option(help="Devices that share a clip's tokens (with --size).")] = 1,
+    boxes: Annotated[int, typer.Option(help="Boxes of a clip.")] = 100,
+    offload: Annotated[bool, typer.Option(help="The model that is not at work waits in main memory.")] = True,
+    slice_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Tokens that a block works on at a time; 0: all of them.")
+    ] = 65536,
+) -> None:
+    """Plan the GPU memory of generation with the XL network, without a GPU."""
+    from dataclasses import replace
+
+    from magicdrive_core.inference.memory import Planner, Setting
+    from magicdrive_core.inference.memory_table import cell_lines, table_lines
+
+    setting = Setting(slots=boxes, sp=sp, offload=offload, slice_tokens=slice_tokens or None)
+    planner = Planner()
+    if size is None:
+        lines = table_lines(planner, replace(setting, sp=1))
+    else:
+        lines = cell_lines(planner, _size(size), _frames(frames), setting)
+    for line in lines:
+        print(line, flush=True)
+
+
+@app.command()
 def golden(files: Annotated[list[Path], typer.Argument(help="golden_model_*.npz files.")]) -> None:
     """Compare the network with reference cases of the published one, intermediate by intermediate."""
     from magicdrive_core.model.published import TOLERANCE, check_golden
@@ -264,6 +312,22 @@ def _stage(name: str) -> Stage:
     if name not in STAGES:
         raise UsageError(f"there is no stage {name!r}", f"known: {', '.join(STAGES)}")
     return name
+
+
+def _size(text: str) -> str:
+    from magicdrive_core.config import parse_size
+
+    try:
+        parse_size(text)
+    except ValueError as error:
+        raise UsageError(f"--size {text}: {error}") from None
+    return text
+
+
+def _frames(count: int) -> int:
+    if count < 1 or (count - 1) % 8:
+        raise UsageError(f"--frames {count}: a clip has 8n+1 frames", "1, 9, 17, 33, ...")
+    return count
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -250,8 +250,10 @@ class Generate(Section):
     steps: Positive = 30
     guidance: Annotated[float, Field(ge=1)] = 2.0
     generations: Positive = 4
+    weights: str | None = None  # folder of magicdrive import-checkpoint; null: the last stage that is trained here
     seed: Count = 1024
     workers: Positive = 1  # processes that share the items on this host
+    offload: bool = False  # on a GPU: the VAE waits in main memory while the network samples, and the other way round
 
 
 class Video(Section):
@@ -276,7 +278,7 @@ class Config(Section):
     """The whole of params.yaml."""
 
     profile: str
-    published: bool = False  # copy the published system's oddities (needed by its weights): docs/decisions/0003
+    published: bool = False  # copy the published oddities, which its weights need: decision 0003
     synth: Synth | None = None  # null: the data is the user's own
     data: Data
     conditions: Conditions

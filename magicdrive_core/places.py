@@ -10,6 +10,7 @@ from pathlib import Path
 
 from magicdrive_core.config import STAGES, Config, Stage, fingerprint
 from magicdrive_core.errors import UsageError
+from magicdrive_core.files import read_json
 from magicdrive_core.training.plan import StagePlan, feasibility, plan_stage
 
 
@@ -17,7 +18,7 @@ from magicdrive_core.training.plan import StagePlan, feasibility, plan_stage
 class Places:
     """The road of one configuration."""
 
-    stages: list[StagePlan]  # that can be trained, in order
+    stages: list[StagePlan]  # that can be trained, in order; or the imported one alone
     notes: list[str]  # one line for each stage that the data cannot feed
     generated: Path  # folder of items
     benchmark: Path  # package and report
@@ -31,10 +32,31 @@ class Places:
 def find_places(config: Config, last: Stage = "stage3", project: Path = Path()) -> Places:
     """The stages up to ``last``, ended before the first one that has no training clip in any bucket.
 
+    Where ``generate.weights`` names an imported network, it stands in their place and nothing is trained.
+
     Raises:
         UsageError: not even stage 1 has a clip.
+        MagicDriveError: the imported network is missing.
     """
     notes: list[str] = []
+    if config.generate.weights is not None:
+        stages = [_imported(config, project / config.generate.weights)]
+    else:
+        stages = _chain(plan_stage(config, _last_possible(config, last, project, notes), project))
+    sampling = config.generate.model_dump(mode="json", exclude={"generations", "workers", "weights", "offload"})
+    generated = fingerprint(stages[-1].fingerprint, sampling, config.video, config.benchmark.frames)[:12]
+    benchmark = fingerprint(generated, config.generate.generations, config.benchmark)[:12]
+    outputs = project / "outputs"
+    return Places(stages, notes, outputs / f"generate-{generated}", outputs / f"benchmark-{benchmark}")
+
+
+def _imported(config: Config, folder: Path) -> StagePlan:
+    run = read_json(folder / "run.json", "magicdrive import-checkpoint, or set generate.weights to null")
+    return StagePlan(run["stage"], folder, fingerprint(run["weights_sha256"], config.flow), inputs={}, previous=None)
+
+
+def _last_possible(config: Config, last: Stage, project: Path, notes: list[str]) -> Stage:
+    """The last stage with clips; a line is added to ``notes`` where that is not ``last``."""
     names: list[Stage] = []
     for stage in STAGES[: STAGES.index(last) + 1]:
         clips = feasibility(config, stage, project)
@@ -45,12 +67,7 @@ def find_places(config: Config, last: Stage = "stage3", project: Path = Path()) 
             notes.append(f"{stage} is left out: the data has no training clip for {wanted}; {names[-1]} is the last")
             break
         names.append(stage)
-    stages = _chain(plan_stage(config, names[-1], project))
-    sampling = config.generate.model_dump(mode="json", exclude={"generations", "workers"})
-    generated = fingerprint(stages[-1].fingerprint, sampling, config.video, config.benchmark.frames)[:12]
-    benchmark = fingerprint(generated, config.generate.generations, config.benchmark)[:12]
-    outputs = project / "outputs"
-    return Places(stages, notes, outputs / f"generate-{generated}", outputs / f"benchmark-{benchmark}")
+    return names[-1]
 
 
 def _chain(plan: StagePlan) -> list[StagePlan]:

@@ -77,7 +77,10 @@ class Vae:
         chunk_frames: int | None = 8,
         tile: tuple[int, int] | None = None,
     ) -> None:
+        from magicdrive_core.encoders.spatial_norm import use_lean_norms  # imports diffusers, which takes seconds
+
         self.model = model.eval().requires_grad_(False)
+        use_lean_norms(self.model)
         self.scaling_factor = scaling_factor
         self.chunk_frames = chunk_frames
         self.tile = tile

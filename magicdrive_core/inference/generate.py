@@ -131,7 +131,9 @@ class _Work:
         """Samples, decodes view by view into the encoder, and puts the item's folder in place when all is there."""
         began = time.perf_counter()
         conditions = self.conditions()
+        self.models.make_room_for(self.models.network)
         latents = self.sample(conditions)
+        self.models.make_room_for(self.models.vae.model)
         sampled = time.perf_counter()
         with atomic_folder(folder) as partial_folder:
             shown: list[list[Picture]] = []

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from magicdrive_core.config import Config
 from magicdrive_core.encoders.caches import TextCache
@@ -25,6 +26,7 @@ class Models:
     vae: Vae
     text: TextCache
     device: torch.device
+    offload: bool  # what is not at work waits in main memory
 
     @classmethod
     def load(cls, config: Config, stage_folder: Path, project: Path = Path()) -> Models:
@@ -33,7 +35,8 @@ class Models:
         On a GPU with ``training.precision: bf16`` the weights are bf16.
 
         Raises:
-            MagicDriveError: the stage is not finished, its weights were changed, or are of another model section.
+            MagicDriveError: the stage is not finished, its weights were changed, or are of another model section, or
+                imported ones meet ``published: false``.
         """
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if device.type == "cuda" and config.training.precision == "bf16" else torch.float32
@@ -46,7 +49,15 @@ class Models:
             device=device,
             dtype=dtype,
         )
-        return cls(network.to(device, dtype), vae, TextCache(project / "artifacts/text"), device)
+        text = TextCache(project / "artifacts/text")
+        return cls(network.to(device, dtype), vae, text, device, config.generate.offload)
+
+    def make_room_for(self, wanted: nn.Module) -> None:
+        """With ``offload`` the device holds ``wanted``, network or VAE, and the other one waits."""
+        if self.offload:
+            waiting = self.vae.model if wanted is self.network else self.network
+            waiting.to("cpu")
+            wanted.to(self.device)
 
 
 def _load_network(config: Config, stage_folder: Path, project: Path) -> MagicDrive:
@@ -55,6 +66,11 @@ def _load_network(config: Config, stage_folder: Path, project: Path) -> MagicDri
     if not weights.is_file() or sha256_file(weights) != run["weights_sha256"]:
         raise MagicDriveError(
             f"{weights} is missing or not the file that training wrote", "delete the folder and train the stage again"
+        )
+    if run.get("published", config.published) != config.published:
+        raise MagicDriveError(
+            f"{weights} are imported weights, which need the published network's oddities",
+            "set published: true in params.yaml, then dvc repro (docs/decisions/0003-published-switch.md)",
         )
     network = build_network(config, run["stage"], project)
     try:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from magicdrive_core.model.blocks import Surroundings
+from magicdrive_core.model.slices import ALL
 
 
 @dataclass(frozen=True)
@@ -34,34 +35,33 @@ class ContextTokens:
             torch.cat(rows, dim=1), cameras.shape[0], ego_motion.shape[1], text.shape[1], boxes.shape[3], visible
         )
 
-    def spread(self, rows: Tensor, frames: int) -> Tensor:
-        """What became of ``distinct`` (B, R, X), laid out for every view and latent frame: (V, B, T, L, X)."""
+    def spread(self, rows: Tensor, frames: int, views: slice = ALL, some: slice = ALL) -> Tensor:
+        """What became of ``distinct`` (B, R, X), laid out for ``views`` and ``some`` latent frames: (V, B, T, L, X)."""
         sizes = [self.frames, self.views, self.text, self.views * self.frames * self.slots]
         ego_motion, cameras, text, boxes = rows.split(sizes, dim=1)
-        shape = (self.views, len(rows), self.frames)
+        boxes = boxes.unflatten(1, (self.views, self.frames, self.slots)).transpose(0, 1)[views]
+        boxes = self._of_latent_frames(boxes, 2, frames, some)
         parts = [
-            ego_motion[None, :, :, None].expand(*shape, -1, -1),
-            cameras.transpose(0, 1)[:, :, None, None].expand(*shape, -1, -1),
-            text[None, :, None].expand(*shape, -1, -1),
-            boxes.unflatten(1, (self.views, self.frames, self.slots)).transpose(0, 1),
+            self._of_latent_frames(ego_motion, 1, frames, some)[None, :, :, None],
+            cameras.transpose(0, 1)[views][:, :, None, None],
+            text[None, :, None],
+            boxes,
         ]
-        return self._over_latent_frames(torch.cat(parts, dim=3), frames)
+        return torch.cat([part.expand(*boxes.shape[:3], -1, -1) for part in parts], dim=3)
 
-    def bias(self, frames: int, dtype: torch.dtype, group: int) -> list[Tensor] | list[None]:
-        """For each group of views (G*B*T, 1, 1, L): 0 where visible, -inf elsewhere."""
+    def bias(self, frames: int, dtype: torch.dtype) -> Tensor | None:
+        """(V, B, T, L): 0 where visible, -inf elsewhere."""
         if self.visible is None:
-            return [None] * -(-self.views // group)
-        visible = self._over_latent_frames(self.visible, frames)
-        bias = torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, float("-inf"))
-        return [part.flatten(0, 2)[:, None, None] for part in bias.split(group)]
+            return None
+        visible = self._of_latent_frames(self.visible, 2, frames, ALL)
+        return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, float("-inf"))
 
-    def _over_latent_frames(self, x: Tensor, frames: int) -> Tensor:
-        """Nearest resampling of the frames of (V, B, T', ...); a single one is used for all."""
+    def _of_latent_frames(self, x: Tensor, dim: int, frames: int, some: slice) -> Tensor:
+        """``some`` of T latent frames, after nearest resampling of the T' along ``dim``."""
         if frames == self.frames:
-            return x
-        if self.frames == 1:
-            return x.expand(-1, -1, frames, *x.shape[3:])
-        return x[:, :, torch.arange(frames, device=x.device) * self.frames // frames]
+            start, stop, _ = some.indices(frames)
+            return x.narrow(dim, start, stop - start)
+        return x.index_select(dim, torch.arange(frames, device=x.device)[some] * self.frames // frames)
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,28 @@ class Context:
     grid: tuple[int, int]  # rows and columns of patches, padding included
     views_at_once: int  # in a group
     tokens: ContextTokens
-    kv: dict[str, list[Tensor]]  # by group of blocks: keys and values (B, R, 2C) of ``tokens.distinct``
+    kv: dict[str, list[Tensor]]  # by name of blocks: keys and values (B, R, 2C) of ``tokens.distinct``; or empty
     position: Tensor  # B or 1, S, C
     control: Tensor  # B, T, S, C: position and map, added to the control branch
     fps: Tensor  # B, C
-    surroundings: Surroundings
+    angles: Tensor  # T, d/2, 2: rotary angles of the latent frames
+    context_bias: Tensor | None  # V, B, T, L: -inf at context tokens that stand for nothing; None: nothing to hide
+    padding_bias: Tensor | None  # 1, 1, 1, S: -inf at patches that only pad the height
 
-    def keys_values(self, group: str, index: int) -> list[Tensor]:
-        """For one block and each group of views (G, B, T, L, 2C)."""
-        return list(self.tokens.spread(self.kv[group][index], self.latent_shape[0]).split(self.views_at_once))
+    def keys_values(self, rows: Tensor, groups: slice, frames: slice) -> list[Tensor]:
+        """A block's keys and values (B, R, 2C), for each of ``groups`` of views (G, B, T, L, 2C)."""
+        laid_out = self.tokens.spread(rows, self.latent_shape[0], self._views(groups), frames)
+        return list(laid_out.split(self.views_at_once))
+
+    def surroundings(self, groups: slice, frames: slice) -> Surroundings:
+        """What a block shares with others that work on the same groups and frames."""
+        if self.context_bias is None:
+            hidden: list[Tensor] | list[None] = [None] * len(range(-(-self.tokens.views // self.views_at_once))[groups])
+        else:
+            parts = self.context_bias[self._views(groups), :, frames].split(self.views_at_once)
+            hidden = [part.flatten(0, 2)[:, None, None] for part in parts]
+        return Surroundings(self.angles, hidden, self.padding_bias)
+
+    def _views(self, groups: slice) -> slice:
+        start, stop, _ = groups.indices(self.tokens.views)
+        return slice(start * self.views_at_once, stop * self.views_at_once)

@@ -66,6 +66,7 @@ def golden_config(meta: Mapping[str, Any]) -> NetworkConfig:
         text_width=config["caption_channels"],
         text_tokens=config["model_max_length"],
         temporal=config["with_temp_block"],
+        control_temporal=not config.get("control_skip_temporal", False),
         instance_latent=box["sample_id"],
         mean_over_frames="time_downsample_factor" not in box,
         published=True,

@@ -30,7 +30,12 @@ def guided_velocity(
     )
 
 
-def published_null(network: MagicDrive, conditions: Conditions, *, zero_map: bool) -> Conditions:
+def unconditional(network: MagicDrive, conditions: Conditions) -> Conditions:
+    """The state that guidance leads away from: the dropped one of training, or the published sampler's own."""
+    return published_null(network, conditions) if network.config.published else conditions.dropped()
+
+
+def published_null(network: MagicDrive, conditions: Conditions, *, zero_map: bool = True) -> Conditions:
     """The unconditional state of the published sampler, which is not the one of training (oddity 9).
 
     The null text cut like the prompt, cameras and ego motion unknown, all boxes absent instead of hidden, and, as its
@@ -75,7 +80,7 @@ def sample_latents(
         flow: the noise levels that the network was trained on.
         generator: CPU generators of the start noise, one a sample, so that a sample does not depend on its batch;
             a single one draws for the samples in turn.
-        null: the unconditional state; None: the one that training knows, ``conditions.dropped()``.
+        null: the unconditional state; None: ``unconditional``.
         x_0: (B, V, C, T, H, W), given frames; needed with ``x_mask``.
         x_mask: (B, T), 1 or True = generate, 0 or False = keep the given frame; between 0 and 1: start from it,
             noised (``rectified_flow.sample``).
@@ -101,7 +106,7 @@ def sample_latents(
         conditions = replace(conditions, box_latent=drawn.to(device))
     size = (frames, int(conditions.height[0]), int(conditions.width[0]))
     return sample(
-        guided_velocity(network, conditions, null or conditions.dropped(), latent_shape, guidance),
+        guided_velocity(network, conditions, null or unconditional(network, conditions), latent_shape, guidance),
         start,
         flow.timesteps(steps, size).to(device),
         x_0=x_0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,11 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.files import atomic_file, read_json
+from magicdrive_core.files import atomic_folder, read_json, sha256_file, write_json
 from magicdrive_core.model.network import MagicDrive, NetworkConfig
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from magicdrive_core.config import Stage
 
 PUBLISHED_XL = NetworkConfig(
     width=1152,
@@ -38,17 +41,26 @@ PUBLISHED_XL = NetworkConfig(
 )
 TEXT = "y_embedder.y_embedding"
 DERIVED = ("pos_embed", "pos_embed_temporal")  # tables that old checkpoints hold and the network computes
-HINT = "give ema.pt, a safetensors file, or a folder of shards with their index, of the stage-2 or stage-3 network"
+HINT = "give ema.pt, a safetensors file, or a folder of shards with their index, and the --stage that it is of"
 
 
-def import_checkpoint(path: Path | str, out: Path | str, config: NetworkConfig = PUBLISHED_XL) -> int:
-    """Reads published weights, checks every name and shape, and writes them to ``out`` as safetensors.
+def published_xl(stage: Stage) -> NetworkConfig:
+    """The published network of a stage; stages 2 and 3 have the same one."""
+    first = stage == "stage1"
+    return replace(PUBLISHED_XL, temporal=not first, instance_latent=not first, mean_over_frames=first)
 
+
+def import_checkpoint(path: Path | str, out: Path | str, stage: Stage, config: NetworkConfig) -> int:
+    """Reads published weights, checks every name and shape, and writes them as a finished run of ``stage``.
+
+    ``out`` then holds what training leaves: ``ema.safetensors``, and ``run.json`` with its digest and the mark
+    ``published``. ``generate.weights`` in params.yaml names that folder.
     The null text is cut, or its last row repeated, to the network's number of text tokens (model card, "checkpoint").
 
     Args:
         path: a file (``.pt``, ``.bin``, ``.safetensors``) or a folder of such shards with an ``*.index.json``.
-        out: the safetensors file to write.
+        out: the folder to write; one that exists is replaced when all is there.
+        stage: whose weights they are.
         config: the network that the weights are for.
 
     Returns:
@@ -64,8 +76,16 @@ def import_checkpoint(path: Path | str, out: Path | str, config: NetworkConfig =
     with torch.device("meta"):
         wanted = MagicDrive(config).state_dict()
     check_names(weights, wanted, path)
-    with atomic_file(out) as partial:
-        save_file({name: weights[name].contiguous() for name in wanted}, partial, metadata={"format": "pt"})
+    with atomic_folder(out) as folder:
+        file = folder / "ema.safetensors"
+        save_file({name: weights[name].contiguous() for name in wanted}, file, metadata={"format": "pt"})
+        facts = {
+            "stage": stage,
+            "published": config.published,
+            "source": path.name,
+            "weights_sha256": sha256_file(file),
+        }
+        write_json(folder / "run.json", facts)
     return len(wanted)
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from magicdrive_core.geometry.cameras import VIEWS, ring_neighbours
-from magicdrive_core.model.blocks import Block, ControlBlock, Head, Surroundings, ViewBlock
+from magicdrive_core.model.blocks import Block, ControlBlock, Head, ViewBlock
 from magicdrive_core.model.context import Context, ContextTokens
 from magicdrive_core.model.embedders import (
     BoxEmbedder,
@@ -27,6 +27,7 @@ from magicdrive_core.model.embedders import (
 )
 from magicdrive_core.model.initialise import initialise
 from magicdrive_core.model.layers import PatchEmbedding, Rotary, ScalarEmbedding, position_embedding
+from magicdrive_core.model.slices import cut, slices
 
 if TYPE_CHECKING:
     from magicdrive_core.config import Model, Stage
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
 
 PATCH = 2
 TOKENS_AT_ONCE = {"cpu": 2048, "gpu": 65536}  # in a group of views, unless one view has more
+SLICE_TOKENS = 65536
+KEPT_BYTES = (
+    1 << 30
+)  # of all blocks' keys and values of a context: more are made again by each pass, at 1 % of its time
 BASE_PIXELS = 512  # positions are scaled to a square of this many pixels
 
 
@@ -56,6 +61,7 @@ class NetworkConfig:
     instance_latent: bool  # a random vector an object; stage 1 has none
     mean_over_frames: bool  # of box and ego-motion tokens; else a quarter of the frames remains
     published: bool = False  # copy what the released weights need (golden notes, section 6)
+    control_temporal: bool = True  # temporal blocks in the control branch too, where there are any
     class_width: int | None = None  # of a box class's vector; None: width
     map_layers: int = 8
     classes: int = 10
@@ -97,6 +103,7 @@ class MagicDrive(nn.Module):
 
     Attributes:
         checkpoint_blocks: recompute every block in the backward pass instead of keeping its activations.
+        slice_tokens: without gradients a block works on at most so many tokens at a time; None: on all.
     """
 
     base_token: Tensor
@@ -105,6 +112,7 @@ class MagicDrive(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_blocks = False
+        self.slice_tokens: int | None = SLICE_TOKENS
         width, published = config.width, config.published
         self.register_buffer("base_token", torch.randn(width))
         self.rope = Rotary(width // config.heads, published)
@@ -135,7 +143,7 @@ class MagicDrive(nn.Module):
         if config.temporal:
             self.base_blocks_t = nn.ModuleList(Block(config, temporal=True) for _ in range(config.depth))
             self.control_blocks_t = nn.ModuleList(
-                ControlBlock(config, temporal=True) for _ in range(config.control_depth)
+                ControlBlock(config, temporal=True) for _ in range(config.control_depth * config.control_temporal)
             )
         self.final_layer = Head(width, PATCH * PATCH * config.latent_channels, published)
         initialise(self)
@@ -179,23 +187,22 @@ class MagicDrive(nn.Module):
             grid=(rows + extra, columns),
             views_at_once=group,
             tokens=tokens,
-            kv={
-                name: [block.cross_attn.kv_linear(tokens.distinct) for block in blocks]  # type: ignore[union-attr,operator]
-                for name, blocks in self.block_groups().items()
-            },
+            kv=self._keys_values(tokens.distinct),
             position=position,
             control=position[:, None] + self.before_proj(self._map_tokens(conditions.bev_map, latent_shape, extra)),
             fps=self.fps_embedder(conditions.fps),
-            surroundings=Surroundings(
-                angles=self.rope(frames), context_bias=tokens.bias(frames, self.dtype, group), padding_bias=padding_bias
-            ),
+            angles=self.rope(frames),
+            context_bias=tokens.bias(frames, self.dtype),
+            padding_bias=padding_bias,
         )
 
     def denoise(self, x: Tensor, timestep: Tensor, context: Context, x_mask: Tensor | None = None) -> Tensor:
         """``forward`` with the conditions encoded before; shapes and dtypes as there."""
         patches = to_patches(x.transpose(0, 1).to(self.dtype), context.grid[0] - -(-x.shape[-2] // PATCH))
-        main = list((self.x_embedder(patches) + context.position[:, None]).split(context.views_at_once))
-        control = list((self.x_control_embedder(patches) + context.control).split(context.views_at_once))
+        groups = patches.split(context.views_at_once)
+        main = [self.x_embedder(x) + context.position[:, None] for x in groups]
+        control = [self.x_control_embedder(x) + context.control for x in groups]
+        limit = None if torch.is_grad_enabled() else self.slice_tokens
         noisy = self.t_embedder(timestep) + context.fps
         modulation, clean = self.t_block(noisy)[:, None], None
         if x_mask is not None:
@@ -203,20 +210,33 @@ class MagicDrive(nn.Module):
             modulation = torch.where(x_mask[..., None], modulation, self.t_block(clean)[:, None])
         modulation = modulation.unflatten(-1, (6, -1))
 
-        def run(group: str, index: int, groups: list[Tensor]) -> Any:
-            block = getattr(self, group)[index]
-            arguments = groups, modulation, context.keys_values(group, index), context.surroundings
-            if self.checkpoint_blocks and torch.is_grad_enabled():
-                return checkpoint(block, *arguments, use_reentrant=False)
-            return block(*arguments)
+        def advance(name: str, index: int, tokens: list[Tensor], skip_to: list[Tensor] | None = None) -> None:
+            block = getattr(self, name)[index]
+            rows = context.kv[name][index] if context.kv else block.cross_attn.kv_linear(context.tokens.distinct)
+            around: tuple[Any, ...] = ()
+            shared_by = None
+            for part in slices(tokens, temporal=block.temporal, limit=limit):
+                if (part.groups, part.frames) != shared_by:
+                    shared_by = part.groups, part.frames
+                    around = context.keys_values(rows, *shared_by), context.surroundings(*shared_by)
+                by_time = modulation[:, part.frames] if modulation.shape[1] > 1 else modulation
+                arguments = part.of(tokens), by_time, *around
+                if self.checkpoint_blocks and torch.is_grad_enabled():
+                    result = checkpoint(block, *arguments, use_reentrant=False)
+                else:
+                    result = block(*arguments)
+                if skip_to is not None:
+                    result, skips = result
+                    part.add(skip_to, skips)
+                part.put(tokens, result)
 
         for index in range(self.config.depth):
             for kind in ("s", "t") if self.config.temporal else ("s",):
-                main = run(f"base_blocks_{kind}", index, main)
-                if index < self.config.control_depth:
-                    control, skips = run(f"control_blocks_{kind}", index, control)
-                    main = [x + skip for x, skip in zip(main, skips, strict=True)]
-        return self._unpatch(self.final_layer(torch.cat(main), noisy, clean, x_mask), context)
+                advance(f"base_blocks_{kind}", index, main)
+                if index < len(getattr(self, f"control_blocks_{kind}")):
+                    advance(f"control_blocks_{kind}", index, control, skip_to=main)
+        velocities = [self._head(x, noisy, clean, x_mask, limit) for x in main]
+        return self._unpatch(torch.cat(velocities), context)
 
     @torch.no_grad()
     def set_text_buffers(self, class_features: Tensor, base_feature: Tensor) -> None:
@@ -228,12 +248,34 @@ class MagicDrive(nn.Module):
         self.base_token.copy_(self.y_embedder(base_feature[None, None])[0, 0])
 
     def block_groups(self) -> dict[str, nn.ModuleList]:
-        return {name: child for name, child in self.named_children() if isinstance(child, nn.ModuleList)}
+        """The blocks, by the names of their lists."""
+        return {name: child for name, child in self.named_children() if isinstance(child, nn.ModuleList) and len(child)}
 
     def _views_at_once(self, views: int, tokens: int) -> int:
         """Of ``views`` with so many ``tokens`` each."""
         limit = TOKENS_AT_ONCE["cpu" if self.base_token.device.type == "cpu" else "gpu"]
         return min(views, max(1, limit // tokens))
+
+    def _keys_values(self, rows: Tensor) -> dict[str, list[Tensor]]:
+        """Of every block for the context's rows (B, R, C); none where they would take too much memory."""
+        groups = self.block_groups()
+        taken = sum(len(blocks) for blocks in groups.values()) * 2 * rows.numel() * rows.element_size()
+        if taken > KEPT_BYTES and not torch.is_grad_enabled():
+            return {}
+        return {
+            name: [block.cross_attn.kv_linear(rows) for block in blocks]  # type: ignore[union-attr,operator]
+            for name, blocks in groups.items()
+        }
+
+    def _head(self, x: Tensor, noisy: Tensor, clean: Tensor | None, x_mask: Tensor | None, limit: int | None) -> Tensor:
+        """Velocities of a group's patches, some frames at a time: (G, B, T, S, C) -> (G, B, T, S, p*p*C)."""
+        frames = x.shape[2]
+        size = frames if limit is None else limit // (x[:, :, 0, :, 0].numel())
+        parts = [
+            self.final_layer(x[:, :, some], noisy, clean, None if x_mask is None else x_mask[:, some])
+            for some in cut(frames, size)
+        ]
+        return torch.cat(parts, dim=2)
 
     def _padding_rows(self, rows: int, columns: int) -> int:
         size = self.config.pad_patches

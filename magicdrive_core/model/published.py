@@ -53,6 +53,7 @@ def check_golden(path: Path | str) -> GoldenResult:
     if "out" not in arrays or "config" not in meta:
         raise MagicDriveError(f"{path} is no golden model case", "name a golden_model_*.npz that is no weights file")
     network = load_golden_network(path, meta)
+    network.slice_tokens = None  # every module sees all frames at once, as in the file
     conditions = read_conditions(arrays)
     views = conditions.cameras.shape[1]
     latents = views_from_channels(arrays["in/x"], views)
@@ -69,13 +70,13 @@ def check_golden(path: Path | str) -> GoldenResult:
 
 
 def _stacked(name: str, outputs: list[Any]) -> dict[str, Tensor]:
-    """The calls of a module as one tensor; inside a block a module is called once a group of views."""
+    """The calls of a module as one tensor; in blocks and head a module is called once a group of views."""
     first = outputs[0]
     if isinstance(first, tuple):
         return {f"{name}.{index}": torch.cat(part) for index, part in enumerate(first)}
     if isinstance(first, list):
         return {name: torch.cat(first)}
-    return {name: torch.cat(outputs) if "_blocks_" in name else first}
+    return {name: torch.cat(outputs) if "_blocks_" in name or name == "final_layer" else first}
 
 
 def _of_context(context: Context, pixels: Tensor) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX
 
+from magicdrive_core.encoders.spatial_norm import use_lean_norms
 from magicdrive_core.encoders.vae import PUBLISHED_SCALING, Vae, latent_shape, sample_moments, to_video
 from magicdrive_core.errors import MagicDriveError
 
@@ -146,3 +148,22 @@ def test_a_folder_without_a_vae_is_explained(tmp_path) -> None:
     with pytest.raises(MagicDriveError, match=r"vae\.path.*holds no readable CogVideoX VAE") as caught:
         load(tmp_path / "missing")
     assert "CogVideoX-2b" in caught.value.hint
+
+
+def test_lean_norms_give_the_same_bits_and_keep_nothing() -> None:
+    """Over three groups of latent frames, the first of which is odd, against diffusers' own norms."""
+    torch.manual_seed(0)
+    options = {"block_out_channels": (8, 8, 8, 8), "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 4}
+    own = AutoencoderKLCogVideoX(**options).eval()
+    lean = deepcopy(own)
+    use_lean_norms(lean)
+    assert lean.state_dict().keys() == own.state_dict().keys()
+    caches = {"own": None, "lean": None}
+    z = torch.randn(1, 4, 7, 3, 5)
+    with torch.no_grad():
+        for part in z.split([3, 2, 2], dim=2):
+            expected, caches["own"] = own.decoder(part, conv_cache=caches["own"])
+            frames, caches["lean"] = lean.decoder(part, conv_cache=caches["lean"])
+            assert torch.equal(frames, expected)
+    assert caches["lean"]["norm_out"] == {}
+    assert caches["own"]["norm_out"] != {}

@@ -244,3 +244,31 @@ def test_cross_view_attention_reads_neighbours_only() -> None:
     changed[:, 3] += 1
     moved = (run(net, told, x) - run(net, told, changed)).abs().amax(dim=(0, 2, 3, 4, 5)) > 0
     assert moved.tolist() == [False, False, True, True, True, False]
+
+
+@pytest.mark.parametrize("published", [False, True])
+@pytest.mark.parametrize("limit", [1, 150])
+def test_slices_change_nothing(published: bool, limit: int) -> None:
+    """One frame or place at a time, or a few; keys and values kept or made again; groups of views too."""
+    net = network(published=published, pad_patches=4)
+    told, x = conditions(batch=2), noisy(batch=2)
+    mask = torch.tensor([[False, True, True], [True, True, False]])
+    net.slice_tokens = None
+    whole = run(net, told, x, mask)
+    net.slice_tokens = limit
+    calls: list[int] = []
+    net.base_blocks_t[0].register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(run(net, told, x, mask), whole, rtol=1e-5, atol=1e-5)
+    assert len(calls) > 1
+    with torch.no_grad():
+        kept = net.encode(told, (3, 5, 8))
+        for views_at_once in (4, 6):
+            few = replace(kept, kv={}, views_at_once=views_at_once)
+            torch.testing.assert_close(net.denoise(x, T.expand(2), few, mask), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_large_contexts_keep_no_keys_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("magicdrive_core.model.network.KEPT_BYTES", 1000)
+    with torch.no_grad():
+        assert network().encode(conditions(), (3, 5, 8)).kv == {}
+    assert network().encode(conditions(), (3, 5, 8)).kv != {}  # gradients flow through them

@@ -45,7 +45,19 @@ def test_help_loads_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
-    for verb in ("synth", "use", "infos", "latents", "train", "generate", "package", "validate", "report", "golden"):
+    for verb in (
+        "synth",
+        "use",
+        "infos",
+        "latents",
+        "train",
+        "generate",
+        "package",
+        "validate",
+        "report",
+        "golden",
+        "memory",
+    ):
         assert f"  {verb} " in done.stdout
 
 
