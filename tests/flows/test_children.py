@@ -89,24 +89,30 @@ def test_children_of_other_threads_end_with_the_body(tmp_path: Path) -> None:
 
 
 def test_a_terminated_flow_takes_its_children_along(prefect_api: str, tmp_path: Path) -> None:
-    called, submitted = tmp_path / "called", tmp_path / "submitted"
-    program = f"""
+    """The real shard task has a retry, which a child that was stopped must not get."""
+    called, submitted, program = tmp_path / "called", tmp_path / "submitted", tmp_path / "magicdrive"
+    program.write_text(f'#!/bin/sh\nsleep 300 & echo "$$ $!" >> {submitted}; wait\n')
+    program.chmod(0o755)
+    body = f"""
 from prefect import flow, task
-from flows.common import no_orphans, run_child, unless_interrupted
-@task(retries=1, retry_condition_fn=unless_interrupted)
-def body(file):
-    run_child({FAMILY!r} + [file])
+from flows import generate
+from flows.common import no_orphans, run_child
+generate.tool = lambda _: {str(program)!r}
+body = task(run_child)
 @flow
 def work():
     with no_orphans():
-        body.submit({str(submitted)!r})
-        body({str(called)!r})
+        generate.generate_shard.submit("1/1", [], None)
+        body({FAMILY!r} + [{str(called)!r}])
 work()
 """
     environment = os.environ | {"PREFECT_API_URL": prefect_api, "PYTHONPATH": str(PROJECT)}
-    with subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, env=environment) as flow:
-        pids = family(called) + family(submitted)
-        flow.terminate()
-        assert flow.wait(60) != 0
+    with subprocess.Popen([sys.executable, "-c", body], cwd=tmp_path, env=environment) as flow:
+        try:
+            pids = family(called) + family(submitted)
+            flow.terminate()
+            assert flow.wait(60) != 0
+        finally:
+            flow.kill()  # a flow that starts its children again would wait for them
     assert family(called) + family(submitted) == pids  # nothing was started again
     assert_gone(pids)

@@ -1,17 +1,63 @@
-"""Flow `train`, really run: impossible settings start nothing; a stage is trained and recorded once."""
+"""Flow `train`, really run: what it records when it is done, when a rank fails and when it is terminated."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from flows.train import train
-from magicdrive_core.config import load_config
+from magicdrive_core.config import Tracking, load_config
+from magicdrive_core.data.infos import build_infos
 from magicdrive_core.errors import UsageError
 from magicdrive_core.places import find_places
 from magicdrive_core.tracking.runs import PARENT, Store
+from tests.conftest import PROJECT
+from tests.flows.test_children import assert_gone, family
 from tests.projects import copy_project
+
+# The flow and torchrun are real; a rank notes its process and its agent's, then does what the test says.
+FLOW = """
+from flows.train import train
+from magicdrive_core.training import supervise
+run_group = supervise.run_group
+supervise.run_group = lambda command, ranks, **options: run_group(["rank.py"], 1, **options)
+train("stage1")
+"""
+RANK = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))  # saved, to be started again
+with open("pids", "a") as file: print(os.getpid(), os.getppid(), file=file)
+"""
+
+
+@pytest.mark.parametrize(("rank", "status"), [("time.sleep(300)", "KILLED"), ("sys.exit(3)", "FAILED")])
+def test_mlflow_knows_how_a_training_ended(
+    prefect_api: str, project: Path, synthetic_root: Path, rank: str, status: str
+) -> None:
+    """Prefect turns SIGTERM into an exception of its own, which must close parent and child run as killed."""
+    text = (PROJECT / "profiles/demo.yaml").read_text()
+    (project / "params.yaml").write_text(text.replace("root: data", f"root: {synthetic_root}"))
+    (project / "rank.py").write_text(RANK + rank)
+    build_infos(load_config(project / "params.yaml"), project / "artifacts/infos")
+    environment = os.environ | {"PREFECT_API_URL": prefect_api, "PYTHONPATH": str(PROJECT)}
+    with subprocess.Popen([sys.executable, "-c", FLOW], cwd=project, env=environment) as flow:
+        try:
+            pids = family(project / "pids")
+            if status == "KILLED":
+                flow.terminate()
+            assert flow.wait(90) != 0
+        finally:
+            flow.kill()
+    assert family(project / "pids") == pids  # nothing was started again
+    assert_gone(pids)
+    store = Store(Tracking(), project)
+    child, parent = store.client.search_runs([store.experiment])  # the latest first
+    assert child.data.tags[PARENT] == parent.info.run_id
+    assert (parent.info.status, child.info.status) == (status, status)
 
 
 @pytest.mark.slow
