@@ -16,13 +16,15 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.errors import ERROR_NOTE, MagicDriveError, UsageError
+from magicdrive_core.files import read_json
 
 # SIGINT first: `dvc repro` leaves its stage running on SIGTERM. All of it fits into the 30 s that Prefect gives.
 STOP = ((signal.SIGINT, 10.0), (signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0))
@@ -45,11 +47,14 @@ def run_child(command: Sequence[str], log: Path | None = None) -> None:
         log: where its output goes; by default to this process's own.
 
     Raises:
-        MagicDriveError: it ended with another exit code than 0.
+        MagicDriveError: it ended with another exit code than 0; the message is its own where it is of this project.
+        UsageError: likewise, where that was one.
     """
-    bin_folder = str(Path(sys.executable).parent)  # dvc.yaml's commands are found there
-    environment = os.environ | {"PATH": os.pathsep.join([bin_folder, os.environ.get("PATH", "")])}
-    with _output(log) as output:
+    with TemporaryDirectory(prefix="magicdrive-") as folder, _output(log) as output:
+        note = Path(folder) / "error.json"
+        bin_folder = str(Path(sys.executable).parent)  # dvc.yaml's commands are found there
+        path = os.pathsep.join([bin_folder, os.environ.get("PATH", "")])
+        environment = os.environ | {"PATH": path, ERROR_NOTE: str(note)}
         child = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
         with _children_lock:
             _children.add(child)
@@ -61,13 +66,8 @@ def run_child(command: Sequence[str], log: Path | None = None) -> None:
         finally:
             with _children_lock:
                 _children.discard(child)
-    if code:
-        words = " ".join([Path(command[0]).name, *map(shlex.quote, command[1:])])
-        reason = _last_error(log) if log else ""
-        raise MagicDriveError(
-            f"`{words}` ended with exit code {code}" + (f": {reason}" if reason else ""),
-            f"its output stands in {log}" if log else "its own message stands above",
-        )
+        if code:
+            raise _failure(command, code, note, log)
 
 
 def stop_child(child: subprocess.Popen[bytes]) -> None:
@@ -141,17 +141,14 @@ def main(run: Callable[[], object]) -> None:
 
 
 def _one_line_errors() -> None:
-    """Prefect logs each failure with its traceback; those of a MagicDriveError say nothing to a user."""
+    """Prefect logs each failure with its traceback, then once more as the run's last state: that line is enough."""
 
-    def shorten(record: logging.LogRecord) -> bool:
-        if record.exc_info and isinstance(record.exc_info[1], MagicDriveError):
-            record.msg, record.args = f"failed: {record.exc_info[1].message}", ()
-            record.exc_info = None
-        return True
+    def wanted(record: logging.LogRecord) -> bool:
+        return not (record.exc_info and isinstance(record.exc_info[1], MagicDriveError))
 
     for name in ("prefect", "prefect.flow_runs", "prefect.task_runs"):
         for handler in logging.getLogger(name).handlers:
-            handler.addFilter(shorten)
+            handler.addFilter(wanted)
 
 
 @contextmanager
@@ -164,6 +161,13 @@ def _output(log: Path | None) -> Iterator[int | None]:
         yield file.fileno()
 
 
-def _last_error(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    return next((line.removeprefix("error: ") for line in reversed(lines) if line.startswith("error: ")), "")
+def _failure(command: Sequence[str], code: int, note: Path, log: Path | None) -> MagicDriveError:
+    """The error that a child left behind, or what can be said of one that left none."""
+    if note.is_file():
+        message, hint, exit_code = read_json(note)
+        return (UsageError if exit_code == UsageError.exit_code else MagicDriveError)(message, hint)
+    words = " ".join([Path(command[0]).name, *map(shlex.quote, command[1:])])
+    return MagicDriveError(
+        f"`{words}` ended with exit code {code}",
+        f"its output stands in {log}" if log else "its own message stands above",
+    )

@@ -15,14 +15,21 @@ from prefect.cache_policies import NO_CACHE
 
 from flows.common import main, run_child, run_verb, tool
 from magicdrive_core.config import load_config
+from magicdrive_core.data.infos import pictures_changed
+from magicdrive_core.data.roots import check_root
 
-DATA_VERSION = Path("data.dvc")
+DATA_VERSION, INFOS = Path("data.dvc"), Path("artifacts/infos")
 
 
 @task(cache_policy=NO_CACHE, task_run_name="dvc repro")
 def reproduce() -> None:
     """Runs the stages of dvc.yaml that are stale; says so when the data is no longer what data.dvc names."""
     before = _read(DATA_VERSION)
+    data = load_config().data
+    check_root(data.root, data.version)  # DVC would name the missing folder, but not the way out
+    if pictures_changed(INFOS, Path(data.root)):
+        get_run_logger().warning("the pictures below %s changed: all that was made from them is made again", data.root)
+        run_child([tool("dvc"), "repro", "--force", "--single-item", "infos"])
     run_child([tool("dvc"), "repro"])
     if _read(DATA_VERSION) != before:
         get_run_logger().warning("data/ differs from the version that %s named; it names the new one now", DATA_VERSION)

@@ -6,14 +6,16 @@ Exit codes: 1 the work failed, 2 wrong command line or params.yaml, 130 interrup
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from magicdrive_core.errors import MagicDriveError, UsageError
+from magicdrive_core.errors import ERROR_NOTE, MagicDriveError, UsageError
 from magicdrive_core.offline import stay_silent
 
 if TYPE_CHECKING:
@@ -212,9 +214,7 @@ def report(params: Params = DEFAULT_PARAMS, overrides: Set = None) -> None:
         runs={plan.stage: plan.folder for plan in places.stages},
         package=packed,
         faults=judge(packed.zip_path, _expected(config)) if packed else (),
-        notes=places.notes
-        if packed
-        else [*places.notes, f"no package: its videos have {config.benchmark.frames} frames"],
+        notes=places.notes,
         lineage=lineage_tags(config),
         made=f"{datetime.now():%Y-%m-%d %H:%M}",
     )
@@ -293,4 +293,9 @@ def _explain(error: MagicDriveError | OSError) -> int:
     else:
         message, hint, code = str(error), "magicdrive --debug shows where", 1
     print(f"error: {message}" + (f"\n hint: {hint}" if hint else ""), file=sys.stderr)
+    if ERROR_NOTE in os.environ:
+        from magicdrive_core.files import write_json
+
+        with suppress(MagicDriveError, OSError):  # where the disk is full, the lines above must do
+            write_json(os.environ[ERROR_NOTE], [message, hint, code])
     return code

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+# Environment variable: the file in which a child leaves its error for the process that started it, however many
+# others (`dvc repro`, a shell) stand between them.
+ERROR_NOTE = "MAGICDRIVE_ERROR_NOTE"
+
 
 class MagicDriveError(Exception):
     """Something outside the program is wrong: data, disk, a port, a file. The command line exits with 1.

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,7 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from magicdrive_core.errors import MagicDriveError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FORBIDDEN = {errno.EACCES, errno.EROFS, errno.EPERM}
 
 
 @contextmanager
@@ -147,9 +153,22 @@ def _umask() -> int:
 def _explained(path: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise MagicDriveError(f"no space left on the disk of {path}", "free some space and run again") from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise MagicDriveError(f"{path} cannot be written: {error.strerror}", "check the folder's rights") from error
+    except (OSError, SafetensorError) as error:
+        number = _error_number(error)
+        if number in _FULL:
+            raise MagicDriveError(
+                f"no space left on the disk of {path}: {os.strerror(number)}", "free some space and run again"
+            ) from error
+        if number in _FORBIDDEN:
+            raise MagicDriveError(
+                f"{path} cannot be written: {os.strerror(number)}", "check the folder's rights"
+            ) from error
         raise
+
+
+def _error_number(error: OSError | SafetensorError) -> int:
+    """The system's number of an error; safetensors tells it in its text only. 0: there is none."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else 0

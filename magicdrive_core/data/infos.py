@@ -18,13 +18,15 @@ import pyarrow.parquet as pq
 
 from magicdrive_core.config import Config
 from magicdrive_core.data.records import CLASSES, FrameBoxes, Scene
+from magicdrive_core.data.roots import Pictures
 from magicdrive_core.data.scenes import build_scene, choose_splits
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.files import atomic_folder, write_json
+from magicdrive_core.files import atomic_folder, read_json, write_json
 from magicdrive_core.geometry.cameras import VIEWS
 from magicdrive_core.progress import track
 
 FRAMES = "frames.parquet"
+SUMMARY = "infos.json"
 RULES = {False: "by time stamp", True: "published"}
 
 _V = len(VIEWS)
@@ -76,8 +78,8 @@ def build_infos(config: Config, out: Path | str) -> None:
                 writer.write_table(to_table(scene), row_group_size=len(scene))
         if not summary.scenes:
             raise MagicDriveError(f"{config.data.root}: no scene of {config.data.version} has more than six frames")
-        sizes = check_pictures(tables.root, config.data.version, summary.pictures)
-        write_json(folder / "infos.json", summary.as_json(config, sizes))
+        pictures = check_pictures(tables.root, config.data.version, summary.pictures)
+        write_json(folder / SUMMARY, summary.as_json(config, pictures))
 
 
 def read_scenes(folder: Path | str) -> list[Scene]:
@@ -98,29 +100,30 @@ def read_scenes(folder: Path | str) -> list[Scene]:
         raise MagicDriveError(f"{path} cannot be read: {' '.join(str(error).split())}", _REMAKE) from None
 
 
-def check_pictures(root: Path, version: str, paths: Iterable[str]) -> int:
+def check_pictures(root: Path, version: str, paths: Iterable[str]) -> Pictures:
     """Makes sure that every picture is there and not empty.
-
-    Returns:
-        bytes of all pictures together.
 
     Raises:
         MagicDriveError: the first missing one, and how many are missing in all.
     """
-    total, missing, first = 0, 0, ""
-    for path in sorted(paths):
-        try:
-            size = (root / path).stat().st_size
-        except (FileNotFoundError, NotADirectoryError):
-            size = 0
-        total += size
-        missing += not size
-        first = first or ("" if size else path)
-    if missing:
-        count = f" ({missing} pictures are missing or empty)" if missing > 1 else ""
+    found = Pictures.below(root, paths)
+    if found.missing:
+        count = f" ({len(found.missing)} pictures are missing or empty)" if len(found.missing) > 1 else ""
         hint = f"complete the download, or draw them: `magicdrive synth --render-for {root} --version {version}`"
-        raise MagicDriveError(f"{root / first} is missing or empty{count}", hint)
-    return total
+        raise MagicDriveError(f"{root / found.missing[0]} is missing or empty{count}", hint)
+    return found
+
+
+def pictures_changed(infos: Path, root: Path) -> bool:
+    """Whether the pictures below ``root`` are others than those that the infos were made from; reads none of them.
+
+    DVC watches the tables alone: it would read every picture (docs/decisions/0002-data-versioning.md).
+    """
+    if not (infos / SUMMARY).is_file():
+        return False
+    digest = read_json(infos / SUMMARY).get("picture_digest")
+    frames = pq.read_table(infos / FRAMES, columns=["pictures"])["pictures"].combine_chunks()
+    return bool(digest != Pictures.below(root, frames.flatten().to_pylist()).digest)
 
 
 def to_table(scene: Scene) -> pa.Table:
@@ -198,13 +201,14 @@ class _Summary:
         self.counts.update(scenes=1, frames=len(scene), key_frames=int(scene.key_frames.sum()))
         self.classes.update(name for frame in scene.boxes for name in frame.names)
 
-    def as_json(self, config: Config, picture_bytes: int) -> dict[str, Any]:
+    def as_json(self, config: Config, pictures: Pictures) -> dict[str, Any]:
         return {
             "version": config.data.version,
             "rule": RULES[config.published],
             **self.counts,
-            "pictures": len(self.pictures),
-            "picture_bytes": picture_bytes,
+            "pictures": pictures.count,
+            "picture_bytes": pictures.bytes,
+            "picture_digest": pictures.digest,
             "boxes": {name: self.classes[name] for name in CLASSES},
             "splits": self.scenes,
             "left_out": self.left_out,

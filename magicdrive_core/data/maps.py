@@ -12,6 +12,7 @@ import shapely
 from numpy.typing import NDArray
 
 from magicdrive_core.data.records import MAP_LAYERS
+from magicdrive_core.data.roots import MAPS
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.files import read_json
 
@@ -52,17 +53,14 @@ def load_map(root: Path, location: str) -> VectorMap:
         MagicDriveError: no such file, not JSON, another version than 1.3, or a path through a missing node.
     """
     path = Path(root) / "maps" / "expansion" / f"{location}.json"
-    values = read_json(path, _DOWNLOAD)
+    values = read_json(path, MAPS)
     version = values.get("version", "without a version") if isinstance(values, dict) else "of another kind"
     if version != VERSION:
-        raise MagicDriveError(f"{path} is a map {version}, map expansion {VERSION} is needed", _DOWNLOAD)
+        raise MagicDriveError(f"{path} is a map {version}, map expansion {VERSION} is needed", MAPS)
     try:
         return VectorMap.of(_paths(values))
     except KeyError as error:
-        raise MagicDriveError(f"{path} has no record or field {error}, which another record names", _DOWNLOAD) from None
-
-
-_DOWNLOAD = f"unpack the nuScenes map expansion v{VERSION} into maps/ (nuScenes-map-expansion-v{VERSION}.zip)"
+        raise MagicDriveError(f"{path} has no record or field {error}, which another record names", MAPS) from None
 
 
 def _paths(values: dict[str, Any]) -> list[tuple[int, bool, NDArray[np.float64]]]:

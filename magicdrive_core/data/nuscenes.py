@@ -20,6 +20,7 @@ from nuscenes.eval.detection.utils import category_to_detection_name
 from nuscenes.nuscenes import NuScenes
 from nuscenes.utils.splits import create_splits_scenes
 
+from magicdrive_core.data.roots import find_tables
 from magicdrive_core.errors import MagicDriveError
 
 Record = dict[str, Any]
@@ -100,12 +101,9 @@ def load_tables(root: Path | str, version: str) -> Tables:
     Raises:
         MagicDriveError: no such folder, a missing or broken table (named), a record that refers to a missing one.
     """
-    root = Path(root)
-    folder = root / version
-    if not folder.is_dir():
-        raise MagicDriveError(f"{folder} is missing: no nuScenes tables there", _versions_of(root))
+    folder = find_tables(root, version)
     try:
-        return Tables(root, version)
+        return Tables(Path(root), version)
     except FileNotFoundError as error:
         raise MagicDriveError(f"{error.filename} is missing", _REPAIR) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -132,15 +130,6 @@ def detection_class(category: str) -> str | None:
 
 
 _REPAIR = "unpack the nuScenes metadata archive again, or make generated data with `magicdrive synth`"
-
-
-def _versions_of(root: Path) -> str:
-    if not root.is_dir():
-        return f"{root} does not exist: set data.root in params.yaml, or run `magicdrive synth`"
-    versions = sorted(table.parent.name for table in root.glob("*/sample_data.json"))
-    if versions:
-        return f"set data.version in params.yaml to one of: {', '.join(versions)}"
-    return "set data.root in params.yaml to a nuScenes root, or run `magicdrive synth`"
 
 
 def _broken_table(folder: Path) -> Path:

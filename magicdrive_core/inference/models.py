@@ -13,7 +13,8 @@ from magicdrive_core.encoders.caches import TextCache
 from magicdrive_core.encoders.vae import Vae
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.files import read_json, sha256_file
-from magicdrive_core.model.network import MagicDrive, NetworkConfig
+from magicdrive_core.model.build import build_network
+from magicdrive_core.model.network import MagicDrive
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Models:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if device.type == "cuda" and config.training.precision == "bf16" else torch.float32
         encoders = read_json(project / "artifacts/encoders/encoders.json", "dvc repro encoders")
-        network = _load_network(config, stage_folder, encoders["vae"]["latent_channels"], encoders["text"]["width"])
+        network = _load_network(config, stage_folder, project)
         vae = Vae.load(
             project / encoders["vae"]["path"],
             scaling_factor=encoders["vae"]["scaling_factor"],
@@ -48,23 +49,14 @@ class Models:
         return cls(network.to(device, dtype), vae, TextCache(project / "artifacts/text"), device)
 
 
-def _load_network(config: Config, stage_folder: Path, latent_channels: int, text_width: int) -> MagicDrive:
+def _load_network(config: Config, stage_folder: Path, project: Path) -> MagicDrive:
     run = read_json(stage_folder / "run.json", "train the stage first: magicdrive train")
     weights = stage_folder / "ema.safetensors"
     if not weights.is_file() or sha256_file(weights) != run["weights_sha256"]:
         raise MagicDriveError(
             f"{weights} is missing or not the file that training wrote", "delete the folder and train the stage again"
         )
-    network = MagicDrive(
-        NetworkConfig.of(
-            config.model,
-            latent_channels=latent_channels,
-            text_width=text_width,
-            text_tokens=config.text.max_tokens,
-            stage=run["stage"],
-            published=config.published,
-        )
-    )
+    network = build_network(config, run["stage"], project)
     try:
         network.load_state_dict(load_file(weights))
     except RuntimeError as error:

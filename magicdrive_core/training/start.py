@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from magicdrive_core.config import Config, Stage
 from magicdrive_core.encoders.caches import TextCache
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.files import read_json
-from magicdrive_core.model.network import MagicDrive, NetworkConfig
+from magicdrive_core.model.build import build_network
+from magicdrive_core.model.network import MagicDrive
 from magicdrive_core.training.plan import StagePlan
 
 logger = logging.getLogger(__name__)
@@ -23,21 +23,6 @@ NEW_IN_STAGE: dict[Stage, tuple[str, ...]] = {
     "stage2": ("base_blocks_t.", "control_blocks_t.", "bbox_embedder.mean_var"),
     "stage3": (),
 }
-
-
-def build_network(config: Config, stage: Stage, project: Path = Path()) -> MagicDrive:
-    """The network of a stage for the encoders of this project, initialised from torch's generator."""
-    encoders = read_json(project / "artifacts/encoders/encoders.json", "dvc repro")
-    return MagicDrive(
-        NetworkConfig.of(
-            config.model,
-            latent_channels=encoders["vae"]["latent_channels"],
-            text_width=encoders["text"]["width"],
-            text_tokens=config.text.max_tokens,
-            stage=stage,
-            published=config.published,
-        )
-    )
 
 
 def first_network(config: Config, plan: StagePlan, project: Path = Path()) -> MagicDrive:

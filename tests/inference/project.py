@@ -19,7 +19,7 @@ from magicdrive_core.encoders.caches import CAPTIONS, FEATURES, FORMAT, INDEX
 from magicdrive_core.files import sha256_file, sha256_folder, write_json
 from magicdrive_core.geometry.cameras import VIEWS
 from magicdrive_core.geometry.poses import pose
-from magicdrive_core.model.network import MagicDrive, NetworkConfig
+from magicdrive_core.model.build import build_network
 
 PROFILE = Path(__file__).resolve().parents[2] / "profiles/demo.yaml"
 SMALL = [
@@ -99,16 +99,7 @@ def make_project(folder: Path, config: Config, scene: Scene) -> None:
     }
     write_json(text / INDEX, index)
 
-    network = MagicDrive(
-        NetworkConfig.of(
-            config.model,
-            latent_channels=4,
-            text_width=16,
-            text_tokens=config.text.max_tokens,
-            stage="stage3",
-            published=False,
-        )
-    )
+    network = build_network(config, "stage3", folder)
     for parameter in network.parameters():  # nothing left at zero: everything takes part
         torch.nn.init.normal_(parameter, std=0.05)
     run = folder / STAGE
