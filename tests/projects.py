@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
 from filelock import FileLock
 
+from magicdrive_core.config import apply_override
 from magicdrive_core.profiles import use_profile
 from tests.conftest import PROJECT
 
@@ -73,6 +75,14 @@ def reproduced(base: Path, data: Path) -> Path:
             make_project(folder, data)
             (folder / "reproduced").write_text(run(folder, "dvc", "repro"))
     return folder
+
+
+def change(project: Path, *overrides: str) -> None:
+    """Edits params.yaml as a user would."""
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    for override in overrides:
+        apply_override(params, override)
+    (project / "params.yaml").write_text(yaml.safe_dump(params))
 
 
 def copy_project(source: Path, target: Path) -> Path:

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import errno
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from safetensors.numpy import save_file
 
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.files import atomic_file, atomic_folder, read_json, sha256_folder, write_json
@@ -62,6 +69,39 @@ def test_full_disk_is_explained(tmp_path: Path) -> None:
 
     with pytest.raises(MagicDriveError, match="no space left on the disk"):
         write_on_full_disk()
+    assert not list(tmp_path.iterdir())
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """The nearest thing to a full disk that needs no rights: the system refuses to write on."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+NUMBERS = np.random.default_rng(0).random(10_000)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: path.write_bytes(NUMBERS.tobytes()),
+        lambda path: save_file({"numbers": NUMBERS}, path),
+        lambda path: pq.write_table(pa.table({"numbers": NUMBERS}), path),
+    ],
+    ids=["python", "safetensors", "parquet"],
+)
+def test_every_library_s_full_disk_is_explained(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    def write_too_much() -> None:
+        with files_of_at_most(4096), atomic_file(tmp_path / "big") as partial:
+            write(partial)
+
+    with pytest.raises(MagicDriveError, match=r"no space left on the disk of .*big: File too large"):
+        write_too_much()
     assert not list(tmp_path.iterdir())
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from magicdrive_core.data.infos import build_infos, read_scenes
+from magicdrive_core.data.infos import build_infos, pictures_changed, read_scenes
 from magicdrive_core.data.nuscenes import LIDAR, Tables, load_tables
 from magicdrive_core.data.objects import interpolate, read_objects
 from magicdrive_core.data.records import CLASSES, Scene
@@ -277,6 +279,22 @@ def test_half_written_and_foreign_infos_are_refused(infos: Path, tmp_path: Path)
         with pytest.raises(MagicDriveError, match=r"frames.parquet cannot be read") as error:
             read_scenes(tmp_path)
         assert "dvc repro" in error.value.hint
+
+
+def test_other_pictures_under_the_same_tables_are_noticed(
+    synthetic_root: Path, make_config: Any, tmp_path: Path
+) -> None:
+    root, infos = tmp_path / "root", tmp_path / "infos"
+    shutil.copytree(synthetic_root, root, copy_function=os.link)
+    assert not pictures_changed(infos, root)  # DVC makes them anyway
+    build_infos(make_config(root), infos)
+    assert not pictures_changed(infos, root)
+    assert not pictures_changed(infos, synthetic_root)  # a copy, whatever its dates
+    first, second = sorted((root / "samples/CAM_BACK").iterdir())[:2]
+    first.rename(tmp_path / "kept")
+    second.rename(first)
+    (tmp_path / "kept").rename(second)
+    assert pictures_changed(infos, root)
 
 
 def test_a_single_real_key_frame_is_a_scene_of_one_frame(shared: Path, make_config: Any, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from flows import common
-from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.errors import MagicDriveError, UsageError
 from tests.conftest import PROJECT
 
 # A child with a child of its own, as `dvc repro` has one; both write their process ids.
@@ -41,13 +41,20 @@ def assert_gone(pids: list[int]) -> None:
     raise AssertionError(f"still running: {alive}")
 
 
-def test_a_failing_child_is_explained_from_its_log(tmp_path: Path) -> None:
-    log = tmp_path / "logs/shard-1.log"
-    command = [common.tool("magicdrive"), "use", "nowhere"]
-    with pytest.raises(MagicDriveError, match="exit code 2: there is no profile 'nowhere'") as raised:
-        common.run_child(command, log)
-    assert "magicdrive use nowhere" in raised.value.message
-    assert str(log) in raised.value.hint
+def test_a_failing_verb_s_error_is_the_flow_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also through others: DVC says of a stage that failed no more than that it did."""
+    monkeypatch.chdir(tmp_path)
+    use = [common.tool("magicdrive"), "use", "nowhere"]
+    for command in (use, ["sh", "-c", f"{' '.join(use)} || exit 255"]):
+        with pytest.raises(UsageError, match="there is no profile 'nowhere'") as raised:
+            common.run_child(command, tmp_path / "log")
+        assert raised.value.hint == "run in the project's folder"
+
+
+def test_a_child_of_others_is_told_by_its_command(tmp_path: Path) -> None:
+    with pytest.raises(MagicDriveError, match=r"`sh -c 'exit 3'` ended with exit code 3") as raised:
+        common.run_child(["sh", "-c", "exit 3"], tmp_path / "logs/shard-1.log")
+    assert str(tmp_path / "logs/shard-1.log") in raised.value.hint
 
 
 def test_a_child_finds_the_tools_of_this_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

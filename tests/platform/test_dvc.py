@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from dvc.repo import Repo
 
-from magicdrive_core.config import apply_override
 from magicdrive_core.files import sha256_file
-from tests.projects import copy_project, run
+from tests.projects import change, copy_project, run
 
 pytestmark = pytest.mark.timeout(900)  # the first one waits for all stages, and other workers need the cores, too
 STAGES = {"infos", "conditions", "encoders", "text", "latents"}
@@ -31,12 +29,6 @@ def status(project: Path) -> set[str]:
     with Repo(str(project)) as repo:
         found: dict[str, Any] = repo.status()
     return {re.split("[:/]", name)[-1] for name in found}
-
-
-def change(project: Path, override: str) -> None:
-    params = yaml.safe_load((project / "params.yaml").read_text())
-    apply_override(params, override)
-    (project / "params.yaml").write_text(yaml.safe_dump(params))
 
 
 def test_every_stage_runs_once(reproduced_project: Path) -> None:
