@@ -141,14 +141,16 @@ def main(run: Callable[[], object]) -> None:
 
 
 def _one_line_errors() -> None:
-    """Prefect logs each failure with its traceback, then once more as the run's last state: that line is enough."""
+    """Prefect prints each failure with its traceback, then once more as the run's last state: that line is enough.
+
+    The server's record of the run keeps the traceback.
+    """
 
     def wanted(record: logging.LogRecord) -> bool:
         return not (record.exc_info and isinstance(record.exc_info[1], MagicDriveError))
 
-    for name in ("prefect", "prefect.flow_runs", "prefect.task_runs"):
-        for handler in logging.getLogger(name).handlers:
-            handler.addFilter(wanted)
+    for handler in logging.getLogger().handlers:  # Prefect's console
+        handler.addFilter(wanted)
 
 
 @contextmanager

@@ -123,3 +123,24 @@ work()
             flow.kill()  # a flow that starts its children again would wait for them
     assert family(called) + family(submitted) == pids  # nothing was started again
     assert_gone(pids)
+
+
+def test_a_failed_flow_ends_with_the_cause_and_without_a_traceback(prefect_api: str, tmp_path: Path) -> None:
+    body = """
+from prefect import flow
+from flows.common import main, run_verb
+@flow
+def inner():
+    run_verb("infos", "-S", "data.rot=1")
+@flow
+def outer():
+    inner()
+main(outer)
+"""
+    (tmp_path / "params.yaml").write_text((PROJECT / "profiles/demo.yaml").read_text())
+    environment = os.environ | {"PREFECT_API_URL": prefect_api, "PYTHONPATH": str(PROJECT)}
+    command = [sys.executable, "-c", body]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: params.yaml: data.rot is not a known key")
