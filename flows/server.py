@@ -17,6 +17,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +32,7 @@ HOME = Path(".prefect")
 PROFILE = HOME / "profiles.toml"
 PROCESSES = HOME / "processes.json"  # name -> process id and its start, so that no stranger is ever signalled
 POOL = "magicdrive"
+STOP_SECONDS = 40.0  # more than what a flow gives its children (common.STOP) and its ranks (launch.GRACE_SECONDS)
 START_SECONDS = 180.0  # the first start makes the database
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -65,14 +67,23 @@ def up(port: Annotated[int, typer.Option(min=1, max=65535)] = 4200) -> None:
 def down() -> None:
     """Stop them; what they recorded stays."""
     processes = _alive()
-    for process in processes.values():
-        process.terminate()
-    _, stubborn = psutil.wait_procs(list(processes.values()), timeout=40)  # a worker ends its flow runs first
-    for process in stubborn:
-        process.kill()
+    if "worker" in processes:
+        _stop(processes["worker"].children())  # flow runs, which a worker that is stopped would kill outright
+    _stop(list(processes.values()))
     PROCESSES.unlink(missing_ok=True)
     PROFILE.unlink(missing_ok=True)
     print(f"stopped: {', '.join(processes) or 'nothing was running'}")
+
+
+def _stop(processes: list[psutil.Process]) -> None:
+    """SIGTERM, time to save a checkpoint and to close what is recorded, SIGKILL."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, stubborn = psutil.wait_procs(processes, timeout=STOP_SECONDS)
+    for process in stubborn:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _check_port(port: int) -> None:

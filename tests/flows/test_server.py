@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from flows import server
 from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.files import write_json
+from tests.flows.test_children import assert_gone, family
 
 
 def test_a_port_in_use_is_named_and_nothing_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,3 +38,33 @@ def test_down_stops_no_stranger(
     server.down()
     assert "nothing was running" in capsys.readouterr().out
     assert not server.PROCESSES.exists()
+
+
+# A worker that ends at once and kills its flow run, as Prefect's does; the run needs a second to close its records.
+WORKER = """
+import signal, subprocess, sys
+run = subprocess.Popen([sys.executable, "-c", sys.argv[1]])
+signal.signal(signal.SIGTERM, lambda *_: (run.kill(), sys.exit()))
+run.wait()
+signal.pause()
+"""
+FLOW_RUN = """
+import os, signal, sys, time
+def close(*_):
+    time.sleep(1)
+    open("closed", "w").close()
+    sys.exit()
+signal.signal(signal.SIGTERM, close)
+with open("pids", "w") as file: print(os.getpid(), os.getppid(), file=file)
+time.sleep(300)
+"""
+
+
+def test_down_lets_a_flow_run_close_its_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with subprocess.Popen([sys.executable, "-c", WORKER, FLOW_RUN]) as worker:
+        pids = family(tmp_path / "pids")
+        write_json(server.PROCESSES, {"worker": [worker.pid, psutil.Process(worker.pid).create_time()]})
+        server.down()
+    assert_gone(pids)
+    assert (tmp_path / "closed").exists()
