@@ -19,7 +19,7 @@ import urllib.error
 import urllib.request
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import psutil
 import typer
@@ -54,6 +54,7 @@ def up(port: Annotated[int, typer.Option(min=1, max=65535)] = 4200) -> None:
         # A training uses every device of its host, so that flow runs wait for each other.
         _prefect(["work-pool", "set-concurrency-limit", POOL, "1"])
         _prefect(["--no-prompt", "deploy", "--all"])
+        _bury_dead_runs(api)
         _start("worker", ["worker", "start", "--pool", POOL, "--type", "process"], {"PREFECT_API_URL": api})
     except BaseException:
         down()
@@ -136,6 +137,24 @@ def _wait_for(api: str, server: psutil.Popen) -> None:
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             time.sleep(0.5)
     raise MagicDriveError("the Prefect server did not come up", f"its log: {HOME}/server.log")
+
+
+def _bury_dead_runs(api: str) -> None:
+    """Marks flow runs as crashed that ended without telling the server: they would hold the pool's one place for ever.
+
+    No worker of this pool runs yet, so that whatever is said to be running is not.
+    """
+    states = {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}
+    wanted = {"flow_runs": {"state": states}, "work_pools": {"name": {"any_": [POOL]}}}
+    for run in _post(f"{api}/flow_runs/filter", wanted):
+        state = {"type": "CRASHED", "message": "its worker was ended without it"}
+        _post(f"{api}/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
+
+
+def _post(url: str, body: dict[str, Any]) -> Any:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.load(answer)
 
 
 def _prefect(arguments: list[str]) -> None:

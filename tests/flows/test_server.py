@@ -10,6 +10,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.objects import StateType
+from prefect.states import Running
 
 from flows import server
 from magicdrive_core.errors import MagicDriveError
@@ -68,3 +72,17 @@ def test_down_lets_a_flow_run_close_its_records(tmp_path: Path, monkeypatch: pyt
         server.down()
     assert_gone(pids)
     assert (tmp_path / "closed").exists()
+
+
+def test_a_run_that_died_unseen_gives_its_place_back(prefect_api: str) -> None:
+    """The pool has one place: a run that is running for ever lets no other one start."""
+    pool = WorkPoolCreate(name=server.POOL, type="process")
+    with get_client(sync_client=True) as client:
+        client.create_work_pool(pool)
+        flow_id = client.create_flow_from_name("dead")
+        deployment = client.create_deployment(flow_id, "dead", work_pool_name=server.POOL)
+        dead, waiting = (client.create_flow_run_from_deployment(deployment) for _ in range(2))
+        client.set_flow_run_state(dead.id, Running(), force=True)
+        server._bury_dead_runs(prefect_api)
+        states = [client.read_flow_run(run.id).state for run in (dead, waiting)]
+    assert [state.type for state in states if state] == [StateType.CRASHED, StateType.SCHEDULED]
