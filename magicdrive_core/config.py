@@ -84,6 +84,9 @@ class Data(Section):
     version: str  # v1.0-demo (generated), v1.0-mini, v1.0-trainval, or any other table folder
     # "auto": the official split where the devkit knows the version, else the last quarter of the scenes
     val_scenes: Annotated[Literal["auto"] | list[str], BeforeValidator(_check_val_scenes)] = "auto"
+    # between key frames, objects that only one of the two holds; never carried on where published is true
+    unpaired: Literal["leave_out", "carry_on"] = "leave_out"
+    skip_bad: bool = False  # leave out scenes with broken records or pictures, listed in infos.json, instead of ending
 
 
 class Conditions(Section):

@@ -68,7 +68,13 @@ def build_infos(config: Config, out: Path | str) -> None:
     with atomic_folder(out) as folder:
         with pq.ParquetWriter(folder / FRAMES, SCHEMA, compression="zstd") as writer:
             for record in track(records, "12 Hz infos"):
-                scene = build_scene(tables, record, splits[record["name"]], published=config.published)
+                scene = build_scene(
+                    tables,
+                    record,
+                    splits[record["name"]],
+                    published=config.published,
+                    carry_lone=config.data.unpaired == "carry_on",
+                )
                 if config.published and len(scene) <= 6:  # as the published data set does
                     summary.left_out.append(scene.name)
                     continue

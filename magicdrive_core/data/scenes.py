@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from magicdrive_core.data.objects import interpolate, read_objects
-from magicdrive_core.data.records import FrameBoxes, Scene
+from magicdrive_core.data.objects import Objects, carry_on, interpolate, read_objects
+from magicdrive_core.data.records import Scene
 from magicdrive_core.data.timeline import SUFFIXES, Grid, Track, read_tracks
 from magicdrive_core.errors import UsageError
 from magicdrive_core.geometry import poses
@@ -19,8 +19,16 @@ if TYPE_CHECKING:
     from magicdrive_core.data.nuscenes import Record, Tables
 
 
-def build_scene(tables: Tables, scene: Record, split: str, *, published: bool) -> Scene:
+def build_scene(tables: Tables, scene: Record, split: str, *, published: bool, carry_lone: bool = False) -> Scene:
     """One scene at 12 Hz by one of the two rules of ``timeline``.
+
+    Args:
+        tables: of the data root.
+        scene: its record.
+        split: it belongs to.
+        published: the published rule.
+        carry_lone: objects that only one of two key frames holds are carried on towards the other (``objects``); never
+            by the published rule.
 
     Raises:
         MagicDriveError: incomplete or impossible records, named.
@@ -45,6 +53,7 @@ def build_scene(tables: Tables, scene: Record, split: str, *, published: bool) -
     camera_to_global = [
         camera.ego_to_global[row] @ camera.sensor_to_ego[row] for camera, row in zip(cameras, rows, strict=True)
     ]
+    objects = _objects(tables, samples, grid, key_times, carry_lone=carry_lone and not published)
     return Scene(
         token=scene["token"],
         name=scene["name"],
@@ -62,7 +71,7 @@ def build_scene(tables: Tables, scene: Record, split: str, *, published: bool) -
         pictures=_pictures(cameras, rows),
         intrinsics=np.stack([camera.intrinsics[row] for camera, row in zip(cameras, rows, strict=True)], axis=1),
         camera_to_lidar=global_to_lidar[:, None] @ np.stack(camera_to_global, axis=1),
-        boxes=_boxes(tables, samples, grid, global_to_lidar),
+        boxes=[found.in_lidar(matrix) for found, matrix in zip(objects, global_to_lidar, strict=True)],
     )
 
 
@@ -101,11 +110,24 @@ def _pictures(cameras: Sequence[Track], rows: Sequence[np.ndarray]) -> list[list
     return [list(views) for views in zip(*by_view, strict=True)]
 
 
-def _boxes(tables: Tables, samples: Sequence[Record], grid: Grid, global_to_lidar: np.ndarray) -> list[FrameBoxes]:
+def _objects(
+    tables: Tables, samples: Sequence[Record], grid: Grid, key_times: np.ndarray, *, carry_lone: bool
+) -> list[Objects]:
+    """The objects of every frame, in the global frame."""
     keys = [read_objects(tables, sample) for sample in samples]
-    objects = []
+    gaps = np.diff(key_times)
+    out = []
     for index, (start, end) in enumerate(pairwise(keys)):
         fractions = grid.fractions[(grid.keys == index) & (grid.steps > 0)]
-        objects += [start, *interpolate(start, end, fractions)]
-    objects.append(keys[-1])
-    return [found.in_lidar(matrix) for found, matrix in zip(objects, global_to_lidar, strict=True)]
+        out.append(start)
+        for fraction, between in zip(fractions, interpolate(start, end, fractions), strict=True):
+            lone = None
+            if carry_lone and fraction <= 0.5:
+                step = fraction * gaps[index] / gaps[max(0, index - 1)]
+                lone = carry_on(start, end, keys[index - 1] if index else None, step)
+            elif carry_lone:
+                later = min(index + 1, len(gaps) - 1)
+                step = (1 - fraction) * gaps[index] / gaps[later]
+                lone = carry_on(end, start, keys[index + 2] if later > index else None, step)
+            out.append(between.join(lone) if lone else between)
+    return [*out, keys[-1]]
