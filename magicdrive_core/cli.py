@@ -84,11 +84,17 @@ def synth(
 
 
 @app.command()
-def infos(params: Params = DEFAULT_PARAMS, overrides: Set = None) -> None:
-    """DVC stage: scenes at 12 Hz from the nuScenes tables."""
+def infos(
+    params: Params = DEFAULT_PARAMS,
+    overrides: Set = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out scenes with broken records or pictures, and list them.")
+    ] = False,
+) -> None:
+    """DVC stage: scenes at 12 Hz from the data set's tables."""
     from magicdrive_core.data.infos import build_infos
 
-    build_infos(_config(params, overrides), INFOS)
+    build_infos(_config(params, [*(overrides or []), *(["data.skip_bad=true"] if skip_bad else [])]), INFOS)
 
 
 @app.command()

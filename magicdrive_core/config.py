@@ -78,10 +78,13 @@ class Synth(Section):
 
 
 class Data(Section):
-    """Which nuScenes-format data to use."""
+    """Which data to use."""
 
-    root: str  # folder that holds samples/, sweeps/, maps/ and the version's table folder
-    version: str  # v1.0-demo (generated), v1.0-mini, v1.0-trainval, or any other table folder
+    format: Literal["nuscenes", "argoverse2"] = "nuscenes"  # data/adapters.py
+    root: (
+        str  # folder that holds samples/, sweeps/, maps/ and the version's table folder (argoverse2: version's folder)
+    )
+    version: str  # v1.0-demo (generated), v1.0-mini, v1.0-trainval, or any other table folder (argoverse2: of logs)
     # "auto": the official split where the devkit knows the version, else the last quarter of the scenes
     val_scenes: Annotated[Literal["auto"] | list[str], BeforeValidator(_check_val_scenes)] = "auto"
     # between key frames, objects that only one of the two holds; never carried on where published is true

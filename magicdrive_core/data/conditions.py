@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from magicdrive_core.config import STAGES, Config, parse_size
+from magicdrive_core.data.adapters import open_adapter
 from magicdrive_core.data.bev import rasterise, unpack, write_map
 from magicdrive_core.data.clips import caption, list_clips
 from magicdrive_core.data.infos import read_scenes
-from magicdrive_core.data.maps import load_map
 from magicdrive_core.data.records import CLASSES, Clip, ClipConditions, FrameBoxes, Scene
 from magicdrive_core.files import atomic_folder, write_json
 from magicdrive_core.geometry import poses
@@ -39,7 +39,7 @@ def build_conditions(config: Config, infos: Path | str, out: Path | str) -> None
     """
     scenes = read_scenes(infos)
     with atomic_folder(out) as folder:
-        draw = partial(_draw_scene, root=Path(config.data.root), folder=folder, cells=_cells(config))
+        draw = partial(_draw_scene, config=config, folder=folder, cells=_cells(config))
         workers = min(len(os.sched_getaffinity(0)), len(scenes) // _SCENES_A_WORKER)
         for _ in track(_map(draw, scenes, workers), "BEV maps", total=len(scenes)):
             pass
@@ -125,8 +125,8 @@ def _cells(config: Config) -> list[int]:
     return sorted({config.conditions.map_cells[size] for size in sizes | {config.generate.size}})
 
 
-def _draw_scene(scene: Scene, root: Path, folder: Path, cells: list[int]) -> None:
-    vectors = load_map(root, scene.location)
+def _draw_scene(scene: Scene, config: Config, folder: Path, cells: list[int]) -> None:
+    vectors = open_adapter(config).vector_map(scene)
     for count in cells:
         maps = rasterise(vectors, scene.ego_to_global @ scene.lidar_to_ego, count)
         write_map(folder / "bev" / str(count) / f"{scene.token}.npz", maps)

@@ -7,7 +7,7 @@ order of ``cameras.VIEWS``.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
+from rich.console import Console
 
 from magicdrive_core.config import Config
+from magicdrive_core.data.adapters import open_adapter
 from magicdrive_core.data.records import CLASSES, FrameBoxes, Scene
-from magicdrive_core.data.scenes import build_scene, choose_splits
+from magicdrive_core.data.scenes import choose_splits
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.files import atomic_folder, write_json
 from magicdrive_core.geometry.cameras import VIEWS
@@ -55,35 +58,46 @@ SCHEMA = pa.schema(
 def build_infos(config: Config, out: Path | str) -> None:
     """Writes the infos of every scene of ``config.data`` to the folder ``out``, whole or not at all.
 
+    With ``data.skip_bad``, scenes with broken records or pictures are left out, said on stderr and listed in
+    ``infos.json``.
+
     Raises:
-        MagicDriveError: unusable tables or missing pictures, named.
+        MagicDriveError: unusable tables or pictures, named.
         UsageError: impossible ``data.val_scenes``.
     """
-    from magicdrive_core.data.nuscenes import load_tables  # the devkit takes seconds to import
-
-    tables = load_tables(config.data.root, config.data.version)
-    records = sorted(tables.scene, key=lambda scene: scene["name"])
-    splits = choose_splits([scene["name"] for scene in records], config.data.val_scenes, config.data.version)
+    adapter = open_adapter(config)
+    names = adapter.names()
+    splits = choose_splits(names, config.data.val_scenes, config.data.version)
     summary = _Summary()
+    faults: list[str] = []
     with atomic_folder(out) as folder:
-        with pq.ParquetWriter(folder / FRAMES, SCHEMA, compression="zstd") as writer:
-            for record in track(records, "12 Hz infos"):
-                scene = build_scene(
-                    tables,
-                    record,
-                    splits[record["name"]],
-                    published=config.published,
-                    carry_lone=config.data.unpaired == "carry_on",
-                )
+        with pq.ParquetWriter(folder / FRAMES, SCHEMA.with_metadata(_metadata(config)), compression="zstd") as writer:
+            for name in track(names, "12 Hz infos"):
+                try:
+                    scene = adapter.read(name, splits[name])
+                    picture_bytes, broken = check_pictures(adapter.root, adapter.pictures(scene))
+                    if broken and config.data.skip_bad:
+                        raise MagicDriveError(_of(broken))
+                except MagicDriveError as error:
+                    if not config.data.skip_bad:
+                        raise
+                    summary.quarantined[name] = error.message
+                    continue
+                faults += broken
                 if config.published and len(scene) <= 6:  # as the published data set does
                     summary.left_out.append(scene.name)
                     continue
-                summary.add(scene)
+                summary.add(scene, picture_bytes)
                 writer.write_table(to_table(scene), row_group_size=len(scene))
+        for name, fault in summary.quarantined.items():
+            Console(stderr=True).print(f"{name} is left out: {fault}", highlight=False, soft_wrap=True)
+        if faults:
+            hint = f"complete the download, or draw them: {_DRAW.format(config.data.root, config.data.version)}"
+            raise MagicDriveError(_of(faults), hint)
         if not summary.scenes:
-            raise MagicDriveError(f"{config.data.root}: no scene of {config.data.version} has more than six frames")
-        sizes = check_pictures(tables.root, config.data.version, summary.pictures)
-        write_json(folder / "infos.json", summary.as_json(config, sizes))
+            reason = "is whole" if summary.quarantined else "has more than six frames"
+            raise MagicDriveError(f"{config.data.root}: no scene of {config.data.version} {reason}")
+        write_json(folder / "infos.json", summary.as_json(config))
 
 
 def read_scenes(folder: Path | str) -> list[Scene]:
@@ -104,29 +118,30 @@ def read_scenes(folder: Path | str) -> list[Scene]:
         raise MagicDriveError(f"{path} cannot be read: {' '.join(str(error).split())}", _REMAKE) from None
 
 
-def check_pictures(root: Path, version: str, paths: Iterable[str]) -> int:
-    """Makes sure that every picture is there and not empty.
+def check_pictures(root: Path, sizes: Mapping[str, tuple[int, int]]) -> tuple[int, list[str]]:
+    """Looks at every picture's length and header; its pixels are first seen when it is used.
+
+    Args:
+        root: that paths are relative to.
+        sizes: the width and height that each picture must have, by path.
 
     Returns:
-        bytes of all pictures together.
-
-    Raises:
-        MagicDriveError: the first missing one, and how many are missing in all.
+        bytes of all pictures together; one line for each picture that is missing, empty, no picture or of another size.
     """
-    total, missing, first = 0, 0, ""
-    for path in sorted(paths):
+    total, faults = 0, []
+    for path in sorted(sizes):
         try:
-            size = (root / path).stat().st_size
+            total += (root / path).stat().st_size
+            with Image.open(root / path) as picture:
+                if picture.size != sizes[path]:
+                    theirs, wanted = ("x".join(map(str, size)) for size in (picture.size, sizes[path]))
+                    faults.append(f"{root / path} is a picture of {theirs} pixels, not {wanted}")
         except (FileNotFoundError, NotADirectoryError):
-            size = 0
-        total += size
-        missing += not size
-        first = first or ("" if size else path)
-    if missing:
-        count = f" ({missing} pictures are missing or empty)" if missing > 1 else ""
-        hint = f"complete the download, or draw them: `magicdrive synth --render-for {root} --version {version}`"
-        raise MagicDriveError(f"{root / first} is missing or empty{count}", hint)
-    return total
+            faults.append(f"{root / path} is missing or empty")
+        except (OSError, SyntaxError, ValueError):
+            empty = (root / path).stat().st_size == 0
+            faults.append(f"{root / path} is {'missing or empty' if empty else 'no picture'}")
+    return total, faults
 
 
 def to_table(scene: Scene) -> pa.Table:
@@ -194,30 +209,51 @@ class _Summary:
     def __init__(self) -> None:
         self.scenes: dict[str, list[str]] = {}
         self.left_out: list[str] = []
+        self.quarantined: dict[str, str] = {}  # why, by name
         self.pictures: set[str] = set()
+        self.picture_bytes = 0
         self.counts: Counter[str] = Counter()
         self.classes: Counter[str] = Counter()
 
-    def add(self, scene: Scene) -> None:
+    def add(self, scene: Scene, picture_bytes: int) -> None:
         self.scenes.setdefault(scene.split, []).append(scene.name)
+        self.picture_bytes += picture_bytes
         self.pictures.update(path for frame in scene.pictures for path in frame)
         self.counts.update(scenes=1, frames=len(scene), key_frames=int(scene.key_frames.sum()))
         self.classes.update(name for frame in scene.boxes for name in frame.names)
 
-    def as_json(self, config: Config, picture_bytes: int) -> dict[str, Any]:
+    def as_json(self, config: Config) -> dict[str, Any]:
         return {
             "version": config.data.version,
             "rule": RULES[config.published],
+            "unpaired": "leave_out" if config.published else config.data.unpaired,
             **self.counts,
             "pictures": len(self.pictures),
-            "picture_bytes": picture_bytes,
+            "picture_bytes": self.picture_bytes,
             "boxes": {name: self.classes[name] for name in CLASSES},
             "splits": self.scenes,
             "left_out": self.left_out,
+            "quarantined": self.quarantined,
         }
 
 
+_DRAW = "`magicdrive synth --render-for {} --version {}`"
 _REMAKE = "run `dvc repro infos` to make it again"
+
+
+def _metadata(config: Config) -> dict[str, str]:
+    """What the parquet file says about itself, in the words of infos.json."""
+    unpaired = "leave_out" if config.published else config.data.unpaired
+    return {
+        "magicdrive.version": config.data.version,
+        "magicdrive.rule": RULES[config.published],
+        "magicdrive.unpaired": unpaired,
+    }
+
+
+def _of(faults: Sequence[str]) -> str:
+    """The first fault, and how many there are."""
+    return faults[0] + (f" ({len(faults)} pictures are unusable)" if len(faults) > 1 else "")
 
 
 def _fixed(values: np.ndarray, width: int) -> pa.FixedSizeListArray:

@@ -11,7 +11,7 @@ from PIL import Image
 from magicdrive_core.config import parse_size
 from magicdrive_core.data.records import Clip, Scene
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.geometry.cameras import PICTURE_HEIGHT, PICTURE_WIDTH, VIEWS, Framing
+from magicdrive_core.geometry.cameras import VIEWS, Framing, full_window
 
 Pixels = NDArray[np.uint8]
 
@@ -19,18 +19,17 @@ Pixels = NDArray[np.uint8]
 def read_picture(path: Path, framing: Framing) -> Pixels:
     """One picture as a frame of a video: (H, W, 3) RGB.
 
-    Decoded whole: JPEG's scaled decoding is faster but gives other pixels than the bicubic filter.
+    Decoded whole: JPEG's scaled decoding is faster but gives other pixels than the bicubic filter. Of a picture of
+    another size than 1600x900, the part that ``full_window`` names; whether it has the size that its record says is
+    checked when the infos are made.
 
     Raises:
-        MagicDriveError: missing, truncated, no picture at all, or not 1600x900.
+        MagicDriveError: missing, truncated or no picture at all.
     """
     try:
         with Image.open(path) as picture:
-            if picture.size != (PICTURE_WIDTH, PICTURE_HEIGHT):
-                width, height = picture.size
-                expected = f"{PICTURE_WIDTH}x{PICTURE_HEIGHT}"
-                raise MagicDriveError(f"{path} is a picture of {width}x{height} pixels, not {expected}")
-            resized = picture.convert("RGB").resize((framing.width, framing.resized_height), Image.Resampling.BICUBIC)
+            size, window = (framing.width, framing.resized_height), full_window(*picture.size)
+            resized = picture.convert("RGB").resize(size, Image.Resampling.BICUBIC, box=window)
     except FileNotFoundError:
         raise MagicDriveError(f"{path} is missing", "complete the data set and run `dvc repro infos`") from None
     except (OSError, SyntaxError, ValueError) as error:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from magicdrive_core.data.maps import VectorMap, load_map
 from magicdrive_core.data.objects import Objects, carry_on, interpolate, read_objects
 from magicdrive_core.data.records import Scene
 from magicdrive_core.data.timeline import SUFFIXES, Grid, Track, read_tracks
 from magicdrive_core.errors import UsageError
 from magicdrive_core.geometry import poses
-from magicdrive_core.geometry.cameras import VIEWS
+from magicdrive_core.geometry.cameras import PICTURE_HEIGHT, PICTURE_WIDTH, VIEWS
 
 if TYPE_CHECKING:
+    from magicdrive_core.config import Config
     from magicdrive_core.data.nuscenes import Record, Tables
 
 
@@ -56,10 +60,10 @@ def build_scene(tables: Tables, scene: Record, split: str, *, published: bool, c
     objects = _objects(tables, samples, grid, key_times, carry_lone=carry_lone and not published)
     return Scene(
         token=scene["token"],
-        name=scene["name"],
+        name=tables.field("scene", scene, "name"),
         split=split,
         location=tables.location(scene),
-        description=scene["description"],
+        description=tables.field("scene", scene, "description"),
         tokens=[
             samples[key]["token"] + (SUFFIXES[step] if step else "")
             for key, step in zip(grid.keys, grid.steps, strict=True)
@@ -73,6 +77,48 @@ def build_scene(tables: Tables, scene: Record, split: str, *, published: bool, c
         camera_to_lidar=global_to_lidar[:, None] @ np.stack(camera_to_global, axis=1),
         boxes=[found.in_lidar(matrix) for found, matrix in zip(objects, global_to_lidar, strict=True)],
     )
+
+
+class NuScenesScenes:
+    """nuScenes tables of any root and version, as ``adapters.Adapter``."""
+
+    def __init__(self, config: Config) -> None:
+        self.root = Path(config.data.root)
+        self._config = config
+
+    def names(self) -> list[str]:
+        """The scenes' names."""
+        return sorted(self._records)
+
+    def read(self, name: str, split: str) -> Scene:
+        """One scene at 12 Hz."""
+        record, published = self._records[name], self._config.published
+        carry_lone = self._config.data.unpaired == "carry_on"
+        return build_scene(self._tables, record, split, published=published, carry_lone=carry_lone)
+
+    def pictures(self, scene: Scene) -> dict[str, tuple[int, int]]:
+        """Sizes as ``sample_data.json`` states them."""
+        channels = self._tables.sensor_records(self._records[scene.name])
+        sizes = {
+            record["filename"]: (record.get("width") or PICTURE_WIDTH, record.get("height") or PICTURE_HEIGHT)
+            for channel in VIEWS
+            for record in channels[channel]
+        }
+        return {path: sizes[path] for views in scene.pictures for path in views}
+
+    def vector_map(self, scene: Scene) -> VectorMap:
+        """The map expansion of the scene's location."""
+        return load_map(self.root, scene.location)
+
+    @cached_property
+    def _tables(self) -> Tables:
+        from magicdrive_core.data.nuscenes import load_tables  # the devkit takes seconds to import
+
+        return load_tables(self.root, self._config.data.version)
+
+    @cached_property
+    def _records(self) -> dict[str, Record]:
+        return {str(self._tables.field("scene", record, "name")): record for record in self._tables.scene}
 
 
 def choose_splits(names: Sequence[str], val_scenes: Literal["auto"] | list[str], version: str) -> dict[str, str]:

@@ -50,6 +50,15 @@ def test_unusable_pictures_are_named(picture: Path, tmp_path: Path) -> None:
             read_picture(picture, SMALL)
     with pytest.raises(MagicDriveError, match=r"gone.jpg is missing"):
         read_picture(tmp_path / "gone.jpg", SMALL)
-    Image.new("RGB", (800, 450)).save(picture)
-    with pytest.raises(MagicDriveError, match="800x450 pixels, not 1600x900"):
-        read_picture(picture, SMALL)
+
+
+def test_of_another_shape_the_middle_is_seen(tmp_path: Path) -> None:
+    path = tmp_path / "tall.png"
+    tall = np.zeros((2048, 1550, 3), np.uint8)
+    tall[588:1460] = 200  # 1550 * 9 / 16 = 872 rows about the middle
+    Image.fromarray(tall).save(path)
+    seen = read_picture(path, SMALL)
+    assert seen.shape == (224, 400, 3)
+    assert (seen[3:-3] == 200).all()
+    Image.fromarray(tall[:872]).resize((800, 450)).save(path)  # the same shape, smaller: seen whole
+    assert read_picture(path, SMALL).shape == (224, 400, 3)
