@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from magicdrive_core import cli_data
 from magicdrive_core.errors import MagicDriveError, UsageError
 from magicdrive_core.offline import stay_silent
 
@@ -24,6 +25,7 @@ INFOS, CONDITIONS, ENCODERS = Path("artifacts/infos"), Path("artifacts/condition
 TEXT, LATENTS = Path("artifacts/text"), Path("artifacts/latents")
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app.add_typer(cli_data.app)
 
 Params = Annotated[Path, typer.Option("--params", metavar="FILE", help="The settings' file.")]
 Set = Annotated[

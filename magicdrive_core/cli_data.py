@@ -1,0 +1,69 @@
+"""Verbs for looking at data, bringing it in and taking it out, beside those of ``cli.py``.
+
+Everything heavy is imported inside its verb.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from magicdrive_core.errors import MagicDriveError, UsageError
+
+if TYPE_CHECKING:
+    from magicdrive_core.config import Config
+
+INFOS, CONDITIONS = Path("artifacts/infos"), Path("artifacts/conditions")
+
+app = typer.Typer()
+
+Params = Annotated[Path, typer.Option("--params", metavar="FILE", help="The settings' file.")]
+Set = Annotated[list[str] | None, typer.Option("--set", "-S", metavar="KEY=VALUE", help="Override a setting.")]
+DEFAULT_PARAMS = Path("params.yaml")
+
+
+def _config(params: Path, overrides: list[str] | None) -> Config:
+    from magicdrive_core.config import load_config
+
+    return load_config(params, overrides)
+
+
+@app.command("import-infos")
+def import_infos(
+    train: Annotated[Path | None, typer.Option(metavar="PKL", help="Its scenes are for training.")] = None,
+    val: Annotated[Path | None, typer.Option(metavar="PKL", help="Its scenes are for validation.")] = None,
+    params: Params = DEFAULT_PARAMS,
+    overrides: Set = None,
+) -> None:
+    """Take the infos from published *_with_bid.pkl or track-2 files (data types only, anything else is refused)."""
+    from magicdrive_core.data.infos import import_infos as bring_in
+
+    files = {split: path for split, path in (("train", train), ("val", val)) if path is not None}
+    if not files:
+        raise UsageError("import-infos: name a file", "for example --val nuscenes_interp_12Hz_infos_val_with_bid.pkl")
+    config = _config(params, overrides)
+    count = bring_in(files, Path(config.data.root), config.data.version, INFOS)
+    print(f"{count} scenes in {INFOS}. So that DVC keeps them: dvc commit --force infos")
+
+
+@app.command("export-infos")
+def export_infos(
+    out: Annotated[Path, typer.Argument(metavar="PKL", help="The file to write.")],
+    split: Annotated[str, typer.Option(help="train or val.")] = "val",
+) -> None:
+    """Write the infos of a split in the published form, for programs that read it."""
+    import json
+
+    from magicdrive_core.data.exchange import write_published
+    from magicdrive_core.data.infos import read_scenes
+
+    if split not in ("train", "val"):
+        raise UsageError(f"--split {split}: write train or val")
+    scenes = [scene for scene in read_scenes(INFOS) if scene.split in (split, "both")]
+    if not scenes:
+        raise MagicDriveError(f"{INFOS} has no scene of the split {split}", "see splits in its infos.json")
+    version = json.loads((INFOS / "infos.json").read_text(encoding="utf-8"))["version"]
+    write_published(scenes, out, version)
+    print(f"{len(scenes)} scenes, {sum(map(len, scenes))} frames: {out}")
