@@ -67,3 +67,33 @@ def export_infos(
     version = json.loads((INFOS / "infos.json").read_text(encoding="utf-8"))["version"]
     write_published(scenes, out, version)
     print(f"{len(scenes)} scenes, {sum(map(len, scenes))} frames: {out}")
+
+
+@app.command("preview-edits")
+def preview_edits(
+    scene: Annotated[str, typer.Option("--scene", help="Its name.")],
+    edits: Annotated[
+        Path | None, typer.Argument(metavar="YAML", help="Changes; without it the objects are listed.")
+    ] = None,
+    frame: Annotated[int, typer.Option(help="Of the scene, at 12 Hz.")] = 0,
+    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("preview.png"),
+    params: Params = DEFAULT_PARAMS,
+    overrides: Set = None,
+) -> None:
+    """Draw what changes to a scene would tell the network (boxes and map in the views and from above)."""
+    from magicdrive_core.benchmark.edit_preview import draw_preview, list_objects
+    from magicdrive_core.data.edits import load_edits
+    from magicdrive_core.data.infos import read_scenes
+
+    scenes = {found.name: found for found in read_scenes(INFOS)}
+    if scene not in scenes:
+        raise UsageError(f"there is no scene {scene!r}", f"known: {', '.join(list(scenes)[:10])}")
+    chosen = scenes[scene]
+    if not 0 <= frame < len(chosen):
+        raise UsageError(f"--frame {frame}: {scene} has frames 0 to {len(chosen) - 1}")
+    if edits is None:
+        for token, name, frames, metres in list_objects(chosen):
+            print(f"{token}  {name:20} {frames:4} frames, from {metres:5.1f} m")
+        return
+    draw_preview(_config(params, overrides), chosen, load_edits(edits), frame, out)
+    print(out)

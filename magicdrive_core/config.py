@@ -96,6 +96,8 @@ class Conditions(Section):
     """What the network is told about a frame."""
 
     map_cells: dict[Size, Positive]  # BEV map cells per side (100 m), by size of the video
+    # cached: drawn once for all frames; live: when a clip is read, a millisecond a frame. The same bits
+    maps: Literal["cached", "live"] = "cached"
 
 
 class VaeBuild(Section):
@@ -258,6 +260,7 @@ class Generate(Section):
     generations: Positive = 4
     seed: Count = 1024
     workers: Positive = 1  # processes that share the items on this host
+    edits: str | None = None  # YAML file of changes to the scenes (docs/editing.md)
 
 
 class Video(Section):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from magicdrive_core.config import STAGES, Config, Stage, fingerprint
+from magicdrive_core.data.edits import chosen_edits
 from magicdrive_core.errors import UsageError
 from magicdrive_core.training.plan import StagePlan, feasibility, plan_stage
 
@@ -46,7 +47,8 @@ def find_places(config: Config, last: Stage = "stage3", project: Path = Path()) 
             break
         names.append(stage)
     stages = _chain(plan_stage(config, names[-1], project))
-    sampling = config.generate.model_dump(mode="json", exclude={"generations", "workers"})
+    sampling = config.generate.model_dump(mode="json", exclude={"generations", "workers", "edits"})
+    sampling["edits"] = chosen_edits(config, project).digest
     generated = fingerprint(stages[-1].fingerprint, sampling, config.video, config.benchmark.frames)[:12]
     benchmark = fingerprint(generated, config.generate.generations, config.benchmark)[:12]
     outputs = project / "outputs"

@@ -53,12 +53,12 @@ class Adapter(Protocol):
         """
 
 
-def open_adapter(config: Config) -> Adapter:
-    """The adapter of ``data.format``; nothing is read yet."""
+def open_adapter(config: Config, project: Path = Path()) -> Adapter:
+    """The adapter of ``data.format``; nothing is read yet. ``data.root`` is relative to the project's folder."""
     if config.data.format == "argoverse2":
         from magicdrive_core.data.argoverse import Argoverse
 
-        return Argoverse(config)
+        return Argoverse(config, project)
     from magicdrive_core.data.scenes import NuScenesScenes
 
-    return NuScenesScenes(config)
+    return NuScenesScenes(config, project)

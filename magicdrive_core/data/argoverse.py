@@ -65,8 +65,8 @@ _QUATERNION, _PLACE = ("qw", "qx", "qy", "qz"), ("tx_m", "ty_m", "tz_m")
 class Argoverse:
     """Logs below ``data.root``/``data.version``, as ``adapters.Adapter``; a scene's name is its log's id."""
 
-    def __init__(self, config: Config) -> None:
-        self.root = Path(config.data.root)
+    def __init__(self, config: Config, project: Path) -> None:
+        self.root = project / config.data.root
         self._version = config.data.version
 
     def names(self) -> list[str]:

@@ -34,14 +34,17 @@ _SCENES_A_WORKER = 8  # fewer are drawn faster than a process starts
 def build_conditions(config: Config, infos: Path | str, out: Path | str) -> None:
     """Writes ``bev/<cells>/<scene token>.npz`` and ``clips.json`` to the folder ``out``, whole or not at all.
 
+    With ``conditions.maps: live`` there are no maps to write.
+
     Raises:
         MagicDriveError: unusable infos or maps, named.
     """
     scenes = read_scenes(infos)
     with atomic_folder(out) as folder:
         draw = partial(_draw_scene, config=config, folder=folder, cells=_cells(config))
-        workers = min(len(os.sched_getaffinity(0)), len(scenes) // _SCENES_A_WORKER)
-        for _ in track(_map(draw, scenes, workers), "BEV maps", total=len(scenes)):
+        drawn = scenes if config.conditions.maps == "cached" else []
+        workers = min(len(os.sched_getaffinity(0)), len(drawn) // _SCENES_A_WORKER)
+        for _ in track(_map(draw, drawn, workers), "BEV maps", total=len(drawn)):
             pass
         write_json(folder / "clips.json", count_clips(config, scenes))
 

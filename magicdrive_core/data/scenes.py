@@ -82,8 +82,8 @@ def build_scene(tables: Tables, scene: Record, split: str, *, published: bool, c
 class NuScenesScenes:
     """nuScenes tables of any root and version, as ``adapters.Adapter``."""
 
-    def __init__(self, config: Config) -> None:
-        self.root = Path(config.data.root)
+    def __init__(self, config: Config, project: Path) -> None:
+        self.root = project / config.data.root
         self._config = config
 
     def names(self) -> list[str]:

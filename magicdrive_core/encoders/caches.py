@@ -112,6 +112,9 @@ class TextCache:
         """D."""
         return int(self.base_feature.shape[0])
 
+    def __contains__(self, caption: str) -> bool:
+        return caption in self._names
+
     def features(self, caption: str) -> Tensor:
         """(l, D) float32: the features of a caption's own tokens.
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from magicdrive_core.data.augment import add_boxes, drop_frames, hide_boxes
 from magicdrive_core.data.bev import read_map
+from magicdrive_core.data.bev_maps import BevMaps
 from magicdrive_core.data.clips import caption, full_length, list_clips
 from magicdrive_core.data.conditions import build_conditions, clip_conditions
 from magicdrive_core.data.records import Clip, ClipConditions, FrameBoxes, Scene
@@ -74,6 +75,21 @@ def test_the_same_infos_give_the_same_conditions(
     build_conditions(make_config(synthetic_root), infos, tmp_path / "again")
     for path in (path for path in conditions.rglob("*") if path.is_file()):
         assert (tmp_path / "again" / path.relative_to(conditions)).read_bytes() == path.read_bytes()
+
+
+def test_maps_that_are_drawn_when_they_are_asked_for_are_the_same(
+    synthetic_root: Path, infos: Path, conditions: Path, scenes: list[Scene], make_config: Any, tmp_path: Path
+) -> None:
+    config = make_config(synthetic_root)
+    live = config.model_copy(update={"conditions": config.conditions.model_copy(update={"maps": "live"})})
+    (tmp_path / "artifacts").mkdir()
+    (tmp_path / "artifacts/conditions").symlink_to(conditions)
+    cached, drawn = BevMaps(config, tmp_path), BevMaps(live, tmp_path / "nowhere")
+    clip = Clip(scenes[1].token, 3, 9)
+    np.testing.assert_array_equal(cached.of_clip(scenes[1], clip, "112x200"), drawn.of_clip(scenes[1], clip, "112x200"))
+    assert cached.of_scene(scenes[0], "112x200").shape == (19, 200, 200)
+    build_conditions(live, infos, tmp_path / "live")
+    assert [path.name for path in (tmp_path / "live").iterdir()] == ["clips.json"]
 
 
 def test_a_map_of_another_version_leaves_nothing_behind(
