@@ -213,6 +213,7 @@ class StageConfig(Section):
     seed: Count
     freeze_text: bool = False  # the text projection is trained in stage 1 only
     checkpoint_blocks: bool = False  # activation checkpointing
+    balance: bool = False  # scenes of night and rain as often as the others, and "Daytime." said of those
     mask_ratios: dict[str, Probability] = {}  # conditioning-frame masks, from 8 latent frames on
 
 
@@ -232,6 +233,8 @@ class Training(Section):
     drop_frame: Probability = 0.4  # share of middle frames without boxes and ego motion
     hide_boxes: Probability = 0.4  # of frames other than every sixth: all boxes hidden
     add_boxes: Probability = 0.1  # of views and frames: up to three unseen boxes shown too
+    # micro-batches of like cost come in groups of so many: choose the number of ranks; 1: the published order
+    pair_ranks: Positive = 1
     checkpoint_every: Positive  # steps
     keep_checkpoints: Positive = 2
     preview_every: Positive  # steps

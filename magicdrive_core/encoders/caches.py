@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from magicdrive_core.config import STAGES, Config
-from magicdrive_core.data.clips import caption
+from magicdrive_core.data.clips import caption, weathers
 from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.data.records import CLASSES, Clip
 from magicdrive_core.encoders.encode import encode_scenes
@@ -33,7 +33,7 @@ HINT = "run `dvc repro`"
 
 
 def write_text(config: Config, infos: Path, encoders: Path, out: Path) -> None:
-    """T5 features of every distinct caption, every class name and the empty text.
+    """T5 features of every distinct caption, with and without "Daytime.", every class name and the empty text.
 
     Writes ``features.safetensors`` (one (l, D) float32 tensor a caption, named by its place in ``captions.json``;
     ``class_features`` (K, D): the mean over the tokens of the bare class name; ``base_feature`` (D): the empty
@@ -44,7 +44,9 @@ def write_text(config: Config, infos: Path, encoders: Path, out: Path) -> None:
     """
     from magicdrive_core.encoders.text import TextEncoder  # readers of caches need no transformers
 
-    captions = sorted({caption(scene) for scene in read_scenes(infos)})
+    scenes = read_scenes(infos)
+    by_day = (caption(scene, say_daytime=True) for scene in scenes if weathers(scene.description) == ["none"])
+    captions = sorted({*(caption(scene) for scene in scenes), *by_day})
     made = read_json(encoders / "encoders.json", HINT)["text"]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder = TextEncoder.load(made["path"], config.text.max_tokens, device)

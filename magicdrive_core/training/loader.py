@@ -21,7 +21,8 @@ from torch import Tensor
 from magicdrive_core.config import STAGES, Bucket, Config, Stage, parse_size
 from magicdrive_core.data.augment import add_boxes, drop_frames, hide_boxes
 from magicdrive_core.data.bev import read_map
-from magicdrive_core.data.buckets import BucketSampler
+from magicdrive_core.data.buckets import BucketSampler, relative_cost
+from magicdrive_core.data.clips import caption, weathers
 from magicdrive_core.data.conditions import clip_conditions
 from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.data.records import Clip, ClipConditions
@@ -55,7 +56,7 @@ class Loader:
         artifacts = project / "artifacts"
         scenes = read_scenes(artifacts / "infos")
         self._scenes = {scene.token: scene for scene in scenes}
-        pairs = [(bucket, bucket_clips(config, bucket, scenes)) for bucket in self._settings.buckets]
+        pairs = [(bucket, bucket_clips(config, stage, bucket, scenes)) for bucket in self._settings.buckets]
         self.buckets: list[Bucket] = [bucket for bucket, clips in pairs if clips]
         self._clips = [clips for _, clips in pairs if clips]
         self._read_map = lru_cache(MAPS_IN_MEMORY)(partial(read_map, artifacts / "conditions"))
@@ -73,8 +74,15 @@ class Loader:
             ranks=ranks,
             rank=rank,
             seed=self._settings.seed,
+            costs=[
+                relative_cost(
+                    bucket.size, bucket.frames, bucket.batch, self._config.model.width, self._config.text.max_tokens
+                )
+                for bucket in self.buckets
+            ],
+            group=self._config.training.pair_ranks,
         )
-        self._order = sampler.stream(micro_batches // ranks)
+        self._order = sampler.stream(micro_batches)
         self._index = micro_batches + rank
         self._stride = ranks
         self._waiting = self._prepare_next()
@@ -134,4 +142,6 @@ class Loader:
         config, scene = self._config, self._scenes[clip.scene]
         bits = self._read_map(scene.token, config.conditions.map_cells[size])[clip.start : clip.start + clip.frames]
         told = clip_conditions(scene, clip, size, bits, published=config.published)
+        if self._settings.balance and weathers(scene.description, published=config.published) == ["none"]:
+            told = replace(told, caption=caption(scene, say_daytime=True))
         return hide_boxes(add_boxes(told, config.training.add_boxes, rng), config.training.hide_boxes, rng)

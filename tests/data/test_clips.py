@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from magicdrive_core.data.augment import add_boxes, drop_frames, hide_boxes
 from magicdrive_core.data.bev import read_map
 from magicdrive_core.data.bev_maps import BevMaps
-from magicdrive_core.data.clips import caption, full_length, list_clips
+from magicdrive_core.data.clips import balanced, caption, full_length, list_clips, weathers
 from magicdrive_core.data.conditions import build_conditions, clip_conditions
 from magicdrive_core.data.records import Clip, ClipConditions, FrameBoxes, Scene
 from magicdrive_core.errors import MagicDriveError
@@ -53,6 +53,30 @@ def test_validation_takes_the_first_clip_of_each_scene(scenes: list[Scene]) -> N
     both = [replace(scenes[0], split="both")]
     assert list_clips(both, "val", 9, 4)
     assert list_clips(both, "train", 9, 4)
+
+
+@pytest.mark.parametrize(
+    ("description", "words", "substrings"),
+    [
+        ("Night, rain, peds", ["night", "rain"], ["night", "rain"]),
+        ("Rainy, parked cars", ["rain"], ["rain"]),
+        ("Train station, terrain", ["none"], ["rain"]),
+        ("Turn right, fortnight market", ["none"], ["night"]),
+        ("After rain", ["rain"], ["rain"]),
+    ],
+)
+def test_weather_is_told_by_word(description: str, words: list[str], substrings: list[str]) -> None:
+    assert weathers(description) == words
+    assert weathers(description, published=True) == substrings
+
+
+def test_balanced_groups_are_of_like_size(scenes: list[Scene]) -> None:
+    descriptions = ["Day"] * 7 + ["Night"] * 2 + ["Rain", "Rain, night", "Rain"]
+    many = [replace(scenes[0], token=str(n), description=text) for n, text in enumerate(descriptions)]
+    tokens = [scene.token for scene in balanced(many)]
+    assert tokens == [*["7", "8", "10"] * 2, *["9", "10", "11"] * 2, *map(str, range(7))]
+    assert balanced([]) == []
+    assert "onenorth. Daytime. Day." in caption(replace(many[0], location="singapore-onenorth"), say_daytime=True)
 
 
 @pytest.mark.parametrize(("frames", "kept"), [(26, 25), (29, 25), (32, 32), (25, 25), (241, 241), (187, 185)])
