@@ -97,3 +97,21 @@ def preview_edits(
         return
     draw_preview(_config(params, overrides), chosen, load_edits(edits), frame, out)
     print(out)
+
+
+@app.command("loader-bench")
+def loader_bench(
+    stage: Annotated[str, typer.Argument(help="stage1, stage2 or stage3.")],
+    seconds: Annotated[float, typer.Option(help="How long to measure.")] = 20.0,
+    ranks: Annotated[int, typer.Option(min=1, help="That share the micro-batches; the first one is measured.")] = 1,
+    params: Params = DEFAULT_PARAMS,
+    overrides: Set = None,
+) -> None:
+    """Measure one rank's loader: clips a second, bytes held, and what the container's memory would allow."""
+    from magicdrive_core.config import STAGES
+    from magicdrive_core.training.loader_bench import measure_loader
+
+    if stage not in STAGES:
+        raise UsageError(f"there is no stage {stage!r}", f"known: {', '.join(STAGES)}")
+    for line in measure_loader(_config(params, overrides), stage, seconds=seconds, ranks=ranks).lines():
+        print(line)

@@ -156,6 +156,8 @@ class Latents(Section):
 
     start_stride: Positive  # a clip of several frames starts at every n-th frame; single frames are the key frames
     dtype: Literal["float16", "float32"] = "float16"
+    live: bool = False  # training encodes each clip when it is read; nothing is encoded before, nothing is stored
+    scaled_decoding: bool = False  # of JPEG: several times as fast, 50 dB from whole decoding (docs/log.md)
 
 
 class Flow(Section):
@@ -235,6 +237,8 @@ class Training(Section):
     add_boxes: Probability = 0.1  # of views and frames: up to three unseen boxes shown too
     # micro-batches of like cost come in groups of so many: choose the number of ranks; 1: the published order
     pair_ranks: Positive = 1
+    # memory of each rank for micro-batches that wait; null: a tenth of what the container leaves free
+    prefetch_mbytes: Positive | None = None
     checkpoint_every: Positive  # steps
     keep_checkpoints: Positive = 2
     preview_every: Positive  # steps

@@ -21,12 +21,15 @@ class BevMaps:
     Args:
         config: data and conditions.
         project: the project's folder.
+        hold: bytes of whole scenes' maps that are kept, the ones that were asked for last.
     """
 
-    def __init__(self, config: Config, project: Path = Path()) -> None:
+    def __init__(self, config: Config, project: Path = Path(), *, hold: int = 0) -> None:
         self._cells, self._live = config.conditions.map_cells, config.conditions.maps == "live"
         self._folder = project / "artifacts/conditions"
         self._adapter = open_adapter(config, project)
+        self._hold = hold
+        self._held: dict[tuple[str, int], Bits] = {}  # the one that was asked for last is the last one
 
     def of_scene(self, scene: Scene, size: str, *, draw: bool = False) -> Bits:
         """The maps of a whole scene, (F, cells, cells), bit c = layer c.
@@ -47,4 +50,18 @@ class BevMaps:
         if draw or self._live:
             lidar_to_global = scene.ego_to_global[frames] @ scene.lidar_to_ego[frames]
             return rasterise(self._adapter.vector_map(scene), lidar_to_global, self._cells[size])
-        return read_map(self._folder, scene.token, self._cells[size])[frames]
+        return self._read(scene.token, self._cells[size])[frames]
+
+    @property
+    def held(self) -> int:
+        """Bytes that are kept now."""
+        return sum(bits.nbytes for bits in self._held.values())
+
+    def _read(self, token: str, cells: int) -> Bits:
+        bits = self._held.pop((token, cells), None)
+        if bits is None:
+            bits = read_map(self._folder, token, cells)
+        self._held[token, cells] = bits
+        while self._held and self.held > self._hold:
+            del self._held[next(iter(self._held))]
+        return bits

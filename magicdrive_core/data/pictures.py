@@ -16,19 +16,27 @@ from magicdrive_core.geometry.cameras import VIEWS, Framing, full_window
 Pixels = NDArray[np.uint8]
 
 
-def read_picture(path: Path, framing: Framing) -> Pixels:
+def read_picture(path: Path, framing: Framing, *, scaled: bool = False) -> Pixels:
     """One picture as a frame of a video: (H, W, 3) RGB.
 
-    Decoded whole: JPEG's scaled decoding is faster but gives other pixels than the bicubic filter. Of a picture of
-    another size than 1600x900, the part that ``full_window`` names; whether it has the size that its record says is
-    checked when the infos are made.
+    Of a picture of another size than 1600x900, the part that ``full_window`` names; whether it has the size that its
+    record says is checked when the infos are made.
+
+    Args:
+        path: of the picture.
+        framing: of the video.
+        scaled: decode JPEG at 1/2, 1/4 or 1/8, at least twice as large as needed, before the bicubic filter. Several
+            times as fast, and 50 dB or more from decoding it whole (docs/log.md).
 
     Raises:
         MagicDriveError: missing, truncated or no picture at all.
     """
     try:
         with Image.open(path) as picture:
-            size, window = (framing.width, framing.resized_height), full_window(*picture.size)
+            size = framing.width, framing.resized_height
+            if scaled:
+                picture.draft("RGB", (2 * size[0], 2 * size[1]))
+            window = full_window(*picture.size)
             resized = picture.convert("RGB").resize(size, Image.Resampling.BICUBIC, box=window)
     except FileNotFoundError:
         raise MagicDriveError(f"{path} is missing", "complete the data set and run `dvc repro infos`") from None
@@ -37,12 +45,12 @@ def read_picture(path: Path, framing: Framing) -> Pixels:
     return np.asarray(resized)[framing.crop :]
 
 
-def read_clip(root: Path | str, scene: Scene, clip: Clip, size: str) -> Pixels:
-    """All pictures of a clip at a size such as "224x400": (V, F, H, W, 3) RGB."""
+def read_clip(root: Path | str, scene: Scene, clip: Clip, size: str, *, scaled: bool = False) -> Pixels:
+    """All pictures of a clip at a size such as "224x400": (V, F, H, W, 3) RGB; ``scaled`` as in ``read_picture``."""
     framing = Framing(*parse_size(size))
     frames = scene.pictures[clip.start : clip.start + clip.frames]
     out = np.empty((len(VIEWS), len(frames), framing.height, framing.width, 3), np.uint8)
     for index, paths in enumerate(frames):
         for view, path in enumerate(paths):
-            out[view, index] = read_picture(Path(root) / path, framing)
+            out[view, index] = read_picture(Path(root) / path, framing, scaled=scaled)
     return out

@@ -65,6 +65,8 @@ def write_text(config: Config, infos: Path, encoders: Path, out: Path) -> None:
 def write_latents(config: Config, infos: Path, encoders: Path, out: Path) -> None:
     """Moments of every training clip of every bucket of the three stages.
 
+    With ``latents.live`` there is nothing to encode, and only an index is written.
+
     A bucket's clips start at frame 0, ``start_stride``, 2 ``start_stride``, ...; single frames are the key frames.
     Writes ``<HxW>-<frames>/<scene>.safetensors`` with ``moments`` (n, V, 2C, T, h, w) and ``starts`` (n), and
     ``index.json`` with the standard deviation of each bucket's scaled latents.
@@ -74,19 +76,21 @@ def write_latents(config: Config, infos: Path, encoders: Path, out: Path) -> Non
     """
     made = read_json(encoders / "encoders.json", HINT)["vae"]
     buckets = sorted({(b.size, b.frames) for stage in STAGES for b in config.training.stage(stage).buckets})
-    works = plan_scenes(read_scenes(infos), Path(config.data.root), buckets, config.latents.start_stride)
+    wanted = [] if config.latents.live else buckets
+    works = plan_scenes(read_scenes(infos), Path(config.data.root), wanted, config.latents.start_stride)
     settings = EncoderSettings(
         made["path"], made["scaling_factor"], made["latent_channels"], config.vae.chunk_frames, config.latents.dtype
     )
     _check_space(out, sum(work.bytes(settings) for work in works))
     with atomic_folder(out) as folder:
-        spread = encode_scenes(works, settings, folder)
+        spread = encode_scenes(works, settings, folder, scaled=config.latents.scaled_decoding) if works else {}
         files = [f"{bucket_name(work.size, n)}/{work.scene}.safetensors" for work in works for n in work.starts]
         index = {
             "encoder": made["digest"],
             "infos": sha256_folder(infos),
             "chunk_frames": config.vae.chunk_frames,
             "dtype": config.latents.dtype,
+            "scaled_decoding": config.latents.scaled_decoding,
             "start_stride": config.latents.start_stride,
             "scaled_std": spread,
         }

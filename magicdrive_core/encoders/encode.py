@@ -28,8 +28,12 @@ from magicdrive_core.progress import track
 FRAMES_AT_ONCE = 8  # single frames are encoded in batches of so many
 
 
-def encode_scenes(works: list[SceneWork], settings: EncoderSettings, folder: Path) -> dict[str, float]:
+def encode_scenes(
+    works: list[SceneWork], settings: EncoderSettings, folder: Path, *, scaled: bool = False
+) -> dict[str, float]:
     """Writes the moments of every clip below ``folder``, on the GPU if there is one, else on all cores.
+
+    ``scaled``: JPEG's scaled decoding, see ``read_picture``.
 
     Returns:
         The standard deviation of each bucket's scaled latents (means over channels; 1 is right for diffusion).
@@ -42,9 +46,9 @@ def encode_scenes(works: list[SceneWork], settings: EncoderSettings, folder: Pat
     if workers == 1:
         _load_vae(settings, device)
         _print_estimate(works, settings, _seconds_per_pixel(works[0]))
-        parts = [_encode_scene(work, settings.dtype, folder) for work in track(works, "VAE moments")]
+        parts = [_encode_scene(work, settings.dtype, folder, scaled) for work in track(works, "VAE moments")]
     else:
-        parts = _encode_in_processes(works, settings, folder, workers)
+        parts = _encode_in_processes(works, settings, folder, workers, scaled)
     sums: dict[str, np.ndarray] = {}
     for part in parts:  # in the order of the works, so that rounding is the same every time
         for bucket, values in part.items():
@@ -54,7 +58,7 @@ def encode_scenes(works: list[SceneWork], settings: EncoderSettings, folder: Pat
 
 
 def _encode_in_processes(
-    works: list[SceneWork], settings: EncoderSettings, folder: Path, workers: int
+    works: list[SceneWork], settings: EncoderSettings, folder: Path, workers: int, scaled: bool
 ) -> list[dict[str, np.ndarray]]:
     """One process of one thread a core: measured on 2 cores, faster than one process of two threads."""
     context = multiprocessing.get_context("spawn")
@@ -62,7 +66,7 @@ def _encode_in_processes(
         with ProcessPoolExecutor(workers, context, initializer=_load_vae, initargs=(settings, "cpu")) as pool:
             seconds_per_pixel = pool.submit(_seconds_per_pixel, works[0]).result()
             _print_estimate(works, settings, seconds_per_pixel / workers)
-            futures = [pool.submit(_encode_scene, work, settings.dtype, folder) for work in works]
+            futures = [pool.submit(_encode_scene, work, settings.dtype, folder, scaled) for work in works]
             try:
                 for future in track(as_completed(futures), "VAE moments", len(futures)):
                     future.result()
@@ -91,7 +95,7 @@ def _load_vae(settings: EncoderSettings, device: str) -> None:
     )
 
 
-def _encode_scene(work: SceneWork, dtype: str, folder: Path) -> dict[str, np.ndarray]:
+def _encode_scene(work: SceneWork, dtype: str, folder: Path, scaled: bool) -> dict[str, np.ndarray]:
     """Writes the moments of one scene at one size; returns count, sum and sum of squares of each bucket's latents."""
     framing = Framing(*parse_size(work.size))
     views = []
@@ -99,7 +103,7 @@ def _encode_scene(work: SceneWork, dtype: str, folder: Path) -> dict[str, np.nda
 
         @cache
         def read(frame: int, view: int = view) -> np.ndarray:
-            return read_picture(work.pictures[frame][view], framing)
+            return read_picture(work.pictures[frame][view], framing, scaled=scaled)
 
         views.append(_encode_view(work, read))
     sums = {}

@@ -18,7 +18,7 @@ from magicdrive_core.files import read_json, sha256_file, write_json
 from magicdrive_core.tracking.lineage import input_digests
 
 # Of the sections that all stages share: how often something is written decides nothing.
-_UNIMPORTANT = {"checkpoint_every", "keep_checkpoints", "preview_every", "log_every", *STAGES}
+_UNIMPORTANT = {"prefetch_mbytes", "checkpoint_every", "keep_checkpoints", "preview_every", "log_every", *STAGES}
 
 
 @dataclass(frozen=True)

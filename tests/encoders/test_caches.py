@@ -18,6 +18,7 @@ from magicdrive_core.data.pictures import read_clip
 from magicdrive_core.data.records import CLASSES, Clip
 from magicdrive_core.encoders.build import build_encoders
 from magicdrive_core.encoders.caches import LatentCache, TextCache, write_latents, write_text
+from magicdrive_core.encoders.live import LiveLatents
 from magicdrive_core.encoders.scene_work import EncoderSettings, begins_as, plan_scenes
 from magicdrive_core.encoders.text import TextEncoder
 from magicdrive_core.encoders.vae import Vae, to_video
@@ -89,6 +90,20 @@ def test_moments_are_the_encoders(project) -> None:
             expected = vae.moments(to_video(read_clip(project.root, scene, clip, size)))
             torch.testing.assert_close(moments.float(), expected, atol=2e-3, rtol=2e-3)
     assert cache.starts("56x104", 9, "token-scene-2") == []  # validation scenes are not trained on
+
+
+def test_clips_encoded_live_are_those_of_the_cache(project, tmp_path) -> None:
+    (tmp_path / "artifacts").symlink_to(project.artifacts)
+    scenes = {scene.token: scene for scene in read_scenes(project.infos)}
+    cache, live = LatentCache(project.artifacts / "latents"), LiveLatents(project.config, tmp_path, scenes)
+    for size, frames, start in (("56x104", 1, 6), ("56x104", 9, 4), ("56x104", 17, 2), ("112x200", 1, 12)):
+        clip = Clip(TRAIN, start, frames)
+        torch.testing.assert_close(live.moments(size, clip), cache.moments(size, clip), atol=2e-3, rtol=2e-3)
+    latents = project.config.latents.model_copy(update={"live": True})
+    write_latents(
+        project.config.model_copy(update={"latents": latents}), project.infos, project.encoders, tmp_path / "latents"
+    )
+    assert [path.name for path in (tmp_path / "latents").iterdir()] == ["index.json"]
 
 
 def test_the_index_tells_the_spread_of_scaled_latents(project) -> None:
