@@ -21,7 +21,7 @@ from magicdrive_core.data.clips import caption, weathers
 from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.data.records import CLASSES, Clip
 from magicdrive_core.encoders.encode import encode_scenes
-from magicdrive_core.encoders.scene_work import EncoderSettings, bucket_name, plan_scenes
+from magicdrive_core.encoders.scene_work import EncoderSettings, SceneWork, bucket_name, plan_scenes
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.files import atomic_folder, read_json, sha256_folder, write_json
 
@@ -76,8 +76,9 @@ def write_latents(config: Config, infos: Path, encoders: Path, out: Path) -> Non
     """
     made = read_json(encoders / "encoders.json", HINT)["vae"]
     buckets = sorted({(b.size, b.frames) for stage in STAGES for b in config.training.stage(stage).buckets})
-    wanted = [] if config.latents.live else buckets
-    works = plan_scenes(read_scenes(infos), Path(config.data.root), wanted, config.latents.start_stride)
+    works: list[SceneWork] = []
+    if not config.latents.live:
+        works = plan_scenes(read_scenes(infos), Path(config.data.root), buckets, config.latents.start_stride)
     settings = EncoderSettings(
         made["path"], made["scaling_factor"], made["latent_channels"], config.vae.chunk_frames, config.latents.dtype
     )
