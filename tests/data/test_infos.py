@@ -16,8 +16,10 @@ from magicdrive_core.data.nuscenes import LIDAR, Tables, load_tables
 from magicdrive_core.data.objects import interpolate, read_objects
 from magicdrive_core.data.records import CLASSES, Scene
 from magicdrive_core.data.scenes import build_scene, choose_splits
+from magicdrive_core.data.table import SCHEMA
 from magicdrive_core.errors import MagicDriveError, UsageError
 from magicdrive_core.geometry import cameras, poses
+from tests.conftest import PROJECT
 
 
 @pytest.fixture(scope="module")
@@ -297,6 +299,11 @@ def test_the_parquet_file_names_the_rule(infos: Path, synthetic_root: Path, make
         metadata = pq.read_schema(folder / "frames.parquet").metadata
         assert metadata[b"magicdrive.rule"] == rule
         assert metadata[b"magicdrive.unpaired"] == b"leave_out"
+
+
+def test_every_column_is_documented() -> None:
+    page = (PROJECT / "docs/data.md").read_text()
+    assert [name for name in SCHEMA.names if f"`{name}`" not in page] == []
 
 
 def test_missing_and_empty_pictures_are_counted(root_copy: Path, make_config: Any, tmp_path: Path) -> None:
