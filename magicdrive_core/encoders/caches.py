@@ -16,14 +16,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from magicdrive_core.config import STAGES, Config
+from magicdrive_core.config import STAGES, Config, fingerprint
 from magicdrive_core.data.clips import caption, weathers
 from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.data.records import CLASSES, Clip
 from magicdrive_core.encoders.encode import encode_scenes
 from magicdrive_core.encoders.scene_work import EncoderSettings, SceneWork, bucket_name, plan_scenes
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.files import atomic_folder, read_json, sha256_folder, write_json
+from magicdrive_core.files import atomic_folder, read_json, resumable_folder, sha256_folder, write_json
 
 FORMAT = 1  # of the files below; another number is refused
 INDEX = "index.json"
@@ -69,7 +69,8 @@ def write_latents(config: Config, infos: Path, encoders: Path, out: Path) -> Non
 
     A bucket's clips start at frame 0, ``start_stride``, 2 ``start_stride``, ...; single frames are the key frames.
     Writes ``<HxW>-<frames>/<scene>.safetensors`` with ``moments`` (n, V, 2C, T, h, w) and ``starts`` (n), and
-    ``index.json`` with the standard deviation of each bucket's scaled latents.
+    ``index.json`` with the standard deviation of each bucket's scaled latents. Interrupted, it goes on after the scenes
+    that are encoded.
 
     Raises:
         MagicDriveError: infos, encoder or a picture are missing or broken, or the disk is too small.
@@ -82,8 +83,12 @@ def write_latents(config: Config, infos: Path, encoders: Path, out: Path) -> Non
     settings = EncoderSettings(
         made["path"], made["scaling_factor"], made["latent_channels"], config.vae.chunk_frames, config.latents.dtype
     )
-    _check_space(out, sum(work.bytes(settings) for work in works))
-    with atomic_folder(out) as folder:
+    key = fingerprint(
+        made["digest"], sha256_folder(infos), config.data.root, config.vae.chunk_frames, config.latents, buckets
+    )
+    with resumable_folder(out, key) as folder:
+        there = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+        _check_space(out, sum(work.bytes(settings) for work in works) - there)
         spread = encode_scenes(works, settings, folder, scaled=config.latents.scaled_decoding) if works else {}
         files = [f"{bucket_name(work.size, n)}/{work.scene}.safetensors" for work in works for n in work.starts]
         index = {

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from magicdrive_core.config import parse_size
@@ -22,6 +22,7 @@ from magicdrive_core.data.pictures import read_picture
 from magicdrive_core.encoders.scene_work import DTYPES, EncoderSettings, SceneWork, begins_as, bucket_name
 from magicdrive_core.encoders.vae import Vae, latent_shape, to_video
 from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.files import atomic_file
 from magicdrive_core.geometry.cameras import Framing
 from magicdrive_core.progress import track
 
@@ -96,7 +97,14 @@ def _load_vae(settings: EncoderSettings, device: str) -> None:
 
 
 def _encode_scene(work: SceneWork, dtype: str, folder: Path, scaled: bool) -> dict[str, np.ndarray]:
-    """Writes the moments of one scene at one size; returns count, sum and sum of squares of each bucket's latents."""
+    """Writes the moments of one scene at one size, unless they are there.
+
+    Returns:
+        count, sum and sum of squares of each bucket's latents.
+    """
+    paths = {frames: folder / bucket_name(work.size, frames) / f"{work.scene}.safetensors" for frames in work.starts}
+    if all(path.is_file() for path in paths.values()):
+        return {path.parent.name: _sums(load_file(path)["moments"]) for path in paths.values()}
     framing = Framing(*parse_size(work.size))
     views = []
     for view in range(len(work.pictures[0])):  # memory holds one view's pictures
@@ -110,14 +118,17 @@ def _encode_scene(work: SceneWork, dtype: str, folder: Path, scaled: bool) -> di
     for frames, starts in work.starts.items():
         clips = [torch.stack([moments[frames, start] for moments in views]) for start in starts]
         stacked = torch.stack(clips).to(DTYPES[dtype])  # n, V, 2C, T, h, w
-        name = bucket_name(work.size, frames)
-        tensors = {"moments": stacked, "starts": torch.tensor(starts)}
-        (folder / name).mkdir(exist_ok=True)
-        save_file(tensors, folder / name / f"{work.scene}.safetensors")
-        mean, log_variance = stacked.double().chunk(2, dim=2)
-        squares = mean.square().sum() + log_variance.exp().sum()
-        sums[name] = np.array([mean.numel(), mean.sum().item(), squares.item()])
+        with atomic_file(paths[frames]) as partial:
+            save_file({"moments": stacked, "starts": torch.tensor(starts)}, partial)
+        sums[paths[frames].parent.name] = _sums(stacked)
     return sums
+
+
+def _sums(moments: Tensor) -> np.ndarray:
+    """Count, sum and sum of squares of the latents whose moments are (n, V, 2C, T, h, w)."""
+    mean, log_variance = moments.double().chunk(2, dim=2)
+    squares = mean.square().sum() + log_variance.exp().sum()
+    return np.array([mean.numel(), mean.sum().item(), squares.item()])
 
 
 def _encode_view(work: SceneWork, read: Callable[[int], np.ndarray]) -> dict[tuple[int, int], Tensor]:
