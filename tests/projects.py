@@ -15,7 +15,7 @@ from tests.conftest import PROJECT
 
 TINY = [
     "synth={seed: 7, scenes: 2, seconds: 1.5}",  # what the fixture `synthetic_root` holds
-    "vae.build.block_out_channels=[8, 8, 8, 8]",
+    "vae.build.block_out_channels=[8, 12, 12, 16]",
     "vae.build.latent_channels=4",
     "vae.build.steps=2",
     "vae.build.batch=1",
