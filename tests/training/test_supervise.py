@@ -75,7 +75,7 @@ def only_run(project: Path) -> Run:
 
 def test_a_stage_is_trained_once(project: Path, train: Callable[..., Any]) -> None:
     parent = Store(Tracking(), project)
-    result = train(Ranks(0))
+    result = train(Ranks(0), overrides=["training.stage1.learning_rate=0.001"])
     assert not result.skipped
     assert result.weights.read_bytes() == b"weights"
     run = only_run(project)
