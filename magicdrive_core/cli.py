@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from magicdrive_core import cli_data
 from magicdrive_core.errors import ERROR_NOTE, MagicDriveError, UsageError
 from magicdrive_core.offline import stay_silent
 
@@ -26,6 +27,7 @@ INFOS, CONDITIONS, ENCODERS = Path("artifacts/infos"), Path("artifacts/condition
 TEXT, LATENTS = Path("artifacts/text"), Path("artifacts/latents")
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app.add_typer(cli_data.app)
 
 Params = Annotated[Path, typer.Option("--params", metavar="FILE", help="The settings' file.")]
 Set = Annotated[
@@ -86,11 +88,17 @@ def synth(
 
 
 @app.command()
-def infos(params: Params = DEFAULT_PARAMS, overrides: Set = None) -> None:
-    """DVC stage: scenes at 12 Hz from the nuScenes tables."""
+def infos(
+    params: Params = DEFAULT_PARAMS,
+    overrides: Set = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out scenes with broken records or pictures, and list them.")
+    ] = False,
+) -> None:
+    """DVC stage: scenes at 12 Hz from the data set's tables."""
     from magicdrive_core.data.infos import build_infos
 
-    build_infos(_config(params, overrides), INFOS)
+    build_infos(_config(params, [*(overrides or []), *(["data.skip_bad=true"] if skip_bad else [])]), INFOS)
 
 
 @app.command()

@@ -78,18 +78,26 @@ class Synth(Section):
 
 
 class Data(Section):
-    """Which nuScenes-format data to use."""
+    """Which data to use."""
 
-    root: str  # folder that holds samples/, sweeps/, maps/ and the version's table folder
-    version: str  # v1.0-demo (generated), v1.0-mini, v1.0-trainval, or any other table folder
+    format: Literal["nuscenes", "argoverse2"] = "nuscenes"  # data/adapters.py
+    root: (
+        str  # folder that holds samples/, sweeps/, maps/ and the version's table folder (argoverse2: version's folder)
+    )
+    version: str  # v1.0-demo (generated), v1.0-mini, v1.0-trainval, or any other table folder (argoverse2: of logs)
     # "auto": the official split where the devkit knows the version, else the last quarter of the scenes
     val_scenes: Annotated[Literal["auto"] | list[str], BeforeValidator(_check_val_scenes)] = "auto"
+    # between key frames, objects that only one of the two holds; never carried on where published is true
+    unpaired: Literal["leave_out", "carry_on"] = "leave_out"
+    skip_bad: bool = False  # leave out scenes with broken records or pictures, listed in infos.json, instead of ending
 
 
 class Conditions(Section):
     """What the network is told about a frame."""
 
     map_cells: dict[Size, Positive]  # BEV map cells per side (100 m), by size of the video
+    # cached: drawn once for all frames; live: when a clip is read, a millisecond a frame. The same bits
+    maps: Literal["cached", "live"] = "cached"
 
 
 class VaeBuild(Section):
@@ -148,6 +156,8 @@ class Latents(Section):
 
     start_stride: Positive  # a clip of several frames starts at every n-th frame; single frames are the key frames
     dtype: Literal["float16", "float32"] = "float16"
+    live: bool = False  # training encodes each clip when it is read; nothing is encoded before, nothing is stored
+    scaled_decoding: bool = False  # of JPEG: several times as fast, 50 dB from whole decoding (docs/log.md)
 
 
 class Flow(Section):
@@ -205,6 +215,7 @@ class StageConfig(Section):
     seed: Count
     freeze_text: bool = False  # the text projection is trained in stage 1 only
     checkpoint_blocks: bool = False  # activation checkpointing
+    balance: bool = False  # scenes of night and rain as often as the others, and "Daytime." said of those
     mask_ratios: dict[str, Probability] = {}  # conditioning-frame masks, from 8 latent frames on
 
 
@@ -224,6 +235,10 @@ class Training(Section):
     drop_frame: Probability = 0.4  # share of middle frames without boxes and ego motion
     hide_boxes: Probability = 0.4  # of frames other than every sixth: all boxes hidden
     add_boxes: Probability = 0.1  # of views and frames: up to three unseen boxes shown too
+    # micro-batches of like cost come in groups of so many: choose the number of ranks; 1: the published order
+    pair_ranks: Positive = 1
+    # memory of each rank for micro-batches that wait; null: a tenth of what the container leaves free
+    prefetch_mbytes: Positive | None = None
     checkpoint_every: Positive  # steps
     keep_checkpoints: Positive = 2
     preview_every: Positive  # steps
@@ -254,6 +269,7 @@ class Generate(Section):
     seed: Count = 1024
     workers: Positive = 1  # processes that share the items on this host
     offload: bool = False  # on a GPU: the VAE waits in main memory while the network samples, and the other way round
+    edits: str | None = None  # YAML file of changes to the scenes (docs/editing.md)
 
 
 class Video(Section):

@@ -61,20 +61,32 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         try:
             partial.chmod(0o777 & ~_umask())
             yield partial
-            for file in partial.rglob("*"):
-                if file.is_file():
-                    file.chmod(0o666 & ~_umask())
-                _sync(file)
-            if path.exists():
-                old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
-                path.replace(old / path.name)
-                partial.replace(path)
-                shutil.rmtree(old)
-            else:
-                partial.replace(path)
-            _sync(path.parent)
+            _put_in_place(partial, path)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def resumable_folder(path: Path | str, key: str) -> Iterator[Path]:
+    """Like ``atomic_folder``, for long work: what is there when it is interrupted, the next one with this key finds.
+
+    Each file in it must appear whole (``atomic_file``), and the key must change with everything that decides what the
+    files hold. What other keys left behind is removed. One process at a time.
+
+    Raises:
+        MagicDriveError: the disk is full or not writable.
+    """
+    path = Path(path)
+    partial = path.parent / f".{path.name}.{key[:16]}.resumable"
+    with _explained(path):
+        partial.mkdir(parents=True, exist_ok=True)
+        for other in path.parent.glob(f".{path.name}.*.resumable"):
+            if other != partial:
+                shutil.rmtree(other)
+        for half in partial.rglob(".*.partial*"):  # of a process that was killed
+            half.unlink()
+        yield partial
+        _put_in_place(partial, path)
 
 
 def write_unsynced(path: Path | str, data: bytes) -> None:
@@ -133,6 +145,22 @@ def sha256_folder(path: Path | str) -> str:
         if file.is_file():
             digest.update(f"{file.relative_to(path).as_posix()}\0{sha256_file(file)}\n".encode())
     return digest.hexdigest()
+
+
+def _put_in_place(partial: Path, path: Path) -> None:
+    """Syncs a folder's files and lets it replace another one."""
+    for file in partial.rglob("*"):
+        if file.is_file():
+            file.chmod(0o666 & ~_umask())
+        _sync(file)
+    if path.exists():
+        old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
+        path.replace(old / path.name)
+        partial.replace(path)
+        shutil.rmtree(old)
+    else:
+        partial.replace(path)
+    _sync(path.parent)
 
 
 def _sync(path: Path) -> None:

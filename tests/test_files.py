@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.files import atomic_file, atomic_folder, read_json, sha256_folder, write_json
+from magicdrive_core.files import atomic_file, atomic_folder, read_json, resumable_folder, sha256_folder, write_json
 
 
 class InterruptedWriteError(Exception):
@@ -120,3 +120,29 @@ def test_folder_digest_sees_names_and_bytes(tmp_path: Path) -> None:
     second = sha256_folder(tmp_path)
     (tmp_path / "b").write_text("2")
     assert len({first, second, sha256_folder(tmp_path)}) == 3
+
+
+def test_an_interrupted_resumable_folder_is_found_again_by_its_key(tmp_path: Path) -> None:
+    path = tmp_path / "cache"
+
+    def interrupted(key: str, name: str) -> None:
+        with resumable_folder(path, key) as folder:
+            found = sorted(file.name for file in folder.iterdir())
+            write_json(folder / f"{name}.json", name)
+            (folder / f".{name}.0.partial.json").touch()  # half a file
+            raise InterruptedWriteError(found)
+
+    def found(key: str, name: str) -> list[str]:
+        with pytest.raises(InterruptedWriteError) as error:
+            interrupted(key, name)
+        return list(error.value.args[0])
+
+    assert found("one", "a") == []
+    assert found("one", "b") == ["a.json"]
+    assert found("two", "c") == []  # another key starts anew, and what the first one left is gone
+    assert found("one", "d") == []
+    assert not path.exists()
+    with resumable_folder(path, "one") as folder:
+        assert sorted(file.name for file in folder.iterdir()) == ["d.json"]
+    assert [file.name for file in path.iterdir()] == ["d.json"]
+    assert list(tmp_path.iterdir()) == [path]

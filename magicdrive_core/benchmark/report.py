@@ -21,7 +21,9 @@ from magicdrive_core.benchmark.curves import Curve
 from magicdrive_core.benchmark.package import Package
 from magicdrive_core.benchmark.sights import Sights, Views
 from magicdrive_core.config import Config
-from magicdrive_core.data.bev import read_map
+from magicdrive_core.data.bev_maps import BevMaps
+from magicdrive_core.data.edit_scene import edit_scene
+from magicdrive_core.data.edits import chosen_edits
 from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.data.records import CLASSES, MAP_LAYERS, Scene
 from magicdrive_core.errors import MagicDriveError
@@ -118,8 +120,9 @@ def _scene(
     config: Config, scene: Scene, records: Sequence[ItemRecord], generated: Path, project: Path
 ) -> dict[str, Any]:
     """Everything that the page shows of one scene."""
-    cells = config.conditions.map_cells[config.generate.size]
-    bits = read_map(project / "artifacts/conditions", scene.token, cells)
+    edits = chosen_edits(config, project)
+    scene = edit_scene(scene, edits)
+    bits = BevMaps(config, project).of_scene(scene, config.generate.size, draw=edits.moves_lidar(scene.name))
     root = project / config.data.root
     still, motion = (Sights(scene, bits, root, width) for width in (STILL_WIDTH, MOTION_WIDTH))
     start, frames, fps = records[0].start, records[0].frames, records[0].fps

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from magicdrive_core.data.records import Clip, Scene
+
+WEATHER_WORDS = {"night": {"night"}, "rain": {"rain", "rainy", "raining"}}
 
 
 def list_clips(scenes: Sequence[Scene], split: str, frames: int, stride: int) -> list[Clip]:
@@ -32,9 +35,45 @@ def list_clips(scenes: Sequence[Scene], split: str, frames: int, stride: int) ->
     return clips
 
 
-def caption(scene: Scene) -> str:
-    """The text of every clip of a scene."""
-    return f"A driving scene image at {scene.location}. {scene.description}."
+def caption(scene: Scene, *, say_daytime: bool = False) -> str:
+    """The text of every clip of a scene.
+
+    Args:
+        scene: its location and description are said.
+        say_daytime: "Daytime. " in front of the description: of scenes of neither night nor rain, where balanced scenes
+            are trained on.
+    """
+    daytime = "Daytime. " if say_daytime else ""
+    return f"A driving scene image at {scene.location}. {daytime}{scene.description}."
+
+
+def weathers(description: str, *, published: bool = False) -> list[str]:
+    """Which of "night", "rain" and "none" a description speaks of, by word.
+
+    Args:
+        description: of a scene.
+        published: by substring, so that a train and a terrain are rain (oddity 20).
+    """
+    text = description.lower()
+    if published:
+        found = [weather for weather in ("night", "rain") if weather in text]
+    else:
+        words = set(re.findall(r"[a-z]+", text))
+        found = [weather for weather, forms in WEATHER_WORDS.items() if words & forms]
+    return found or ["none"]
+
+
+def balanced(scenes: Sequence[Scene], *, published: bool = False) -> list[Scene]:
+    """Scenes of night, of rain and of neither, each group repeated as often as it fits into the largest one.
+
+    A scene of both night and rain is in both groups.
+    """
+    groups: dict[str, list[Scene]] = {"night": [], "rain": [], "none": []}
+    for scene in scenes:
+        for weather in weathers(scene.description, published=published):
+            groups[weather].append(scene)
+    most = max((len(group) for group in groups.values()), default=0)
+    return [scene for group in groups.values() if group for _ in range(most // len(group)) for scene in group]
 
 
 def full_length(frames: int) -> int:

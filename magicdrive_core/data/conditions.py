@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from magicdrive_core.config import STAGES, Config, parse_size
+from magicdrive_core.config import STAGES, Config, fingerprint, parse_size
+from magicdrive_core.data.adapters import open_adapter
 from magicdrive_core.data.bev import rasterise, unpack, write_map
 from magicdrive_core.data.clips import caption, list_clips
 from magicdrive_core.data.infos import read_scenes
-from magicdrive_core.data.maps import load_map
 from magicdrive_core.data.records import CLASSES, Clip, ClipConditions, FrameBoxes, Scene
-from magicdrive_core.files import atomic_folder, write_json
+from magicdrive_core.files import resumable_folder, sha256_folder, write_json
 from magicdrive_core.geometry import poses
 from magicdrive_core.geometry.boxes import corners
 from magicdrive_core.progress import track
@@ -34,14 +34,19 @@ _SCENES_A_WORKER = 8  # fewer are drawn faster than a process starts
 def build_conditions(config: Config, infos: Path | str, out: Path | str) -> None:
     """Writes ``bev/<cells>/<scene token>.npz`` and ``clips.json`` to the folder ``out``, whole or not at all.
 
+    Interrupted, it goes on after the scenes that are drawn. With ``conditions.maps: live`` there are no maps to write.
+
     Raises:
         MagicDriveError: unusable infos or maps, named.
     """
     scenes = read_scenes(infos)
-    with atomic_folder(out) as folder:
-        draw = partial(_draw_scene, root=Path(config.data.root), folder=folder, cells=_cells(config))
-        workers = min(len(os.sched_getaffinity(0)), len(scenes) // _SCENES_A_WORKER)
-        for _ in track(_map(draw, scenes, workers), "BEV maps", total=len(scenes)):
+    expansion = Path(config.data.root) / "maps/expansion"
+    key = fingerprint(config.conditions, config.data, sha256_folder(infos), sha256_folder(expansion), _cells(config))
+    with resumable_folder(out, key) as folder:
+        draw = partial(_draw_scene, config=config, folder=folder, cells=_cells(config))
+        drawn = scenes if config.conditions.maps == "cached" else []
+        workers = min(len(os.sched_getaffinity(0)), len(drawn) // _SCENES_A_WORKER)
+        for _ in track(_map(draw, drawn, workers), "BEV maps", total=len(drawn)):
             pass
         write_json(folder / "clips.json", count_clips(config, scenes))
 
@@ -125,11 +130,13 @@ def _cells(config: Config) -> list[int]:
     return sorted({config.conditions.map_cells[size] for size in sizes | {config.generate.size}})
 
 
-def _draw_scene(scene: Scene, root: Path, folder: Path, cells: list[int]) -> None:
-    vectors = load_map(root, scene.location)
-    for count in cells:
-        maps = rasterise(vectors, scene.ego_to_global @ scene.lidar_to_ego, count)
-        write_map(folder / "bev" / str(count) / f"{scene.token}.npz", maps)
+def _draw_scene(scene: Scene, config: Config, folder: Path, cells: list[int]) -> None:
+    paths = {count: folder / "bev" / str(count) / f"{scene.token}.npz" for count in cells}
+    missing = {count: path for count, path in paths.items() if not path.is_file()}
+    if missing:
+        vectors = open_adapter(config).vector_map(scene)
+    for count, path in missing.items():
+        write_map(path, rasterise(vectors, scene.ego_to_global @ scene.lidar_to_ego, count))
 
 
 def _map(draw: partial[None], scenes: list[Scene], workers: int) -> Iterator[None]:

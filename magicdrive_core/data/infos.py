@@ -1,85 +1,105 @@
 """12 Hz infos: nuScenes tables -> ``frames.parquet`` (a row a frame, a row group a scene) and ``infos.json``.
 
-``SCHEMA`` documents the columns. Matrices are flattened row by row; poses are ``a_to_b`` and 4x4; views come in the
-order of ``cameras.VIEWS``.
+``table.SCHEMA`` documents the columns.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import TracebackType
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
+from rich.console import Console
 
 from magicdrive_core.config import Config
-from magicdrive_core.data.records import CLASSES, FrameBoxes, Scene
+from magicdrive_core.data.adapters import open_adapter
+from magicdrive_core.data.exchange import read_published
+from magicdrive_core.data.records import CLASSES, Scene
 from magicdrive_core.data.roots import Pictures
-from magicdrive_core.data.scenes import build_scene, choose_splits
+from magicdrive_core.data.scenes import choose_splits
+from magicdrive_core.data.table import SCHEMA, from_table, to_table
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.files import atomic_folder, read_json, write_json
-from magicdrive_core.geometry.cameras import VIEWS
 from magicdrive_core.progress import track
 
 FRAMES = "frames.parquet"
 SUMMARY = "infos.json"
 RULES = {False: "by time stamp", True: "published"}
 
-_V = len(VIEWS)
-_WORD = pa.dictionary(pa.int32(), pa.string())
-_POSE = pa.list_(pa.float64(), 16)
-SCHEMA = pa.schema(
-    [
-        ("scene", _WORD),  # scene token
-        ("name", _WORD),  # scene name
-        ("split", _WORD),  # "train", "val" or "both"
-        ("location", _WORD),  # of the map
-        ("description", _WORD),
-        ("token", pa.string()),  # of the sample; between key frames that of the key frame before and a digit
-        ("key_frame", pa.bool_()),
-        ("timestamp", pa.int64()),  # microseconds
-        ("lidar_to_ego", _POSE),
-        ("ego_to_global", _POSE),  # at the lidar's time
-        ("pictures", pa.list_(pa.string(), _V)),  # paths below the data root
-        ("intrinsics", pa.list_(pa.float64(), _V * 9)),  # V, 3, 3 pixels of the full picture
-        ("camera_to_lidar", pa.list_(pa.float64(), _V * 16)),  # V, 4, 4
-        ("box_ids", pa.list_(_WORD)),  # N instance tokens
-        ("box_names", pa.list_(_WORD)),  # N of CLASSES
-        ("boxes", pa.list_(pa.list_(pa.float64(), 7))),  # N of x, y, z (centre, lidar frame), w, l, h, yaw'
-    ]
-)
-
 
 def build_infos(config: Config, out: Path | str) -> None:
     """Writes the infos of every scene of ``config.data`` to the folder ``out``, whole or not at all.
 
+    With ``data.skip_bad``, scenes with broken records or pictures are left out, said on stderr and listed in
+    ``infos.json``.
+
     Raises:
-        MagicDriveError: unusable tables or missing pictures, named.
+        MagicDriveError: unusable tables or pictures, named.
         UsageError: impossible ``data.val_scenes``.
     """
-    from magicdrive_core.data.nuscenes import load_tables  # the devkit takes seconds to import
+    adapter = open_adapter(config)
+    names = adapter.names()
+    splits = choose_splits(names, config.data.val_scenes, config.data.version)
+    unpaired = "leave_out" if config.published else config.data.unpaired
+    facts = {"version": config.data.version, "rule": RULES[config.published], "unpaired": unpaired}
+    faults: list[str] = []
+    with atomic_folder(out) as folder, InfosWriter(folder, facts, adapter.root) as writer:
+        for name in track(names, "12 Hz infos"):
+            try:
+                scene = adapter.read(name, splits[name])
+                broken = check_pictures(adapter.root, adapter.pictures(scene))
+                if broken and config.data.skip_bad:
+                    raise MagicDriveError(_of(broken))
+            except MagicDriveError as error:
+                if not config.data.skip_bad:
+                    raise
+                writer.quarantined[name] = error.message
+                continue
+            faults += broken
+            if config.published and len(scene) <= 6:  # as the published data set does
+                writer.left_out.append(scene.name)
+            else:
+                writer.add(scene)
+        for name, fault in writer.quarantined.items():
+            Console(stderr=True).print(f"{name} is left out: {fault}", highlight=False, soft_wrap=True)
+        if faults:
+            hint = f"complete the download, or draw them: {_DRAW.format(config.data.root, config.data.version)}"
+            raise MagicDriveError(_of(faults), hint)
+        if not writer.scenes:
+            reason = "is whole" if writer.quarantined else "has more than six frames"
+            raise MagicDriveError(f"{config.data.root}: no scene of {config.data.version} {reason}")
 
-    tables = load_tables(config.data.root, config.data.version)
-    records = sorted(tables.scene, key=lambda scene: scene["name"])
-    splits = choose_splits([scene["name"] for scene in records], config.data.val_scenes, config.data.version)
-    summary = _Summary()
+
+def import_infos(files: Mapping[str, Path], root: Path, version: str, out: Path | str) -> int:
+    """Writes published info files as an infos folder, whole or not at all; pictures are not looked at.
+
+    Scenes have the tokens and names that ``scene.json`` of the tables gives them, where those are there.
+
+    Args:
+        files: by the split that they hold, "train" and "val".
+        root: the data root.
+        version: of its tables.
+        out: the infos folder.
+
+    Returns:
+        scenes.
+
+    Raises:
+        MagicDriveError: a file is not plain data, or holds a broken record; what is wrong is named.
+    """
+    names = _scene_names(root / version)
+    scenes = [scene for split, path in files.items() for scene in read_published(path, split, names)]
+    sources = " and ".join(path.name for path in files.values())
     with atomic_folder(out) as folder:
-        with pq.ParquetWriter(folder / FRAMES, SCHEMA, compression="zstd") as writer:
-            for record in track(records, "12 Hz infos"):
-                scene = build_scene(tables, record, splits[record["name"]], published=config.published)
-                if config.published and len(scene) <= 6:  # as the published data set does
-                    summary.left_out.append(scene.name)
-                    continue
-                summary.add(scene)
-                writer.write_table(to_table(scene), row_group_size=len(scene))
-        if not summary.scenes:
-            raise MagicDriveError(f"{config.data.root}: no scene of {config.data.version} has more than six frames")
-        pictures = check_pictures(tables.root, config.data.version, summary.pictures)
-        write_json(folder / SUMMARY, summary.as_json(config, pictures))
+        facts = {"version": version, "rule": f"imported from {sources}", "unpaired": "leave_out"}
+        with InfosWriter(folder, facts) as writer:
+            for scene in sorted(scenes, key=lambda scene: scene.name):
+                writer.add(scene)
+    return len(scenes)
 
 
 def read_scenes(folder: Path | str) -> list[Scene]:
@@ -100,20 +120,6 @@ def read_scenes(folder: Path | str) -> list[Scene]:
         raise MagicDriveError(f"{path} cannot be read: {' '.join(str(error).split())}", _REMAKE) from None
 
 
-def check_pictures(root: Path, version: str, paths: Iterable[str]) -> Pictures:
-    """Makes sure that every picture is there and not empty.
-
-    Raises:
-        MagicDriveError: the first missing one, and how many are missing in all.
-    """
-    found = Pictures.below(root, paths)
-    if found.missing:
-        count = f" ({len(found.missing)} pictures are missing or empty)" if len(found.missing) > 1 else ""
-        hint = f"complete the download, or draw them: `magicdrive synth --render-for {root} --version {version}`"
-        raise MagicDriveError(f"{root / found.missing[0]} is missing or empty{count}", hint)
-    return found
-
-
 def pictures_changed(infos: Path, root: Path) -> bool:
     """Whether the pictures below ``root`` are others than those that the infos were made from; reads none of them.
 
@@ -122,113 +128,101 @@ def pictures_changed(infos: Path, root: Path) -> bool:
     if not (infos / SUMMARY).is_file():
         return False
     digest = read_json(infos / SUMMARY).get("picture_digest")
+    if digest is None:  # imported infos: nobody looked at the pictures
+        return False
     frames = pq.read_table(infos / FRAMES, columns=["pictures"])["pictures"].combine_chunks()
     return bool(digest != Pictures.below(root, frames.flatten().to_pylist()).digest)
 
 
-def to_table(scene: Scene) -> pa.Table:
-    """A scene as rows of ``SCHEMA``."""
-    F = len(scene)
-    offsets = np.cumsum([0, *(len(frame.ids) for frame in scene.boxes)]).astype(np.int32)
-    boxes = np.concatenate([frame.boxes for frame in scene.boxes])
-    ids = [token for frame in scene.boxes for token in frame.ids]
-    names = [name for frame in scene.boxes for name in frame.names]
-    columns = {
-        **{
-            field: pa.array([value] * F).dictionary_encode()
-            for field, value in (
-                ("scene", scene.token),
-                ("name", scene.name),
-                ("split", scene.split),
-                ("location", scene.location),
-                ("description", scene.description),
-            )
-        },
-        "token": pa.array(scene.tokens, pa.string()),
-        "key_frame": pa.array(scene.key_frames),
-        "timestamp": pa.array(scene.timestamps),
-        "lidar_to_ego": _fixed(scene.lidar_to_ego, 16),
-        "ego_to_global": _fixed(scene.ego_to_global, 16),
-        "pictures": pa.array(scene.pictures, pa.list_(pa.string(), _V)),
-        "intrinsics": _fixed(scene.intrinsics, _V * 9),
-        "camera_to_lidar": _fixed(scene.camera_to_lidar, _V * 16),
-        "box_ids": pa.ListArray.from_arrays(offsets, pa.array(ids, pa.string()).dictionary_encode()),
-        "box_names": pa.ListArray.from_arrays(offsets, pa.array(names, pa.string()).dictionary_encode()),
-        "boxes": pa.ListArray.from_arrays(offsets, _fixed(boxes, 7)),
-    }
-    return pa.table(columns, schema=SCHEMA)
+def check_pictures(root: Path, sizes: Mapping[str, tuple[int, int]]) -> list[str]:
+    """Looks at every picture's header; its pixels are first seen when it is used.
+
+    Args:
+        root: that paths are relative to.
+        sizes: the width and height that each picture must have, by path.
+
+    Returns:
+        one line for each picture that is missing, empty, no picture or of another size.
+    """
+    faults = []
+    for path in sorted(sizes):
+        try:
+            with Image.open(root / path) as picture:
+                if picture.size != sizes[path]:
+                    theirs, wanted = ("x".join(map(str, size)) for size in (picture.size, sizes[path]))
+                    faults.append(f"{root / path} is a picture of {theirs} pixels, not {wanted}")
+        except (FileNotFoundError, NotADirectoryError):
+            faults.append(f"{root / path} is missing or empty")
+        except (OSError, SyntaxError, ValueError):
+            empty = (root / path).stat().st_size == 0
+            faults.append(f"{root / path} is {'missing or empty' if empty else 'no picture'}")
+    return faults
 
 
-def from_table(table: pa.Table) -> Scene:
-    """The scene of one row group."""
-    columns = {name: table.column(name).combine_chunks() for name in SCHEMA.names}
-    F = table.num_rows
-    offsets = columns["boxes"].offsets.to_numpy()
-    boxes = _array(columns["boxes"].flatten(), 7)
-    ids, names = _words(columns["box_ids"].flatten()), _words(columns["box_names"].flatten())
-    spans = [slice(*span) for span in pairwise(offsets - offsets[0])]
-    return Scene(
-        token=columns["scene"][0].as_py(),
-        name=columns["name"][0].as_py(),
-        split=columns["split"][0].as_py(),
-        location=columns["location"][0].as_py(),
-        description=columns["description"][0].as_py(),
-        tokens=columns["token"].to_pylist(),
-        key_frames=columns["key_frame"].to_numpy(zero_copy_only=False),
-        timestamps=columns["timestamp"].to_numpy(),
-        lidar_to_ego=_array(columns["lidar_to_ego"], F, 4, 4),
-        ego_to_global=_array(columns["ego_to_global"], F, 4, 4),
-        pictures=columns["pictures"].to_pylist(),
-        intrinsics=_array(columns["intrinsics"], F, _V, 3, 3),
-        camera_to_lidar=_array(columns["camera_to_lidar"], F, _V, 4, 4),
-        boxes=[FrameBoxes(ids[span], names[span], boxes[span]) for span in spans],
-    )
+class InfosWriter:
+    """Writes ``frames.parquet`` scene by scene, and ``infos.json`` at the end.
 
+    Args:
+        folder: for both.
+        facts: version, rule and unpaired: how the scenes were made, for both files.
+        root: of the pictures, whose lengths are noted; None: nobody looks at them.
+    """
 
-class _Summary:
-    """What ``infos.json`` tells about the scenes."""
-
-    def __init__(self) -> None:
+    def __init__(self, folder: Path, facts: Mapping[str, str], root: Path | None = None) -> None:
+        self._folder, self._facts, self._root = folder, facts, root
+        schema = SCHEMA.with_metadata({f"magicdrive.{name}": value for name, value in facts.items()})
+        self._file = pq.ParquetWriter(folder / FRAMES, schema, compression="zstd")
         self.scenes: dict[str, list[str]] = {}
         self.left_out: list[str] = []
-        self.pictures: set[str] = set()
-        self.counts: Counter[str] = Counter()
-        self.classes: Counter[str] = Counter()
+        self.quarantined: dict[str, str] = {}  # why, by name
+        self._pictures: set[str] = set()
+        self._counts: Counter[str] = Counter()
+        self._classes: Counter[str] = Counter()
 
     def add(self, scene: Scene) -> None:
+        """Writes a scene as a row group."""
+        self._file.write_table(to_table(scene), row_group_size=len(scene))
         self.scenes.setdefault(scene.split, []).append(scene.name)
-        self.pictures.update(path for frame in scene.pictures for path in frame)
-        self.counts.update(scenes=1, frames=len(scene), key_frames=int(scene.key_frames.sum()))
-        self.classes.update(name for frame in scene.boxes for name in frame.names)
+        self._pictures.update(path for frame in scene.pictures for path in frame)
+        self._counts.update(scenes=1, frames=len(scene), key_frames=int(scene.key_frames.sum()))
+        self._classes.update(name for frame in scene.boxes for name in frame.names)
 
-    def as_json(self, config: Config, pictures: Pictures) -> dict[str, Any]:
-        return {
-            "version": config.data.version,
-            "rule": RULES[config.published],
-            **self.counts,
-            "pictures": pictures.count,
-            "picture_bytes": pictures.bytes,
-            "picture_digest": pictures.digest,
-            "boxes": {name: self.classes[name] for name in CLASSES},
-            "splits": self.scenes,
-            "left_out": self.left_out,
-        }
+    def __enter__(self) -> InfosWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._file.close()
+        if error is None:
+            seen = None if self._root is None else Pictures.below(self._root, self._pictures)
+            write_json(
+                self._folder / SUMMARY,
+                {
+                    **self._facts,
+                    **self._counts,
+                    "pictures": len(self._pictures),
+                    "picture_bytes": seen.bytes if seen else None,
+                    "picture_digest": seen.digest if seen else None,
+                    "boxes": {name: self._classes[name] for name in CLASSES},
+                    "splits": self.scenes,
+                    "left_out": self.left_out,
+                    "quarantined": self.quarantined,
+                },
+            )
 
 
+_DRAW = "`magicdrive synth --render-for {} --version {}`"
 _REMAKE = "run `dvc repro infos` to make it again"
 
 
-def _fixed(values: np.ndarray, width: int) -> pa.FixedSizeListArray:
-    return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(values).reshape(-1)), width)
+def _scene_names(tables: Path) -> dict[str, tuple[str, str]]:
+    """(token, name) of the scene by the token of each sample; empty where the tables are not there."""
+    if not (tables / "sample.json").is_file():
+        return {}
+    names = {scene["token"]: scene["name"] for scene in read_json(tables / "scene.json")}
+    samples = read_json(tables / "sample.json")
+    return {sample["token"]: (sample["scene_token"], names[sample["scene_token"]]) for sample in samples}
 
 
-def _array(column: pa.FixedSizeListArray, *shape: int) -> np.ndarray:
-    """The values of a fixed-size list column; a copy, so that the file need not stay mapped."""
-    values = column.flatten().to_numpy()
-    return values.reshape(shape if len(shape) > 1 else (-1, *shape)).copy()
-
-
-def _words(column: pa.DictionaryArray) -> list[str]:
-    """The words of a dictionary column; equal words are one object."""
-    words = column.dictionary.to_pylist()
-    return [words[index] for index in column.indices.to_pylist()]
+def _of(faults: Sequence[str]) -> str:
+    """The first fault, and how many there are."""
+    return faults[0] + (f" ({len(faults)} pictures are unusable)" if len(faults) > 1 else "")

@@ -53,14 +53,46 @@ class Tables(NuScenes):
             table = Path(self.table_root) / f"{table_name}.json"
             raise MagicDriveError(f"{table} has no record {token!r}, which another table names", _REPAIR) from None
 
+    def field(self, table: str, record: Record, name: str) -> Any:
+        """A field of a record.
+
+        Raises:
+            MagicDriveError: the record has no such field.
+        """
+        if name not in record:
+            path = Path(self.table_root) / f"{table}.json"
+            raise MagicDriveError(f"{path}: record {record.get('token')} has no {name}", _REPAIR)
+        return record[name]
+
     def samples(self, scene: Record) -> list[Record]:
-        """The key frames of a scene in time order."""
-        out = []
-        token = scene["first_sample_token"]
+        """The key frames of a scene in time order.
+
+        Raises:
+            MagicDriveError: a record or field is missing, or a key frame is not later than the one before it.
+        """
+        out: list[Record] = []
+        token = self.field("scene", scene, "first_sample_token")
         while token:
-            out.append(self.get("sample", token))
-            token = out[-1]["next"]
+            sample = self.get("sample", token)
+            time = self.time("sample", sample)
+            if out and time <= out[-1]["timestamp"]:
+                path = Path(self.table_root) / "sample.json"
+                raise MagicDriveError(f"{path}: timestamp of record {token} is not later than that of the one before")
+            out.append(sample)
+            token = self.field("sample", sample, "next")
         return out
+
+    def time(self, table: str, record: Record) -> int:
+        """A record's time stamp in microseconds.
+
+        Raises:
+            MagicDriveError: it has none, or one that is no whole number.
+        """
+        value = self.field(table, record, "timestamp")
+        if not isinstance(value, int):
+            path = Path(self.table_root) / f"{table}.json"
+            raise MagicDriveError(f"{path}: timestamp of record {record['token']} is {value!r}, not microseconds")
+        return value
 
     def sensor_records(self, scene: Record) -> dict[str, list[Record]]:
         """The ``sample_data`` records of a scene, key frames and sweeps, by channel in time order."""
@@ -68,7 +100,8 @@ class Tables(NuScenes):
 
     def location(self, scene: Record) -> str:
         """The map that a scene drives on, for example singapore-onenorth."""
-        return self.get("log", scene["log_token"])["location"]
+        log = self.get("log", self.field("scene", scene, "log_token"))
+        return str(self.field("log", log, "location"))
 
     def vectors(self, table: str, records: Sequence[Record], field: str, width: int) -> NDArray[np.float64]:
         """One field of N records of ``table`` as an array (N, width).
@@ -77,10 +110,14 @@ class Tables(NuScenes):
             MagicDriveError: a record's value is not ``width`` finite numbers.
         """
         for record in records:
-            value = record[field]
-            if len(value) != width or not all(isinstance(v, int | float) and math.isfinite(v) for v in value):
+            value = self.field(table, record, field)
+            fits = isinstance(value, list) and len(value) == width
+            if not fits or not all(isinstance(v, int | float) and math.isfinite(v) for v in value):
                 path = Path(self.table_root) / f"{table}.json"
                 raise MagicDriveError(f"{path}: {field} of record {record['token']} is not {width} finite numbers")
+            if field == "rotation" and not any(value):
+                path = Path(self.table_root) / f"{table}.json"
+                raise MagicDriveError(f"{path}: rotation of record {record['token']} is zero, not a quaternion")
         return np.array([record[field] for record in records], np.float64).reshape(-1, width)
 
     @cached_property

@@ -1,14 +1,15 @@
 """The annotated objects of key frames, and of the frames between them.
 
 An object is interpolated between two key frames that both hold its instance: centre linear, orientation slerp, class
-and size of the earlier one. An object that only one of the two holds is left out of the frames between: where it was
-is not known.
+and size of the earlier one. An object that only one of the two holds is left out of the frames between, because where
+it was is not known. With ``data.unpaired: carry_on`` it is shown in the nearer half of the interval, as ``carry_on``
+says.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -43,6 +44,16 @@ class Objects:
             self.centres[rows],
             self.rotations[rows],
             self.sizes[rows],
+        )
+
+    def join(self, other: Objects) -> Objects:
+        """These objects and then others."""
+        return Objects(
+            self.ids + other.ids,
+            self.names + other.names,
+            np.concatenate([self.centres, other.centres]),
+            np.concatenate([self.rotations, other.rotations]),
+            np.concatenate([self.sizes, other.sizes]),
         )
 
     def in_lidar(self, global_to_lidar: Floats) -> FrameBoxes:
@@ -84,3 +95,25 @@ def interpolate(start: Objects, end: Objects, fractions: Floats) -> Iterator[Obj
         centres = first.centres + fraction * (last.centres - first.centres)
         rotations = slerp(first.rotations, last.rotations, np.full(len(shared), fraction))
         yield Objects(first.ids, first.names, centres, rotations, first.sizes)
+
+
+def carry_on(here: Objects, gone: Objects, other_side: Objects | None, step: float) -> Objects:
+    """The objects of one key frame that its neighbour in time lacks, a little beyond their annotated places.
+
+    They keep the heading and the velocity that they have between this key frame and the one on its other side, and
+    stand still where that one does not hold them either.
+
+    Args:
+        here: the key frame that holds them.
+        gone: the key frame that lacks them.
+        other_side: the key frame on the other side of ``here``; None at an end of the scene.
+        step: how far beyond ``here``, as a multiple of the time between ``other_side`` and ``here``.
+    """
+    absent = set(gone.ids)
+    lone = here.pick([row for row, token in enumerate(here.ids) if token not in absent])
+    rows = {} if other_side is None else {token: row for row, token in enumerate(other_side.ids)}
+    centres = lone.centres.copy()
+    for row, token in enumerate(lone.ids):
+        if other_side is not None and token in rows:
+            centres[row] += step * (lone.centres[row] - other_side.centres[rows[token]])
+    return replace(lone, centres=centres)

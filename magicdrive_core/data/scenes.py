@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from magicdrive_core.data.objects import interpolate, read_objects
-from magicdrive_core.data.records import FrameBoxes, Scene
+from magicdrive_core.data.maps import VectorMap, load_map
+from magicdrive_core.data.objects import Objects, carry_on, interpolate, read_objects
+from magicdrive_core.data.records import Scene
 from magicdrive_core.data.timeline import SUFFIXES, Grid, Track, read_tracks
 from magicdrive_core.errors import UsageError
 from magicdrive_core.geometry import poses
-from magicdrive_core.geometry.cameras import VIEWS
+from magicdrive_core.geometry.cameras import PICTURE_HEIGHT, PICTURE_WIDTH, VIEWS
 
 if TYPE_CHECKING:
+    from magicdrive_core.config import Config
     from magicdrive_core.data.nuscenes import Record, Tables
 
 
-def build_scene(tables: Tables, scene: Record, split: str, *, published: bool) -> Scene:
+def build_scene(tables: Tables, scene: Record, split: str, *, published: bool, carry_lone: bool = False) -> Scene:
     """One scene at 12 Hz by one of the two rules of ``timeline``.
+
+    Args:
+        tables: of the data root.
+        scene: its record.
+        split: it belongs to.
+        published: the published rule.
+        carry_lone: objects that only one of two key frames holds are carried on towards the other (``objects``); never
+            by the published rule.
 
     Raises:
         MagicDriveError: incomplete or impossible records, named.
@@ -45,12 +57,13 @@ def build_scene(tables: Tables, scene: Record, split: str, *, published: bool) -
     camera_to_global = [
         camera.ego_to_global[row] @ camera.sensor_to_ego[row] for camera, row in zip(cameras, rows, strict=True)
     ]
+    objects = _objects(tables, samples, grid, key_times, carry_lone=carry_lone and not published)
     return Scene(
         token=scene["token"],
-        name=scene["name"],
+        name=tables.field("scene", scene, "name"),
         split=split,
         location=tables.location(scene),
-        description=scene["description"],
+        description=tables.field("scene", scene, "description"),
         tokens=[
             samples[key]["token"] + (SUFFIXES[step] if step else "")
             for key, step in zip(grid.keys, grid.steps, strict=True)
@@ -62,8 +75,50 @@ def build_scene(tables: Tables, scene: Record, split: str, *, published: bool) -
         pictures=_pictures(cameras, rows),
         intrinsics=np.stack([camera.intrinsics[row] for camera, row in zip(cameras, rows, strict=True)], axis=1),
         camera_to_lidar=global_to_lidar[:, None] @ np.stack(camera_to_global, axis=1),
-        boxes=_boxes(tables, samples, grid, global_to_lidar),
+        boxes=[found.in_lidar(matrix) for found, matrix in zip(objects, global_to_lidar, strict=True)],
     )
+
+
+class NuScenesScenes:
+    """nuScenes tables of any root and version, as ``adapters.Adapter``."""
+
+    def __init__(self, config: Config, project: Path) -> None:
+        self.root = project / config.data.root
+        self._config = config
+
+    def names(self) -> list[str]:
+        """The scenes' names."""
+        return sorted(self._records)
+
+    def read(self, name: str, split: str) -> Scene:
+        """One scene at 12 Hz."""
+        record, published = self._records[name], self._config.published
+        carry_lone = self._config.data.unpaired == "carry_on"
+        return build_scene(self._tables, record, split, published=published, carry_lone=carry_lone)
+
+    def pictures(self, scene: Scene) -> dict[str, tuple[int, int]]:
+        """Sizes as ``sample_data.json`` states them."""
+        channels = self._tables.sensor_records(self._records[scene.name])
+        sizes = {
+            record["filename"]: (record.get("width") or PICTURE_WIDTH, record.get("height") or PICTURE_HEIGHT)
+            for channel in VIEWS
+            for record in channels[channel]
+        }
+        return {path: sizes[path] for views in scene.pictures for path in views}
+
+    def vector_map(self, scene: Scene) -> VectorMap:
+        """The map expansion of the scene's location."""
+        return load_map(self.root, scene.location)
+
+    @cached_property
+    def _tables(self) -> Tables:
+        from magicdrive_core.data.nuscenes import load_tables  # the devkit takes seconds to import
+
+        return load_tables(self.root, self._config.data.version)
+
+    @cached_property
+    def _records(self) -> dict[str, Record]:
+        return {str(self._tables.field("scene", record, "name")): record for record in self._tables.scene}
 
 
 def choose_splits(names: Sequence[str], val_scenes: Literal["auto"] | list[str], version: str) -> dict[str, str]:
@@ -101,11 +156,24 @@ def _pictures(cameras: Sequence[Track], rows: Sequence[np.ndarray]) -> list[list
     return [list(views) for views in zip(*by_view, strict=True)]
 
 
-def _boxes(tables: Tables, samples: Sequence[Record], grid: Grid, global_to_lidar: np.ndarray) -> list[FrameBoxes]:
+def _objects(
+    tables: Tables, samples: Sequence[Record], grid: Grid, key_times: np.ndarray, *, carry_lone: bool
+) -> list[Objects]:
+    """The objects of every frame, in the global frame."""
     keys = [read_objects(tables, sample) for sample in samples]
-    objects = []
+    gaps = np.diff(key_times)
+    out = []
     for index, (start, end) in enumerate(pairwise(keys)):
         fractions = grid.fractions[(grid.keys == index) & (grid.steps > 0)]
-        objects += [start, *interpolate(start, end, fractions)]
-    objects.append(keys[-1])
-    return [found.in_lidar(matrix) for found, matrix in zip(objects, global_to_lidar, strict=True)]
+        out.append(start)
+        for fraction, between in zip(fractions, interpolate(start, end, fractions), strict=True):
+            lone = None
+            if carry_lone and fraction <= 0.5:
+                step = fraction * gaps[index] / gaps[max(0, index - 1)]
+                lone = carry_on(start, end, keys[index - 1] if index else None, step)
+            elif carry_lone:
+                later = min(index + 1, len(gaps) - 1)
+                step = (1 - fraction) * gaps[index] / gaps[later]
+                lone = carry_on(end, start, keys[index + 2] if later > index else None, step)
+            out.append(between.join(lone) if lone else between)
+    return [*out, keys[-1]]

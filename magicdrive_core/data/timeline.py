@@ -124,25 +124,28 @@ def _track(tables: Tables, channel: str, samples: Sequence[Record], records: Seq
                 f"{tables.table_root}/sample_data.json: sample {sample['token']} has no key-frame record of {channel}",
                 "the tables are incomplete: unpack the nuScenes metadata archive again",
             )
-    times = np.array([record["timestamp"] for record in records], np.int64)
+    times = np.array([tables.time("sample_data", record) for record in records], np.int64)
     if np.any(np.diff(times) <= 0):
         row = int(np.argmin(np.diff(times)))
         raise MagicDriveError(
             f"{tables.table_root}/sample_data.json: {channel} has two records at {times[row]}, one is"
             f" {records[row + 1]['token']}"
         )
-    ego = [tables.get("ego_pose", record["ego_pose_token"]) for record in records]
+    ego = [tables.get("ego_pose", tables.field("sample_data", record, "ego_pose_token")) for record in records]
     sensor = [tables.get("calibrated_sensor", record["calibrated_sensor_token"]) for record in records]
     return Track(
         channel=channel,
         times=times,
-        files=[record["filename"] for record in records],
+        files=[tables.field("sample_data", record, "filename") for record in records],
         ego_rotations=tables.vectors("ego_pose", ego, "rotation", 4),
         ego_translations=tables.vectors("ego_pose", ego, "translation", 3),
         sensor_to_ego=poses.pose(
             tables.vectors("calibrated_sensor", sensor, "rotation", 4),
             tables.vectors("calibrated_sensor", sensor, "translation", 3),
         ),
-        intrinsics=np.array([record["camera_intrinsic"] or np.zeros((3, 3)) for record in sensor], np.float64),
+        intrinsics=np.array(
+            [tables.field("calibrated_sensor", record, "camera_intrinsic") or np.zeros((3, 3)) for record in sensor],
+            np.float64,
+        ),
         key_indices=np.array([index[sample["data"][channel]] for sample in samples], np.int64),
     )

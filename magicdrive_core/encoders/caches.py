@@ -16,14 +16,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from magicdrive_core.config import STAGES, Config
-from magicdrive_core.data.clips import caption
+from magicdrive_core.config import STAGES, Config, fingerprint
+from magicdrive_core.data.clips import caption, weathers
 from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.data.records import CLASSES, Clip
 from magicdrive_core.encoders.encode import encode_scenes
-from magicdrive_core.encoders.scene_work import EncoderSettings, bucket_name, plan_scenes
+from magicdrive_core.encoders.scene_work import EncoderSettings, SceneWork, bucket_name, plan_scenes
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.files import atomic_folder, read_json, sha256_folder, write_json
+from magicdrive_core.files import atomic_folder, read_json, resumable_folder, sha256_folder, write_json
 
 FORMAT = 1  # of the files below; another number is refused
 INDEX = "index.json"
@@ -33,7 +33,7 @@ HINT = "run `dvc repro`"
 
 
 def write_text(config: Config, infos: Path, encoders: Path, out: Path) -> None:
-    """T5 features of every distinct caption, every class name and the empty text.
+    """T5 features of every distinct caption, with and without "Daytime.", every class name and the empty text.
 
     Writes ``features.safetensors`` (one (l, D) float32 tensor a caption, named by its place in ``captions.json``;
     ``class_features`` (K, D): the mean over the tokens of the bare class name; ``base_feature`` (D): the empty
@@ -44,7 +44,9 @@ def write_text(config: Config, infos: Path, encoders: Path, out: Path) -> None:
     """
     from magicdrive_core.encoders.text import TextEncoder  # readers of caches need no transformers
 
-    captions = sorted({caption(scene) for scene in read_scenes(infos)})
+    scenes = read_scenes(infos)
+    by_day = (caption(scene, say_daytime=True) for scene in scenes if weathers(scene.description) == ["none"])
+    captions = sorted({*(caption(scene) for scene in scenes), *by_day})
     made = read_json(encoders / "encoders.json", HINT)["text"]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder = TextEncoder.load(made["path"], config.text.max_tokens, device)
@@ -63,28 +65,38 @@ def write_text(config: Config, infos: Path, encoders: Path, out: Path) -> None:
 def write_latents(config: Config, infos: Path, encoders: Path, out: Path) -> None:
     """Moments of every training clip of every bucket of the three stages.
 
+    With ``latents.live`` there is nothing to encode, and only an index is written.
+
     A bucket's clips start at frame 0, ``start_stride``, 2 ``start_stride``, ...; single frames are the key frames.
     Writes ``<HxW>-<frames>/<scene>.safetensors`` with ``moments`` (n, V, 2C, T, h, w) and ``starts`` (n), and
-    ``index.json`` with the standard deviation of each bucket's scaled latents.
+    ``index.json`` with the standard deviation of each bucket's scaled latents. Interrupted, it goes on after the scenes
+    that are encoded.
 
     Raises:
         MagicDriveError: infos, encoder or a picture are missing or broken, or the disk is too small.
     """
     made = read_json(encoders / "encoders.json", HINT)["vae"]
     buckets = sorted({(b.size, b.frames) for stage in STAGES for b in config.training.stage(stage).buckets})
-    works = plan_scenes(read_scenes(infos), Path(config.data.root), buckets, config.latents.start_stride)
+    works: list[SceneWork] = []
+    if not config.latents.live:
+        works = plan_scenes(read_scenes(infos), Path(config.data.root), buckets, config.latents.start_stride)
     settings = EncoderSettings(
         made["path"], made["scaling_factor"], made["latent_channels"], config.vae.chunk_frames, config.latents.dtype
     )
-    _check_space(out, sum(work.bytes(settings) for work in works))
-    with atomic_folder(out) as folder:
-        spread = encode_scenes(works, settings, folder)
+    key = fingerprint(
+        made["digest"], sha256_folder(infos), config.data.root, config.vae.chunk_frames, config.latents, buckets
+    )
+    with resumable_folder(out, key) as folder:
+        there = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+        _check_space(out, sum(work.bytes(settings) for work in works) - there)
+        spread = encode_scenes(works, settings, folder, scaled=config.latents.scaled_decoding) if works else {}
         files = [f"{bucket_name(work.size, n)}/{work.scene}.safetensors" for work in works for n in work.starts]
         index = {
             "encoder": made["digest"],
             "infos": sha256_folder(infos),
             "chunk_frames": config.vae.chunk_frames,
             "dtype": config.latents.dtype,
+            "scaled_decoding": config.latents.scaled_decoding,
             "start_stride": config.latents.start_stride,
             "scaled_std": spread,
         }
@@ -111,6 +123,9 @@ class TextCache:
     def width(self) -> int:
         """D."""
         return int(self.base_feature.shape[0])
+
+    def __contains__(self, caption: str) -> bool:
+        return caption in self._names
 
     def features(self, caption: str) -> Tensor:
         """(l, D) float32: the features of a caption's own tokens.

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from magicdrive_core.config import parse_size
@@ -22,14 +22,19 @@ from magicdrive_core.data.pictures import read_picture
 from magicdrive_core.encoders.scene_work import DTYPES, EncoderSettings, SceneWork, begins_as, bucket_name
 from magicdrive_core.encoders.vae import Vae, latent_shape, to_video
 from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.files import atomic_file
 from magicdrive_core.geometry.cameras import Framing
 from magicdrive_core.progress import track
 
 FRAMES_AT_ONCE = 8  # single frames are encoded in batches of so many
 
 
-def encode_scenes(works: list[SceneWork], settings: EncoderSettings, folder: Path) -> dict[str, float]:
+def encode_scenes(
+    works: list[SceneWork], settings: EncoderSettings, folder: Path, *, scaled: bool = False
+) -> dict[str, float]:
     """Writes the moments of every clip below ``folder``, on the GPU if there is one, else on all cores.
+
+    ``scaled``: JPEG's scaled decoding, see ``read_picture``.
 
     Returns:
         The standard deviation of each bucket's scaled latents (means over channels; 1 is right for diffusion).
@@ -42,9 +47,9 @@ def encode_scenes(works: list[SceneWork], settings: EncoderSettings, folder: Pat
     if workers == 1:
         _load_vae(settings, device)
         _print_estimate(works, settings, _seconds_per_pixel(works[0]))
-        parts = [_encode_scene(work, settings.dtype, folder) for work in track(works, "VAE moments")]
+        parts = [_encode_scene(work, settings.dtype, folder, scaled) for work in track(works, "VAE moments")]
     else:
-        parts = _encode_in_processes(works, settings, folder, workers)
+        parts = _encode_in_processes(works, settings, folder, workers, scaled)
     sums: dict[str, np.ndarray] = {}
     for part in parts:  # in the order of the works, so that rounding is the same every time
         for bucket, values in part.items():
@@ -54,7 +59,7 @@ def encode_scenes(works: list[SceneWork], settings: EncoderSettings, folder: Pat
 
 
 def _encode_in_processes(
-    works: list[SceneWork], settings: EncoderSettings, folder: Path, workers: int
+    works: list[SceneWork], settings: EncoderSettings, folder: Path, workers: int, scaled: bool
 ) -> list[dict[str, np.ndarray]]:
     """One process of one thread a core: measured on 2 cores, faster than one process of two threads."""
     context = multiprocessing.get_context("spawn")
@@ -62,7 +67,7 @@ def _encode_in_processes(
         with ProcessPoolExecutor(workers, context, initializer=_load_vae, initargs=(settings, "cpu")) as pool:
             seconds_per_pixel = pool.submit(_seconds_per_pixel, works[0]).result()
             _print_estimate(works, settings, seconds_per_pixel / workers)
-            futures = [pool.submit(_encode_scene, work, settings.dtype, folder) for work in works]
+            futures = [pool.submit(_encode_scene, work, settings.dtype, folder, scaled) for work in works]
             try:
                 for future in track(as_completed(futures), "VAE moments", len(futures)):
                     future.result()
@@ -91,29 +96,39 @@ def _load_vae(settings: EncoderSettings, device: str) -> None:
     )
 
 
-def _encode_scene(work: SceneWork, dtype: str, folder: Path) -> dict[str, np.ndarray]:
-    """Writes the moments of one scene at one size; returns count, sum and sum of squares of each bucket's latents."""
+def _encode_scene(work: SceneWork, dtype: str, folder: Path, scaled: bool) -> dict[str, np.ndarray]:
+    """Writes the moments of one scene at one size, unless they are there.
+
+    Returns:
+        count, sum and sum of squares of each bucket's latents.
+    """
+    paths = {frames: folder / bucket_name(work.size, frames) / f"{work.scene}.safetensors" for frames in work.starts}
+    if all(path.is_file() for path in paths.values()):
+        return {path.parent.name: _sums(load_file(path)["moments"]) for path in paths.values()}
     framing = Framing(*parse_size(work.size))
     views = []
     for view in range(len(work.pictures[0])):  # memory holds one view's pictures
 
         @cache
         def read(frame: int, view: int = view) -> np.ndarray:
-            return read_picture(work.pictures[frame][view], framing)
+            return read_picture(work.pictures[frame][view], framing, scaled=scaled)
 
         views.append(_encode_view(work, read))
     sums = {}
     for frames, starts in work.starts.items():
         clips = [torch.stack([moments[frames, start] for moments in views]) for start in starts]
         stacked = torch.stack(clips).to(DTYPES[dtype])  # n, V, 2C, T, h, w
-        name = bucket_name(work.size, frames)
-        tensors = {"moments": stacked, "starts": torch.tensor(starts)}
-        (folder / name).mkdir(exist_ok=True)
-        save_file(tensors, folder / name / f"{work.scene}.safetensors")
-        mean, log_variance = stacked.double().chunk(2, dim=2)
-        squares = mean.square().sum() + log_variance.exp().sum()
-        sums[name] = np.array([mean.numel(), mean.sum().item(), squares.item()])
+        with atomic_file(paths[frames]) as partial:
+            save_file({"moments": stacked, "starts": torch.tensor(starts)}, partial)
+        sums[paths[frames].parent.name] = _sums(stacked)
     return sums
+
+
+def _sums(moments: Tensor) -> np.ndarray:
+    """Count, sum and sum of squares of the latents whose moments are (n, V, 2C, T, h, w)."""
+    mean, log_variance = moments.double().chunk(2, dim=2)
+    squares = mean.square().sum() + log_variance.exp().sum()
+    return np.array([mean.numel(), mean.sum().item(), squares.item()])
 
 
 def _encode_view(work: SceneWork, read: Callable[[int], np.ndarray]) -> dict[tuple[int, int], Tensor]:

@@ -53,3 +53,18 @@ def corners(boxes: Array, *, published: bool = False) -> Array:
     cosine, sine = np.cos(boxes[:, 6:]), np.sin(boxes[:, 6:])
     x, y, z = np.moveaxis(local, -1, 0)
     return np.stack([x * cosine + y * sine, y * cosine - x * sine, z], axis=-1) + boxes[:, None, :3]
+
+
+def moved(boxes: Array, matrix: Array) -> Array:
+    """Boxes (N, 7) of one frame as rows of another one.
+
+    Args:
+        boxes: rows of (x, y, z, w, l, h, yaw').
+        matrix: (4, 4) rigid motion from their frame to the other.
+    """
+    headings = -boxes[:, 6] - np.pi / 2
+    ahead = np.stack([np.cos(headings), np.sin(headings), np.zeros(len(boxes))], axis=1) @ matrix[:3, :3].T
+    out = boxes.copy()
+    out[:, :3] = transform(matrix, boxes[:, :3])
+    out[:, 6] = -np.arctan2(ahead[:, 1], ahead[:, 0]) - np.pi / 2
+    return out

@@ -63,6 +63,17 @@ class Framing:
         return out
 
 
+def full_window(width: int, height: int) -> tuple[float, float, float, float]:
+    """The part of a picture that the intrinsics speak of, scaled to 1600x900: the largest one of that shape, centred.
+
+    Returns:
+        left, top, right, bottom in the picture's own pixels; the whole picture where it is 16:9.
+    """
+    ratio = min(width / PICTURE_WIDTH, height / PICTURE_HEIGHT)
+    left, top = (width - ratio * PICTURE_WIDTH) / 2, (height - ratio * PICTURE_HEIGHT) / 2
+    return left, top, left + ratio * PICTURE_WIDTH, top + ratio * PICTURE_HEIGHT
+
+
 def project(points: Array, intrinsics: Array) -> tuple[Array, Array]:
     """Pinhole projection of points in a camera frame.
 

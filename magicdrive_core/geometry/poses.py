@@ -75,3 +75,42 @@ def slerp(start: ArrayLike, end: ArrayLike, fraction: ArrayLike) -> Array:
 def yaw(rotation: Array) -> float:
     """Heading in radians of the x axis of a 3x3 rotation, about +z."""
     return float(np.arctan2(rotation[1, 0], rotation[0, 0]))
+
+
+def multiply(a: ArrayLike, b: ArrayLike) -> Array:
+    """Products of quaternions (w, x, y, z): first the turn of ``b``, then that of ``a``: (..., 4), broadcast."""
+    w, x, y, z = np.moveaxis(np.asarray(a, dtype=np.float64), -1, 0)
+    p, q, r, s = np.moveaxis(np.asarray(b, dtype=np.float64), -1, 0)
+    return np.stack(
+        [
+            w * p - x * q - y * r - z * s,
+            w * q + x * p + y * s - z * r,
+            w * r - x * s + y * p + z * q,
+            w * s + x * r - y * q + z * p,
+        ],
+        axis=-1,
+    )
+
+
+def quaternion(rotation: ArrayLike) -> Array:
+    """Unit quaternions (w, x, y, z), w not negative, of rotation matrices (..., 3, 3): (..., 4).
+
+    The outer product of a quaternion with itself is linear in its matrix: the longest column is the best conditioned.
+    """
+    m = np.asarray(rotation, dtype=np.float64)
+    xx, yy, zz = m[..., 0, 0], m[..., 1, 1], m[..., 2, 2]
+    wx, wy, wz = m[..., 2, 1] - m[..., 1, 2], m[..., 0, 2] - m[..., 2, 0], m[..., 1, 0] - m[..., 0, 1]
+    xy, xz, yz = m[..., 0, 1] + m[..., 1, 0], m[..., 0, 2] + m[..., 2, 0], m[..., 1, 2] + m[..., 2, 1]
+    outer = np.stack(
+        [
+            np.stack([1 + xx + yy + zz, wx, wy, wz], axis=-1),
+            np.stack([wx, 1 + xx - yy - zz, xy, xz], axis=-1),
+            np.stack([wy, xy, 1 - xx + yy - zz, yz], axis=-1),
+            np.stack([wz, xz, yz, 1 - xx - yy + zz], axis=-1),
+        ],
+        axis=-2,
+    )
+    longest = np.argmax(np.einsum("...ii->...i", outer), axis=-1)
+    q = np.take_along_axis(outer, longest[..., None, None], axis=-2)[..., 0, :]
+    q = q / np.linalg.norm(q, axis=-1, keepdims=True)
+    return np.where(q[..., :1] < 0, -q, q)

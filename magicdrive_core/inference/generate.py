@@ -15,8 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from magicdrive_core.config import Config, parse_size
-from magicdrive_core.data.bev import read_map
+from magicdrive_core.data.bev_maps import BevMaps
 from magicdrive_core.data.conditions import clip_conditions
+from magicdrive_core.data.edit_scene import edit_scene
+from magicdrive_core.data.edits import chosen_edits
 from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.data.records import ClipConditions, Scene
 from magicdrive_core.encoders.vae import latent_shape
@@ -76,8 +78,9 @@ def generate_items(
     Raises:
         MagicDriveError: the inputs are missing, or an item failed; the others are finished first.
     """
-    digests = input_digests(stage_folder, project)
-    scenes = {scene.token: scene for scene in read_scenes(project / "artifacts/infos")}
+    edits = chosen_edits(config, project)
+    digests = input_digests(stage_folder, project) | {"edits": edits.digest}
+    scenes = {scene.token: edit_scene(scene, edits) for scene in read_scenes(project / "artifacts/infos")}
     load = lru_cache(lambda: Models.load(config, stage_folder, project))  # only where anything is left to do
     summary = Summary()
     failed: dict[str, Exception] = {}
@@ -163,15 +166,15 @@ class _Work:
     def conditions(self) -> ClipConditions:
         """What the network is told about the clip."""
         size, clip = self.config.generate.size, self.item.clip
-        bits = read_map(self.project / "artifacts/conditions", self.scene.token, self.config.conditions.map_cells[size])
-        bits = bits[clip.start : clip.start + clip.frames]
+        draw = chosen_edits(self.config, self.project).moves_lidar(self.scene.name)
+        bits = BevMaps(self.config, self.project).of_clip(self.scene, clip, size, draw=draw)
         return clip_conditions(self.scene, clip, size, bits, published=self.config.published)
 
     def sample(self, clip: ClipConditions) -> Tensor:
         """Latents (V, C, T, h, w) on the CPU. All noise comes from the item's own generator."""
         models, settings = self.models, self.config.generate
         generator = torch.Generator().manual_seed(item_seed(self.config, self.item))
-        conditions = collate([clip], [models.text.features(clip.caption)], self.config.text.max_tokens)
+        conditions = collate([clip], [models.features(clip.caption)], self.config.text.max_tokens)
         network = models.network.config
         if network.instance_latent:
             shape = (1, conditions.box_classes.shape[-1], network.class_width or network.width)

@@ -120,7 +120,7 @@ def code_version() -> str:
 def _settings(config: Config) -> dict[str, Any]:
     """The settings that decide the pixels of an item that is given; how many items there are does not."""
     sampling = config.generate.model_dump(
-        mode="json", exclude={"workers", "generations", "frames", "weights", "offload"}
+        mode="json", exclude={"workers", "generations", "frames", "weights", "offload", "edits"}
     )
     others = {"video": config.video, "flow": config.flow}
     return {"sampling": sampling, "published": config.published} | {

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from magicdrive_core.config import Config
 from magicdrive_core.encoders.caches import TextCache
+from magicdrive_core.encoders.text import TextEncoder
 from magicdrive_core.encoders.vae import Vae
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.files import read_json, sha256_file
@@ -25,6 +28,7 @@ class Models:
     network: MagicDrive
     vae: Vae
     text: TextCache
+    encode_text: Callable[[str], Tensor]  # for captions that the cache has not: of edited scenes
     device: torch.device
     offload: bool  # what is not at work waits in main memory
 
@@ -49,8 +53,19 @@ class Models:
             device=device,
             dtype=dtype,
         )
-        text = TextCache(project / "artifacts/text")
-        return cls(network.to(device, dtype), vae, text, device, config.generate.offload)
+
+        @cache
+        def text_encoder() -> TextEncoder:
+            return TextEncoder.load(project / encoders["text"]["path"], config.text.max_tokens, device)
+
+        return cls(
+            network=network.to(device, dtype),
+            vae=vae,
+            text=TextCache(project / "artifacts/text"),
+            encode_text=lambda caption: text_encoder().encode([caption])[0],
+            device=device,
+            offload=config.generate.offload,
+        )
 
     def make_room_for(self, wanted: nn.Module) -> None:
         """With ``offload`` the device holds ``wanted``, network or VAE, and the other one waits."""
@@ -58,6 +73,10 @@ class Models:
             waiting = self.vae.model if wanted is self.network else self.network
             waiting.to("cpu")
             wanted.to(self.device)
+
+    def features(self, caption: str) -> Tensor:
+        """(l, D) float32: the features of a caption's own tokens, from the cache or encoded now."""
+        return self.text.features(caption) if caption in self.text else self.encode_text(caption)
 
 
 def _load_network(config: Config, stage_folder: Path, project: Path) -> MagicDrive:

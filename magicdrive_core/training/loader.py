@@ -7,9 +7,9 @@ the same (golden notes, oddity 12).
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 
@@ -20,19 +20,21 @@ from torch import Tensor
 
 from magicdrive_core.config import STAGES, Bucket, Config, Stage, parse_size
 from magicdrive_core.data.augment import add_boxes, drop_frames, hide_boxes
-from magicdrive_core.data.bev import read_map
-from magicdrive_core.data.buckets import BucketSampler
+from magicdrive_core.data.bev_maps import BevMaps
+from magicdrive_core.data.buckets import BucketSampler, relative_cost
+from magicdrive_core.data.clips import caption, weathers
 from magicdrive_core.data.conditions import clip_conditions
 from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.data.records import Clip, ClipConditions
 from magicdrive_core.encoders.caches import LatentCache, TextCache
+from magicdrive_core.encoders.live import LiveLatents
 from magicdrive_core.encoders.vae import sample_moments
 from magicdrive_core.files import read_json
 from magicdrive_core.model.inputs import Conditions, collate
+from magicdrive_core.training.ahead import Ahead
+from magicdrive_core.training.budget import plan_budget
 from magicdrive_core.training.masks import draw_masks
-from magicdrive_core.training.plan import bucket_clips
-
-MAPS_IN_MEMORY = 32  # scenes; a scene of 20 s takes 10 to 40 MB
+from magicdrive_core.training.plan import bucket_clips, bucket_name
 
 
 @dataclass(frozen=True)
@@ -48,53 +50,73 @@ class Batch:
 
 
 class Loader:
-    """Yields the micro-batches of this rank without end; the next one is prepared in a thread."""
+    """Yields the micro-batches of this rank without end; the next ones are prepared in a thread, as memory allows.
+
+    Raises:
+        MagicDriveError: a cache is missing or stale, or the micro-batches do not fit into memory.
+    """
 
     def __init__(self, config: Config, stage: Stage, project: Path = Path()) -> None:
         self._config, self._stage, self._settings = config, stage, config.training.stage(stage)
         artifacts = project / "artifacts"
         scenes = read_scenes(artifacts / "infos")
         self._scenes = {scene.token: scene for scene in scenes}
-        pairs = [(bucket, bucket_clips(config, bucket, scenes)) for bucket in self._settings.buckets]
+        pairs = [(bucket, bucket_clips(config, stage, bucket, scenes)) for bucket in self._settings.buckets]
         self.buckets: list[Bucket] = [bucket for bucket, clips in pairs if clips]
         self._clips = [clips for _, clips in pairs if clips]
-        self._read_map = lru_cache(MAPS_IN_MEMORY)(partial(read_map, artifacts / "conditions"))
+        self.budget = plan_budget(config, stage, project)
+        self._maps = BevMaps(config, project, hold=self.budget.maps)
         self._text = TextCache(artifacts / "text")
-        self._latents = LatentCache(artifacts / "latents")
+        self._latents: LatentCache | LiveLatents = (
+            LiveLatents(config, project, self._scenes) if config.latents.live else LatentCache(artifacts / "latents")
+        )
         self._scale: float = read_json(artifacts / "encoders/encoders.json")["vae"]["scaling_factor"]
-        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._ahead: Ahead[Batch] | None = None
 
-    def start(self, micro_batches: int) -> None:
-        """Begins after so many micro-batches of all ranks together."""
-        ranks, rank = dist.get_world_size(), dist.get_rank()
+    def start(self, micro_batches: int, ranks: int | None = None, rank: int | None = None) -> None:
+        """Begins after so many micro-batches of all ranks together; ranks and rank are those of the process group."""
+        ranks = dist.get_world_size() if ranks is None else ranks
+        rank = dist.get_rank() if rank is None else rank
         sampler = BucketSampler(
             [len(clips) for clips in self._clips],
             [bucket.batch for bucket in self.buckets],
             ranks=ranks,
             rank=rank,
             seed=self._settings.seed,
+            costs=[
+                relative_cost(
+                    bucket.size, bucket.frames, bucket.batch, self._config.model.width, self._config.text.max_tokens
+                )
+                for bucket in self.buckets
+            ],
+            group=self._config.training.pair_ranks,
         )
-        self._order = sampler.stream(micro_batches // ranks)
-        self._index = micro_batches + rank
-        self._stride = ranks
-        self._waiting = self._prepare_next()
+        sizes = [self.budget.batches[bucket_name(bucket)] for bucket in self.buckets]
+        places = count(micro_batches + rank, ranks)
+        self._ahead = Ahead(
+            (
+                (sizes[bucket], partial(self._prepare, bucket, clips, place))
+                for place, (bucket, clips) in zip(places, sampler.stream(micro_batches), strict=False)
+            ),
+            self.budget.waiting,
+        )
 
     def next(self) -> Batch:
         """The next micro-batch."""
-        batch = self._waiting.result()
-        self._waiting = self._prepare_next()
-        return batch
+        assert self._ahead is not None, "start comes first"
+        return self._ahead.next()
+
+    @property
+    def held(self) -> int:
+        """Bytes of micro-batches that wait and of maps that are kept."""
+        return self._maps.held + (self._ahead.held if self._ahead else 0)
 
     def __enter__(self) -> Loader:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._thread.shutdown(cancel_futures=True)
-
-    def _prepare_next(self) -> Future[Batch]:
-        bucket, clips = next(self._order)
-        index, self._index = self._index, self._index + self._stride
-        return self._thread.submit(self._prepare, bucket, clips, index)
+        if self._ahead:
+            self._ahead.stop()
 
     def _prepare(self, bucket: int, indices: list[int], micro_batch: int) -> Batch:
         rng = np.random.default_rng([self._settings.seed, STAGES.index(self._stage), micro_batch])
@@ -132,6 +154,8 @@ class Loader:
 
     def _told(self, clip: Clip, size: str, rng: np.random.Generator) -> ClipConditions:
         config, scene = self._config, self._scenes[clip.scene]
-        bits = self._read_map(scene.token, config.conditions.map_cells[size])[clip.start : clip.start + clip.frames]
+        bits = self._maps.of_clip(scene, clip, size)
         told = clip_conditions(scene, clip, size, bits, published=config.published)
+        if self._settings.balance and weathers(scene.description, published=config.published) == ["none"]:
+            told = replace(told, caption=caption(scene, say_daytime=True))
         return hide_boxes(add_boxes(told, config.training.add_boxes, rng), config.training.hide_boxes, rng)

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from magicdrive_core.config import STAGES, Bucket, Config, Stage, fingerprint, parse_config
-from magicdrive_core.data.clips import list_clips
+from magicdrive_core.data.clips import balanced, list_clips
 from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.data.records import Clip, Scene
 from magicdrive_core.files import read_json, sha256_file, write_json
 from magicdrive_core.tracking.lineage import input_digests
 
 # Of the sections that all stages share: how often something is written decides nothing.
-_UNIMPORTANT = {"checkpoint_every", "keep_checkpoints", "preview_every", "log_every", *STAGES}
+_UNIMPORTANT = {"prefetch_mbytes", "checkpoint_every", "keep_checkpoints", "preview_every", "log_every", *STAGES}
 
 
 @dataclass(frozen=True)
@@ -104,14 +104,17 @@ def feasibility(config: Config, stage: Stage, project: Path = Path()) -> Feasibi
     """
     scenes = read_scenes(project / "artifacts/infos")
     buckets = config.training.stage(stage).buckets
-    clips = {bucket_name(bucket): len(bucket_clips(config, bucket, scenes)) for bucket in buckets}
+    clips = {bucket_name(bucket): len(bucket_clips(config, stage, bucket, scenes)) for bucket in buckets}
     videos = [bucket for bucket in buckets if bucket.frames > 1]
     return Feasibility(stage, clips, any(clips[bucket_name(bucket)] for bucket in videos or buckets))
 
 
-def bucket_clips(config: Config, bucket: Bucket, scenes: Sequence[Scene]) -> list[Clip]:
-    """The training clips of a bucket, in the order of the sampler's indices."""
-    return list_clips(list(scenes), "train", bucket.frames, config.latents.start_stride)
+def bucket_clips(config: Config, stage: Stage, bucket: Bucket, scenes: Sequence[Scene]) -> list[Clip]:
+    """The training clips of a stage's bucket, in the order of the sampler's indices."""
+    if config.training.stage(stage).balance:
+        training = [scene for scene in scenes if scene.split in ("train", "both")]
+        scenes = balanced(training, published=config.published)
+    return list_clips(scenes, "train", bucket.frames, config.latents.start_stride)
 
 
 def write_job(plan: StagePlan, config: Config) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from magicdrive_core.config import Bucket, Config, Stage, parse_size
-from magicdrive_core.data.bev import read_map
+from magicdrive_core.data.bev_maps import BevMaps
 from magicdrive_core.data.clips import list_clips
 from magicdrive_core.data.conditions import clip_conditions
 from magicdrive_core.data.infos import read_scenes
@@ -42,10 +42,8 @@ class Preview:
         size = parse_size(bucket.size)
         self._middle = clip.frames // 2
         self._latent_shape = latent_shape(clip.frames, *size)
-        bits = read_map(project / "artifacts/conditions", scene.token, config.conditions.map_cells[bucket.size])
-        told = clip_conditions(
-            scene, clip, bucket.size, bits[clip.start : clip.start + clip.frames], published=config.published
-        )
+        bits = BevMaps(config, project).of_clip(scene, clip, bucket.size)
+        told = clip_conditions(scene, clip, bucket.size, bits, published=config.published)
         text = TextCache(project / "artifacts/text").features(told.caption)
         self._conditions: Conditions = collate([told], [text], config.text.max_tokens)
         paths = scene.pictures[clip.start + self._middle]

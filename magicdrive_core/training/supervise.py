@@ -19,6 +19,7 @@ from magicdrive_core.launch import RESUMABLE, run_group
 from magicdrive_core.progress import progress_bar
 from magicdrive_core.tracking.lineage import lineage_tags
 from magicdrive_core.tracking.runs import Store
+from magicdrive_core.training.budget import plan_budget
 from magicdrive_core.training.masks import check_ratios
 from magicdrive_core.training.plan import StagePlan, feasibility, plan_stage, write_job
 
@@ -64,6 +65,7 @@ def train_stage(
             Store(config.tracking, project).client.set_tag(parent_run, f"reused.{stage}", facts["run"] or plan.folder)
         return StageResult(stage, plan.folder, plan.weights, facts["run"], True, facts)
     _check(config, plan, project)
+    plan_budget(config, stage, project)
     write_job(plan, config)
     store = Store(config.tracking, project)
     run = _child_run(store, config, plan, parent_run, project)

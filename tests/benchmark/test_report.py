@@ -19,8 +19,9 @@ from magicdrive_core.benchmark.report import write_report
 from magicdrive_core.benchmark.sights import Sights
 from magicdrive_core.config import Config
 from magicdrive_core.data.bev import write_map
-from magicdrive_core.data.infos import FRAMES, SCHEMA, to_table
+from magicdrive_core.data.infos import FRAMES
 from magicdrive_core.data.records import FrameBoxes, Scene
+from magicdrive_core.data.table import SCHEMA, to_table
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.files import sha256_file
 from magicdrive_core.geometry.cameras import VIEWS

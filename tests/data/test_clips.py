@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from magicdrive_core.data.augment import add_boxes, drop_frames, hide_boxes
-from magicdrive_core.data.bev import read_map
-from magicdrive_core.data.clips import caption, full_length, list_clips
+from magicdrive_core.data.bev import rasterise, read_map
+from magicdrive_core.data.bev_maps import BevMaps
+from magicdrive_core.data.clips import balanced, caption, full_length, list_clips, weathers
 from magicdrive_core.data.conditions import build_conditions, clip_conditions
 from magicdrive_core.data.records import Clip, ClipConditions, FrameBoxes, Scene
 from magicdrive_core.errors import MagicDriveError
@@ -54,6 +55,30 @@ def test_validation_takes_the_first_clip_of_each_scene(scenes: list[Scene]) -> N
     assert list_clips(both, "train", 9, 4)
 
 
+@pytest.mark.parametrize(
+    ("description", "words", "substrings"),
+    [
+        ("Night, rain, peds", ["night", "rain"], ["night", "rain"]),
+        ("Rainy, parked cars", ["rain"], ["rain"]),
+        ("Train station, terrain", ["none"], ["rain"]),
+        ("Turn right, fortnight market", ["none"], ["night"]),
+        ("After rain", ["rain"], ["rain"]),
+    ],
+)
+def test_weather_is_told_by_word(description: str, words: list[str], substrings: list[str]) -> None:
+    assert weathers(description) == words
+    assert weathers(description, published=True) == substrings
+
+
+def test_balanced_groups_are_of_like_size(scenes: list[Scene]) -> None:
+    descriptions = ["Day"] * 7 + ["Night"] * 2 + ["Rain", "Rain, night", "Rain"]
+    many = [replace(scenes[0], token=str(n), description=text) for n, text in enumerate(descriptions)]
+    tokens = [scene.token for scene in balanced(many)]
+    assert tokens == [*["7", "8", "10"] * 2, *["9", "10", "11"] * 2, *map(str, range(7))]
+    assert balanced([]) == []
+    assert "onenorth. Daytime. Day." in caption(replace(many[0], location="singapore-onenorth"), say_daytime=True)
+
+
 @pytest.mark.parametrize(("frames", "kept"), [(26, 25), (29, 25), (32, 32), (25, 25), (241, 241), (187, 185)])
 def test_full_scenes_are_cut_to_what_the_encoder_takes(frames: int, kept: int) -> None:
     assert full_length(frames) == kept
@@ -74,6 +99,53 @@ def test_the_same_infos_give_the_same_conditions(
     build_conditions(make_config(synthetic_root), infos, tmp_path / "again")
     for path in (path for path in conditions.rglob("*") if path.is_file()):
         assert (tmp_path / "again" / path.relative_to(conditions)).read_bytes() == path.read_bytes()
+
+
+def test_maps_that_are_drawn_when_they_are_asked_for_are_the_same(
+    synthetic_root: Path, infos: Path, conditions: Path, scenes: list[Scene], make_config: Any, tmp_path: Path
+) -> None:
+    config = make_config(synthetic_root)
+    live = config.model_copy(update={"conditions": config.conditions.model_copy(update={"maps": "live"})})
+    (tmp_path / "artifacts").mkdir()
+    (tmp_path / "artifacts/conditions").symlink_to(conditions)
+    cached, drawn = BevMaps(config, tmp_path), BevMaps(live, tmp_path / "nowhere")
+    clip = Clip(scenes[1].token, 3, 9)
+    np.testing.assert_array_equal(cached.of_clip(scenes[1], clip, "112x200"), drawn.of_clip(scenes[1], clip, "112x200"))
+    assert cached.of_scene(scenes[0], "112x200").shape == (19, 200, 200)
+    build_conditions(live, infos, tmp_path / "live")
+    assert [path.name for path in (tmp_path / "live").iterdir()] == ["clips.json"]
+
+
+def test_interrupted_maps_go_on_after_the_scenes_that_are_drawn(
+    synthetic_root: Path,
+    infos: Path,
+    conditions: Path,
+    scenes: list[Scene],
+    make_config: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: list[int] = []
+
+    def rasterise_once(*arguments: Any) -> np.ndarray:
+        if len(drawn) == 1:
+            raise KeyboardInterrupt
+        drawn.append(1)
+        return rasterise(*arguments)
+
+    monkeypatch.setattr("magicdrive_core.data.conditions.rasterise", rasterise_once)
+    with pytest.raises(KeyboardInterrupt):
+        build_conditions(make_config(synthetic_root), infos, tmp_path / "conditions")
+    assert not (tmp_path / "conditions").exists()
+    again: list[int] = []
+    monkeypatch.setattr(
+        "magicdrive_core.data.conditions.rasterise", lambda *arguments: again.append(1) or rasterise(*arguments)
+    )
+    build_conditions(make_config(synthetic_root), infos, tmp_path / "conditions")
+    assert len(drawn) + len(again) == len(scenes)
+    assert [path.name for path in tmp_path.iterdir()] == ["conditions"]
+    for path in (path for path in conditions.rglob("*") if path.is_file()):
+        assert (tmp_path / "conditions" / path.relative_to(conditions)).read_bytes() == path.read_bytes()
 
 
 def test_a_map_of_another_version_leaves_nothing_behind(

@@ -9,15 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from magicdrive_core.data.infos import build_infos, pictures_changed, read_scenes
 from magicdrive_core.data.nuscenes import LIDAR, Tables, load_tables
 from magicdrive_core.data.objects import interpolate, read_objects
 from magicdrive_core.data.records import CLASSES, Scene
 from magicdrive_core.data.scenes import build_scene, choose_splits
+from magicdrive_core.data.table import SCHEMA
 from magicdrive_core.errors import MagicDriveError, UsageError
 from magicdrive_core.geometry import cameras, poses
+from tests.conftest import PROJECT
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +251,11 @@ def test_a_missing_record_is_named(root_copy: Path) -> None:
     [
         ("ego_pose", "translation", [float("nan"), 0.0, 0.0], "translation of record .* is not 3 finite numbers"),
         ("ego_pose", "rotation", [1.0, 0.0, 0.0], "rotation of record .* is not 4 finite numbers"),
+        ("ego_pose", "rotation", [0.0, 0.0, 0.0, 0.0], "ego_pose.json: rotation of record .* is zero"),
+        ("calibrated_sensor", "translation", None, "calibrated_sensor.json: translation of record .* is not 3 finite"),
         ("sample_annotation", "size", [0.0, 1.0, 1.0], "size of record .* is not positive"),
+        ("sample", "timestamp", 7, "sample.json: timestamp of record .* is not later"),
+        ("sample_data", "timestamp", "noon", "sample_data.json: timestamp of record .* is 'noon', not microseconds"),
     ],
 )
 def test_impossible_values_are_named(root_copy: Path, table: str, field: str, value: Any, message: str) -> None:
@@ -255,6 +263,49 @@ def test_impossible_values_are_named(root_copy: Path, table: str, field: str, va
     tables = load_tables(root_copy, "v1.0-demo")
     with pytest.raises(MagicDriveError, match=message):
         scene_of(tables, published=False)
+
+
+def test_a_missing_field_is_named(root_copy: Path) -> None:
+    edit(root_copy, "ego_pose", lambda records: [record.pop("rotation") for record in records])
+    tables = load_tables(root_copy, "v1.0-demo")
+    with pytest.raises(MagicDriveError, match=r"ego_pose.json: record \w+ has no rotation"):
+        scene_of(tables, published=False)
+
+
+def test_bad_scenes_are_quarantined_on_request(
+    root_copy: Path, scenes: list[Scene], make_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, broken = scenes
+    picture = root_copy / broken.pictures[3][2]
+    picture.unlink()
+    Image.new("RGB", (800, 450)).save(picture)
+    config = make_config(root_copy)
+    with pytest.raises(MagicDriveError, match=f"{picture.name} is a picture of 800x450 pixels, not 1600x900"):
+        build_infos(config, tmp_path / "infos")
+    skipping = config.model_copy(update={"data": config.data.model_copy(update={"skip_bad": True})})
+    build_infos(skipping, tmp_path / "infos")
+    assert [scene.name for scene in read_scenes(tmp_path / "infos")] == [whole.name]
+    (entry,) = json.loads((tmp_path / "infos/infos.json").read_text())["quarantined"].items()
+    assert entry[0] == broken.name
+    assert str(picture) in entry[1]
+    assert f"{broken.name} is left out" in capsys.readouterr().err
+    edit(root_copy, "sample_annotation", lambda records: [record.update(size=[1, 0, 1]) for record in records])
+    with pytest.raises(MagicDriveError, match=r"no scene of v1.0-demo is whole"):
+        build_infos(skipping, tmp_path / "infos")
+    assert len(read_scenes(tmp_path / "infos")) == 1  # the earlier result stays
+
+
+def test_the_parquet_file_names_the_rule(infos: Path, synthetic_root: Path, make_config: Any, tmp_path: Path) -> None:
+    build_infos(make_config(synthetic_root, published=True), tmp_path / "infos")
+    for folder, rule in ((infos, b"by time stamp"), (tmp_path / "infos", b"published")):
+        metadata = pq.read_schema(folder / "frames.parquet").metadata
+        assert metadata[b"magicdrive.rule"] == rule
+        assert metadata[b"magicdrive.unpaired"] == b"leave_out"
+
+
+def test_every_column_is_documented() -> None:
+    page = (PROJECT / "docs/data.md").read_text()
+    assert [name for name in SCHEMA.names if f"`{name}`" not in page] == []
 
 
 def test_missing_and_empty_pictures_are_counted(root_copy: Path, make_config: Any, tmp_path: Path) -> None:
@@ -307,7 +358,7 @@ def test_a_single_real_key_frame_is_a_scene_of_one_frame(shared: Path, make_conf
 
 
 def test_a_root_without_pictures_says_how_to_draw_them(shared: Path, make_config: Any, tmp_path: Path) -> None:
-    with pytest.raises(MagicDriveError, match=r"1\d\d\d pictures are missing or empty") as error:
+    with pytest.raises(MagicDriveError, match=r"1\d\d\d pictures are unusable") as error:
         build_infos(make_config(shared / "data/nuscenes-drive", "v1.0-drive"), tmp_path / "infos")
     assert "--render-for" in error.value.hint
 

@@ -50,6 +50,27 @@ def test_unusable_pictures_are_named(picture: Path, tmp_path: Path) -> None:
             read_picture(picture, SMALL)
     with pytest.raises(MagicDriveError, match=r"gone.jpg is missing"):
         read_picture(tmp_path / "gone.jpg", SMALL)
-    Image.new("RGB", (800, 450)).save(picture)
-    with pytest.raises(MagicDriveError, match="800x450 pixels, not 1600x900"):
-        read_picture(picture, SMALL)
+
+
+def test_of_another_shape_the_middle_is_seen(tmp_path: Path) -> None:
+    path = tmp_path / "tall.png"
+    tall = np.zeros((2048, 1550, 3), np.uint8)
+    tall[588:1460] = 200  # 1550 * 9 / 16 = 872 rows about the middle
+    Image.fromarray(tall).save(path)
+    seen = read_picture(path, SMALL)
+    assert seen.shape == (224, 400, 3)
+    assert (seen[3:-3] == 200).all()
+    Image.fromarray(tall[:872]).resize((800, 450)).save(path)  # the same shape, smaller: seen whole
+    assert read_picture(path, SMALL).shape == (224, 400, 3)
+
+
+@pytest.mark.parametrize("size", [(112, 200), (224, 400), (424, 800)])
+def test_scaled_decoding_is_fifty_decibels_from_whole_decoding(shared: Path, size: tuple[int, int]) -> None:
+    """Six real pictures; at 424x800 twice the size is the whole picture, so that nothing is scaled."""
+    errors = []
+    for path in sorted((shared / "data/nuscenes-one/samples").glob("CAM_*/*.jpg")):
+        whole, scaled = (read_picture(path, Framing(*size), scaled=flag).astype(float) for flag in (False, True))
+        errors.append(np.mean((whole - scaled) ** 2))
+        assert np.abs(whole - scaled).max() <= 8
+    assert len(errors) == 6
+    assert 10 * np.log10(255**2 / max(np.mean(errors), 1e-9)) >= 49

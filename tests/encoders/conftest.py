@@ -12,8 +12,9 @@ import yaml
 from PIL import Image
 
 from magicdrive_core.config import Config, parse_config
-from magicdrive_core.data.infos import FRAMES, to_table
+from magicdrive_core.data.infos import FRAMES
 from magicdrive_core.data.records import FrameBoxes, Scene
+from magicdrive_core.data.table import to_table
 from magicdrive_core.geometry.cameras import VIEWS
 
 PROFILE = Path(__file__).resolve().parents[2] / "profiles/demo.yaml"

@@ -16,8 +16,10 @@ from magicdrive_core.data.clips import caption
 from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.data.pictures import read_clip
 from magicdrive_core.data.records import CLASSES, Clip
+from magicdrive_core.encoders import encode
 from magicdrive_core.encoders.build import build_encoders
 from magicdrive_core.encoders.caches import LatentCache, TextCache, write_latents, write_text
+from magicdrive_core.encoders.live import LiveLatents
 from magicdrive_core.encoders.scene_work import EncoderSettings, begins_as, plan_scenes
 from magicdrive_core.encoders.text import TextEncoder
 from magicdrive_core.encoders.vae import Vae, to_video
@@ -91,6 +93,20 @@ def test_moments_are_the_encoders(project) -> None:
     assert cache.starts("56x104", 9, "token-scene-2") == []  # validation scenes are not trained on
 
 
+def test_clips_encoded_live_are_those_of_the_cache(project, tmp_path) -> None:
+    (tmp_path / "artifacts").symlink_to(project.artifacts)
+    scenes = {scene.token: scene for scene in read_scenes(project.infos)}
+    cache, live = LatentCache(project.artifacts / "latents"), LiveLatents(project.config, tmp_path, scenes)
+    for size, frames, start in (("56x104", 1, 6), ("56x104", 9, 4), ("56x104", 17, 2), ("112x200", 1, 12)):
+        clip = Clip(TRAIN, start, frames)
+        torch.testing.assert_close(live.moments(size, clip), cache.moments(size, clip), atol=2e-3, rtol=2e-3)
+    latents = project.config.latents.model_copy(update={"live": True})
+    write_latents(
+        project.config.model_copy(update={"latents": latents}), project.infos, project.encoders, tmp_path / "latents"
+    )
+    assert [path.name for path in (tmp_path / "latents").iterdir()] == ["index.json"]
+
+
 def test_the_index_tells_the_spread_of_scaled_latents(project) -> None:
     index = json.loads((project.artifacts / "latents/index.json").read_text())
     assert set(index["scaled_std"]) == {"56x104-1", "56x104-9", "56x104-17", "112x200-1"}
@@ -146,14 +162,32 @@ def test_half_written_caches_are_refused(copy, cache, reader, file) -> None:
         reader(copy / cache)
 
 
-def test_a_broken_picture_stops_the_work_and_leaves_nothing(project, tmp_path) -> None:
+def test_a_broken_picture_stops_the_work_which_then_goes_on(project, tmp_path, monkeypatch) -> None:
     root = tmp_path / "root"
     shutil.copytree(project.root, root)
-    (root / "samples/3.jpg").write_bytes((root / "samples/3.jpg").read_bytes()[:2000])
+    whole = (root / "samples/3.jpg").read_bytes()
+    (root / "samples/3.jpg").write_bytes(whole[:2000])
     with pytest.raises(MagicDriveError, match=r"3\.jpg is not a whole picture"):
         write_latents(make_config(root), project.infos, project.encoders, tmp_path / "latents")
     assert not (tmp_path / "latents").exists()
+    (partial,) = tmp_path.glob(".latents.*.resumable")
+    (root / "samples/3.jpg").write_bytes(whole)
+    done = {path.relative_to(partial) for path in partial.rglob("*.safetensors")}
+    made: list[str] = []
+    encode_view = encode._encode_view
+    monkeypatch.setattr(encode, "_encode_view", lambda work, read: made.append(work.size) or encode_view(work, read))
+    write_latents(make_config(root), project.infos, project.encoders, tmp_path / "latents")
+    assert set(made) == {"56x104", "112x200"} - {path.parts[0].rsplit("-", 1)[0] for path in done}
     assert not list(tmp_path.glob(".latents*"))
+    for path in (project.artifacts / "latents").rglob("*.safetensors"):
+        assert (
+            tmp_path / "latents" / path.relative_to(project.artifacts / "latents")
+        ).read_bytes() == path.read_bytes()
+    spread = [
+        json.loads((folder / "index.json").read_text())["scaled_std"]
+        for folder in (tmp_path / "latents", project.artifacts / "latents")
+    ]
+    assert spread[0] == spread[1]
 
 
 @pytest.mark.slow

@@ -52,3 +52,14 @@ def test_slerp_takes_many_at_once() -> None:
     together = poses.slerp(start, end, fraction)
     for index in range(5):
         np.testing.assert_allclose(together[index], poses.slerp(start[index], end[index], fraction[index]), atol=1e-15)
+
+
+@given(quaternions, quaternions)
+def test_quaternions_come_back_from_matrices_and_multiply_as_they_do(a: np.ndarray, b: np.ndarray) -> None:
+    matrix = poses.rotation_matrix(a)
+    back = poses.quaternion(matrix)
+    assert back[0] >= 0
+    np.testing.assert_allclose(poses.rotation_matrix(back), matrix, atol=1e-12)
+    np.testing.assert_allclose(
+        poses.rotation_matrix(poses.multiply(a, b)), matrix @ poses.rotation_matrix(b), atol=1e-12
+    )

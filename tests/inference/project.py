@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from magicdrive_core.config import Config, load_config
 from magicdrive_core.data.bev import write_map
 from magicdrive_core.data.clips import caption
-from magicdrive_core.data.infos import FRAMES, SCHEMA, to_table
+from magicdrive_core.data.infos import FRAMES
 from magicdrive_core.data.records import CLASSES, FrameBoxes, Scene
+from magicdrive_core.data.table import SCHEMA, to_table
 from magicdrive_core.encoders.caches import CAPTIONS, FEATURES, FORMAT, INDEX
 from magicdrive_core.files import sha256_file, sha256_folder, write_json
 from magicdrive_core.geometry.cameras import VIEWS

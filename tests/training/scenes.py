@@ -50,6 +50,17 @@ class FakeLatents:
         return torch.cat([torch.full(shape, float(clip.start)), torch.zeros(shape)], 1).half()
 
 
+class FakeMaps:
+    """Every cell holds the layers 0 and 2."""
+
+    held = 0
+
+    def __init__(self, _config: object, _project: object, *, hold: int) -> None: ...
+
+    def of_clip(self, _scene: Scene, clip: Clip, _size: str) -> np.ndarray:
+        return np.full((clip.frames, 4, 4), 5, np.uint8)
+
+
 class FakeText:
     """Features of four tokens of width 5."""
 

@@ -29,15 +29,13 @@ def batches(project: Path, stage: Any, start: int, count: int) -> list[Any]:
     """The first micro-batches of this rank, by real threads."""
     from unittest import mock
 
-    import numpy as np
-
     from magicdrive_core.training import loader
-    from tests.training.scenes import FakeLatents, FakeText, make_scene
+    from tests.training.scenes import FakeLatents, FakeMaps, FakeText, make_scene
 
     scenes = [make_scene("a", 60), make_scene("b", 48)]
     fakes = {
         "read_scenes": lambda _: scenes,
-        "read_map": lambda _, scene, cells: np.full((60, cells, cells), 5, np.uint8),
+        "BevMaps": FakeMaps,
         "TextCache": FakeText,
         "LatentCache": FakeLatents,
     }
@@ -69,7 +67,10 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
 @pytest.fixture(scope="module")
 def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("project")
-    write_json(folder / "artifacts/encoders/encoders.json", {"vae": {"scaling_factor": 2.0}})
+    write_json(
+        folder / "artifacts/encoders/encoders.json",
+        {"vae": {"scaling_factor": 2.0, "latent_channels": 4}, "text": {"width": 5}},
+    )
     return folder
 
 

@@ -58,6 +58,7 @@ class Ranks:
 @pytest.fixture
 def train(project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     monkeypatch.setattr(plan, "read_scenes", lambda _: [make_scene("a", 30), make_scene("b", 30, "val")])
+    write_json(project / "artifacts/encoders/encoders.json", {"vae": {"latent_channels": 4}, "text": {"width": 8}})
 
     def run(ranks: Ranks, stage: Stage = "stage1", overrides: list[str] | None = None) -> Any:
         monkeypatch.setattr(supervise, "run_group", ranks)
@@ -74,7 +75,7 @@ def only_run(project: Path) -> Run:
 
 def test_a_stage_is_trained_once(project: Path, train: Callable[..., Any]) -> None:
     parent = Store(Tracking(), project)
-    result = train(Ranks(0))
+    result = train(Ranks(0), overrides=["training.stage1.learning_rate=0.001"])
     assert not result.skipped
     assert result.weights.read_bytes() == b"weights"
     run = only_run(project)
@@ -161,3 +162,13 @@ def test_ranks_read_the_settings_of_their_start(train: Callable[..., Any]) -> No
     config, _ = read_job(result.folder)
     assert config == load_config(PROFILE, ["cluster.threads=1", "training.log_every=7"])
     assert read_json(result.folder / "mlflow.json") == {"run": result.run}
+
+
+def test_a_stage_that_memory_cannot_hold_is_refused_before_anything_starts(
+    train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("magicdrive_core.training.budget.memory_left", lambda: 1 << 20)
+    ranks = Ranks(0)
+    with pytest.raises(MagicDriveError, match=r"a micro-batch of .* are left for each of 2 ranks"):
+        train(ranks)
+    assert not ranks.environments

@@ -40,7 +40,7 @@ class MadeUpLoader:
     def start(self, micro_batches: int) -> None:
         self._ranks, self._rank = dist.get_world_size(), dist.get_rank()
         sampler = BucketSampler([7, 5], [b.batch for b in self.buckets], self._ranks, self._rank, self._seed)
-        self._order, self._index = sampler.stream(micro_batches // self._ranks), micro_batches + self._rank
+        self._order, self._index = sampler.stream(micro_batches), micro_batches + self._rank
 
     def next(self) -> Batch:
         step = self._index // self._ranks

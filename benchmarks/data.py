@@ -1,0 +1,112 @@
+"""What preparing data costs a frame, and what that makes of the whole of nuScenes. CPU seconds of this process.
+
+    python benchmarks/data.py ../shared/data/nuscenes-drive v1.0-drive
+    python benchmarks/data.py ../shared/data/nuscenes-drive v1.0-drive --pictures ../shared/data/nuscenes-one
+
+Maps are drawn by this project and by the devkit, on the same frames in the same process. The projection is for 850
+scenes of 220 frames on 16 cores: tables and infos are read by one of them, maps are drawn by all. Pictures are only
+looked at (length and header); the VAE's work depends on the device, and is estimated where it starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import shapely
+from nuscenes.map_expansion.map_api import NuScenesMap, NuScenesMapExplorer
+
+from magicdrive_core.data.bev import rasterise, write_map
+from magicdrive_core.data.infos import check_pictures
+from magicdrive_core.data.maps import load_map
+from magicdrive_core.data.nuscenes import load_tables
+from magicdrive_core.data.records import MAP_LAYERS
+from magicdrive_core.data.scenes import build_scene
+from magicdrive_core.geometry import poses
+
+SCENES, FRAMES, CORES, VIEWS = 850, 220, 16, 6
+TRAIN_FRAMES, PUBLISHED_BYTES = 700 * FRAMES, 124e9
+TRAINVAL_RECORDS = 2_631_083 + 1_166_187  # sample_data and sample_annotation
+
+
+def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Least CPU time of two runs, and the result."""
+    times = []
+    for _ in range(2):
+        began = time.process_time()
+        result = work()
+        times.append(time.process_time() - began)
+    return min(times), result
+
+
+def draw_lines(lines: Any, mask: np.ndarray) -> np.ndarray:
+    """The devkit 1.2 cannot iterate a line of several parts under shapely 2: the same drawing, part by part."""
+    for line in shapely.get_parts(lines):
+        cv2.polylines(mask, [shapely.get_coordinates(line).astype(np.int32)], False, 1, 2)
+    return mask
+
+
+def main() -> None:
+    """Measures and projects."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", type=Path)
+    parser.add_argument("version")
+    parser.add_argument("--pictures", type=Path, help="a folder with real pictures, for the cost of looking at them")
+    parser.add_argument("--devkit-frames", type=int, default=12)
+    arguments = parser.parse_args()
+    root = arguments.root
+
+    load, tables = seconds(lambda: load_tables(root, arguments.version))
+    build, scene = seconds(lambda: build_scene(tables, tables.scene[0], "both", published=False))
+    F = len(scene)
+    print(f"tables {load:.2f} s for {len(tables.sample_data) + len(tables.sample_annotation)} records")
+    print(f"infos {1e3 * build / F:.2f} ms a frame ({F} frames)")
+    vectors, devkit = load_map(root, scene.location), NuScenesMap(str(root), scene.location)
+    NuScenesMapExplorer.mask_for_lines = staticmethod(draw_lines)
+    lidar_to_global = scene.ego_to_global @ scene.lidar_to_ego
+    chosen = np.linspace(0, F - 1, arguments.devkit_frames).astype(int)
+    drawing = size = 0.0
+    for cells in (200, 400):
+        ours, bits = seconds(lambda cells=cells: rasterise(vectors, lidar_to_global, cells))
+        began = time.process_time()
+        for pose in lidar_to_global[chosen]:
+            patch = (pose[0, 3], pose[1, 3], 100, 100)
+            devkit.get_map_mask(patch, np.degrees(poses.yaw(pose)), list(MAP_LAYERS), (cells, cells))
+        theirs = (time.process_time() - began) / len(chosen)
+        with tempfile.TemporaryDirectory() as folder:
+            write, _ = seconds(lambda folder=folder, bits=bits: write_map(Path(folder) / "map.npz", bits))
+            stored = (Path(folder) / "map.npz").stat().st_size / F
+        print(
+            f"map {cells}: {1e3 * ours / F:.2f} ms a frame, {1e3 * write / F:.2f} to write; devkit"
+            f" {1e3 * theirs:.1f} ms, {theirs * F / ours:.0f} times; {stored:.0f} bytes a frame"
+        )
+        drawing += (ours + write) / F
+        size += stored
+    cache = TRAIN_FRAMES * size
+    share = PUBLISHED_BYTES / cache
+    print(f"maps of train at both sizes: {cache / 1e9:.2f} GB, 1/{share:.0f} of {PUBLISHED_BYTES / 1e9:.0f} GB")
+
+    look = 0.0
+    if arguments.pictures:
+        files = {str(path.relative_to(arguments.pictures)): (1600, 900) for path in arguments.pictures.rglob("*.jpg")}
+        spent, faults = seconds(lambda: check_pictures(arguments.pictures, files))
+        look = spent / len(files)
+        print(f"looking at a picture {1e3 * look:.3f} ms ({len(files)} pictures, {len(faults)} faults)")
+    frames = SCENES * FRAMES
+    table_seconds = load * TRAINVAL_RECORDS / (len(tables.sample_data) + len(tables.sample_annotation))
+    infos = table_seconds + frames * (build / F + VIEWS * look)
+    maps = frames * drawing / CORES
+    print(
+        f"{SCENES} scenes: tables {table_seconds / 60:.1f} min, infos {(infos - table_seconds) / 60:.1f} min"
+        f" on one core, maps {maps / 60:.1f} min on {CORES}: {(infos + maps) / 60:.1f} min"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,278 @@
+"""Argoverse 2 sensor logs: ``root/version/<log id>/`` with annotations, poses, calibration, map and camera folders.
+
+Sweeps are annotated at 10 Hz. Every fifth is a key frame; the half second between two is cut into six, boxes are
+interpolated between the sweeps around, and a camera's picture is the one nearest in time. The ring has seven cameras
+for six views: the left rear one is left out (``CAMERAS``). Pictures are not 16:9: the views show the widest 16:9 part
+about their middle (``cameras.full_window``). The map knows drivable areas, crossings and painted lane boundaries.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.feather as feather
+from numpy.typing import NDArray
+
+from magicdrive_core.data.maps import VectorMap
+from magicdrive_core.data.objects import Objects, interpolate
+from magicdrive_core.data.records import MAP_LAYERS, Scene
+from magicdrive_core.data.timeline import SUFFIXES, Grid, Track
+from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.files import read_json
+from magicdrive_core.geometry import poses
+from magicdrive_core.geometry.cameras import PICTURE_WIDTH, full_window
+
+if TYPE_CHECKING:
+    from magicdrive_core.config import Config
+
+Floats = NDArray[np.float64]
+
+KEY_EVERY = 5  # sweeps: 2 Hz
+LIDAR = "up_lidar"
+CAMERAS = (  # in the order of cameras.VIEWS
+    "ring_front_left",
+    "ring_front_center",
+    "ring_front_right",
+    "ring_side_right",
+    "ring_rear_right",
+    "ring_side_left",
+)
+NAMES = {
+    "REGULAR_VEHICLE": "car",
+    "LARGE_VEHICLE": "truck",
+    "BOX_TRUCK": "truck",
+    "TRUCK": "truck",
+    "TRUCK_CAB": "truck",
+    "VEHICULAR_TRAILER": "trailer",
+    "MESSAGE_BOARD_TRAILER": "trailer",
+    "BUS": "bus",
+    "SCHOOL_BUS": "bus",
+    "ARTICULATED_BUS": "bus",
+    "MOTORCYCLE": "motorcycle",
+    "BICYCLE": "bicycle",
+    "PEDESTRIAN": "pedestrian",
+    "OFFICIAL_SIGNALER": "pedestrian",
+    "CONSTRUCTION_CONE": "traffic_cone",
+    "CONSTRUCTION_BARREL": "traffic_cone",
+}
+_QUATERNION, _PLACE = ("qw", "qx", "qy", "qz"), ("tx_m", "ty_m", "tz_m")
+
+
+class Argoverse:
+    """Logs below ``data.root``/``data.version``, as ``adapters.Adapter``; a scene's name is its log's id."""
+
+    def __init__(self, config: Config, project: Path) -> None:
+        self.root = project / config.data.root
+        self._version = config.data.version
+
+    def names(self) -> list[str]:
+        """The folders that hold annotations."""
+        folder = self.root / self._version
+        names = sorted(path.parent.name for path in folder.glob("*/annotations.feather"))
+        if not names:
+            raise MagicDriveError(f"{folder} holds no log with annotations.feather", "set data.root and data.version")
+        return names
+
+    def read(self, name: str, split: str) -> Scene:
+        """One log at 12 Hz."""
+        log = _Log(self.root / self._version / name)
+        return log.scene(self.root, split)
+
+    def pictures(self, scene: Scene) -> dict[str, tuple[int, int]]:
+        """Sizes as ``intrinsics.feather`` states them."""
+        sizes = _Log(self.root / self._version / scene.name).picture_sizes
+        return {path: sizes[camera] for views in scene.pictures for camera, path in zip(CAMERAS, views, strict=True)}
+
+    def vector_map(self, scene: Scene) -> VectorMap:
+        """The log's own map."""
+        return _Log(self.root / self._version / scene.name).vector_map()
+
+
+class _Log:
+    """The folder of one log."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def scene(self, root: Path, split: str) -> Scene:
+        sweeps = np.unique(self._annotations["timestamp_ns"])
+        if len(sweeps) <= KEY_EVERY:
+            raise MagicDriveError(f"{self.folder}/annotations.feather has {len(sweeps)} sweeps, at least 6 are needed")
+        key_times = sweeps[::KEY_EVERY] // 1000
+        grid = Grid.between(key_times, published=False)
+        times = np.rint(grid.interpolate(key_times)).astype(np.int64)
+        ego_to_global = self._ego.pose_at(times)
+        # A lidar frame as nuScenes has it, x right and y forward, where the upper lidar is.
+        lidar_to_ego = poses.pose([np.sqrt(0.5), 0, 0, -np.sqrt(0.5)], self._sensor_to_ego(LIDAR)[:3, 3])
+        lidar_to_ego = np.broadcast_to(lidar_to_ego, (len(times), 4, 4)).copy()
+        global_to_lidar = poses.inverse(ego_to_global @ lidar_to_ego)
+        pictures, camera_to_global = [], []
+        for camera in CAMERAS:
+            files = self._pictures(camera)
+            taken = np.array([int(file.stem) // 1000 for file in files], np.int64)
+            nearest = np.abs(taken[None] - times[:, None]).argmin(1)
+            pictures.append([files[index].relative_to(root).as_posix() for index in nearest])
+            camera_to_global.append(self._ego.pose_at(taken[nearest]) @ self._sensor_to_ego(camera))
+        objects = self._objects(sweeps, times)
+        name, intrinsics = self.folder.name, np.stack([self._matrix(camera) for camera in CAMERAS])
+        keys = [str(sweep) for sweep in sweeps[::KEY_EVERY]]
+        return Scene(
+            token=name,
+            name=name,
+            split=split,
+            location=self._map_file.stem.split("____")[-1].split("_")[0],
+            description="Argoverse 2 log",
+            tokens=[
+                keys[key] + (SUFFIXES[step] if step else "") for key, step in zip(grid.keys, grid.steps, strict=True)
+            ],
+            key_frames=grid.steps == 0,
+            timestamps=times,
+            lidar_to_ego=lidar_to_ego,
+            ego_to_global=ego_to_global,
+            pictures=[list(views) for views in zip(*pictures, strict=True)],
+            intrinsics=np.broadcast_to(intrinsics, (len(times), *intrinsics.shape)).copy(),
+            camera_to_lidar=global_to_lidar[:, None] @ np.stack(camera_to_global, axis=1),
+            boxes=[found.in_lidar(matrix) for found, matrix in zip(objects, global_to_lidar, strict=True)],
+        )
+
+    def vector_map(self) -> VectorMap:
+        """Rings and lines of ``map/log_map_archive_*.json``."""
+        values = read_json(self._map_file)
+        drivable, crossing, divider, lane = (
+            MAP_LAYERS.index(layer) for layer in ("drivable_area", "ped_crossing", "road_divider", "lane_divider")
+        )
+        try:
+            paths = [(drivable, False, _points(area["area_boundary"])) for area in values["drivable_areas"].values()]
+            for area in values["pedestrian_crossings"].values():
+                paths.append((crossing, False, np.concatenate([_points(area["edge1"]), _points(area["edge2"])[::-1]])))
+            for segment in values["lane_segments"].values():
+                for side in ("left", "right"):
+                    mark = segment[f"{side}_lane_mark_type"]
+                    if mark in ("NONE", "UNKNOWN"):
+                        continue
+                    layer = divider if "YELLOW" in mark else lane  # yellow paint divides opposite directions
+                    paths.append((layer, False, _points(segment[f"{side}_lane_boundary"])))
+        except KeyError as error:
+            raise MagicDriveError(f"{self._map_file} has no {error}, which an Argoverse 2 map has") from None
+        return VectorMap.of(sorted(paths, key=lambda path: path[0]))
+
+    @cached_property
+    def picture_sizes(self) -> dict[str, tuple[int, int]]:
+        """Width and height in pixels, by camera."""
+        table = self._intrinsics
+        return {
+            name: (int(width), int(height))
+            for name, width, height in zip(table["sensor_name"], table["width_px"], table["height_px"], strict=True)
+        }
+
+    def _objects(self, sweeps: NDArray[np.int64], times: NDArray[np.int64]) -> list[Objects]:
+        """The objects at each of ``times`` (microseconds) in the global frame."""
+        keys = [self._objects_at(sweep) for sweep in sweeps]
+        after = np.clip(np.searchsorted(sweeps // 1000, times, side="right"), 1, len(sweeps) - 1)
+        out = []
+        for time, end in zip(times, after, strict=True):
+            start_time, end_time = sweeps[end - 1] // 1000, sweeps[end] // 1000
+            fraction = (time - start_time) / (end_time - start_time)
+            whole = {0.0: keys[end - 1], 1.0: keys[end]}.get(fraction)
+            out.append(whole or next(interpolate(keys[end - 1], keys[end], np.array([fraction]))))
+        return out
+
+    def _objects_at(self, sweep: int) -> Objects:
+        table = self._annotations
+        rows = np.flatnonzero((table["timestamp_ns"] == sweep) & np.isin(table["category"], list(NAMES)))
+        sizes = np.stack([table[name][rows] for name in ("width_m", "length_m", "height_m")], axis=1)
+        if len(rows) and not np.all(sizes > 0):
+            row = rows[int(np.argmin((sizes > 0).all(1)))]
+            raise MagicDriveError(f"{self.folder}/annotations.feather: the size in row {row} is not positive")
+        ego_to_global = self._ego.pose_at(np.array([sweep // 1000]))[0]
+        object_to_ego = self._poses(table, rows, "annotations.feather")
+        rotations = poses.multiply(poses.quaternion(ego_to_global[:3, :3]), object_to_ego[0])
+        return Objects(
+            ids=[str(token) for token in table["track_uuid"][rows]],
+            names=[NAMES[category] for category in table["category"][rows]],
+            centres=poses.transform(ego_to_global, object_to_ego[1]),
+            rotations=rotations,
+            sizes=sizes,
+        )
+
+    def _sensor_to_ego(self, sensor: str) -> Floats:
+        table = self._read("calibration/egovehicle_SE3_sensor.feather", ("sensor_name", *_QUATERNION, *_PLACE))
+        row = self._row(table, sensor, "egovehicle_SE3_sensor.feather")
+        rotations, places = self._poses(table, row, "calibration/egovehicle_SE3_sensor.feather")
+        return poses.pose(rotations[0], places[0])
+
+    def _matrix(self, camera: str) -> Floats:
+        """Intrinsics (3, 3) of the part of the camera's picture that a view shows, as 1600x900 pixels."""
+        table = self._intrinsics
+        row = self._row(table, camera, "intrinsics.feather")[0]
+        left, top, right, _ = full_window(*self.picture_sizes[camera])
+        scale = PICTURE_WIDTH / (right - left)
+        fx, fy, cx, cy = (table[name][row] for name in ("fx_px", "fy_px", "cx_px", "cy_px"))
+        return np.array([[scale * fx, 0, scale * (cx - left)], [0, scale * fy, scale * (cy - top)], [0, 0, 1]])
+
+    def _pictures(self, camera: str) -> list[Path]:
+        files = sorted((self.folder / "sensors/cameras" / camera).glob("*.jpg"), key=lambda file: int(file.stem))
+        if not files:
+            raise MagicDriveError(f"{self.folder}/sensors/cameras/{camera} holds no picture", "complete the download")
+        return files
+
+    @cached_property
+    def _ego(self) -> Track:
+        table = self._read("city_SE3_egovehicle.feather", ("timestamp_ns", *_QUATERNION, *_PLACE))
+        rows = np.argsort(table["timestamp_ns"], kind="stable")
+        rotations, places = self._poses(table, rows, "city_SE3_egovehicle.feather")
+        times = table["timestamp_ns"][rows] // 1000
+        empty = np.zeros((len(rows), 0))
+        return Track("ego", times, [], rotations, places, empty, empty, np.zeros(0, np.int64))
+
+    @cached_property
+    def _annotations(self) -> dict[str, NDArray[Any]]:
+        wanted = ("timestamp_ns", "track_uuid", "category", "length_m", "width_m", "height_m", *_QUATERNION, *_PLACE)
+        return self._read("annotations.feather", wanted)
+
+    @cached_property
+    def _intrinsics(self) -> dict[str, NDArray[Any]]:
+        wanted = ("sensor_name", "fx_px", "fy_px", "cx_px", "cy_px", "height_px", "width_px")
+        return self._read("calibration/intrinsics.feather", wanted)
+
+    @cached_property
+    def _map_file(self) -> Path:
+        files = sorted((self.folder / "map").glob("log_map_archive_*.json"))
+        if not files:
+            raise MagicDriveError(f"{self.folder}/map holds no log_map_archive_*.json", "complete the download")
+        return files[0]
+
+    def _poses(self, table: dict[str, NDArray[Any]], rows: NDArray[np.int64], file: str) -> tuple[Floats, Floats]:
+        """Quaternions (n, 4) and places (n, 3) of some rows."""
+        rotations, places = (np.stack([table[name][rows] for name in names], axis=1) for names in (_QUATERNION, _PLACE))
+        wrong = ~(np.isfinite(rotations).all(1) & np.isfinite(places).all(1) & rotations.any(1))
+        if wrong.any():
+            raise MagicDriveError(f"{self.folder / file}: row {rows[int(np.argmax(wrong))]} is no pose")
+        return rotations, places
+
+    def _row(self, table: dict[str, NDArray[Any]], sensor: str, file: str) -> NDArray[np.int64]:
+        rows = np.flatnonzero(table["sensor_name"] == sensor)
+        if len(rows) != 1:
+            raise MagicDriveError(f"{self.folder}/calibration/{file} has {len(rows)} rows for {sensor}, not one")
+        return rows
+
+    def _read(self, file: str, columns: tuple[str, ...]) -> dict[str, NDArray[Any]]:
+        path = self.folder / file
+        try:
+            table = feather.read_table(path, memory_map=False)
+        except FileNotFoundError:
+            raise MagicDriveError(f"{path} is missing", "complete the download") from None
+        except (pa.ArrowException, OSError) as error:
+            raise MagicDriveError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+        absent = [name for name in columns if name not in table.column_names]
+        if absent:
+            raise MagicDriveError(f"{path} has no column {absent[0]}")
+        return {name: table.column(name).to_numpy() for name in columns}
+
+
+def _points(vertices: list[dict[str, float]]) -> Floats:
+    return np.array([[point["x"], point["y"]] for point in vertices], np.float64).reshape(-1, 2)

@@ -1,0 +1,224 @@
+"""The published info files (``*_with_bid.pkl`` and the track-2 evaluation file): read into scenes, written from scenes.
+
+Their form: golden notes, section 3. They name no scenes, only lists of sample tokens, and hold one row a frame.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from magicdrive_core.data.plain_pickle import read_plain_pickle
+from magicdrive_core.data.records import CLASSES, FrameBoxes, Scene
+from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.files import atomic_file
+from magicdrive_core.geometry import poses
+from magicdrive_core.geometry.cameras import VIEWS
+
+Record = dict[str, Any]
+Floats = NDArray[np.float64]
+
+CAMERA_ORDER = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
+PROTOCOL = 4
+UNKNOWN = -1  # of lidar and radar points in a box, which the infos do not hold
+
+
+def read_published(path: Path | str, split: str, names: Mapping[str, tuple[str, str]] | None = None) -> list[Scene]:
+    """The scenes of a published info file, in its order.
+
+    Args:
+        path: the pickle.
+        split: that all of its scenes belong to.
+        names: (token, name) of the scene by the token of a sample. A scene that is not named there is called by the
+            token of its first frame.
+
+    Raises:
+        MagicDriveError: not plain data, or a record or field is missing or impossible: named.
+    """
+    values = read_plain_pickle(path)
+    if not isinstance(values, dict) or not {"infos", "scene_tokens"} <= set(values):
+        raise MagicDriveError(f"{path} is no published info file: it lacks infos or scene_tokens")
+    try:
+        records = {record["token"]: record for record in values["infos"]}
+        scenes = [[records[token] for token in tokens] for tokens in values["scene_tokens"] if len(tokens)]
+    except (KeyError, TypeError) as error:
+        raise MagicDriveError(f"{path}: a scene names the frame {error}, which infos do not hold") from None
+    return [_read_scene(Path(path), frames, split, names or {}) for frames in scenes]
+
+
+def write_published(scenes: Sequence[Scene], path: Path | str, version: str) -> None:
+    """Writes scenes in the published form, for programs that read it.
+
+    What the infos do not hold is said as unknown: no sweeps, -1 lidar and radar points. A camera's pose is the lidar's
+    at the frame's time and ``sensor2ego`` takes up the motion between the two times, so that the way from camera to
+    global is exact while its two parts are not those of the tables. Velocities are differences of neighbouring frames.
+    """
+    infos = [record for scene in scenes for record in _records(scene)]
+    tokens = [list(scene.tokens) for scene in scenes]
+    with atomic_file(path) as partial, partial.open("wb") as file:
+        values = {"infos": infos, "metadata": {"version": version}, "scene_tokens": tokens}
+        pickle.dump(values, file, protocol=PROTOCOL)
+
+
+def _read_scene(path: Path, records: Sequence[Record], split: str, names: Mapping[str, tuple[str, str]]) -> Scene:
+    frames = [_Frame(path, record) for record in records]
+    tokens = [str(frame.field("token")) for frame in frames]
+    known = set(tokens)
+    between = [token[:-1] in known for token in tokens]  # a key frame's token and one digit
+    token, name = names.get(tokens[0]) or names.get(tokens[0][:-1]) or (tokens[0], tokens[0])
+    return Scene(
+        token=token,
+        name=name,
+        split=split,
+        location=str(frames[0].field("location")),
+        description=str(frames[0].field("description")),
+        tokens=tokens,
+        key_frames=~np.array(between),
+        timestamps=np.array([int(frame.field("timestamp")) for frame in frames], np.int64),
+        lidar_to_ego=np.stack([frame.pose("lidar2ego") for frame in frames]),
+        ego_to_global=np.stack([frame.pose("ego2global") for frame in frames]),
+        pictures=[[frame.camera(view).picture() for view in VIEWS] for frame in frames],
+        intrinsics=_by_view(frames, lambda camera: camera.numbers("camera_intrinsics", 3, 3)),
+        camera_to_lidar=_by_view(frames, lambda camera: camera.pose("sensor2lidar")),
+        boxes=[frame.boxes() for frame in frames],
+    )
+
+
+def _by_view(frames: Sequence[_Frame], read: Any) -> Floats:
+    return np.stack([[read(frame.camera(view)) for view in VIEWS] for frame in frames])
+
+
+class _Frame:
+    """One record, or one camera of it, whose fields are checked as they are read."""
+
+    def __init__(self, path: Path, record: Record, where: str = "") -> None:
+        self._path, self._record = path, record
+        self._where = where or f"frame {record['token']}"
+
+    def field(self, name: str) -> Any:
+        if not isinstance(self._record, dict) or name not in self._record:
+            raise MagicDriveError(f"{self._path}: {self._where} has no {name}")
+        return self._record[name]
+
+    def numbers(self, name: str, *shape: int) -> Floats:
+        try:
+            values = np.asarray(self.field(name), np.float64)
+        except (TypeError, ValueError):
+            values = np.full(1, np.nan)
+        wanted = (len(values) if shape[0] < 0 and values.ndim else shape[0], *shape[1:])
+        if values.size == 0 and shape[0] < 0:
+            return np.zeros((0, *shape[1:]))
+        if values.shape != wanted or not np.isfinite(values).all():
+            raise MagicDriveError(f"{self._path}: {name} of {self._where} is not {shape} finite numbers")
+        return values
+
+    def pose(self, name: str) -> Floats:
+        rotation = np.asarray(self.field(f"{name}_rotation"), dtype=object)
+        rotation = self.numbers(f"{name}_rotation", *((3, 3) if rotation.ndim == 2 else (4,)))
+        return poses.pose(rotation, self.numbers(f"{name}_translation", 3))
+
+    def camera(self, view: str) -> _Frame:
+        cameras = _Frame(self._path, self.field("cams"), self._where)
+        return _Frame(self._path, cameras.field(view), f"{view} of {self._where}")
+
+    def picture(self) -> str:
+        """Below the data root: what comes before samples/ or sweeps/ is of the machine that made the file."""
+        path = str(self.field("data_path"))
+        start = max(path.rfind("samples/"), path.rfind("sweeps/"))
+        if start < 0:
+            raise MagicDriveError(f"{self._path}: data_path of {self._where} leads to neither samples/ nor sweeps/")
+        return path[start:]
+
+    def boxes(self) -> FrameBoxes:
+        boxes = self.numbers("gt_boxes", -1, 7)
+        ids, names = ([str(word) for word in self.field(name)] for name in ("gt_box_ids", "gt_names"))
+        if not len(boxes) == len(ids) == len(names):
+            raise MagicDriveError(f"{self._path}: gt_boxes, gt_box_ids and gt_names of {self._where} differ in length")
+        rows = [row for row, name in enumerate(names) if name in CLASSES]
+        if np.any(boxes[rows, 3:6] <= 0):
+            raise MagicDriveError(f"{self._path}: gt_boxes of {self._where} has a size that is not positive")
+        return FrameBoxes([ids[row] for row in rows], [names[row] for row in rows], boxes[rows])
+
+
+def _records(scene: Scene) -> list[Record]:
+    night = "night" in scene.description.lower()
+    velocities = _velocities(scene)
+    out = []
+    for frame, (token, boxes) in enumerate(zip(scene.tokens, scene.boxes, strict=True)):
+        count = len(boxes.ids)
+        lidar, ego = scene.lidar_to_ego[frame], scene.ego_to_global[frame]
+        out.append(
+            {
+                "lidar_path": "",
+                "token": token,
+                "sweeps": [],
+                "cams": {view: _camera(scene, frame, VIEWS.index(view)) for view in CAMERA_ORDER},
+                **_parts("lidar2ego", lidar),
+                **_parts("ego2global", ego),
+                "timestamp": int(scene.timestamps[frame]),
+                "location": scene.location,
+                "description": scene.description,
+                "timeofday": "night" if night else "day",
+                "is_key_frame": True,
+                "ego_velocity": np.full(3, np.nan),
+                "gt_boxes": boxes.boxes.copy(),
+                "gt_box_ids": np.array(boxes.ids, dtype=str),
+                "gt_names": np.array(boxes.names, dtype=str),
+                "gt_velocity": velocities[frame],
+                "num_lidar_pts": np.full(count, UNKNOWN),
+                "num_radar_pts": np.full(count, UNKNOWN),
+                "visibility": np.zeros(count, np.uint8),
+                "valid_flag": np.ones(count, bool),
+            }
+        )
+    return out
+
+
+def _camera(scene: Scene, frame: int, view: int) -> Record:
+    camera_to_lidar = scene.camera_to_lidar[frame, view]
+    return {
+        "data_path": scene.pictures[frame][view],
+        "type": VIEWS[view],
+        "sample_data_token": "",
+        **_parts("sensor2ego", scene.lidar_to_ego[frame] @ camera_to_lidar),
+        **_parts("ego2global", scene.ego_to_global[frame]),
+        "timestamp": int(scene.timestamps[frame]),
+        "sensor2lidar_rotation": camera_to_lidar[:3, :3].copy(),
+        "sensor2lidar_translation": camera_to_lidar[:3, 3].copy(),
+        "camera_intrinsics": scene.intrinsics[frame, view].copy(),
+    }
+
+
+def _parts(name: str, matrix: Floats) -> Record:
+    """A pose as quaternion (w, x, y, z) and translation."""
+    return {
+        f"{name}_rotation": poses.quaternion(matrix[:3, :3]).tolist(),
+        f"{name}_translation": matrix[:3, 3].tolist(),
+    }
+
+
+def _velocities(scene: Scene) -> list[Floats]:
+    """(N, 2) metres a second along the lidar's x and y; NaN for objects that no neighbouring frame holds."""
+    lidar_to_global = scene.ego_to_global @ scene.lidar_to_ego
+    places = [
+        dict(zip(boxes.ids, poses.transform(matrix, boxes.boxes[:, :3]), strict=True))
+        for boxes, matrix in zip(scene.boxes, lidar_to_global, strict=True)
+    ]
+    out = []
+    for frame, boxes in enumerate(scene.boxes):
+        before, after = max(0, frame - 1), min(len(scene) - 1, frame + 1)
+        velocity = np.full((len(boxes.ids), 2), np.nan)
+        for row, token in enumerate(boxes.ids):
+            first = before if token in places[before] else frame
+            last = after if token in places[after] else frame
+            if last > first:
+                seconds = (scene.timestamps[last] - scene.timestamps[first]) / 1e6
+                moved = (places[last][token] - places[first][token]) / seconds
+                velocity[row] = (lidar_to_global[frame, :3, :3].T @ moved)[:2]
+        out.append(velocity)
+    return out

@@ -1,0 +1,86 @@
+"""How much memory the micro-batches of a stage take, and whether they fit, before anything is started. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from magicdrive_core.config import Bucket, Config, Stage, parse_size
+from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.files import read_json
+from magicdrive_core.geometry.cameras import VIEWS
+from magicdrive_core.memory import memory_left
+from magicdrive_core.training.plan import bucket_name
+
+SLOTS = 100  # box slots of a clip; nuScenes' fullest clips have more, most have fewer
+SHARE = 0.1  # of the memory that is left, for micro-batches that wait
+MAPS_SHARE = 0.05  # of it, for maps of scenes that are read again and again
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the loader of one rank may hold.
+
+    Attributes:
+        left: bytes that the container leaves to each rank of this host.
+        waiting: bytes of micro-batches that are prepared ahead.
+        maps: bytes of BEV maps that are kept.
+        batches: bytes of a micro-batch, by bucket name.
+    """
+
+    left: int
+    waiting: int
+    maps: int
+    batches: dict[str, int]
+
+    @property
+    def needed(self) -> int:
+        """Bytes at least: the largest micro-batch three times, in use, waiting, and while it is prepared."""
+        return 3 * max(self.batches.values())
+
+
+def plan_budget(config: Config, stage: Stage, project: Path = Path(), left: int | None = None) -> Budget:
+    """The budget of a stage's loaders.
+
+    Args:
+        config: the buckets, and ``training.prefetch_mbytes``.
+        stage: to be trained.
+        project: the project's folder.
+        left: bytes that the container leaves to all ranks of this host; None: measured now.
+
+    Raises:
+        MagicDriveError: the largest micro-batch does not fit.
+    """
+    each = (memory_left() if left is None else left) // config.cluster.ranks
+    chosen = config.training.prefetch_mbytes
+    encoders = read_json(project / "artifacts/encoders/encoders.json", "dvc repro encoders")
+    channels, text_width = encoders["vae"]["latent_channels"], encoders["text"]["width"]
+    batches = {
+        bucket_name(bucket): batch_bytes(config, bucket, channels, text_width)
+        for bucket in config.training.stage(stage).buckets
+    }
+    waiting = int(SHARE * each) if chosen is None else chosen * MIB
+    budget = Budget(each, waiting, int(MAPS_SHARE * each), batches)
+    if budget.needed > each:
+        name = max(batches, key=batches.__getitem__)
+        raise MagicDriveError(
+            f"{stage}: a micro-batch of {name} takes {batches[name] / 1e9:.2f} GB of host memory, three are held at a"
+            f" time, and {each / 1e9:.2f} GB are left for each of {config.cluster.ranks} ranks",
+            "make its batch smaller, take fewer ranks on this host, or give the container more memory",
+        )
+    return budget
+
+
+def batch_bytes(config: Config, bucket: Bucket, latent_channels: int, text_width: int) -> int:
+    """Bytes of a micro-batch as ``loader.Batch`` holds it, with ``SLOTS`` box slots."""
+    height, width = (side // 8 for side in parse_size(bucket.size))
+    latent_frames = bucket.frames // 4 + bucket.frames % 2
+    cells, views = config.conditions.map_cells[bucket.size], len(VIEWS)
+    latents = 4 * views * latent_channels * latent_frames * height * width
+    maps = 4 * bucket.frames * 8 * cells * cells
+    text = 4 * config.text.max_tokens * text_width
+    # Corners and classes are one for all views; masks are for each.
+    boxes = bucket.frames * SLOTS * (4 * 8 * 3 + 8 + 8 * views) + 4 * SLOTS * config.model.width
+    cameras = 4 * bucket.frames * (views * 21 + 16)
+    return bucket.batch * (latents + maps + text + boxes + cameras)

@@ -1,0 +1,144 @@
+"""The second adapter: an Argoverse 2 log becomes a scene whose geometry is that of the log's own files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.feather as feather
+import pytest
+import yaml
+
+from magicdrive_core.config import Config, parse_config
+from magicdrive_core.data.adapters import open_adapter
+from magicdrive_core.data.argoverse import CAMERAS
+from magicdrive_core.data.bev import read_map
+from magicdrive_core.data.conditions import build_conditions
+from magicdrive_core.data.infos import build_infos, read_scenes
+from magicdrive_core.data.pictures import read_clip
+from magicdrive_core.data.records import MAP_LAYERS, Clip, Scene
+from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.geometry import poses
+from magicdrive_core.geometry.cameras import full_window, project
+from tests.conftest import PROJECT
+from tests.data.argoverse_log import FOCAL, LOG, PARKED, WALK, WALKER, camera_pose, ego_pose, size_of, write_log
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    return write_log(tmp_path / "argoverse")
+
+
+@pytest.fixture
+def config(log: Path) -> Config:
+    values = yaml.safe_load((PROJECT / "profiles/demo.yaml").read_text())
+    values["data"] = {"format": "argoverse2", "root": str(log.parents[1]), "version": "val"}
+    return parse_config(values)
+
+
+def read(config: Config) -> Scene:
+    return open_adapter(config).read(LOG, "both")
+
+
+def test_frames_lie_at_12_hz_and_objects_where_the_log_has_them(config: Config) -> None:
+    scene = read(config)
+    assert len(scene) == 37
+    assert scene.key_frames.sum() == 7
+    np.testing.assert_allclose(np.diff(scene.timestamps), 1e6 / 12, atol=1)
+    assert scene.location == "PIT"
+    seconds = (scene.timestamps - scene.timestamps[0]) / 1e6
+    for frame, boxes in enumerate(scene.boxes):
+        assert dict(zip(boxes.ids, boxes.names, strict=True)) == {"parked": "car", "walker": "pedestrian"}
+        there = poses.transform(scene.ego_to_global[frame] @ scene.lidar_to_ego[frame], boxes.boxes[:, :3])
+        wanted = {"parked": PARKED, "walker": WALKER + seconds[frame] * WALK}
+        for token, centre in zip(boxes.ids, there, strict=True):
+            np.testing.assert_allclose(centre, wanted[token] + [0, 0, 10], atol=2e-3)
+        np.testing.assert_allclose(boxes.boxes[boxes.ids.index("parked"), 3:6], [1.9, 4.5, 1.6])
+    np.testing.assert_allclose(scene.boxes[0].boxes[0, 0], -4, atol=1e-6)  # four metres to the left: x is to the right
+    assert scene.boxes[0].boxes[0, 1] > 15  # ahead: y is forward
+
+
+def test_points_fall_on_the_pixels_that_the_calibration_says(config: Config) -> None:
+    scene, start = read(config), 315_966_000_000_000
+    for frame in (0, 7, 20):
+        for view, camera in enumerate(CAMERAS):
+            taken = (int(Path(scene.pictures[frame][view]).stem) // 1000 - start) / 1e6
+            assert abs(taken - (scene.timestamps[frame] - start) / 1e6) <= 0.0251
+            to_global = ego_pose(taken) @ camera_pose(camera)
+            point = poses.transform(to_global, np.array([1.0, -0.5, 12.0]))
+            width, height = size_of(camera)
+            pixel = FOCAL * np.array([1.0, -0.5]) / 12 + [width / 2 + 3, height / 2 - 5]
+            left, top, right, _ = full_window(width, height)
+            wanted = (pixel - [left, top]) * 1600 / (right - left)
+            lidar_to_global = scene.ego_to_global[frame] @ scene.lidar_to_ego[frame]
+            here = poses.transform(poses.inverse(lidar_to_global @ scene.camera_to_lidar[frame, view]), point)
+            seen, depth = project(here, scene.intrinsics[frame, view])
+            np.testing.assert_allclose(seen, wanted, atol=0.05)
+            np.testing.assert_allclose(depth, 12, atol=1e-3)
+
+
+def test_a_log_feeds_infos_maps_and_pictures(config: Config, tmp_path: Path) -> None:
+    build_infos(config, tmp_path / "infos")
+    (scene,) = read_scenes(tmp_path / "infos")
+    assert json.loads((tmp_path / "infos/infos.json").read_text())["pictures"] == len(
+        {path for views in scene.pictures for path in views}
+    )
+    build_conditions(config, tmp_path / "infos", tmp_path / "conditions")
+    bits = read_map(tmp_path / "conditions", scene.token, 100)
+    lidar = (scene.ego_to_global @ scene.lidar_to_ego)[0, :2, 3]
+
+    def at(x: float, y: float) -> set[str]:
+        right, forward = -(y - lidar[1]), x - lidar[0]  # the car looks along the city's x
+        cell = bits[0, int(50 + right), int(50 + forward)]
+        return {name for layer, name in enumerate(MAP_LAYERS) if cell >> layer & 1}
+
+    assert at(1012, 2005) == {"drivable_area", "ped_crossing"}
+    assert at(1020, 2000) >= {"drivable_area", "road_divider"}
+    assert at(1020, 1996) >= {"drivable_area", "lane_divider"}
+    assert at(1020, 2006) == {"drivable_area"}
+    assert at(1020, 2020) == set()
+    assert read_clip(config.data.root, scene, Clip(scene.token, 0, 1), "112x200").shape == (6, 1, 112, 200, 3)
+
+
+Change = Callable[[Path], object]
+
+
+def without(column: str) -> Change:
+    def change(folder: Path) -> None:
+        path = folder / "annotations.feather"
+        feather.write_feather(feather.read_table(path, memory_map=False).drop([column]), path)
+
+    return change
+
+
+def with_value(file: str, column: str, value: Any) -> Change:
+    def change(folder: Path) -> None:
+        table = feather.read_table(folder / file, memory_map=False)
+        values = table.column(column).to_pylist()
+        values[4] = value
+        feather.write_feather(table.set_column(table.column_names.index(column), column, [values]), folder / file)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda log: (log / "annotations.feather").write_bytes(b"ARROW1"), "annotations.feather cannot be read"),
+        (lambda log: (log / "calibration/intrinsics.feather").unlink(), "intrinsics.feather is missing"),
+        (without("qw"), "annotations.feather has no column qw"),
+        (with_value("annotations.feather", "length_m", 0.0), "annotations.feather: the size in row 4 is not positive"),
+        (
+            with_value("city_SE3_egovehicle.feather", "tx_m", float("nan")),
+            "city_SE3_egovehicle.feather: row 4 is no pose",
+        ),
+        (lambda log: next((log / "map").iterdir()).unlink(), "holds no log_map_archive"),
+    ],
+)
+def test_unusable_logs_are_named(config: Config, log: Path, change: Change, message: str) -> None:
+    change(log)
+    with pytest.raises(MagicDriveError, match=message):
+        read(config)

@@ -1,0 +1,192 @@
+"""Published info files: scenes there and back, what is refused, and what is said about broken ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from magicdrive_core.cli import app
+from magicdrive_core.data.exchange import read_published, write_published
+from magicdrive_core.data.infos import import_infos, read_scenes
+from magicdrive_core.data.nuscenes import load_tables
+from magicdrive_core.data.plain_pickle import read_plain_pickle
+from magicdrive_core.data.records import Scene
+from magicdrive_core.data.scenes import build_scene
+from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.geometry import poses
+
+
+def assert_same(read: Scene, scene: Scene) -> None:
+    assert (read.location, read.description, read.tokens) == (scene.location, scene.description, scene.tokens)
+    assert read.pictures == scene.pictures
+    np.testing.assert_array_equal(read.key_frames, scene.key_frames)
+    np.testing.assert_array_equal(read.timestamps, scene.timestamps)
+    for field in ("lidar_to_ego", "ego_to_global", "intrinsics", "camera_to_lidar"):
+        np.testing.assert_allclose(getattr(read, field), getattr(scene, field), rtol=0, atol=1e-9)
+    for own, frame in zip(read.boxes, scene.boxes, strict=True):
+        assert (own.ids, own.names) == (frame.ids, frame.names)
+        np.testing.assert_array_equal(own.boxes, frame.boxes)
+
+
+def test_scenes_come_back(scenes: list[Scene], tmp_path: Path) -> None:
+    write_published(scenes, tmp_path / "infos.pkl", "v1.0-demo")
+    for read, scene in zip(read_published(tmp_path / "infos.pkl", "val"), scenes, strict=True):
+        assert_same(read, scene)
+        assert (read.token, read.name, read.split) == (scene.tokens[0], scene.tokens[0], "val")
+    first = (tmp_path / "infos.pkl").read_bytes()
+    write_published(scenes, tmp_path / "infos.pkl", "v1.0-demo")
+    assert (tmp_path / "infos.pkl").read_bytes() == first
+
+
+def test_a_real_drive_has_the_published_fields(shared: Path, tmp_path: Path) -> None:
+    tables = load_tables(shared / "data/nuscenes-drive", "v1.0-drive")
+    scene = build_scene(tables, tables.scene[0], "val", published=True)
+    write_published([scene], tmp_path / "infos.pkl", "v1.0-drive")
+    assert_same(read_published(tmp_path / "infos.pkl", "val")[0], scene)
+    values = pickle.loads((tmp_path / "infos.pkl").read_bytes())
+    assert values["scene_tokens"] == [scene.tokens]
+    record = values["infos"][7]
+    assert list(record["cams"]) == [
+        *("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
+    ]
+    count = len(scene.boxes[7].ids)
+    assert record["gt_boxes"].shape == (count, 7)
+    assert record["gt_velocity"].shape == (count, 2)
+    assert record["is_key_frame"]
+    for camera in record["cams"].values():  # the two ways from a camera to the lidar are one
+        to_global = poses.pose(camera["ego2global_rotation"], camera["ego2global_translation"]) @ poses.pose(
+            camera["sensor2ego_rotation"], camera["sensor2ego_translation"]
+        )
+        lidar = poses.pose(record["ego2global_rotation"], record["ego2global_translation"]) @ poses.pose(
+            record["lidar2ego_rotation"], record["lidar2ego_translation"]
+        )
+        straight = poses.pose(camera["sensor2lidar_rotation"], camera["sensor2lidar_translation"])
+        np.testing.assert_allclose(poses.inverse(lidar) @ to_global, straight, atol=1e-9)
+
+
+def test_velocities_are_those_of_the_annotations(shared: Path, tmp_path: Path) -> None:
+    tables = load_tables(shared / "data/nuscenes-drive", "v1.0-drive")
+    scene = build_scene(tables, tables.scene[0], "val", published=False)
+    write_published([scene], tmp_path / "infos.pkl", "v1.0-drive")
+    record = pickle.loads((tmp_path / "infos.pkl").read_bytes())["infos"][60]
+    lidar_to_global = scene.ego_to_global[60] @ scene.lidar_to_ego[60]
+    differences = []
+    for token in (token for token in tables.get("sample", scene.tokens[60])["anns"]):
+        annotation = tables.get("sample_annotation", token)
+        if annotation["instance_token"] in record["gt_box_ids"]:
+            row = list(record["gt_box_ids"]).index(annotation["instance_token"])
+            wanted = (lidar_to_global[:3, :3].T @ tables.box_velocity(token))[:2]
+            differences.append(np.linalg.norm(record["gt_velocity"][row] - wanted))
+    assert len(differences) > 20
+    assert np.nanmedian(differences) < 0.2  # the devkit's are over a second, these over a sixth of one
+
+
+class Malicious:
+    def __init__(self, function: Callable[..., object], *arguments: object) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+@pytest.mark.parametrize("function", [os.mkdir, eval, __import__, getattr, pickle.loads])
+def test_what_is_no_data_is_refused_and_not_run(tmp_path: Path, protocol: int, function: Any) -> None:
+    argument = str(tmp_path / "trace") if function is os.mkdir else "1"
+    path = tmp_path / "infos.pkl"
+    path.write_bytes(pickle.dumps({"infos": [Malicious(function, argument)]}, protocol=protocol))
+    with pytest.raises(MagicDriveError, match=r"infos.pkl is refused: it asks for .*, which is no data type"):
+        read_plain_pickle(path)
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_data_of_every_protocol_is_read(tmp_path: Path, protocol: int) -> None:
+    values = {
+        "float": np.arange(6.0).reshape(2, 3),
+        "fortran": np.asfortranarray(np.eye(3, dtype=np.float32)),
+        "words": np.array(["car", "bus"]),
+        "objects": np.array(["car", None], dtype=object),
+        "scalar": np.float32(0.5),
+        "bytes": b"\x00\xff",
+        "set": {1, 2},
+    }
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(values, protocol=protocol))
+    read = read_plain_pickle(tmp_path / "a.pkl")
+    for name, value in values.items():
+        np.testing.assert_array_equal(read[name], value)
+
+
+def test_broken_files_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.pkl"
+    whole = pickle.dumps({"a": np.arange(100)})
+    for broken in (b"", whole[: len(whole) // 2], b"not a pickle", b"\x80\x04\x8c\x05numpy\x8c\x05dtype\x93."):
+        path.write_bytes(broken)
+        if broken.endswith(b"\x93."):
+            assert read_plain_pickle(path) is np.dtype  # a type alone is harmless
+            continue
+        with pytest.raises(MagicDriveError, match=r"a.pkl is not a whole pickle"):
+            read_plain_pickle(path)
+    with pytest.raises(MagicDriveError, match="is missing"):
+        read_plain_pickle(tmp_path / "b.pkl")
+
+
+def drop(*keys: Any) -> Callable[[dict[str, Any]], None]:
+    def change(values: dict[str, Any]) -> None:
+        target: Any = values
+        for key in keys[:-1]:
+            target = target[key]
+        del target[keys[-1]]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop("scene_tokens"), "lacks infos or scene_tokens"),
+        (drop("infos", 3), "a scene names the frame"),
+        (drop("infos", 2, "gt_boxes"), r"frame \w+ has no gt_boxes"),
+        (drop("infos", 2, "cams", "CAM_BACK"), r"frame \w+ has no CAM_BACK"),
+        (drop("infos", 2, "cams", "CAM_BACK", "data_path"), r"CAM_BACK of frame \w+ has no data_path"),
+        (lambda v: v["infos"][1].update(gt_names=["car"]), "differ in length"),
+        (lambda v: v["infos"][1].update(lidar2ego_rotation=[0, float("nan"), 0, 1]), "lidar2ego_rotation of frame"),
+        (lambda v: v["infos"][1]["gt_boxes"].__setitem__((0, 4), 0.0), "a size that is not positive"),
+        (lambda v: v["infos"][1].update(gt_boxes=np.zeros((2, 9))), "gt_boxes of frame"),
+    ],
+)
+def test_broken_records_are_named(scenes: list[Scene], tmp_path: Path, change: Any, message: str) -> None:
+    path = tmp_path / "infos.pkl"
+    write_published(scenes[:1], path, "v1.0-demo")
+    values = pickle.loads(path.read_bytes())
+    change(values)
+    path.write_bytes(pickle.dumps(values))
+    with pytest.raises(MagicDriveError, match=message):
+        read_published(path, "val")
+
+
+def test_verbs_take_infos_out_and_in(
+    infos: Path, scenes: list[Scene], synthetic_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "artifacts").mkdir()
+    (tmp_path / "artifacts/infos").symlink_to(infos)
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "val"):
+        result = CliRunner().invoke(app, ["export-infos", f"{split}.pkl", "--split", split])
+        assert result.exit_code == 0, result.output
+    files = {"train": tmp_path / "train.pkl", "val": tmp_path / "val.pkl"}
+    assert import_infos(files, synthetic_root, "v1.0-demo", tmp_path / "again") == 2
+    for read, scene in zip(read_scenes(tmp_path / "again"), scenes, strict=True):
+        assert (read.token, read.name, read.split) == (scene.token, scene.name, scene.split)
+        assert_same(read, scene)
+    facts = json.loads((tmp_path / "again/infos.json").read_text())
+    assert facts["rule"] == "imported from train.pkl and val.pkl"
+    assert facts["frames"] == sum(map(len, scenes))
