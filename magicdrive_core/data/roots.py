@@ -45,25 +45,21 @@ class Pictures:
     for rare chances, and a set of exchanged ones in no case.
     """
 
-    count: int
     bytes: int
     digest: str  # hex SHA-256 over names and lengths
-    missing: list[str]  # not there or empty
 
     @classmethod
     def below(cls, root: Path, paths: Iterable[str]) -> Pictures:
-        """Looks at every one of ``paths`` below ``root``."""
-        count, total, missing, digest = 0, 0, [], hashlib.sha256()
+        """Looks at every one of ``paths`` below ``root``; a missing one has no length."""
+        total, digest = 0, hashlib.sha256()
         for path in sorted(set(paths)):
             try:
                 size = (root / path).stat().st_size
             except (FileNotFoundError, NotADirectoryError):
                 size = 0
-            count, total = count + 1, total + size
+            total += size
             digest.update(f"{path}\0{size}\n".encode())
-            if not size:
-                missing.append(path)
-        return cls(count, total, digest.hexdigest(), missing)
+        return cls(total, digest.hexdigest())
 
 
 def _versions_of(root: Path) -> str:
