@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,12 +39,13 @@ def tool(name: str) -> str:
     return str(Path(sys.executable).with_name(name))
 
 
-def run_child(command: Sequence[str], log: Path | None = None) -> None:
+def run_child(command: Sequence[str], log: Path | None = None, variables: Mapping[str, str] | None = None) -> None:
     """Runs a command to its end in a process group of its own.
 
     Args:
         command: program and arguments.
         log: where its output goes; by default to this process's own.
+        variables: of its environment, beside this process's own, which go first.
 
     Raises:
         MagicDriveError: it ended with another exit code than 0; the message is its own where it is of this project.
@@ -54,7 +55,7 @@ def run_child(command: Sequence[str], log: Path | None = None) -> None:
         note = Path(folder) / "error.json"
         bin_folder = str(Path(sys.executable).parent)  # dvc.yaml's commands are found there
         path = os.pathsep.join([bin_folder, os.environ.get("PATH", "")])
-        environment = os.environ | {"PATH": path, ERROR_NOTE: str(note)}
+        environment = {**(variables or {}), **os.environ} | {"PATH": path, ERROR_NOTE: str(note)}
         child = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
         with _children_lock:
             _children.add(child)

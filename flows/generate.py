@@ -8,6 +8,7 @@ settings and weights is skipped, so that a shard that failed is simply started a
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,8 +28,9 @@ from magicdrive_core.video.record import RECORD
 
 @task(cache_policy=NO_CACHE, task_run_name="shard {shard}", retries=1, retry_condition_fn=unless_interrupted)
 def generate_shard(shard: str, settings: list[str], log: Path) -> None:
-    """One child's share of the items: ``shard`` is "2/8" for the second of eight."""
-    run_child([tool("magicdrive"), "generate", "--shard", shard, *settings], log)
+    """One child's share of the items and of the cores: ``shard`` is "2/8" for the second of eight."""
+    threads = max(1, len(os.sched_getaffinity(0)) // int(shard.split("/")[1]))
+    run_child([tool("magicdrive"), "generate", "--shard", shard, *settings], log, {"OMP_NUM_THREADS": str(threads)})
 
 
 @flow(name="generate", validate_parameters=False)
@@ -41,7 +43,7 @@ def generate(params: str = "params.yaml", overrides: list[str] | None = None) ->
     config = load_config(params, overrides)
     places = find_places(config)
     items = list_items(config, read_scenes(Path("artifacts/infos")))
-    digests = input_digests(places.model.folder, Path())
+    digests = input_digests(config, places.model.folder)
     missing = [
         item for item in items if not is_done(places.generated / item.name, item_fingerprint(config, item, digests))
     ]

@@ -79,7 +79,7 @@ def generate_items(
         MagicDriveError: the inputs are missing, or an item failed; the others are finished first.
     """
     edits = chosen_edits(config, project)
-    digests = input_digests(stage_folder, project) | {"edits": edits.digest}
+    digests = input_digests(config, stage_folder, project)
     scenes = {scene.token: edit_scene(scene, edits) for scene in read_scenes(project / "artifacts/infos")}
     load = lru_cache(lambda: Models.load(config, stage_folder, project))  # only where anything is left to do
     summary = Summary()

@@ -12,6 +12,7 @@ from typing import Any
 
 import magicdrive_core
 from magicdrive_core.config import Config, fingerprint
+from magicdrive_core.data.edits import chosen_edits
 from magicdrive_core.data.records import Clip, Scene
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.files import read_json, sha256_file
@@ -66,8 +67,8 @@ def list_items(config: Config, scenes: Sequence[Scene]) -> list[Item]:
     return items
 
 
-def input_digests(stage_folder: Path, project: Path = Path()) -> dict[str, str]:
-    """Digests of everything that an item is made from, by name: weights, the DVC stages' outputs, source code.
+def input_digests(config: Config, stage_folder: Path, project: Path = Path()) -> dict[str, str]:
+    """Digests of everything that an item is made from, by name: weights, DVC stages' outputs, source code, edits.
 
     Raises:
         MagicDriveError: the stage is not trained.
@@ -75,7 +76,12 @@ def input_digests(stage_folder: Path, project: Path = Path()) -> dict[str, str]:
     run = read_json(stage_folder / "run.json", "train the stage first: magicdrive train")
     data = {Path(path).name: digest for path, digest in lineage.input_digests(project).items()}
     data.pop("latents")  # training's own
-    return {"model": run["weights_sha256"], "code": code_version(), **data}
+    return {
+        "model": run["weights_sha256"],
+        "code": code_version(),
+        "edits": chosen_edits(config, project).digest,
+        **data,
+    }
 
 
 def item_seed(config: Config, item: Item) -> int:

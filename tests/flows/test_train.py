@@ -13,6 +13,7 @@ from flows.train import train
 from magicdrive_core.config import Tracking, load_config
 from magicdrive_core.data.infos import build_infos
 from magicdrive_core.errors import UsageError
+from magicdrive_core.files import write_json
 from magicdrive_core.places import find_places
 from magicdrive_core.tracking.runs import PARENT, Store
 from tests.conftest import PROJECT
@@ -43,6 +44,7 @@ def test_mlflow_knows_how_a_training_ended(
     (project / "params.yaml").write_text(text.replace("root: data", f"root: {synthetic_root}"))
     (project / "rank.py").write_text(RANK + rank)
     build_infos(load_config(project / "params.yaml"), project / "artifacts/infos")
+    write_json(project / "artifacts/encoders/encoders.json", {"vae": {"latent_channels": 16}, "text": {"width": 64}})
     environment = os.environ | {"PREFECT_API_URL": prefect_api, "PYTHONPATH": str(PROJECT)}
     with subprocess.Popen([sys.executable, "-c", FLOW], cwd=project, env=environment) as flow:
         try:
