@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.memory import keep_freed
 
 TIME_STRIDE, SPACE_STRIDE = 4, 8
 PUBLISHED_SCALING = 1.15258426
@@ -126,6 +127,7 @@ class Vae:
             raise MagicDriveError(f"vae.path: {folder} holds no readable CogVideoX VAE: {reason}", BUILD_HINT) from None
         if torch.device(device).type == "cpu":
             use_planes(model)
+            keep_freed()
         return cls(model.to(device), scaling_factor=scaling_factor, chunk_frames=chunk_frames, tile=tile)
 
     @property

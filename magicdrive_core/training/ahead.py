@@ -17,7 +17,7 @@ class Ahead(Generic[T]):
     One job is always done ahead, however large; more as long as all that waits stays within the budget.
 
     Args:
-        jobs: (bytes of the result, the job), without end.
+        jobs: (bytes of the result, the job).
         budget: bytes of results that may wait.
     """
 
@@ -37,7 +37,7 @@ class Ahead(Generic[T]):
             return self._held
 
     def next(self) -> T:
-        """The next result; raises what its job raised."""
+        """The next result; raises what its job raised, and StopIteration after the last one."""
         with self._change:
             self._change.wait_for(lambda: self._done)
             size, result = self._done.popleft()
@@ -75,3 +75,6 @@ class Ahead(Generic[T]):
                 self._change.notify_all()
             if isinstance(result, BaseException):
                 return
+        with self._change:
+            self._done.append((0, StopIteration()))
+            self._change.notify_all()

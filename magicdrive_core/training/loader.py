@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from types import TracebackType
 
@@ -50,7 +50,7 @@ class Batch:
 
 
 class Loader:
-    """Yields the micro-batches of this rank without end; the next ones are prepared in a thread, as memory allows.
+    """Yields the micro-batches of this rank; the next ones are prepared in a thread, as memory allows.
 
     Raises:
         MagicDriveError: a cache is missing or stale, or the micro-batches do not fit into memory.
@@ -73,8 +73,17 @@ class Loader:
         self._scale: float = read_json(artifacts / "encoders/encoders.json")["vae"]["scaling_factor"]
         self._ahead: Ahead[Batch] | None = None
 
-    def start(self, micro_batches: int, ranks: int | None = None, rank: int | None = None) -> None:
-        """Begins after so many micro-batches of all ranks together; ranks and rank are those of the process group."""
+    def start(
+        self, micro_batches: int, steps: int | None = None, ranks: int | None = None, rank: int | None = None
+    ) -> None:
+        """Begins after so many micro-batches of all ranks together.
+
+        Args:
+            micro_batches: of all ranks together, that were used before.
+            steps: micro-batches of this rank that will be asked for, so that no more are prepared; None: no end.
+            ranks: None: those of the process group; so with ``rank``.
+            rank: this process.
+        """
         ranks = dist.get_world_size() if ranks is None else ranks
         rank = dist.get_rank() if rank is None else rank
         sampler = BucketSampler(
@@ -96,7 +105,7 @@ class Loader:
         self._ahead = Ahead(
             (
                 (sizes[bucket], partial(self._prepare, bucket, clips, place))
-                for place, (bucket, clips) in zip(places, sampler.stream(micro_batches), strict=False)
+                for place, (bucket, clips) in islice(zip(places, sampler.stream(micro_batches), strict=False), steps)
             ),
             self.budget.waiting,
         )

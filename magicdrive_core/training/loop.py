@@ -60,7 +60,7 @@ def train(
     ema = Ema(boosted, training.ema)
     progress = checkpoint.resume(plan.folder / "checkpoints", boosted, ema) or Progress()
     logger.info("%s: from step %d of %d, %d ranks", plan.stage, progress.step, stage.steps, dist.get_world_size())
-    loader.start(progress.micro_batches)
+    loader.start(progress.micro_batches, stage.steps - progress.step)
     flow = RectifiedFlow(config.flow.base_pixels)
 
     def save() -> None:

@@ -59,6 +59,14 @@ def test_an_error_is_raised_in_its_turn() -> None:
     ahead.stop()
 
 
+def test_jobs_end_and_say_so() -> None:
+    ahead = Ahead(iter([(1, lambda: 7)]), 100)
+    assert ahead.next() == 7
+    with pytest.raises(StopIteration):
+        ahead.next()
+    ahead.stop()
+
+
 def test_stop_ends_a_thread_that_waits_for_room() -> None:
     gate = threading.Semaphore(0)
     ahead = Ahead(jobs([10], [], gate), 10)

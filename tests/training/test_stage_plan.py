@@ -33,7 +33,7 @@ def prints(project: Path, *overrides: str) -> list[str]:
         ("training.ema=0.5", 1),
         ("model.depth=5", 1),
         ("published=true", 1),
-        ("conditions.map_cells={112x200: 100, 224x400: 200}", 1),
+        ("conditions.map_cells={112x200: 100, 144x256: 200}", 1),
         ("vae.chunk_frames=16", 1),
         ("text.max_tokens=16", 1),
         ("latents.start_stride=2", 1),
