@@ -62,7 +62,11 @@ def box_layer(
     matrix = _to_frame(framing) @ intrinsics
     planes = _frustum(matrix, framing)
     lidar_to_camera = inverse(np.asarray(camera_to_lidar, dtype=np.float64))
-    boxes = [(transform(lidar_to_camera, corners[n]), CLASS_COLOURS[classes[n]]) for n in np.flatnonzero(classes >= 0)]
+    known = classes >= 0
+    placed = transform(lidar_to_camera, corners[known])
+    # Most boxes of a scene lie wholly beyond one side of a view: cutting their faces would find the same.
+    outside = (placed @ planes[:, :3].T + planes[:, 3] < 0).all(axis=1).any(axis=1)
+    boxes = [(box, CLASS_COLOURS[index]) for box, index in zip(placed[~outside], classes[known][~outside], strict=True)]
     size = framing.width * SMOOTH, framing.height * SMOOTH
     layer = Image.new("RGBA", size)
     line = round(max(1.0, framing.width / 420) * SMOOTH)
