@@ -15,8 +15,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from magicdrive_core.config import STAGES, load_config
+from magicdrive_core.config import STAGES
 from magicdrive_core.data.buckets import BucketSampler, idle_share, relative_cost
+from magicdrive_core.settings import load_config
 
 PROFILE = Path(__file__).resolve().parents[1] / "profiles/nuscenes.yaml"
 FRAMES, KEY_FRAMES = 220, 40

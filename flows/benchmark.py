@@ -12,10 +12,10 @@ from prefect import flow, get_run_logger
 from flows.common import flow_command, main, run_verb, setting_words
 from flows.generate import generate
 from magicdrive_core.benchmark.verdict import VERDICT
-from magicdrive_core.config import load_config
 from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.inference.items import list_items
 from magicdrive_core.places import find_places
+from magicdrive_core.settings import load_config
 from magicdrive_core.video.record import RECORD
 
 

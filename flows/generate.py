@@ -18,11 +18,11 @@ from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from flows.common import flow_command, main, no_orphans, run_child, setting_words, tool, unless_interrupted
-from magicdrive_core.config import load_config
 from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.inference.items import input_digests, is_done, item_fingerprint, list_items
 from magicdrive_core.places import find_places
 from magicdrive_core.progress import progress_bar
+from magicdrive_core.settings import load_config
 from magicdrive_core.video.record import RECORD
 
 

@@ -12,8 +12,8 @@ from flows.common import main
 from flows.prepare import prepare
 from flows.train import train
 from magicdrive_core.benchmark.package import ZIP
-from magicdrive_core.config import load_config
 from magicdrive_core.places import find_places
+from magicdrive_core.settings import load_config
 
 
 @flow(name="pipeline", validate_parameters=False)

@@ -47,7 +47,7 @@ def _options(debug: Annotated[bool, typer.Option("--debug", help="Show the trace
 
 
 def _config(params: Path, overrides: list[str] | None) -> Config:
-    from magicdrive_core.config import load_config
+    from magicdrive_core.settings import load_config
 
     return load_config(params, overrides)
 

@@ -25,7 +25,7 @@ DEFAULT_PARAMS = Path("params.yaml")
 
 
 def _config(params: Path, overrides: list[str] | None) -> Config:
-    from magicdrive_core.config import load_config
+    from magicdrive_core.settings import load_config
 
     return load_config(params, overrides)
 

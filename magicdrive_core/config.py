@@ -1,20 +1,15 @@
-"""params.yaml: its schema, its validation, overrides from the command line, fingerprints.
+"""The schema of params.yaml: each setting with its meaning, its bounds and its default; fingerprints of sections.
 
-DVC reads the same file, so that changing one value reruns what depends on it and nothing else. Each field's meaning
-stands beside it. A wrong file is refused with one line that names the key, its value and what would be right.
+DVC reads the same file, so that changing one value reruns what depends on it and nothing else.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-
-from magicdrive_core.errors import UsageError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Stage = Literal["stage1", "stage2", "stage3"]
 STAGES: tuple[Stage, ...] = ("stage1", "stage2", "stage3")
@@ -319,92 +314,7 @@ class Config(Section):
         return self
 
 
-def load_config(path: Path | str = "params.yaml", overrides: list[str] | None = None) -> Config:
-    """Reads and validates params.yaml.
-
-    Args:
-        path: the file.
-        overrides: ``key.key=value`` texts of the command line's ``-S``; values are YAML.
-
-    Raises:
-        UsageError: unreadable file, unknown key, wrong type or impossible value, all in one line.
-    """
-    path = Path(path)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{path} is missing", "run in the project's folder, or name the file with --params") from None
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UsageError(f"{path} must hold a mapping of sections", "copy one of profiles/ to start with")
-    for override in overrides or []:
-        apply_override(values, override)
-    return parse_config(values, source=str(path))
-
-
-def parse_config(values: dict[str, Any], source: str = "params.yaml") -> Config:
-    """Validates a mapping as params.yaml.
-
-    Raises:
-        UsageError: the first fault, in one line that names the key, its value and what would be right.
-    """
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        raise UsageError(_one_line(error, source)) from None
-
-
 def fingerprint(*parts: Any) -> str:
     """64 hex digits that change with any of the parts: sections of the configuration, or plain JSON values."""
     plain = [part.model_dump(mode="json") if isinstance(part, BaseModel) else part for part in parts]
     return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def apply_override(values: dict[str, Any], override: str) -> None:
-    """Puts ``key.key=value`` into nested ``values``; the value is YAML.
-
-    Raises:
-        UsageError: not of that form, or no such section.
-    """
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UsageError(f"-S {override}: not of the form key.key=value", "for example -S training.stage1.steps=100")
-    *parents, last = key.split(".")
-    target: Any = values
-    for parent in parents:
-        target = target.get(parent) if isinstance(target, dict) else None
-        if not isinstance(target, dict):
-            raise UsageError(f"-S {override}: there is no section {parent!r}")
-    try:
-        target[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UsageError(f"-S {override}: the value is not valid YAML") from None
-
-
-def _one_line(error: ValidationError, source: str) -> str:
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"]) or "the file"
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        return f"{source}: {key} is not a known key{_suggestion(first['loc'])}{more}"
-    if first["type"] == "missing":
-        return f"{source}: {key} is missing{more}"
-    if first["loc"] and not isinstance(first["input"], dict):
-        return f"{source}: {key} is {first['input']!r}: {message}{more}"
-    return f"{source}: {key}: {message}{more}"
-
-
-def _suggestion(location: tuple[int | str, ...]) -> str:
-    """The known keys beside an unknown one."""
-    model: Any = Config
-    for part in location[:-1]:
-        field = model.model_fields.get(part) if isinstance(part, str) and hasattr(model, "model_fields") else None
-        if field is None:
-            return ""
-        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-        if model is None:
-            return ""
-    return f"; known here: {', '.join(model.model_fields)}"

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from magicdrive_core.config import apply_override, parse_config
 from magicdrive_core.errors import UsageError
 from magicdrive_core.files import atomic_file
+from magicdrive_core.settings import apply_override, parse_config
 
 HEADER = "# Made by: magicdrive use "
 

@@ -10,12 +10,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, field_validator
 
 from magicdrive_core.config import Config, Count, PositiveFloat, Probability, Section, fingerprint
 from magicdrive_core.data.records import CLASSES
 from magicdrive_core.errors import UsageError
+from magicdrive_core.settings import first_fault, read_yaml
 
 Place = tuple[float, float]
 Size = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
@@ -164,36 +164,20 @@ def load_edits(path: Path | str) -> Edits:
     Raises:
         UsageError: missing, not YAML, or a key or value that is none, named.
     """
-    path = Path(path)
+    hint = "docs/editing.md shows what stands in such a file"
+    values = read_yaml(path, hint)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
         return Edits.model_validate({} if values is None else values)
-    except FileNotFoundError:
-        raise UsageError(f"{path} is missing", "docs/editing.md shows what stands in such a file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
-        raise UsageError(f"{path}: {_first(error)}", "docs/editing.md shows what stands in such a file") from None
+        raise UsageError(f"{path}: {first_fault(error, Edits)}", hint) from None
 
 
 def _parse_change(number: int, value: Any) -> Section:
     verbs = [verb for verb in _KINDS if isinstance(value, dict) and verb in value]
     if len(verbs) != 1:
         raise ValueError(f"entry {number} must have exactly one of: {', '.join(_KINDS)}")
+    kind = _KINDS[verbs[0]]
     try:
-        return _KINDS[verbs[0]].model_validate(value)
+        return kind.model_validate(value)
     except ValidationError as error:
-        raise ValueError(f"entry {number} ({verbs[0]}): {_first(error)}") from None
-
-
-def _first(error: ValidationError) -> str:
-    """The first fault in one line."""
-    fault = error.errors()[0]
-    key = ".".join(str(part) for part in fault["loc"]) or "the file"
-    message = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] == "extra_forbidden":
-        return f"{key} is not a known key"
-    if fault["type"] == "missing":
-        return f"{key} is missing"
-    shown = f" is {fault['input']!r}" if isinstance(fault["input"], str | int | float) else ""
-    return f"{key}{shown}: {message}"
+        raise ValueError(f"entry {number} ({verbs[0]}): {first_fault(error, kind)}") from None

@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from magicdrive_core.config import STAGES, Bucket, Config, Stage, fingerprint, parse_config
+from magicdrive_core.config import STAGES, Bucket, Config, Stage, fingerprint
 from magicdrive_core.data.clips import balanced, list_clips
 from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.data.records import Clip, Scene
 from magicdrive_core.files import read_json, sha256_file, write_json
+from magicdrive_core.settings import parse_config
 from magicdrive_core.tracking.lineage import input_digests
 
 # Of the sections that all stages share: how often something is written decides nothing.

@@ -12,11 +12,12 @@ from typing import Any
 
 from rich.progress import Progress, TaskID
 
-from magicdrive_core.config import Config, Stage, load_config
+from magicdrive_core.config import Config, Stage
 from magicdrive_core.errors import MagicDriveError, UsageError
 from magicdrive_core.files import read_json, write_json
 from magicdrive_core.launch import RESUMABLE, run_group
 from magicdrive_core.progress import progress_bar
+from magicdrive_core.settings import load_config
 from magicdrive_core.tracking.lineage import lineage_tags
 from magicdrive_core.tracking.runs import Store
 from magicdrive_core.training.budget import plan_budget

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from magicdrive_core.config import Config, load_config
+from magicdrive_core.config import Config
 from magicdrive_core.files import sha256_file
 from magicdrive_core.geometry.cameras import VIEWS
+from magicdrive_core.settings import load_config
 from magicdrive_core.video.encoder import encode_video
 from magicdrive_core.video.record import ItemRecord, ViewFile, item_name, video_name
 

@@ -12,7 +12,7 @@ import pyarrow.feather as feather
 import pytest
 import yaml
 
-from magicdrive_core.config import Config, parse_config
+from magicdrive_core.config import Config
 from magicdrive_core.data.adapters import open_adapter
 from magicdrive_core.data.argoverse import CAMERAS
 from magicdrive_core.data.bev import read_map
@@ -23,6 +23,7 @@ from magicdrive_core.data.records import MAP_LAYERS, Clip, Scene
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.geometry import poses
 from magicdrive_core.geometry.cameras import full_window, project
+from magicdrive_core.settings import parse_config
 from tests.conftest import PROJECT
 from tests.data.argoverse_log import FOCAL, LOG, PARKED, WALK, WALKER, camera_pose, ego_pose, size_of, write_log
 

@@ -190,7 +190,8 @@ def test_headings_take_the_short_way_round() -> None:
     ("text", "message"),
     [
         ("weather: fog", "weather is 'fog'"),
-        ("wether: night", "wether is not a known key"),
+        ("wether: night", "wether is not a known key; known here: scenes, weather"),
+        ("objects: [{replace: a, with: bus, siz: 1}]", "siz is not a known key; known here: replace, with, size"),
         ("drop_boxes: 2", "drop_boxes is 2"),
         ("objects: [{remove: a, move: b}]", "entry 0 must have exactly one of: add, remove, move, replace, drive"),
         ("objects: [{move: a}, {add: tank, points: [{at: [0, 0]}]}]", r"entry 1 \(add\): add is 'tank'"),
@@ -198,6 +199,7 @@ def test_headings_take_the_short_way_round() -> None:
         ("objects: [{add: car, points: [{at: [0, 0], second: 2}, {at: [1, 1], second: 1}]}]", "must rise"),
         ("objects: [{add: car, size: [0, 1, 1], points: [{at: [0, 0]}]}]", "size.0 is 0"),
         ("ego: [{at: [0]}]", "ego.0.at"),
+        ("ego: [{at: [0, 0], sekond: 1}]", "ego.0.sekond is not a known key"),
         ("objects: {", "not valid YAML"),
     ],
 )

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from flows.train import train
-from magicdrive_core.config import Tracking, load_config
+from magicdrive_core.config import Tracking
 from magicdrive_core.data.infos import build_infos
 from magicdrive_core.errors import UsageError
 from magicdrive_core.files import write_json
 from magicdrive_core.places import find_places
+from magicdrive_core.settings import load_config
 from magicdrive_core.tracking.runs import PARENT, Store
 from tests.conftest import PROJECT
 from tests.flows.test_children import assert_gone, family

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 from safetensors.torch import save_file
 
-from magicdrive_core.config import Config, load_config
+from magicdrive_core.config import Config
 from magicdrive_core.data.bev import write_map
 from magicdrive_core.data.clips import caption
 from magicdrive_core.data.infos import FRAMES
@@ -21,6 +21,7 @@ from magicdrive_core.files import sha256_file, sha256_folder, write_json
 from magicdrive_core.geometry.cameras import VIEWS
 from magicdrive_core.geometry.poses import pose
 from magicdrive_core.model.build import build_network
+from magicdrive_core.settings import load_config
 
 PROFILE = Path(__file__).resolve().parents[2] / "profiles/demo.yaml"
 SMALL = [

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from magicdrive_core.config import STAGES, load_config
+from magicdrive_core.config import STAGES
 from magicdrive_core.errors import UsageError
 from magicdrive_core.profiles import use_profile
+from magicdrive_core.settings import load_config
 from magicdrive_core.training.masks import check_ratios
 from tests.conftest import PROJECT
 

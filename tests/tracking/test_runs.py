@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from magicdrive_core.config import Config, Tracking, load_config
+from magicdrive_core.config import Config, Tracking
 from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.settings import load_config
 from magicdrive_core.tracking.runs import PARENT, MetricLog, Store, close_parent, flatten, open_parent
 
 PROFILE = Path(__file__).resolve().parents[2] / "profiles/demo.yaml"

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from magicdrive_core.config import Bucket, Config, load_config
+from magicdrive_core.config import Bucket, Config
 from magicdrive_core.config import Conditions as ConditionSettings
 from magicdrive_core.files import write_json
+from magicdrive_core.settings import load_config
 from tests.training.distributed import run_distributed
 
 PROFILE = Path(__file__).resolve().parents[2] / "profiles/demo.yaml"

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from magicdrive_core.config import Conditions, Config, StageConfig, load_config
+from magicdrive_core.config import Conditions, Config, StageConfig
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.files import read_json
 from magicdrive_core.launch import RESUMABLE, run_group
+from magicdrive_core.settings import load_config
 from magicdrive_core.training.plan import StagePlan, write_job
 from tests.training.distributed import run_distributed
 from tests.training.networks import training

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from magicdrive_core.config import STAGES, load_config
+from magicdrive_core.config import STAGES
+from magicdrive_core.settings import load_config
 from magicdrive_core.training import plan
 from magicdrive_core.training.plan import feasibility, plan_stage
 from tests.training.scenes import make_scene

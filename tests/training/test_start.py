@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from magicdrive_core.config import Stage, load_config
+from magicdrive_core.config import Stage
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.files import write_json
 from magicdrive_core.model.build import build_network
 from magicdrive_core.model.network import MagicDrive
+from magicdrive_core.settings import load_config
 from magicdrive_core.training.start import load_previous
 
 PROFILE = Path(__file__).resolve().parents[2] / "profiles/demo.yaml"

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from mlflow.entities import Run
 
-from magicdrive_core.config import Stage, Tracking, load_config
+from magicdrive_core.config import Stage, Tracking
 from magicdrive_core.errors import MagicDriveError, UsageError
 from magicdrive_core.files import read_json, sha256_file, write_json
 from magicdrive_core.launch import RESUMABLE
+from magicdrive_core.settings import load_config
 from magicdrive_core.tracking.runs import PARENT, Store
 from magicdrive_core.training import plan, supervise
 from magicdrive_core.training.plan import read_job

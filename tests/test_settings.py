@@ -9,8 +9,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from magicdrive_core.config import fingerprint, load_config, parse_size
+from magicdrive_core.config import fingerprint, parse_size
 from magicdrive_core.errors import UsageError
+from magicdrive_core.settings import load_config
 
 DEMO = Path(__file__).resolve().parents[1] / "profiles" / "demo.yaml"
 
@@ -49,6 +50,9 @@ def test_missing_and_broken_files(tmp_path: Path) -> None:
         load_config(tmp_path / "params.yaml")
     broken = tmp_path / "broken.yaml"
     broken.write_text("a: [1")
+    with pytest.raises(UsageError, match="not valid YAML"):
+        load_config(broken)
+    broken.write_bytes(b"\xff\xfe")
     with pytest.raises(UsageError, match="not valid YAML"):
         load_config(broken)
     broken.write_text("- 1")
