@@ -13,26 +13,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator
 
 from magicdrive_core.config import Config, Count, PositiveFloat, Probability, Section, fingerprint
-from magicdrive_core.data.records import CLASSES
+from magicdrive_core.data.records import CLASSES, ClassName
 from magicdrive_core.errors import UsageError
 from magicdrive_core.settings import first_fault, read_yaml
 
 Place = tuple[float, float]
 Size = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
-ClassName = Literal[
-    "car",
-    "truck",
-    "construction_vehicle",
-    "bus",
-    "trailer",
-    "barrier",
-    "motorcycle",
-    "bicycle",
-    "pedestrian",
-    "traffic_cone",
-]
 # Width, length and height in metres of an object that is added without a size: rounded means of nuScenes.
-USUAL_SIZES: dict[str, Size] = {
+USUAL_SIZES: dict[ClassName, Size] = {
     "car": (1.95, 4.6, 1.7),
     "truck": (2.5, 6.9, 2.8),
     "construction_vehicle": (2.8, 6.4, 3.2),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-CLASSES = (
+ClassName = Literal[
     "car",
     "truck",
     "construction_vehicle",
@@ -20,7 +21,8 @@ CLASSES = (
     "bicycle",
     "pedestrian",
     "traffic_cone",
-)
+]
+CLASSES: tuple[ClassName, ...] = get_args(ClassName)
 MAP_LAYERS = (
     "drivable_area",
     "ped_crossing",
