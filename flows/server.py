@@ -32,7 +32,8 @@ HOME = Path(".prefect")
 PROFILE = HOME / "profiles.toml"
 PROCESSES = HOME / "processes.json"  # name -> process id and its start, so that no stranger is ever signalled
 POOL = "magicdrive"
-STOP_SECONDS = 40.0  # more than what a flow gives its children (common.STOP) and its ranks (launch.GRACE_SECONDS)
+RUN_SECONDS = 40.0  # to end a flow run: more than it gives its children (common.STOP) and ranks (launch.GRACE_SECONDS)
+END_SECONDS = 15.0  # to end a worker without flow runs, and a server: each takes two to four
 START_SECONDS = 180.0  # the first start makes the database
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -68,23 +69,32 @@ def up(port: Annotated[int, typer.Option(min=1, max=65535)] = 4200) -> None:
 def down() -> None:
     """Stop them; what they recorded stays."""
     processes = _alive()
-    if "worker" in processes:
-        _stop(processes["worker"].children())  # flow runs, which a worker that is stopped would kill outright
-    _stop(list(processes.values()))
+    for name in ("worker", "server"):  # a worker whose server is gone calls for it, and complains, before it ends
+        if name in processes:
+            _end(processes[name])
     PROCESSES.unlink(missing_ok=True)
     PROFILE.unlink(missing_ok=True)
     print(f"stopped: {', '.join(processes) or 'nothing was running'}")
 
 
-def _stop(processes: list[psutil.Process]) -> None:
-    """SIGTERM, time to save a checkpoint and to close what is recorded, SIGKILL."""
+def _end(process: psutil.Process) -> None:
+    """Ends a process, before it its children: a worker that is stopped would kill its flow runs outright."""
+    family = process.children(recursive=True)
+    _stop(process.children(), RUN_SECONDS)
+    _stop([process], END_SECONDS)
+    _stop(family, 0.0)  # what a flow run that had to be killed left behind
+
+
+def _stop(processes: list[psutil.Process], seconds: float) -> None:
+    """SIGTERM, so many seconds to save a checkpoint and to close what is recorded, SIGKILL."""
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.terminate()
-    _, stubborn = psutil.wait_procs(processes, timeout=STOP_SECONDS)
+    _, stubborn = psutil.wait_procs(processes, timeout=seconds)
     for process in stubborn:
         with suppress(psutil.NoSuchProcess):
             process.kill()
+    psutil.wait_procs(stubborn)
 
 
 def _check_port(port: int) -> None:
@@ -115,9 +125,9 @@ def _start(name: str, arguments: list[str], environment: dict[str, str]) -> psut
 
 
 def _alive() -> dict[str, psutil.Process]:
-    """The processes that an earlier ``up`` started and that still run, the worker first."""
+    """The processes that an earlier ``up`` started and that still run."""
     found = {}
-    for name, (pid, born) in sorted((read_json(PROCESSES) if PROCESSES.exists() else {}).items(), reverse=True):
+    for name, (pid, born) in (read_json(PROCESSES) if PROCESSES.exists() else {}).items():
         try:
             process = psutil.Process(pid)
             if process.create_time() == born:

@@ -74,6 +74,46 @@ def test_down_lets_a_flow_run_close_its_records(tmp_path: Path, monkeypatch: pyt
     assert (tmp_path / "closed").exists()
 
 
+# A server that notes its end; a worker that does so too, whose flow run heeds no signal and has a child on its own.
+NOTING = """
+import signal, sys
+def end(*_):
+    print(sys.argv[1], file=open("ended", "a"))
+    sys.exit()
+signal.signal(signal.SIGTERM, end)
+"""
+SERVER = NOTING + "print(0, file=open('ready', 'w', 1)); signal.pause()"
+STUBBORN_WORKER = NOTING + "import subprocess; subprocess.run([sys.executable, '-c', sys.argv[2]]); signal.pause()"
+STUBBORN_RUN = """
+import os, signal, subprocess
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = subprocess.Popen(["sleep", "300"], start_new_session=True)
+with open("pids", "w") as file: print(os.getpid(), os.getppid(), child.pid, file=file)
+child.wait()
+"""
+
+
+def test_down_leaves_nothing_and_ends_the_worker_before_its_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(server, "RUN_SECONDS", 1.0)
+    python = [sys.executable, "-c"]
+    with (
+        subprocess.Popen([*python, SERVER, "server"]) as api,
+        subprocess.Popen([*python, STUBBORN_WORKER, "worker", STUBBORN_RUN]) as worker,
+    ):
+        pids = [*family(tmp_path / "pids"), api.pid]
+        family(tmp_path / "ready")
+        processes = {"server": api.pid, "worker": worker.pid}
+        write_json(
+            server.PROCESSES, {name: [pid, psutil.Process(pid).create_time()] for name, pid in processes.items()}
+        )
+        server.down()
+    assert_gone(pids)
+    assert (tmp_path / "ended").read_text().split() == ["worker", "server"]
+
+
 def test_a_run_that_died_unseen_gives_its_place_back(prefect_api: str) -> None:
     """The pool has one place: a run that is running for ever lets no other one start."""
     pool = WorkPoolCreate(name=server.POOL, type="process")
