@@ -23,7 +23,7 @@ import typer
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from magicdrive_core.errors import ERROR_NOTE, MagicDriveError, UsageError
+from magicdrive_core.errors import ERROR_NOTE, MagicDriveError, UsageError, report_error
 from magicdrive_core.files import read_json
 
 # SIGINT first: `dvc repro` leaves its stage running on SIGTERM. All of it fits into the 30 s that Prefect gives.
@@ -134,9 +134,8 @@ def main(run: Callable[[], object]) -> None:
     _one_line_errors()
     try:
         run()
-    except MagicDriveError as error:
-        print(f"error: {error.message}" + (f"\n hint: {error.hint}" if error.hint else ""), file=sys.stderr)
-        sys.exit(error.exit_code)
+    except (MagicDriveError, OSError) as error:
+        sys.exit(report_error(error, "mend that, then run again: what is done is kept").exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -148,7 +147,7 @@ def _one_line_errors() -> None:
     """
 
     def wanted(record: logging.LogRecord) -> bool:
-        return not (record.exc_info and isinstance(record.exc_info[1], MagicDriveError))
+        return not (record.exc_info and isinstance(record.exc_info[1], MagicDriveError | OSError))
 
     for handler in logging.getLogger().handlers:  # Prefect's console
         handler.addFilter(wanted)

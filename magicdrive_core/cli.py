@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from magicdrive_core import cli_data
-from magicdrive_core.errors import ERROR_NOTE, MagicDriveError, UsageError
+from magicdrive_core.errors import ERROR_NOTE, MagicDriveError, UsageError, report_error
 from magicdrive_core.offline import stay_silent
 
 if TYPE_CHECKING:
@@ -359,15 +359,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def _explain(error: MagicDriveError | OSError) -> int:
-    """Prints one line on what is wrong and one on what to do; returns the exit code."""
-    if isinstance(error, MagicDriveError):
-        message, hint, code = error.message, error.hint, error.exit_code
-    else:
-        message, hint, code = str(error), "magicdrive --debug shows where", 1
-    print(f"error: {message}" + (f"\n hint: {hint}" if hint else ""), file=sys.stderr)
+    """Prints the error, leaves it for the process that started this one, and returns the exit code."""
+    told = report_error(error, "magicdrive --debug shows where")
     if ERROR_NOTE in os.environ:
         from magicdrive_core.files import write_json
 
         with suppress(MagicDriveError, OSError):  # where the disk is full, the lines above must do
-            write_json(os.environ[ERROR_NOTE], [message, hint, code])
-    return code
+            write_json(os.environ[ERROR_NOTE], [told.message, told.hint, told.exit_code])
+    return told.exit_code

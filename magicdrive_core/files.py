@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -16,10 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from magicdrive_core.errors import MagicDriveError
-
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_FORBIDDEN = {errno.EACCES, errno.EROFS, errno.EPERM}
+from magicdrive_core.errors import MagicDriveError, system_error
 
 
 @contextmanager
@@ -182,15 +178,9 @@ def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        number = _error_number(error)
-        if number in _FULL:
-            raise MagicDriveError(
-                f"no space left on the disk of {path}: {os.strerror(number)}", "free some space and run again"
-            ) from error
-        if number in _FORBIDDEN:
-            raise MagicDriveError(
-                f"{path} cannot be written: {os.strerror(number)}", "check the folder's rights"
-            ) from error
+        known = system_error(_error_number(error), path)
+        if known is not None:
+            raise known from error
         raise
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -123,6 +124,36 @@ work()
             flow.kill()  # a flow that starts its children again would wait for them
     assert family(called) + family(submitted) == pids  # nothing was started again
     assert_gone(pids)
+
+
+def test_an_error_of_the_system_is_two_lines(prefect_api: str, tmp_path: Path) -> None:
+    body = """
+import errno, os, sys
+from prefect import flow, task
+from flows.common import main
+number = int(sys.argv[1])
+@task
+def inner():
+    raise OSError(number, os.strerror(number), "runs/x")
+@flow
+def outer():
+    inner()
+main(outer)
+"""
+    environment = os.environ | {"PREFECT_API_URL": prefect_api, "PYTHONPATH": str(PROJECT)}
+    for number, lines in [
+        (
+            errno.ENOSPC,
+            ["error: no space left on the disk of runs/x: No space left on device", " hint: free some space"],
+        ),
+        (errno.ENOTDIR, [f"error: [Errno {errno.ENOTDIR}] Not a directory: 'runs/x'", " hint: mend that, then run"]),
+    ]:
+        command = [sys.executable, "-c", body, str(number)]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr
+        for line, wanted in zip(done.stderr.splitlines()[-2:], lines, strict=True):
+            assert line.startswith(wanted)
 
 
 def test_a_failed_flow_ends_with_the_cause_and_without_a_traceback(prefect_api: str, tmp_path: Path) -> None:
