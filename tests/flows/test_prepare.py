@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from prefect.logging import disable_run_logger
 
 from flows import prepare
@@ -54,3 +57,19 @@ def test_a_root_without_tables_or_maps_never_reaches_dvc(calls: list[list[str]],
         reproduce()
     assert hint in raised.value.hint
     assert calls == []
+
+
+def test_a_pipeline_without_data_ends_with_what_to_do(prefect_api: str, tmp_path: Path) -> None:
+    """DVC alone would name the missing folder only."""
+    values = yaml.safe_load((PROJECT / "profiles/demo.yaml").read_text()) | {"synth": None}
+    values["data"]["root"] = "nowhere"
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
+    environment = os.environ | {"PREFECT_API_URL": prefect_api, "PYTHONPATH": str(PROJECT)}
+    command = [sys.executable, "-m", "flows.pipeline"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-2:] == [
+        "error: nowhere/v1.0-demo is missing: no nuScenes tables there",
+        " hint: nowhere does not exist: set data.root in params.yaml, or run `magicdrive synth`",
+    ]
