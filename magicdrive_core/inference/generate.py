@@ -134,8 +134,9 @@ class _Work:
         """Samples, decodes view by view into the encoder, and puts the item's folder in place when all is there."""
         began = time.perf_counter()
         conditions = self.conditions()
+        features = self.models.features(conditions.caption)
         self.models.make_room_for(self.models.network)
-        latents = self.sample(conditions)
+        latents = self.sample(conditions, features)
         self.models.make_room_for(self.models.vae.model)
         sampled = time.perf_counter()
         with atomic_folder(folder) as partial_folder:
@@ -170,11 +171,11 @@ class _Work:
         bits = BevMaps(self.config, self.project).of_clip(self.scene, clip, size, draw=draw)
         return clip_conditions(self.scene, clip, size, bits, published=self.config.published)
 
-    def sample(self, clip: ClipConditions) -> Tensor:
+    def sample(self, clip: ClipConditions, features: Tensor) -> Tensor:
         """Latents (V, C, T, h, w) on the CPU. All noise comes from the item's own generator."""
         models, settings = self.models, self.config.generate
         generator = torch.Generator().manual_seed(item_seed(self.config, self.item))
-        conditions = collate([clip], [models.features(clip.caption)], self.config.text.max_tokens)
+        conditions = collate([clip], [features], self.config.text.max_tokens)
         network = models.network.config
         if network.instance_latent:
             shape = (1, conditions.box_classes.shape[-1], network.class_width or network.width)

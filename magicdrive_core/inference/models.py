@@ -36,7 +36,8 @@ class Models:
     def load(cls, config: Config, stage_folder: Path, project: Path = Path()) -> Models:
         """Loads the EMA weights of a finished stage, and the project's encoders.
 
-        On a GPU with ``training.precision: bf16`` the weights are bf16.
+        On a GPU with ``training.precision: bf16`` the weights are bf16. With ``generate.offload`` the network waits in
+        main memory.
 
         Raises:
             MagicDriveError: the stage is not finished, its weights were changed, or are of another model section, or
@@ -54,15 +55,15 @@ class Models:
             dtype=dtype,
         )
 
-        @cache
         def text_encoder() -> TextEncoder:
             return TextEncoder.load(project / encoders["text"]["path"], config.text.max_tokens, device)
 
+        load_text = text_encoder if config.generate.offload else cache(text_encoder)  # T5 is larger than the network
         return cls(
-            network=network.to(device, dtype),
+            network=network.to("cpu" if config.generate.offload else device, dtype),
             vae=vae,
             text=TextCache(project / "artifacts/text"),
-            encode_text=lambda caption: text_encoder().encode([caption])[0],
+            encode_text=lambda caption: load_text().encode([caption])[0],
             device=device,
             offload=config.generate.offload,
         )

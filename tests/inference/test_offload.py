@@ -1,0 +1,82 @@
+"""``generate.offload`` without a GPU: who is moved where and when, and that it changes no video.
+
+On a CPU device and main memory are one, so that memory itself is not measured here. That weights leave main memory is
+shown on the meta device, from which nothing comes back; the order of the moves of a whole generation is written down
+as it is asked for, with the device called ``cpu:0``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from magicdrive_core.data.infos import read_scenes
+from magicdrive_core.inference.generate import generate_items
+from magicdrive_core.inference.items import list_items
+from magicdrive_core.inference.models import Models
+from magicdrive_core.video.record import ItemRecord
+from tests.inference.project import STAGE, make_project, small_config, small_scene
+
+OFFLOAD = small_config("generate.offload=true")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("project")
+    make_project(folder, OFFLOAD, small_scene())
+    return folder
+
+
+@pytest.mark.parametrize("offload", [True, False])
+@pytest.mark.parametrize("wanted", ["network", "vae"])
+def test_all_of_the_wanted_model_is_moved_and_nothing_of_the_other(project: Path, offload: bool, wanted: str) -> None:
+    models = replace(Models.load(OFFLOAD, project / STAGE, project), device=torch.device("meta"), offload=offload)
+    parts = {"network": models.network, "vae": models.vae.model}
+    models.make_room_for(parts[wanted])
+    for name, model in parts.items():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            assert tensor.is_meta == (offload and name == wanted)
+
+
+def test_each_model_is_alone_on_the_device_while_it_works_and_the_videos_are_the_same(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = list_items(OFFLOAD, read_scenes(project / "artifacts/infos"))
+    generate_items(small_config(), items, project / STAGE, project / "kept", project=project)
+    models = replace(Models.load(OFFLOAD, project / STAGE, project), device=torch.device("cpu:0"))
+    parts: dict[str, Any] = {"network": models.network, "vae": models.vae.model}
+    places = {"network": "cpu", "vae": "cpu:0"}  # as Models.load leaves them
+    works: list[str] = []
+
+    def noting(call: Callable[..., Any], name: str, other: str) -> Callable[..., Any]:
+        def noted(*words: Any, **options: Any) -> Any:
+            assert (places[name], places[other]) == ("cpu:0", "cpu")
+            works.append(name)
+            return call(*words, **options)
+
+        return noted
+
+    def moving(name: str) -> Callable[[Any], None]:
+        def to(place: Any) -> None:
+            places[name] = str(place)
+            assert set(places.values()) != {"cpu:0"}  # never both: room is made first
+
+        return to
+
+    for name in parts:
+        monkeypatch.setattr(parts[name], "to", moving(name))
+    for method in ("encode", "denoise"):
+        monkeypatch.setattr(models.network, method, noting(getattr(models.network, method), "network", "vae"))
+    monkeypatch.setattr(models.vae, "decode", noting(models.vae.decode, "vae", "network"))
+    monkeypatch.setattr(Models, "load", lambda *_: models)
+    generate_items(OFFLOAD, items, project / STAGE, project / "moved", project=project)
+    steps = works.index("vae")
+    assert works == 2 * (["network"] * steps + ["vae"] * 6)
+    for item in items:
+        kept, moved = (ItemRecord.read(project / folder / item.name).views for folder in ("kept", "moved"))
+        assert {view: file.sha256 for view, file in kept.items()} == {view: f.sha256 for view, f in moved.items()}
