@@ -63,6 +63,7 @@ def _encode_in_processes(
 ) -> list[dict[str, np.ndarray]]:
     """One process of one thread a core: measured on 2 cores, faster than one process of two threads."""
     context = multiprocessing.get_context("spawn")
+    others = multiprocessing.active_children()
     try:
         with ProcessPoolExecutor(workers, context, initializer=_load_vae, initargs=(settings, "cpu")) as pool:
             seconds_per_pixel = pool.submit(_seconds_per_pixel, works[0]).result()
@@ -72,7 +73,10 @@ def _encode_in_processes(
                 for future in track(as_completed(futures), "VAE moments", len(futures)):
                     future.result()
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
+                # Leaving the pool would wait for scenes that are being encoded, minutes each; their files appear whole
+                # or not at all.
+                for process in set(multiprocessing.active_children()) - set(others):
+                    process.terminate()
                 raise
             return [future.result() for future in futures]
     except BrokenProcessPool:

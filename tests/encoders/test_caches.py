@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from magicdrive_core.encoders import encode
 from magicdrive_core.encoders.build import build_encoders
 from magicdrive_core.encoders.caches import LatentCache, TextCache, write_latents, write_text
 from magicdrive_core.encoders.live import LiveLatents
-from magicdrive_core.encoders.scene_work import EncoderSettings, begins_as, plan_scenes
+from magicdrive_core.encoders.scene_work import EncoderSettings, SceneWork, begins_as, plan_scenes
 from magicdrive_core.encoders.text import TextEncoder
 from magicdrive_core.encoders.vae import Vae, to_video
 from magicdrive_core.errors import MagicDriveError
@@ -188,6 +189,23 @@ def test_a_broken_picture_stops_the_work_which_then_goes_on(project, tmp_path, m
         for folder in (tmp_path / "latents", project.artifacts / "latents")
     ]
     assert spread[0] == spread[1]
+
+
+@pytest.mark.slow
+def test_a_broken_picture_stops_the_other_processes(project, tmp_path, monkeypatch) -> None:
+    """The long scene takes a minute or more: were it waited for, its file would be there."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes((project.root / "samples/0.jpg").read_bytes()[:2000])
+    works = [
+        SceneWork("long", [[project.root / "samples/0.jpg"]] * 3000, "56x104", {17: list(range(2900))}),
+        SceneWork("broken", [[broken]], "56x104", {1: [0]}),
+    ]
+    settings = EncoderSettings(str(project.encoders / "vae"), 1.0, 4, 8, "float16")
+    with pytest.raises(MagicDriveError, match=r"broken\.jpg is not a whole picture"):
+        encode.encode_scenes(works, settings, tmp_path / "latents")
+    assert not list((tmp_path / "latents").rglob("*.safetensors"))
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.slow
