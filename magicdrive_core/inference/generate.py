@@ -35,6 +35,7 @@ from magicdrive_core.progress import progress_bar
 from magicdrive_core.rectified_flow import RectifiedFlow
 from magicdrive_core.video.colour import Picture
 from magicdrive_core.video.encoder import encode_video
+from magicdrive_core.video.rate_search import START
 from magicdrive_core.video.record import ItemRecord, ViewFile, video_name
 from magicdrive_core.video.sheets import contact_sheet, six_views
 
@@ -141,7 +142,10 @@ class _Work:
         sampled = time.perf_counter()
         with atomic_folder(folder) as partial_folder:
             shown: list[list[Picture]] = []
-            views = {view: self.write_view(v, latents[v], partial_folder, shown) for v, view in enumerate(VIEWS)}
+            views: dict[str, ViewFile] = {}
+            quality = START  # of like views: each begins where the one before ended
+            for v, view in enumerate(VIEWS):
+                views[view], quality = self.write_view(v, latents[v], partial_folder, shown, quality)
             self.write_sheet(partial_folder / SHEET, shown, conditions.caption)
             ItemRecord(
                 fingerprint=fingerprint,
@@ -192,18 +196,24 @@ class _Work:
         )
         return latents[0].cpu()
 
-    def write_view(self, v: int, latents: Tensor, folder: Path, shown: list[list[Picture]]) -> ViewFile:
-        """Streams one view (C, T, h, w) through the decoder into its file; notes the frames for the sheet."""
+    def write_view(
+        self, v: int, latents: Tensor, folder: Path, shown: list[list[Picture]], quality: float
+    ) -> tuple[ViewFile, float]:
+        """Streams one view (C, T, h, w) through the decoder into its file; notes the frames for the sheet.
+
+        The encoder starts at ``quality``; the one that it came out at is returned too.
+        """
         shown.append([])
         frames = _noted(islice(self.decode(latents), self.item.kept), _moments(self.item.kept), shown[-1])
         path = folder / video_name(self.scene.first_sample, VIEWS[v])
         if self.item.kept == 1:
             path = path.with_suffix(".png")
             Image.fromarray(full_picture(next(iter(frames)))).save(path)
-            return ViewFile(path.name, sha256_file(path), path.stat().st_size, None, None)
+            return ViewFile(path.name, sha256_file(path), path.stat().st_size, None, None), quality
         video = self.config.video
-        made = encode_video(map(full_picture, frames), path, fps=video.fps, max_mbit_s=video.max_mbit_s)
-        return ViewFile(path.name, sha256_file(path), made.bytes, made.mbit_s, made.psnr)
+        pictures = map(full_picture, frames)
+        made = encode_video(pictures, path, fps=video.fps, max_mbit_s=video.max_mbit_s, start=quality)
+        return ViewFile(path.name, sha256_file(path), made.bytes, made.mbit_s, made.psnr), made.quality
 
     def decode(self, latents: Tensor) -> Iterator[Picture]:
         """Frames (H, W, 3) of one view, a few at a time."""

@@ -29,6 +29,8 @@ _CODE = (
     "rectified_flow.py",
     "video/colour.py",
     "video/encoder.py",
+    "video/rate_search.py",
+    "video/spool.py",
 )
 
 

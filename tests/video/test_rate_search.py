@@ -1,0 +1,74 @@
+"""The search ends under the cap after few passes, whatever the content's rates are like."""
+
+from __future__ import annotations
+
+from math import log2
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from magicdrive_core.video.rate_search import BEST, CLOSE_ENOUGH, FINEST, START, WORST, RateSearch
+
+octaves = st.lists(st.floats(0.05, 6), min_size=10, max_size=10)
+
+
+def rate_at(quality: float, falls: list[float], lowest: float) -> float:
+    """Mbit/s of a content whose rate falls by ``falls`` octaves along the way from the best to the worst quality."""
+    heights = log2(lowest) + sum(falls) - np.cumsum([0, *falls])
+    return float(2 ** np.interp(quality, np.linspace(BEST, WORST, len(heights)), heights))
+
+
+def run(search: RateSearch, falls: list[float], lowest: float) -> list[tuple[float, float, bool]]:
+    """Quality, rate, and whether it is the best so far, of each pass."""
+    tries = []
+    while not search.done and not search.hopeless:
+        quality = search.next_quality()
+        rate = rate_at(quality, falls, lowest)
+        tries.append((quality, rate, search.tell(quality, rate)))
+    return tries
+
+
+@given(falls=octaves, lowest=st.floats(0.001, 20), start=st.floats(BEST, WORST))
+def test_the_result_is_under_the_cap_and_as_near_as_promised(falls: list[float], lowest: float, start: float) -> None:
+    search = RateSearch(4.0, start)
+    tries = run(search, falls, lowest)
+    assert len(tries) <= 25
+    kept = [(quality, rate) for quality, rate, best in tries if best]
+    if lowest > 4.0:
+        assert search.hopeless
+        assert not kept
+        return
+    quality, rate = kept[-1]
+    assert rate <= 4.0
+    assert quality == search.best_quality
+    steep = rate_at(max(BEST, quality - FINEST), falls, lowest) > 4.0
+    assert rate >= CLOSE_ENOUGH * 4.0 or quality == BEST or steep
+
+
+@pytest.mark.parametrize("octave", [4.5, 5.5, 6.5])
+def test_a_good_start_makes_one_pass_enough_and_a_fair_one_two(octave: float) -> None:
+    def passes(start: float) -> int:
+        search, count = RateSearch(4.0, start), 0
+        while not search.done:
+            quality = search.next_quality()
+            search.tell(quality, 3.85 * 2 ** ((START - quality) / octave))
+            count += 1
+        return count
+
+    assert passes(START) == 1
+    assert passes(START - 1.0) <= 2
+    assert passes(START + 1.0) <= 2
+
+
+def test_rates_that_rise_where_they_should_fall_end_the_search_all_the_same() -> None:
+    search = RateSearch(4.0)
+    rng = np.random.default_rng(0)
+    kept, count = 0.0, 0
+    while not search.done and count < 100:
+        rate = float(rng.uniform(1.0, 8.0))
+        kept = rate if search.tell(search.next_quality(), rate) else kept
+        count += 1
+    assert count < 30
+    assert 0 < kept <= 4.0
