@@ -22,6 +22,7 @@ from typing import Annotated
 import typer
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from prefect.settings import PREFECT_API_URL
 
 from magicdrive_core.errors import ERROR_NOTE, MagicDriveError, UsageError, report_error
 from magicdrive_core.files import read_json
@@ -133,11 +134,27 @@ def main(run: Callable[[], object]) -> None:
     """Runs a flow from the command line; what a user can mend is one line and a hint, as with ``magicdrive``."""
     _one_line_errors()
     try:
+        _start_server()
         run()
     except (MagicDriveError, OSError) as error:
         sys.exit(report_error(error, "mend that, then run again: what is done is kept").exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _start_server() -> None:
+    """Prefect's temporary server, where none is configured, out of reach of Ctrl-C.
+
+    A terminal sends that to the server too, and a flow whose server is gone calls for it for minutes before it ends.
+    """
+    if not PREFECT_API_URL.value():
+        from prefect.server.api.server import SubprocessASGIServer  # seconds to import, needed here alone
+
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the server inherits it
+        try:
+            SubprocessASGIServer().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _one_line_errors() -> None:

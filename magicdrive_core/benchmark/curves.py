@@ -10,6 +10,7 @@ from math import floor, isfinite, log10
 from pathlib import Path
 
 from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.tracking.summary import first_and_last
 
 WIDTH, HEIGHT = 420, 220
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 12, 28
@@ -42,13 +43,13 @@ class Curve:
 
     @property
     def first(self) -> float:
-        """Mean of the first tenth of the losses."""
-        return _mean(self.losses[: max(1, len(self.losses) // 10)])
+        """Where the losses began (``first_and_last``)."""
+        return first_and_last(self.losses)[0]
 
     @property
     def last(self) -> float:
-        """Mean of the last tenth of the losses."""
-        return _mean(self.losses[-max(1, len(self.losses) // 10) :])
+        """Where they ended."""
+        return first_and_last(self.losses)[1]
 
     def svg(self) -> str:
         """The curve: every step thin, its running mean bold, axes with round numbers."""
@@ -97,7 +98,3 @@ def _thinned(steps: Sequence[int], values: Sequence[float]) -> list[tuple[int, f
     """At most some 1,000 points: a line has no more pixels than that."""
     stride = max(1, len(steps) // 1000)
     return list(zip(steps[::stride], values[::stride], strict=True))
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

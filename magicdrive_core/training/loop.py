@@ -16,6 +16,7 @@ from magicdrive_core.files import atomic_file, sha256_file, write_json
 from magicdrive_core.launch import RESUMABLE
 from magicdrive_core.model.network import MagicDrive
 from magicdrive_core.rectified_flow import RectifiedFlow, keep_given
+from magicdrive_core.tracking.summary import first_and_last
 from magicdrive_core.training import checkpoint
 from magicdrive_core.training.checkpoint import Progress
 from magicdrive_core.training.ema import Ema
@@ -125,7 +126,7 @@ def finish(plan: StagePlan, ema: Ema, progress: Progress, recorder: Recorder) ->
     if dist.get_rank() == 0:
         with atomic_file(plan.weights) as partial:
             save_file(state, partial)
-        first, last = recorder.first_and_last()
+        first, last = first_and_last(recorder.losses)
         facts = {
             "stage": plan.stage,
             "fingerprint": plan.fingerprint,

@@ -151,7 +151,7 @@ class Recorder:
         if self._log:
             self._log.picture(path)
 
-    def first_and_last(self) -> tuple[float, float]:
-        """Mean losses of the first and the last tenth of all steps."""
-        tenth = max(1, len(self._losses) // 10)
-        return sum(self._losses[:tenth]) / tenth, sum(self._losses[-tenth:]) / tenth
+    @property
+    def losses(self) -> list[float]:
+        """Of all steps so far, those before a resumption too."""
+        return self._losses

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -22,9 +24,9 @@ from tests.conftest import PROJECT
 FAMILY = ["sh", "-c", 'sleep 300 & echo "$$ $!" > "$0"; wait']
 
 
-def family(file: Path) -> list[int]:
+def family(file: Path, seconds: float = 60) -> list[int]:
     """The process ids, as soon as they are written."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if file.exists() and (words := file.read_text().split()):
             return [int(word) for word in words]
@@ -124,6 +126,37 @@ work()
             flow.kill()  # a flow that starts its children again would wait for them
     assert family(called) + family(submitted) == pids  # nothing was started again
     assert_gone(pids)
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_terminal_ends_a_flow_at_once(tmp_path: Path) -> None:
+    """A terminal sends it to the whole group: to Prefect's temporary server as well, to which a flow tells its end."""
+    called = tmp_path / "called"
+    body = f"""
+from prefect import flow
+from flows.common import main, run_child
+@flow
+def work():
+    run_child({FAMILY!r} + [{str(called)!r}])
+main(work)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"} | {
+        "PREFECT_HOME": str(tmp_path / "prefect"),
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
+        "PYTHONPATH": str(PROJECT),
+    }
+    command = [sys.executable, "-c", body]
+    options: dict[str, Any] = {"cwd": tmp_path, "env": environment, "start_new_session": True}
+    with (tmp_path / "said").open("wb") as said, subprocess.Popen(command, stderr=said, **options) as flow:
+        try:
+            pids = family(called, seconds=240)
+            os.killpg(flow.pid, signal.SIGINT)
+            assert flow.wait(60) == 130
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(flow.pid, signal.SIGKILL)
+    assert_gone(pids)
+    assert "Traceback" not in (tmp_path / "said").read_text()
 
 
 def test_an_error_of_the_system_is_two_lines(prefect_api: str, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,11 @@ class MadeUpLoader:
         self.buckets = [Bucket(size="16x16", frames=1, batch=2), Bucket(size="16x16", frames=9, batch=1)]
         self._seed, self._trouble = seed, trouble
 
-    def start(self, micro_batches: int) -> None:
+    def start(self, micro_batches: int, steps: int) -> None:
         self._ranks, self._rank = dist.get_world_size(), dist.get_rank()
         sampler = BucketSampler([7, 5], [b.batch for b in self.buckets], self._ranks, self._rank, self._seed)
-        self._order, self._index = sampler.stream(micro_batches), micro_batches + self._rank
+        self._order = islice(sampler.stream(micro_batches), steps)
+        self._index = micro_batches + self._rank
 
     def next(self) -> Batch:
         step = self._index // self._ranks
