@@ -74,7 +74,7 @@ class Loader:
         self._ahead: Ahead[Batch] | None = None
 
     def start(
-        self, micro_batches: int, steps: int | None = None, ranks: int | None = None, rank: int | None = None
+        self, micro_batches: int, steps: int | None = None, *, ranks: int | None = None, rank: int | None = None
     ) -> None:
         """Begins after so many micro-batches of all ranks together.
 

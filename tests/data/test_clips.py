@@ -85,7 +85,7 @@ def test_conditions_hold_maps_for_the_sizes_in_use_and_counts(conditions: Path, 
         assert read_map(conditions, scene.token, 200).shape == (len(scene), 200, 200)
     counts = json.loads((conditions / "clips.json").read_text())
     assert counts["train"]["112x200"] == {"1": 4, "9": 3, "17": 1}
-    assert counts["val"]["224x400"] == {"1": 1}
+    assert counts["val"]["144x256"] == {"1": 1}
 
 
 def test_the_same_infos_give_the_same_conditions(
