@@ -16,25 +16,27 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from magicdrive_core import cli_data
+from magicdrive_core.cli_options import (
+    CONDITIONS,
+    DEFAULT_PARAMS,
+    ENCODERS,
+    INFOS,
+    LATENTS,
+    TEXT,
+    Params,
+    Set,
+    read_config,
+    read_stage,
+)
 from magicdrive_core.errors import ERROR_NOTE, MagicDriveError, UsageError, report_error
 from magicdrive_core.offline import stay_silent
 
 if TYPE_CHECKING:
     from magicdrive_core.benchmark.validate import Expected
-    from magicdrive_core.config import Config, Stage
-
-INFOS, CONDITIONS, ENCODERS = Path("artifacts/infos"), Path("artifacts/conditions"), Path("artifacts/encoders")
-TEXT, LATENTS = Path("artifacts/text"), Path("artifacts/latents")
+    from magicdrive_core.config import Config
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.add_typer(cli_data.app)
-
-Params = Annotated[Path, typer.Option("--params", metavar="FILE", help="The settings' file.")]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", "-S", metavar="KEY=VALUE", help="Override a setting, e.g. -S training.stage1.steps=50."),
-]
-DEFAULT_PARAMS = Path("params.yaml")
 
 _debug = False
 
@@ -44,12 +46,6 @@ def _options(debug: Annotated[bool, typer.Option("--debug", help="Show the trace
     """MagicDrive: street-view video diffusion on nuScenes, from data to a benchmark package."""
     global _debug
     _debug = debug
-
-
-def _config(params: Path, overrides: list[str] | None) -> Config:
-    from magicdrive_core.settings import load_config
-
-    return load_config(params, overrides)
 
 
 @app.command()
@@ -81,7 +77,7 @@ def synth(
         return
     from magicdrive_core.data.synthetic.write import synthesize
 
-    config = _config(params, overrides)
+    config = read_config(params, overrides)
     if config.synth is None:
         raise UsageError(f"{params}: synth is null, the data is your own", "magicdrive use demo")
     synthesize(config.synth, Path(config.data.root), config.data.version)
@@ -98,7 +94,7 @@ def infos(
     """DVC stage: scenes at 12 Hz from the data set's tables."""
     from magicdrive_core.data.infos import build_infos
 
-    build_infos(_config(params, [*(overrides or []), *(["data.skip_bad=true"] if skip_bad else [])]), INFOS)
+    build_infos(read_config(params, [*(overrides or []), *(["data.skip_bad=true"] if skip_bad else [])]), INFOS)
 
 
 @app.command()
@@ -106,7 +102,7 @@ def conditions(params: Params = DEFAULT_PARAMS, overrides: Set = None) -> None:
     """DVC stage: BEV maps and the list of clips."""
     from magicdrive_core.data.conditions import build_conditions
 
-    build_conditions(_config(params, overrides), INFOS, CONDITIONS)
+    build_conditions(read_config(params, overrides), INFOS, CONDITIONS)
 
 
 @app.command()
@@ -114,7 +110,7 @@ def encoders(params: Params = DEFAULT_PARAMS, overrides: Set = None) -> None:
     """DVC stage: train the small VAE and make the small T5, or check the ones that the profile names."""
     from magicdrive_core.encoders.build import build_encoders
 
-    build_encoders(_config(params, overrides), INFOS, ENCODERS)
+    build_encoders(read_config(params, overrides), INFOS, ENCODERS)
 
 
 @app.command()
@@ -122,7 +118,7 @@ def text(params: Params = DEFAULT_PARAMS, overrides: Set = None) -> None:
     """DVC stage: T5 features of all captions and class names."""
     from magicdrive_core.encoders.caches import write_text
 
-    write_text(_config(params, overrides), INFOS, ENCODERS, TEXT)
+    write_text(read_config(params, overrides), INFOS, ENCODERS, TEXT)
 
 
 @app.command()
@@ -130,7 +126,7 @@ def latents(params: Params = DEFAULT_PARAMS, overrides: Set = None) -> None:
     """DVC stage: VAE moments of all clips that are trained on."""
     from magicdrive_core.encoders.caches import write_latents
 
-    write_latents(_config(params, overrides), INFOS, ENCODERS, LATENTS)
+    write_latents(read_config(params, overrides), INFOS, ENCODERS, LATENTS)
 
 
 @app.command()
@@ -142,7 +138,7 @@ def train(
     """Train one stage on this host (python -m flows.train: all of them, with Prefect)."""
     from magicdrive_core.training.supervise import train_stage
 
-    result = train_stage(params, overrides, _stage(stage), None)
+    result = train_stage(params, overrides, read_stage(stage), None)
     print(f"{stage} {'was done already' if result.skipped else 'done'}: {result.weights}")
 
 
@@ -160,7 +156,7 @@ def generate(
     from magicdrive_core.places import find_places
 
     share, shares = _shard(shard)
-    config = _config(params, overrides)
+    config = read_config(params, overrides)
     places = find_places(config)
     if not places.model.done:
         raise MagicDriveError(f"{places.model.folder} holds no finished training", "python -m flows.train")
@@ -183,7 +179,7 @@ def package(params: Params = DEFAULT_PARAMS, overrides: Set = None) -> None:
     from magicdrive_core.places import find_places
     from magicdrive_core.tracking.lineage import lineage_tags
 
-    config = _config(params, overrides)
+    config = read_config(params, overrides)
     places = find_places(config)
     made = pack(config, places.generated, places.benchmark, lineage_tags(config))
     _refuse(made.zip_path, judge(made.zip_path, _expected(config)))
@@ -198,7 +194,7 @@ def validate(
     """Check any W-CODA results.zip: every name, every count, every frame of every video."""
     from magicdrive_core.benchmark.validate import validate as find_faults
 
-    _refuse(archive, find_faults(archive, _expected(_config(params, overrides))))
+    _refuse(archive, find_faults(archive, _expected(read_config(params, overrides))))
 
 
 @app.command()
@@ -212,7 +208,7 @@ def report(params: Params = DEFAULT_PARAMS, overrides: Set = None) -> None:
     from magicdrive_core.places import find_places
     from magicdrive_core.tracking.lineage import lineage_tags
 
-    config = _config(params, overrides)
+    config = read_config(params, overrides)
     places = find_places(config)
     packed = read_package(places.benchmark) if (places.benchmark / ZIP).is_file() else None
     page = write_report(
@@ -243,7 +239,7 @@ def import_checkpoint(
     from magicdrive_core.model.importing import import_checkpoint as take_over
     from magicdrive_core.model.importing import published_xl
 
-    kind = _stage(stage)
+    kind = read_stage(stage)
     folder = out or Path(f"runs/published-{kind}")
     count = take_over(checkpoint, folder, kind, published_xl(kind))
     print(f"{count} tensors: {folder / 'ema.safetensors'}")
@@ -314,14 +310,6 @@ def _refuse(archive: Path, faults: list[str]) -> None:
     print(f"{archive} is valid")
 
 
-def _stage(name: str) -> Stage:
-    from magicdrive_core.config import STAGES
-
-    if name not in STAGES:
-        raise UsageError(f"there is no stage {name!r}", f"known: {', '.join(STAGES)}")
-    return name
-
-
 def _size(text: str) -> str:
     from magicdrive_core.config import parse_size
 
@@ -333,9 +321,12 @@ def _size(text: str) -> str:
 
 
 def _frames(count: int) -> int:
-    if count < 1 or (count - 1) % 8:
-        raise UsageError(f"--frames {count}: a clip has 8n+1 frames", "1, 9, 17, 33, ...")
-    return count
+    from magicdrive_core.config import check_frames
+
+    try:
+        return check_frames(count)
+    except ValueError as error:
+        raise UsageError(f"--frames {count}: {error}") from None
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -6,28 +6,14 @@ Everything heavy is imported inside its verb.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from magicdrive_core.cli_options import DEFAULT_PARAMS, INFOS, Params, Set, read_config, read_stage
 from magicdrive_core.errors import MagicDriveError, UsageError
 
-if TYPE_CHECKING:
-    from magicdrive_core.config import Config
-
-INFOS, CONDITIONS = Path("artifacts/infos"), Path("artifacts/conditions")
-
 app = typer.Typer()
-
-Params = Annotated[Path, typer.Option("--params", metavar="FILE", help="The settings' file.")]
-Set = Annotated[list[str] | None, typer.Option("--set", "-S", metavar="KEY=VALUE", help="Override a setting.")]
-DEFAULT_PARAMS = Path("params.yaml")
-
-
-def _config(params: Path, overrides: list[str] | None) -> Config:
-    from magicdrive_core.settings import load_config
-
-    return load_config(params, overrides)
 
 
 @app.command("import-infos")
@@ -43,7 +29,7 @@ def import_infos(
     files = {split: path for split, path in (("train", train), ("val", val)) if path is not None}
     if not files:
         raise UsageError("import-infos: name a file", "for example --val nuscenes_interp_12Hz_infos_val_with_bid.pkl")
-    config = _config(params, overrides)
+    config = read_config(params, overrides)
     count = bring_in(files, Path(config.data.root), config.data.version, INFOS)
     print(f"{count} scenes in {INFOS}. So that DVC keeps them: dvc commit --force infos")
 
@@ -54,18 +40,16 @@ def export_infos(
     split: Annotated[str, typer.Option(help="train or val.")] = "val",
 ) -> None:
     """Write the infos of a split in the published form, for programs that read it."""
-    import json
-
     from magicdrive_core.data.exchange import write_published
-    from magicdrive_core.data.infos import read_scenes
+    from magicdrive_core.data.infos import SUMMARY, read_scenes
+    from magicdrive_core.files import read_json
 
     if split not in ("train", "val"):
         raise UsageError(f"--split {split}: write train or val")
     scenes = [scene for scene in read_scenes(INFOS) if scene.split in (split, "both")]
     if not scenes:
         raise MagicDriveError(f"{INFOS} has no scene of the split {split}", "see splits in its infos.json")
-    version = json.loads((INFOS / "infos.json").read_text(encoding="utf-8"))["version"]
-    write_published(scenes, out, version)
+    write_published(scenes, out, read_json(INFOS / SUMMARY)["version"])
     print(f"{len(scenes)} scenes, {sum(map(len, scenes))} frames: {out}")
 
 
@@ -95,7 +79,7 @@ def preview_edits(
         for token, name, frames, metres in list_objects(chosen):
             print(f"{token}  {name:20} {frames:4} frames, from {metres:5.1f} m")
         return
-    draw_preview(_config(params, overrides), chosen, load_edits(edits), frame, out)
+    draw_preview(read_config(params, overrides), chosen, load_edits(edits), frame, out)
     print(out)
 
 
@@ -108,10 +92,8 @@ def loader_bench(
     overrides: Set = None,
 ) -> None:
     """Measure one rank's loader: clips a second, bytes held, and what the container's memory would allow."""
-    from magicdrive_core.config import STAGES
     from magicdrive_core.training.loader_bench import measure_loader
 
-    if stage not in STAGES:
-        raise UsageError(f"there is no stage {stage!r}", f"known: {', '.join(STAGES)}")
-    for line in measure_loader(_config(params, overrides), stage, seconds=seconds, ranks=ranks).lines():
+    kind = read_stage(stage)
+    for line in measure_loader(read_config(params, overrides), kind, seconds=seconds, ranks=ranks).lines():
         print(line)

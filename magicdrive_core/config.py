@@ -43,13 +43,23 @@ def _check_size(text: str) -> str:
 Size = Annotated[str, BeforeValidator(_check_size)]
 
 
-def _check_frames(frames: int) -> int:
+def bucket_name(size: str, frames: int) -> str:
+    """``224x400-17``."""
+    return f"{size}-{frames}"
+
+
+def check_frames(frames: int) -> int:
+    """The number of frames of a clip, as it is.
+
+    Raises:
+        ValueError: the VAE takes no clip of so many.
+    """
     if frames < 1 or (frames - 1) % 8:
         raise ValueError("a clip has 8n+1 frames: 1, 9, 17, 33, ...")
     return frames
 
 
-Frames = Annotated[int, BeforeValidator(_check_frames)]
+Frames = Annotated[int, BeforeValidator(check_frames)]
 
 
 def _check_val_scenes(value: Any) -> Any:
@@ -198,6 +208,11 @@ class Bucket(Section):
     size: Size
     frames: Frames
     batch: Positive
+
+    @property
+    def name(self) -> str:
+        """As in folders and metrics; clips of one size and length share their latents."""
+        return bucket_name(self.size, self.frames)
 
 
 class StageConfig(Section):

@@ -74,8 +74,3 @@ def balanced(scenes: Sequence[Scene], *, published: bool = False) -> list[Scene]
             groups[weather].append(scene)
     most = max((len(group) for group in groups.values()), default=0)
     return [scene for group in groups.values() if group for _ in range(most // len(group)) for scene in group]
-
-
-def full_length(frames: int) -> int:
-    """How much of a scene of so many frames the published system takes as a whole: 8n or 8n + 1 frames."""
-    return frames if frames % 8 == 0 else frames - (frames - 1) % 8

@@ -16,12 +16,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from magicdrive_core.config import STAGES, Config, fingerprint
+from magicdrive_core.config import STAGES, Config, bucket_name, fingerprint
 from magicdrive_core.data.clips import caption, weathers
 from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.data.records import CLASSES, Clip
 from magicdrive_core.encoders.encode import encode_scenes
-from magicdrive_core.encoders.scene_work import EncoderSettings, SceneWork, bucket_name, plan_scenes
+from magicdrive_core.encoders.scene_work import EncoderSettings, SceneWork, plan_scenes
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.files import atomic_folder, read_json, resumable_folder, sha256_folder, write_json
 

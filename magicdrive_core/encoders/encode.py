@@ -17,9 +17,9 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from magicdrive_core.config import parse_size
+from magicdrive_core.config import bucket_name, parse_size
 from magicdrive_core.data.pictures import read_picture
-from magicdrive_core.encoders.scene_work import DTYPES, EncoderSettings, SceneWork, begins_as, bucket_name
+from magicdrive_core.encoders.scene_work import DTYPES, EncoderSettings, SceneWork, begins_as
 from magicdrive_core.encoders.vae import Vae, latent_shape, to_video
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.files import atomic_file

@@ -17,11 +17,6 @@ from magicdrive_core.errors import MagicDriveError
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
-def bucket_name(size: str, frames: int) -> str:
-    """``224x400-17``: the folder of a bucket's moments."""
-    return f"{size}-{frames}"
-
-
 def begins_as(frames: int, longer: int, chunk_frames: int | None) -> bool:
     """Whether a clip's latents are the first ones of a longer clip from the same frame.
 

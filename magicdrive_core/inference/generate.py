@@ -18,7 +18,7 @@ from magicdrive_core.config import Config, parse_size
 from magicdrive_core.data.bev_maps import BevMaps
 from magicdrive_core.data.conditions import clip_conditions
 from magicdrive_core.data.edit_scene import edit_scene
-from magicdrive_core.data.edits import chosen_edits
+from magicdrive_core.data.edits import Edits, chosen_edits
 from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.data.records import ClipConditions, Scene
 from magicdrive_core.encoders.vae import latent_shape
@@ -81,6 +81,7 @@ def generate_items(
     """
     edits = chosen_edits(config, project)
     digests = input_digests(config, stage_folder, project)
+    maps = BevMaps(config, project)
     scenes = {scene.token: edit_scene(scene, edits) for scene in read_scenes(project / "artifacts/infos")}
     load = lru_cache(lambda: Models.load(config, stage_folder, project))  # only where anything is left to do
     summary = Summary()
@@ -98,7 +99,7 @@ def generate_items(
                     scene = scenes[item.clip.scene]
                     steps = bar.add_task(f"  {scene.name} #{item.generation}", total=config.generate.steps)
                     try:
-                        work = _Work(config, load(), item, scene, project, partial(bar.track, task_id=steps))
+                        work = _Work(config, load(), item, scene, edits, maps, partial(bar.track, task_id=steps))
                         work.write(out / item.name, wanted, digests)
                         summary.made.append(item.name)
                     except (MagicDriveError, torch.OutOfMemoryError) as error:
@@ -127,8 +128,9 @@ class _Work:
     config: Config
     models: Models
     item: Item
-    scene: Scene
-    project: Path
+    scene: Scene  # edited
+    edits: Edits
+    maps: BevMaps
     progress: Progress
 
     def write(self, folder: Path, fingerprint: str, lineage: dict[str, str]) -> None:
@@ -171,8 +173,7 @@ class _Work:
     def conditions(self) -> ClipConditions:
         """What the network is told about the clip."""
         size, clip = self.config.generate.size, self.item.clip
-        draw = chosen_edits(self.config, self.project).moves_lidar(self.scene.name)
-        bits = BevMaps(self.config, self.project).of_clip(self.scene, clip, size, draw=draw)
+        bits = self.maps.of_clip(self.scene, clip, size, draw=self.edits.moves_lidar(self.scene.name))
         return clip_conditions(self.scene, clip, size, bits, published=self.config.published)
 
     def sample(self, clip: ClipConditions, features: Tensor) -> Tensor:

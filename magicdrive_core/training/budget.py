@@ -10,7 +10,6 @@ from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.files import read_json
 from magicdrive_core.geometry.cameras import VIEWS
 from magicdrive_core.memory import memory_left
-from magicdrive_core.training.plan import bucket_name
 
 SLOTS = 100  # box slots of a clip; nuScenes' fullest clips have more, most have fewer
 SHARE = 0.1  # of the memory that is left, for micro-batches that wait
@@ -57,7 +56,7 @@ def plan_budget(config: Config, stage: Stage, project: Path = Path(), left: int 
     encoders = read_json(project / "artifacts/encoders/encoders.json", "dvc repro encoders")
     channels, text_width = encoders["vae"]["latent_channels"], encoders["text"]["width"]
     batches = {
-        bucket_name(bucket): batch_bytes(config, bucket, channels, text_width)
+        bucket.name: batch_bytes(config, bucket, channels, text_width)
         for bucket in config.training.stage(stage).buckets
     }
     waiting = int(SHARE * each) if chosen is None else chosen * MIB

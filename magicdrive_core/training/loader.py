@@ -34,7 +34,7 @@ from magicdrive_core.model.inputs import Conditions, collate
 from magicdrive_core.training.ahead import Ahead
 from magicdrive_core.training.budget import plan_budget
 from magicdrive_core.training.masks import draw_masks
-from magicdrive_core.training.plan import bucket_clips, bucket_name
+from magicdrive_core.training.plan import bucket_clips
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Loader:
         self._ahead: Ahead[Batch] | None = None
 
     def start(
-        self, micro_batches: int, steps: int | None = None, ranks: int | None = None, rank: int | None = None
+        self, micro_batches: int, steps: int | None = None, *, ranks: int | None = None, rank: int | None = None
     ) -> None:
         """Begins after so many micro-batches of all ranks together.
 
@@ -100,7 +100,7 @@ class Loader:
             ],
             group=self._config.training.pair_ranks,
         )
-        sizes = [self.budget.batches[bucket_name(bucket)] for bucket in self.buckets]
+        sizes = [self.budget.batches[bucket.name] for bucket in self.buckets]
         places = count(micro_batches + rank, ranks)
         self._ahead = Ahead(
             (

@@ -12,7 +12,6 @@ from magicdrive_core.config import Config, Stage
 from magicdrive_core.memory import memory_left, memory_limit, resident
 from magicdrive_core.training.budget import Budget
 from magicdrive_core.training.loader import Batch, Loader
-from magicdrive_core.training.plan import bucket_name
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def measure_loader(
         while (passed := time.perf_counter() - began) < seconds or not clips:
             batch = loader.next()
             clips += len(batch.latents)
-            name = bucket_name(loader.buckets[batch.bucket])
+            name = loader.buckets[batch.bucket].name
             batches[name] = max(batches.get(name, 0), batch_nbytes(batch))
             held = max(held, loader.held)
         return LoaderSpeed(clips, passed, batches, held, resident(), memory_limit(), memory_left(), loader.budget)

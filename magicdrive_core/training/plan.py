@@ -74,11 +74,6 @@ def plan_stage(config: Config, stage: Stage, project: Path = Path()) -> StagePla
     return plan
 
 
-def bucket_name(bucket: Bucket) -> str:
-    """``224x400-17``: as in folders and metrics."""
-    return f"{bucket.size}-{bucket.frames}"
-
-
 @dataclass(frozen=True)
 class Feasibility:
     """How many training clips each bucket of a stage has."""
@@ -105,9 +100,9 @@ def feasibility(config: Config, stage: Stage, project: Path = Path()) -> Feasibi
     """
     scenes = read_scenes(project / "artifacts/infos")
     buckets = config.training.stage(stage).buckets
-    clips = {bucket_name(bucket): len(bucket_clips(config, stage, bucket, scenes)) for bucket in buckets}
+    clips = {bucket.name: len(bucket_clips(config, stage, bucket, scenes)) for bucket in buckets}
     videos = [bucket for bucket in buckets if bucket.frames > 1]
-    return Feasibility(stage, clips, any(clips[bucket_name(bucket)] for bucket in videos or buckets))
+    return Feasibility(stage, clips, any(clips[bucket.name] for bucket in videos or buckets))
 
 
 def bucket_clips(config: Config, stage: Stage, bucket: Bucket, scenes: Sequence[Scene]) -> list[Clip]:

@@ -20,7 +20,7 @@ from magicdrive_core.files import atomic_file, write_json
 from magicdrive_core.model.network import MagicDrive
 from magicdrive_core.training.checkpoint import Progress
 from magicdrive_core.training.facts import RankFacts
-from magicdrive_core.training.plan import StagePlan, bucket_name
+from magicdrive_core.training.plan import StagePlan
 from magicdrive_core.training.preview import Preview
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class StepFacts:
         """Sums up what the ranks shared."""
         by_bucket = defaultdict(list)
         for facts in ranks:
-            by_bucket[bucket_name(buckets[facts.bucket])].append(facts.loss)
+            by_bucket[buckets[facts.bucket].name].append(facts.loss)
         return cls(
             progress.step,
             sum(facts.loss for facts in ranks) / len(ranks),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from magicdrive_core.data.augment import add_boxes, drop_frames, hide_boxes
 from magicdrive_core.data.bev import rasterise, read_map
 from magicdrive_core.data.bev_maps import BevMaps
-from magicdrive_core.data.clips import balanced, caption, full_length, list_clips, weathers
+from magicdrive_core.data.clips import balanced, caption, list_clips, weathers
 from magicdrive_core.data.conditions import build_conditions, clip_conditions
 from magicdrive_core.data.records import Clip, ClipConditions, FrameBoxes, Scene
 from magicdrive_core.errors import MagicDriveError
@@ -79,18 +79,13 @@ def test_balanced_groups_are_of_like_size(scenes: list[Scene]) -> None:
     assert "onenorth. Daytime. Day." in caption(replace(many[0], location="singapore-onenorth"), say_daytime=True)
 
 
-@pytest.mark.parametrize(("frames", "kept"), [(26, 25), (29, 25), (32, 32), (25, 25), (241, 241), (187, 185)])
-def test_full_scenes_are_cut_to_what_the_encoder_takes(frames: int, kept: int) -> None:
-    assert full_length(frames) == kept
-
-
 def test_conditions_hold_maps_for_the_sizes_in_use_and_counts(conditions: Path, scenes: list[Scene]) -> None:
     assert [path.name for path in (conditions / "bev").iterdir()] == ["200"]
     for scene in scenes:
         assert read_map(conditions, scene.token, 200).shape == (len(scene), 200, 200)
     counts = json.loads((conditions / "clips.json").read_text())
     assert counts["train"]["112x200"] == {"1": 4, "9": 3, "17": 1}
-    assert counts["val"]["224x400"] == {"1": 1}
+    assert counts["val"]["144x256"] == {"1": 1}
 
 
 def test_the_same_infos_give_the_same_conditions(

@@ -93,7 +93,7 @@ def make_config(root: Path, **changes: object) -> Config:
         "learning_rate": 1e-2,
         "seed": 1,
     }
-    values["latents"]["start_stride"] = 2
+    values["latents"] |= {"start_stride": 2, "scaled_decoding": False}
     training = values["training"]
     training["stage1"]["buckets"] = [{"size": "56x104", "frames": 1, "batch": 1}]
     training["stage2"]["buckets"] = [{"size": "56x104", "frames": n, "batch": 1} for n in (1, 9)]
