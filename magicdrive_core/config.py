@@ -266,6 +266,9 @@ class Generate(Section):
     weights: str | None = None  # folder of magicdrive import-checkpoint; null: the last stage that is trained here
     seed: Count = 1024
     workers: Positive = 1  # processes that share the items on this host
+    sequence_parallel: Positive = 1  # devices that share the work on each clip, of every worker; divides model.heads
+    # published only: the parallel size whose padding rows the patches get (its models know 4 and 8); null: the real one
+    pad_patches: Positive | None = None
     offload: bool = False  # on a GPU: the VAE waits in main memory while the network samples, and the other way round
     edits: str | None = None  # YAML file of changes to the scenes (docs/editing.md)
 
@@ -314,11 +317,16 @@ class Config(Section):
         for size in sorted(sizes | {self.generate.size}):
             if size not in self.conditions.map_cells:
                 raise ValueError(f"conditions.map_cells has no entry for {size}, which is trained or generated")
-        for name, count in (("cluster.ranks", self.cluster.ranks), ("model.heads", self.model.heads)):
-            if count % self.cluster.sequence_parallel:
-                raise ValueError(
-                    f"cluster.sequence_parallel {self.cluster.sequence_parallel} does not divide {name} {count}"
-                )
+        training, generation = self.cluster.sequence_parallel, self.generate.sequence_parallel
+        for section, share, name, count in (
+            ("cluster", training, "cluster.ranks", self.cluster.ranks),
+            ("cluster", training, "model.heads", self.model.heads),
+            ("generate", generation, "model.heads", self.model.heads),
+        ):
+            if count % share:
+                raise ValueError(f"{section}.sequence_parallel {share} does not divide {name} {count}")
+        if self.generate.pad_patches and not self.published:
+            raise ValueError("generate.pad_patches is for published: true; else no padding is seen")
         for stage in STAGES:
             if self.training.stage(stage).simulate_sizes and not self.published:
                 raise ValueError(f"training.{stage}.simulate_sizes is for published: true; else no padding is seen")
