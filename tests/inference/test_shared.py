@@ -23,6 +23,7 @@ def frames(folder: Path) -> np.ndarray:
     return np.stack([list(decode_video(folder / record.views[view].file)) for view in VIEWS]).astype(int)
 
 
+@pytest.mark.slow
 def test_two_processes_make_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = small_config()
     make_project(tmp_path, config, small_scene())

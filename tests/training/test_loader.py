@@ -16,7 +16,7 @@ from tests.training.distributed import run_distributed
 PROFILE = Path(__file__).resolve().parents[2] / "profiles/demo.yaml"
 
 
-def settings(share: int) -> Config:
+def settings(share: int = 1) -> Config:
     """For ranks that share clips in groups of ``share``."""
     config = load_config(PROFILE, ["text.max_tokens=6"])
     cluster = config.cluster.model_copy(update={"ranks": 2, "sequence_parallel": share})

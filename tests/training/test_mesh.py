@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from magicdrive_core.config import load_config
 from magicdrive_core.errors import UsageError
 from magicdrive_core.model.network import MagicDrive
+from magicdrive_core.settings import load_config
 from tests.model.networks import conditions, network, noisy
 from tests.training.distributed import run_distributed
 from tests.training.networks import training
@@ -105,6 +105,8 @@ def test_bf16_too() -> None:
             "cluster.sequence_parallel 8 does not divide cluster.ranks 4",
         ),
         (["cluster.ranks=6", "cluster.sequence_parallel=3"], "cluster.sequence_parallel 3 does not divide model.heads"),
+        (["generate.sequence_parallel=3"], "generate.sequence_parallel 3 does not divide model.heads 4"),
+        (["generate.pad_patches=4"], "generate.pad_patches is for published: true"),
         (["training.stage3.simulate_sizes=[4, 8]"], "training.stage3.simulate_sizes is for published: true"),
     ],
 )
