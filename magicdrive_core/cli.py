@@ -160,6 +160,12 @@ def generate(
     places = find_places(config)
     if not places.model.done:
         raise MagicDriveError(f"{places.model.folder} holds no finished training", "python -m flows.train")
+    if config.generate.sequence_parallel > 1:
+        from magicdrive_core.inference.shared import generate_shared
+
+        generate_shared(config, places.model.folder, places.generated, (share - 1, shares))
+        print(f"done: {places.generated}")
+        return
     import torch
 
     from magicdrive_core.inference.generate import generate_items

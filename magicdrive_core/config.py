@@ -227,6 +227,8 @@ class StageConfig(Section):
     checkpoint_blocks: bool = False  # activation checkpointing
     balance: bool = False  # scenes of night and rain as often as the others, and "Daytime." said of those
     mask_ratios: dict[str, Probability] = {}  # conditioning-frame masks, from 8 latent frames on
+    # published only: parallel sizes whose padding rows a micro-batch may get, drawn from those not below the real one
+    simulate_sizes: list[Positive] = []
 
 
 class Training(Section):
@@ -245,7 +247,7 @@ class Training(Section):
     drop_frame: Probability = 0.4  # share of middle frames without boxes and ego motion
     hide_boxes: Probability = 0.4  # of frames other than every sixth: all boxes hidden
     add_boxes: Probability = 0.1  # of views and frames: up to three unseen boxes shown too
-    # micro-batches of like cost come in groups of so many: choose the number of ranks; 1: the published order
+    # micro-batches of like cost come in groups of so many: choose ranks / sequence_parallel; 1: the published order
     pair_ranks: Positive = 1
     # memory of each rank for micro-batches that wait; null: a tenth of what the container leaves free
     prefetch_mbytes: Positive | None = None
@@ -263,6 +265,7 @@ class Cluster(Section):
     """Where a process group runs."""
 
     ranks: Positive  # processes on this host, one a device
+    sequence_parallel: Positive = 1  # neighbouring ranks that share a clip; divides ranks and model.heads
     threads: Count = 0  # CPU threads of a rank; 0: the host's cores shared evenly
     stall_seconds: Positive = 1800  # without a finished step: the group is stopped
 
@@ -278,6 +281,9 @@ class Generate(Section):
     weights: str | None = None  # folder of magicdrive import-checkpoint; null: the last stage that is trained here
     seed: Count = 1024
     workers: Positive = 1  # processes that share the items on this host
+    sequence_parallel: Positive = 1  # devices that share the work on each clip, of every worker; divides model.heads
+    # published only: the parallel size whose padding rows the patches get (its models know 4 and 8); null: the real one
+    pad_patches: Positive | None = None
     offload: bool = False  # on a GPU: the VAE waits in main memory while the network samples, and the other way round
     edits: str | None = None  # YAML file of changes to the scenes (docs/editing.md)
 
@@ -326,6 +332,19 @@ class Config(Section):
         for size in sorted(sizes | {self.generate.size}):
             if size not in self.conditions.map_cells:
                 raise ValueError(f"conditions.map_cells has no entry for {size}, which is trained or generated")
+        training, generation = self.cluster.sequence_parallel, self.generate.sequence_parallel
+        for section, share, name, count in (
+            ("cluster", training, "cluster.ranks", self.cluster.ranks),
+            ("cluster", training, "model.heads", self.model.heads),
+            ("generate", generation, "model.heads", self.model.heads),
+        ):
+            if count % share:
+                raise ValueError(f"{section}.sequence_parallel {share} does not divide {name} {count}")
+        if self.generate.pad_patches and not self.published:
+            raise ValueError("generate.pad_patches is for published: true; else no padding is seen")
+        for stage in STAGES:
+            if self.training.stage(stage).simulate_sizes and not self.published:
+                raise ValueError(f"training.{stage}.simulate_sizes is for published: true; else no padding is seen")
         return self
 
 

@@ -29,6 +29,7 @@ from magicdrive_core.inference.framing import full_picture
 from magicdrive_core.inference.items import Item, input_digests, is_done, item_fingerprint, item_seed
 from magicdrive_core.inference.locks import item_lock
 from magicdrive_core.inference.models import Models
+from magicdrive_core.inference.team import Alone, Team
 from magicdrive_core.model.guidance import sample_latents
 from magicdrive_core.model.inputs import collate
 from magicdrive_core.progress import progress_bar
@@ -61,6 +62,7 @@ def generate_items(
     out: Path,
     *,
     shard: tuple[int, int] = (0, 1),
+    team: Alone | None = None,
     project: Path = Path(),
 ) -> Summary:
     """Generates items into ``out/<item>/``; those that are done already, byte for byte, are left alone.
@@ -74,6 +76,7 @@ def generate_items(
         stage_folder: a finished training run, ``runs/<stage>-<fingerprint>``.
         out: folder of the items' folders.
         shard: (number of this worker, number of workers).
+        team: the processes that are this worker; None: this one alone. The others ``help_generate``.
         project: the project's folder.
 
     Raises:
@@ -83,7 +86,8 @@ def generate_items(
     digests = input_digests(config, stage_folder, project)
     maps = BevMaps(config, project)
     scenes = {scene.token: edit_scene(scene, edits) for scene in read_scenes(project / "artifacts/infos")}
-    load = lru_cache(lambda: Models.load(config, stage_folder, project))  # only where anything is left to do
+    team = team or Alone()
+    load = lru_cache(lambda: _models(config, stage_folder, project, team))  # only where anything is left to do
     summary = Summary()
     failed: dict[str, Exception] = {}
     with progress_bar() as bar:
@@ -100,9 +104,9 @@ def generate_items(
                     steps = bar.add_task(f"  {scene.name} #{item.generation}", total=config.generate.steps)
                     try:
                         work = _Work(config, load(), item, scene, edits, maps, partial(bar.track, task_id=steps))
-                        work.write(out / item.name, wanted, digests)
+                        work.write(out / item.name, wanted, digests, team)
                         summary.made.append(item.name)
-                    except (MagicDriveError, torch.OutOfMemoryError) as error:
+                    except team.survives as error:
                         failed[item.name] = error
                     finally:
                         bar.remove_task(steps)
@@ -113,6 +117,23 @@ def generate_items(
             "run again: what is done is kept",
         )
     return summary
+
+
+def help_generate(config: Config, stage_folder: Path, team: Team, project: Path = Path()) -> None:
+    """Samples the items that the leader of ``team`` names, until there are no more; the leader writes them."""
+    edits = chosen_edits(config, project)
+    scenes = {scene.token: edit_scene(scene, edits) for scene in read_scenes(project / "artifacts/infos")}
+    maps = BevMaps(config, project)
+    load = lru_cache(lambda: _models(config, stage_folder, project, team))
+    for item in team.named():
+        work = _Work(config, load(), item, scenes[item.clip.scene], edits, maps, iter)
+        work.sample(*work.prepare())
+
+
+def _models(config: Config, stage_folder: Path, project: Path, team: Alone) -> Models:
+    models = Models.load(config, stage_folder, project)
+    models.network.devices = team.devices
+    return models
 
 
 def _in_turn(items: Sequence[Item], shard: tuple[int, int]) -> list[Item]:
@@ -133,12 +154,11 @@ class _Work:
     maps: BevMaps
     progress: Progress
 
-    def write(self, folder: Path, fingerprint: str, lineage: dict[str, str]) -> None:
+    def write(self, folder: Path, fingerprint: str, lineage: dict[str, str], team: Alone) -> None:
         """Samples, decodes view by view into the encoder, and puts the item's folder in place when all is there."""
         began = time.perf_counter()
-        conditions = self.conditions()
-        features = self.models.features(conditions.caption)
-        self.models.make_room_for(self.models.network)
+        conditions, features = self.prepare()  # before the item is named: where this fails, nobody waits
+        team.name(self.item)
         latents = self.sample(conditions, features)
         self.models.make_room_for(self.models.vae.model)
         sampled = time.perf_counter()
@@ -170,6 +190,13 @@ class _Work:
                 views=views,
             ).write(partial_folder)
 
+    def prepare(self) -> tuple[ClipConditions, Tensor]:
+        """The clip's conditions and text features, and the network on its device."""
+        conditions = self.conditions()
+        features = self.models.features(conditions.caption)
+        self.models.make_room_for(self.models.network)
+        return conditions, features
+
     def conditions(self) -> ClipConditions:
         """What the network is told about the clip."""
         size, clip = self.config.generate.size, self.item.clip
@@ -191,6 +218,7 @@ class _Work:
             latent_shape(self.item.clip.frames, *parse_size(settings.size)),
             steps=settings.steps,
             guidance=settings.guidance,
+            pad_patches=settings.pad_patches,
             flow=RectifiedFlow(self.config.flow.base_pixels),
             generator=generator,
             progress=self.progress,

@@ -128,8 +128,10 @@ def code_version() -> str:
 def _settings(config: Config) -> dict[str, Any]:
     """The settings that decide the pixels of an item that is given; how many items there are does not."""
     sampling = config.generate.model_dump(
-        mode="json", exclude={"workers", "generations", "frames", "weights", "offload", "edits"}
+        mode="json", exclude={"workers", "sequence_parallel", "generations", "frames", "weights", "offload", "edits"}
     )
+    if config.published:  # whose pictures depend on the padding (decision 0003, oddity 8)
+        sampling["pad_patches"] = config.generate.pad_patches or config.generate.sequence_parallel
     others = {"video": config.video, "flow": config.flow}
     return {"sampling": sampling, "published": config.published} | {
         name: section.model_dump(mode="json") for name, section in others.items()

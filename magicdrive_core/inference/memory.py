@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from magicdrive_core.config import parse_size
 from magicdrive_core.encoders.vae import PUBLISHED_SCALING, Vae, latent_shape
+from magicdrive_core.errors import UsageError
 from magicdrive_core.geometry.cameras import VIEWS
 from magicdrive_core.inference.live_memory import FusedAttention, LiveMemory
-from magicdrive_core.model.context import Context
 from magicdrive_core.model.importing import PUBLISHED_XL
 from magicdrive_core.model.inputs import Conditions
-from magicdrive_core.model.network import PATCH, SLICE_TOKENS, MagicDrive, NetworkConfig
+from magicdrive_core.model.network import SLICE_TOKENS, MagicDrive, NetworkConfig
+from magicdrive_core.model.parallel import DeviceGroup, OneDevice
 from magicdrive_core.rectified_flow import guide
 
 GIB = 1 << 30
@@ -87,9 +88,16 @@ class Planner:
     def peaks(self, size: str, frames: int, setting: Setting) -> Peaks:
         """Plans one clip of six views.
 
-        With ``sp`` devices each holds its share of the places of every frame in the blocks; conditions are encoded by
-        all. What the devices send each other is not counted: q, k and v of one slice.
+        With ``sp`` devices each has its share of the places of every frame; what they send each other counts too.
+
+        Raises:
+            UsageError: ``sp`` does not divide the network's heads.
         """
+        if self._network.config.heads % setting.sp:
+            raise UsageError(
+                f"{setting.sp} devices cannot share {self._network.config.heads} heads", "choose a divisor"
+            )
+        self._network.devices = _ImaginedGroup(setting.sp) if setting.sp > 1 else OneDevice()
         self._network.slice_tokens = setting.slice_tokens
         self._network.config = replace(self._network.config, depth=min(BLOCKS, self._network.config.depth))
         shape = latent_shape(frames, *parse_size(size))
@@ -100,8 +108,6 @@ class Planner:
             wanted, unwanted = (network.encode(told, shape) for told in (conditions, conditions.dropped()))
             encoding, memory.peak = memory.peak, memory.live
             x = torch.zeros(1, len(VIEWS), network.config.latent_channels, *shape, device=self._device)
-            wanted, unwanted = (_share(context, setting.sp) for context in (wanted, unwanted))
-            x = x[..., : wanted.grid[0] * PATCH, :].clone()
             t = torch.zeros(1, device=self._device)
             x = x + 0.1 * guide(network.denoise(x, t, wanted), network.denoise(x, t, unwanted), 2.0)
             del x
@@ -146,16 +152,14 @@ class Planner:
         )
 
 
-def _share(context: Context, sp: int) -> Context:
-    """What one of ``sp`` devices keeps: its part of the rows of patches, rounded up."""
-    rows, columns = context.grid
-    own = -(-rows // sp)
-    frames, height, width = context.latent_shape
-    places = slice(0, own * columns)
-    return replace(
-        context,
-        latent_shape=(frames, min(height, own * PATCH), width),
-        grid=(own, columns),
-        position=context.position[:, places].clone(),
-        control=context.control[:, :, places].clone(),
-    )
+class _ImaginedGroup(DeviceGroup):
+    """One device of a group whose others are not there: what they would send is made up."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.rank = size, 0
+
+    def exchange(self, x: Tensor) -> Tensor:
+        return torch.empty_like(x.contiguous())
+
+    def collect(self, x: Tensor) -> Tensor:
+        return x.new_empty(self.size, *x.shape)

@@ -22,6 +22,7 @@ from magicdrive_core.model.layers import (
     SpatialAttention,
     TemporalAttention,
 )
+from magicdrive_core.model.parallel import Places
 
 if TYPE_CHECKING:
     from magicdrive_core.model.network import NetworkConfig
@@ -35,7 +36,7 @@ class Surroundings:
     context_bias: (
         list[Tensor] | list[None]
     )  # for each group G*B*T, 1, 1, L: -inf at context tokens that stand for nothing
-    padding_bias: Tensor | None  # 1, 1, 1, S: -inf at patches that only pad the height
+    places: Places  # of a frame, S of which are this device's
 
 
 def per_token(modulation: Tensor) -> tuple[Tensor, ...]:
@@ -59,13 +60,13 @@ class Block(nn.Module):
         self.mlp = ModulatedMlp(width, config.mlp_ratio * width)
 
     def forward(self, groups: list[Tensor], modulation: Tensor, kv: list[Tensor], around: Surroundings) -> list[Tensor]:
-        """Groups (G, B, T, S, C), in and out; modulation (B, T or 1, 6, C), kv for each group (G, B, T, L, 2C)."""
+        """Groups (G, B, T, S, C), in and out; modulation (B, T or 1, 6, C), kv for each group (G, B, T, L, 2c)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = per_token(self.scale_shift_table + modulation)
-        hint = around.angles if self.temporal else around.padding_bias
+        along = around.angles if self.temporal else around.places
         attended = []
         for x, keys_values, bias in zip(groups, kv, around.context_bias, strict=True):
-            x = torch.addcmul(x, gate1, self.attn(x, shift1, scale1, hint))
-            attended.append(x + self.cross_attn(x, keys_values, bias))
+            x = torch.addcmul(x, gate1, self.attn(x, shift1, scale1, along))
+            attended.append(x + self.cross_attn(x, keys_values, bias, around.places))
         attended = self.across_views(attended, modulation, around)
         return [torch.addcmul(x, gate2, self.mlp(x, shift2, scale2)) for x in attended]
 
@@ -88,7 +89,7 @@ class ViewBlock(Block):
         # The published network adds three scalars, the first entries of the first vector (oddity 1).
         by_time = modulation[:, :, 0, :3, None] if self.published else modulation[:, :, :3]
         shift, scale, gate = per_token(self.scale_shift_table_mva + by_time)
-        seen = self.cross_view_attn(groups, shift, scale, around.padding_bias)
+        seen = self.cross_view_attn(groups, shift, scale, around.places)
         return [x + self.mva_proj(gate * other) for x, other in zip(groups, seen, strict=True)]
 
 

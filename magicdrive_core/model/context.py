@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from magicdrive_core.model.blocks import Surroundings
+from magicdrive_core.model.parallel import Places
 from magicdrive_core.model.slices import ALL
 
 
@@ -69,19 +70,19 @@ class Context:
     """Everything of a clip that does not depend on the noise level."""
 
     latent_shape: tuple[int, int, int]  # T, H, W
-    grid: tuple[int, int]  # rows and columns of patches, padding included
+    grid: tuple[int, int]  # rows and columns of patches, the published network's padding included
+    places: Places  # of a frame, rows * columns; S of them are this device's
     views_at_once: int  # in a group
     tokens: ContextTokens
-    kv: dict[str, list[Tensor]]  # by name of blocks: keys and values (B, R, 2C) of ``tokens.distinct``; or empty
+    kv: dict[str, list[Tensor]]  # by name of blocks: keys and values (B, R, 2c) of ``tokens.distinct``; or empty
     position: Tensor  # B or 1, S, C
     control: Tensor  # B, T, S, C: position and map, added to the control branch
     fps: Tensor  # B, C
     angles: Tensor  # T, d/2, 2: rotary angles of the latent frames
     context_bias: Tensor | None  # V, B, T, L: -inf at context tokens that stand for nothing; None: nothing to hide
-    padding_bias: Tensor | None  # 1, 1, 1, S: -inf at patches that only pad the height
 
     def keys_values(self, rows: Tensor, groups: slice, frames: slice) -> list[Tensor]:
-        """A block's keys and values (B, R, 2C), for each of ``groups`` of views (G, B, T, L, 2C)."""
+        """A block's keys and values (B, R, 2c), for each of ``groups`` of views (G, B, T, L, 2c)."""
         laid_out = self.tokens.spread(rows, self.latent_shape[0], self._views(groups), frames)
         return list(laid_out.split(self.views_at_once))
 
@@ -92,7 +93,7 @@ class Context:
         else:
             parts = self.context_bias[self._views(groups), :, frames].split(self.views_at_once)
             hidden = [part.flatten(0, 2)[:, None, None] for part in parts]
-        return Surroundings(self.angles, hidden, self.padding_bias)
+        return Surroundings(self.angles, hidden, self.places)
 
     def _views(self, groups: slice) -> slice:
         start, stop, _ = groups.indices(self.tokens.views)

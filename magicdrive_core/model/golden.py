@@ -74,7 +74,7 @@ def golden_config(meta: Mapping[str, Any]) -> NetworkConfig:
         map_layers=config["map_embedder_param"]["conditioning_size"][0],
         classes=box["n_classes"],
         mlp_ratio=int(config["mlp_ratio"]),
-        pad_patches=meta.get("force_pad_h_for_sp_size") or config.get("force_pad_h_for_sp_size") or 1,
+        pad_patches=meta.get("force_pad_h_for_sp_size") or config.get("force_pad_h_for_sp_size"),
         **neighbours,
     )
 

@@ -18,13 +18,18 @@ if TYPE_CHECKING:
 
 
 def guided_velocity(
-    network: MagicDrive, conditions: Conditions, null: Conditions, latent_shape: tuple[int, int, int], guidance: float
+    network: MagicDrive,
+    conditions: Conditions,
+    null: Conditions,
+    latent_shape: tuple[int, int, int],
+    guidance: float,
+    pad_patches: int | None = None,
 ) -> Velocity:
     """The velocity of guided sampling, with both conditions encoded once."""
-    wanted = network.encode(conditions, latent_shape)
+    wanted = network.encode(conditions, latent_shape, pad_patches)
     if guidance == 1:
         return lambda x, t, x_mask: network.denoise(x, t, wanted, x_mask)
-    unwanted = network.encode(null, latent_shape)
+    unwanted = network.encode(null, latent_shape, pad_patches)
     return lambda x, t, x_mask: guide(
         network.denoise(x, t, wanted, x_mask), network.denoise(x, t, unwanted, x_mask), guidance
     )
@@ -65,6 +70,7 @@ def sample_latents(
     flow: RectifiedFlow,
     generator: torch.Generator | Sequence[torch.Generator],
     null: Conditions | None = None,
+    pad_patches: int | None = None,
     x_0: Tensor | None = None,
     x_mask: Tensor | None = None,
     progress: Callable[[Iterable[int]], Iterable[int]] | None = None,
@@ -81,6 +87,7 @@ def sample_latents(
         generator: CPU generators of the start noise, one a sample, so that a sample does not depend on its batch;
             a single one draws for the samples in turn.
         null: the unconditional state; None: ``unconditional``.
+        pad_patches: as of ``MagicDrive.forward``.
         x_0: (B, V, C, T, H, W), given frames; needed with ``x_mask``.
         x_mask: (B, T), 1 or True = generate, 0 or False = keep the given frame; between 0 and 1: start from it,
             noised (``rectified_flow.sample``).
@@ -106,7 +113,9 @@ def sample_latents(
         conditions = replace(conditions, box_latent=drawn.to(device))
     size = (frames, int(conditions.height[0]), int(conditions.width[0]))
     return sample(
-        guided_velocity(network, conditions, null or unconditional(network, conditions), latent_shape, guidance),
+        guided_velocity(
+            network, conditions, null or unconditional(network, conditions), latent_shape, guidance, pad_patches
+        ),
         start,
         flow.timesteps(steps, size).to(device),
         x_0=x_0,

@@ -1,6 +1,6 @@
 """The layers that every block is made of. Formulas: golden notes (README of the reference data), section 2.
 
-n is the length of the attended sequence, h heads of d channels each, C = h * d.
+n is the length of the attended sequence, h heads of d channels each, C = h * d. S are this device's places of a frame.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from magicdrive_core.model.kernels import modulated_mlp, modulated_qkv
+from magicdrive_core.model.parallel import Places
 
 ROTARY_BASE = 10000.0
 
@@ -91,12 +92,13 @@ class PackedAttention(nn.Module):
 
 
 class SpatialAttention(PackedAttention):
-    """Attention among the S patches of every frame."""
+    """Attention among the places of every frame."""
 
-    def forward(self, x: Tensor, shift: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        """(..., S, C) -> (..., S, C), ``bias`` (1, 1, 1, S) against patches that only pad the height."""
-        q, k, v = (tensor.flatten(0, -4) for tensor in self.project(x, shift, scale))
-        return self.proj(attend(q, k, v, bias).flatten(-2)).view(x.shape)
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor, places: Places) -> Tensor:
+        """(..., S, C) -> (..., S, C)."""
+        q, k, v = places.by_heads(*(tensor.flatten(0, -4) for tensor in self.project(x, shift, scale)))
+        seen = attend(q, k[:, : places.count], v[:, : places.count])
+        return self.proj(places.by_places(seen).flatten(-2)).view(x.shape)
 
 
 class TemporalAttention(PackedAttention):
@@ -120,11 +122,17 @@ class CrossAttention(nn.Module):
         self.kv_linear = nn.Linear(width, 2 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, kv: Tensor, bias: Tensor | None) -> Tensor:
-        """Attention of ``x`` (..., S, C) to ``kv`` (..., L, 2C) under ``bias`` (R, 1, 1, L), R all of '...'."""
-        q = self.q_linear(x.flatten(0, -3)).unflatten(-1, (self.heads, -1))
-        k, v = kv.flatten(0, -3).unflatten(-1, (2, self.heads, -1)).unbind(-3)
-        return self.proj(attend(q, k, v, bias).flatten(-2)).view(x.shape)
+    def keys_values(self, rows: Tensor, places: Places) -> Tensor:
+        """Keys and values of context tokens, for this device's c channels of heads: (B, R, C) -> (B, R, 2c)."""
+        own = places.heads(self.heads)
+        parts = (part.unflatten(0, (2, self.heads, -1))[:, own] for part in self.kv_linear.parameters())
+        return functional.linear(rows, *(part.flatten(0, 2) for part in parts))
+
+    def forward(self, x: Tensor, kv: Tensor, bias: Tensor | None, places: Places) -> Tensor:
+        """Attention of ``x`` (..., S, C) to ``kv`` (..., L, 2c) under ``bias`` (R, 1, 1, L), R all of '...'."""
+        (q,) = places.by_heads(self.q_linear(x.flatten(0, -3)).unflatten(-1, (self.heads, -1)))
+        k, v = kv.flatten(0, -3).unflatten(-1, (2, *q.shape[2:])).unbind(-3)
+        return self.proj(places.by_places(attend(q, k, v, bias)).flatten(-2)).view(x.shape)
 
 
 class CrossViewAttention(PackedAttention):
@@ -134,24 +142,31 @@ class CrossViewAttention(PackedAttention):
         super().__init__(width, heads, qkv_bias=False)
         self.neighbours = neighbours
 
-    def pairs(self, groups: list[Tensor], shift: Tensor, scale: Tensor, bias: Tensor | None) -> list[list[Tensor]]:
-        """For every view, attention to each of its neighbours before the output projection, (B, T, S, C) each.
+    def pairs(self, groups: list[Tensor], shift: Tensor, scale: Tensor, places: Places) -> list[list[Tensor]]:
+        """For every view, attention to each of its neighbours before the output projection.
 
-        q, k and v are made once a view. ``groups`` hold the views in order, (G, B, T, S, C) each.
+        q, k and v are made once a view. ``groups`` hold the views in order, (G, B, T, S, C) each; the result is by
+        heads: (B * T, all places, own heads, d) each.
         """
-        projected = [self.project(x, shift, scale) for x in groups]
-        q, k, v = ([view.flatten(0, 1) for tensors in projected for view in tensors[i].unbind(0)] for i in range(3))
-        shape = groups[0].shape[1:]
+        projected = [
+            places.by_heads(*(tensor.flatten(0, -4) for tensor in self.project(x, shift, scale))) for x in groups
+        ]
+        rows = groups[0].shape[1] * groups[0].shape[2]
+        q, k, v = ([view for tensors in projected for view in tensors[i].split(rows)] for i in range(3))
+        k, v = ([view[:, : places.count] for view in views] for views in (k, v))
         return [
-            [attend(q[view], k[other], v[other], bias).flatten(-2).view(shape) for other in others]
-            for view, others in enumerate(self.neighbours)
+            [attend(q[view], k[other], v[other]) for other in others] for view, others in enumerate(self.neighbours)
         ]
 
-    def forward(self, groups: list[Tensor], shift: Tensor, scale: Tensor, bias: Tensor | None) -> list[Tensor]:
+    def forward(self, groups: list[Tensor], shift: Tensor, scale: Tensor, places: Places) -> list[Tensor]:
         """Groups of views (G, B, T, S, C), in and out. The projection's bias counts for each neighbour (oddity 7)."""
-        seen = iter([sum(outputs[1:], outputs[0]) for outputs in self.pairs(groups, shift, scale, bias)])
+        seen = iter([sum(outputs[1:], outputs[0]) for outputs in self.pairs(groups, shift, scale, places)])
         proj_bias = self.proj.bias * len(self.neighbours[0])
-        return [functional.linear(torch.stack([next(seen) for _ in x]), self.proj.weight, proj_bias) for x in groups]
+        out = []
+        for x in groups:
+            own = places.by_places(torch.cat([next(seen) for _ in x])).flatten(-2).view(x.shape)
+            out.append(functional.linear(own, self.proj.weight, proj_bias))
+        return out
 
 
 class Mlp(nn.Module):

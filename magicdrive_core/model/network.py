@@ -27,6 +27,7 @@ from magicdrive_core.model.embedders import (
 )
 from magicdrive_core.model.initialise import initialise
 from magicdrive_core.model.layers import PatchEmbedding, Rotary, ScalarEmbedding, position_embedding
+from magicdrive_core.model.parallel import OneDevice, Places
 from magicdrive_core.model.slices import cut, slices
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ class NetworkConfig:
     classes: int = 10
     mlp_ratio: int = 4
     neighbours: tuple[tuple[int, ...], ...] = tuple(ring_neighbours(len(VIEWS)))
-    pad_patches: int = 1  # rows of patches are appended until this number, a parallel size, divides the patches
+    # Published only: rows of patches are appended until this parallel size divides the patches; None: the real size.
+    pad_patches: int | None = None
 
     def __post_init__(self) -> None:
         if len({len(others) for others in self.neighbours}) != 1:
@@ -104,6 +106,7 @@ class MagicDrive(nn.Module):
     Attributes:
         checkpoint_blocks: recompute every block in the backward pass instead of keeping its activations.
         slice_tokens: without gradients a block works on at most so many tokens at a time; None: on all.
+        devices: that share the places of every frame; each of them runs the network with the same inputs.
     """
 
     base_token: Tensor
@@ -113,6 +116,7 @@ class MagicDrive(nn.Module):
         self.config = config
         self.checkpoint_blocks = False
         self.slice_tokens: int | None = SLICE_TOKENS
+        self.devices = OneDevice()
         width, published = config.width, config.published
         self.register_buffer("base_token", torch.randn(width))
         self.rope = Rotary(width // config.heads, published)
@@ -153,7 +157,14 @@ class MagicDrive(nn.Module):
         """Of the weights, and so of the tokens."""
         return self.before_proj.weight.dtype
 
-    def forward(self, x: Tensor, timestep: Tensor, conditions: Conditions, x_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        conditions: Conditions,
+        x_mask: Tensor | None = None,
+        pad_patches: int | None = None,
+    ) -> Tensor:
         """Velocity x_0 - noise of noisy latents.
 
         Args:
@@ -161,44 +172,41 @@ class MagicDrive(nn.Module):
             timestep: (B) noise level in [0, 1000], fp32.
             conditions: what to show.
             x_mask: (B, T) bool, True = noisy, False = given; None: all noisy.
+            pad_patches: instead of the one of the config.
 
         Returns:
             (B, V, C, T, H, W) in fp32.
         """
-        return self.denoise(x, timestep, self.encode(conditions, tuple(x.shape[3:])), x_mask)
+        return self.denoise(x, timestep, self.encode(conditions, tuple(x.shape[3:]), pad_patches), x_mask)
 
-    def encode(self, conditions: Conditions, latent_shape: tuple[int, ...]) -> Context:
+    def encode(self, conditions: Conditions, latent_shape: tuple[int, ...], pad_patches: int | None = None) -> Context:
         """All that does not depend on the noise level, for latents of ``latent_shape`` (T, H, W).
 
         Context tokens, keys and values of every cross-attention, position embedding, map features.
         """
         frames, height, width = latent_shape
-        rows, columns = -(-height // PATCH), -(-width // PATCH)
-        extra = self._padding_rows(rows, columns)
+        grid = self._grid(height, width, pad_patches)
+        places = self.devices.places(grid[0] * grid[1])
         tokens = self._context_tokens(conditions)
-        group = self._views_at_once(tokens.views, len(conditions.text) * frames * (rows + extra) * columns)
-        position = self._position(conditions, rows, columns, extra)
-        padding_bias = None
-        if extra and not self.config.published:
-            hidden = torch.arange((rows + extra) * columns, device=position.device) >= rows * columns
-            padding_bias = torch.zeros_like(position[:1, :, 0]).masked_fill_(hidden, float("-inf"))[:, None, None]
+        position = places.own(self._position(conditions, grid))
+        map_tokens = self._map_tokens(conditions.bev_map, (frames, height, width), grid[0], places)
         return Context(
             latent_shape=(frames, height, width),
-            grid=(rows + extra, columns),
-            views_at_once=group,
+            grid=grid,
+            places=places,
+            views_at_once=self._views_at_once(tokens.views, len(conditions.text) * frames * position.shape[1]),
             tokens=tokens,
-            kv=self._keys_values(tokens.distinct),
+            kv=self._keys_values(tokens.distinct, places),
             position=position,
-            control=position[:, None] + self.before_proj(self._map_tokens(conditions.bev_map, latent_shape, extra)),
+            control=position[:, None] + self.before_proj(map_tokens),
             fps=self.fps_embedder(conditions.fps),
             angles=self.rope(frames),
             context_bias=tokens.bias(frames, self.dtype),
-            padding_bias=padding_bias,
         )
 
     def denoise(self, x: Tensor, timestep: Tensor, context: Context, x_mask: Tensor | None = None) -> Tensor:
         """``forward`` with the conditions encoded before; shapes and dtypes as there."""
-        patches = to_patches(x.transpose(0, 1).to(self.dtype), context.grid[0] - -(-x.shape[-2] // PATCH))
+        patches = context.places.own(to_patches(x.transpose(0, 1).to(self.dtype), context.grid[0]))
         groups = patches.split(context.views_at_once)
         main = [self.x_embedder(x) + context.position[:, None] for x in groups]
         control = [self.x_control_embedder(x) + context.control for x in groups]
@@ -212,7 +220,10 @@ class MagicDrive(nn.Module):
 
         def advance(name: str, index: int, tokens: list[Tensor], skip_to: list[Tensor] | None = None) -> None:
             block = getattr(self, name)[index]
-            rows = context.kv[name][index] if context.kv else block.cross_attn.kv_linear(context.tokens.distinct)
+            if context.kv:
+                rows = context.kv[name][index]
+            else:
+                rows = block.cross_attn.keys_values(context.tokens.distinct, context.places)
             around: tuple[Any, ...] = ()
             shared_by = None
             for part in slices(tokens, temporal=block.temporal, limit=limit):
@@ -236,7 +247,7 @@ class MagicDrive(nn.Module):
                 if index < len(getattr(self, f"control_blocks_{kind}")):
                     advance(f"control_blocks_{kind}", index, control, skip_to=main)
         velocities = [self._head(x, noisy, clean, x_mask, limit) for x in main]
-        return self._unpatch(torch.cat(velocities), context)
+        return self._unpatch(context.places.whole(torch.cat(velocities)), context)
 
     @torch.no_grad()
     def set_text_buffers(self, class_features: Tensor, base_feature: Tensor) -> None:
@@ -256,14 +267,14 @@ class MagicDrive(nn.Module):
         limit = TOKENS_AT_ONCE["cpu" if self.base_token.device.type == "cpu" else "gpu"]
         return min(views, max(1, limit // tokens))
 
-    def _keys_values(self, rows: Tensor) -> dict[str, list[Tensor]]:
+    def _keys_values(self, rows: Tensor, places: Places) -> dict[str, list[Tensor]]:
         """Of every block for the context's rows (B, R, C); none where they would take too much memory."""
         groups = self.block_groups()
-        taken = sum(len(blocks) for blocks in groups.values()) * 2 * rows.numel() * rows.element_size()
+        taken = sum(len(blocks) for blocks in groups.values()) * 2 * rows.nbytes // self.devices.size
         if taken > KEPT_BYTES and not torch.is_grad_enabled():
             return {}
         return {
-            name: [block.cross_attn.kv_linear(rows) for block in blocks]  # type: ignore[union-attr,operator]
+            name: [block.cross_attn.keys_values(rows, places) for block in blocks]  # type: ignore[union-attr,operator]
             for name, blocks in groups.items()
         }
 
@@ -277,9 +288,13 @@ class MagicDrive(nn.Module):
         ]
         return torch.cat(parts, dim=2)
 
-    def _padding_rows(self, rows: int, columns: int) -> int:
-        size = self.config.pad_patches
-        return size - rows % size if rows * columns % size else 0
+    def _grid(self, height: int, width: int, pad_patches: int | None) -> tuple[int, int]:
+        """Rows and columns of patches. The published network has rows more for a parallel size (oddity 8)."""
+        rows, columns = -(-height // PATCH), -(-width // PATCH)
+        if self.config.published:
+            size = pad_patches or self.config.pad_patches or self.devices.size
+            rows += size - rows % size if rows * columns % size else 0
+        return rows, columns
 
     def _context_tokens(self, conditions: Conditions) -> ContextTokens:
         keep = conditions.keep
@@ -318,21 +333,20 @@ class MagicDrive(nn.Module):
         text, mask = functional.pad(text, (0, 0, 0, missing)), functional.pad(mask, (0, missing))
         return self.y_embedder(torch.where(keep[..., None], text, null)), mask | ~keep
 
-    def _position(self, conditions: Conditions, rows: int, columns: int, extra: int) -> Tensor:
-        """(B or 1, S, C). The published one spreads over padding rows and knows one scale a batch (oddity 8)."""
+    def _position(self, conditions: Conditions, grid: tuple[int, int]) -> Tensor:
+        """(B or 1, rows * columns, C). The published network knows one scale a batch (oddity 8)."""
         scale = (conditions.height.float() * conditions.width.float()).sqrt() / BASE_PIXELS
         if self.config.published:
-            scale, rows, extra = scale[:1], rows + extra, 0
-        position = position_embedding((rows, columns), scale, round((rows * columns) ** 0.5), self.config.width)
-        return functional.pad(position, (0, 0, 0, extra * columns)).to(self.dtype)
+            scale = scale[:1]
+        return position_embedding(grid, scale, round((grid[0] * grid[1]) ** 0.5), self.config.width).to(self.dtype)
 
-    def _map_tokens(self, bev_map: Tensor, latent_shape: tuple[int, ...], extra: int) -> Tensor:
-        """(B, F, 8, rows, columns) -> (B, T, S, C)."""
+    def _map_tokens(self, bev_map: Tensor, latent_shape: tuple[int, int, int], rows: int, places: Places) -> Tensor:
+        """(B, F, 8, cells, cells) -> (B, T, S, C) of this device's places."""
         features = self.controlnet_cond_embedder(bev_map.flatten(0, 1)).unflatten(0, bev_map.shape[:2])
         features = self.controlnet_cond_embedder_temp(features).transpose(1, 2)
         if features.shape[2:] != latent_shape:
             features = functional.interpolate(features, size=latent_shape, mode="nearest")
-        return self.controlnet_cond_patchifier(to_patches(features, extra))
+        return self.controlnet_cond_patchifier(places.own(to_patches(features, rows)))
 
     def _unpatch(self, patches: Tensor, context: Context) -> Tensor:
         """(V, B, T, S, p*p*C) -> (B, V, C, T, H, W) in fp32."""
@@ -342,9 +356,9 @@ class MagicDrive(nn.Module):
         return x[..., :height, :width].float()
 
 
-def to_patches(x: Tensor, extra_rows: int) -> Tensor:
-    """(..., C, T, H, W) -> (..., T, S, C * p * p), zeros appended to odd sizes and for ``extra_rows`` of patches."""
+def to_patches(x: Tensor, rows: int) -> Tensor:
+    """(..., C, T, H, W) -> (..., T, rows * columns, C * p * p), zeros appended where the size is too small."""
     height, width = x.shape[-2:]
-    x = functional.pad(x, (0, width % PATCH, 0, height % PATCH + extra_rows * PATCH))
+    x = functional.pad(x, (0, width % PATCH, 0, rows * PATCH - height))
     x = x.unflatten(-1, (-1, PATCH)).unflatten(-3, (-1, PATCH))
     return x.movedim((-6, -3, -1), (-3, -2, -1)).flatten(-3).flatten(-3, -2)

@@ -123,7 +123,7 @@ def _recorded(network: MagicDrive) -> Iterator[dict[str, Tensor]]:
 
     def keep_pairs(attention: nn.Module, name: str) -> None:
         def hook(module: Any, inputs: Any, _output: list[Tensor]) -> None:
-            found[name] = torch.stack([module.proj(out) for view in module.pairs(*inputs) for out in view])
+            found[name] = torch.stack([module.proj(out.flatten(-2)) for view in module.pairs(*inputs) for out in view])
 
         handles.append(attention.register_forward_hook(hook))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -48,6 +48,15 @@ def share(own: RankFacts, device: torch.device) -> list[RankFacts]:
     return [
         RankFacts(loss, int(bucket), int(clips), int(tokens), waited, bool(stop))
         for loss, bucket, clips, tokens, waited, stop in everyone.view(-1, len(mine)).tolist()
+    ]
+
+
+def of_groups(ranks: list[RankFacts], size: int) -> list[RankFacts]:
+    """One for each group of ``size`` ranks that share their clips: the longest wait, and whether any shall stop."""
+    groups = [ranks[start : start + size] for start in range(0, len(ranks), size)]
+    return [
+        replace(group[0], waited=max(each.waited for each in group), stop=any(each.stop for each in group))
+        for group in groups
     ]
 
 

@@ -1,8 +1,8 @@
-"""Micro-batches for one rank: conditions, latents and masks of clips of one bucket, prepared while the network works.
+"""Micro-batches for a group of ranks: conditions, latents and masks of clips of one bucket, prepared ahead.
 
 Every random number of a micro-batch comes from generators seeded with (seed, stage, index of the micro-batch among all
-ranks'). So a resumed training draws what an uninterrupted one would, on any number of ranks, and no two ranks draw
-the same (golden notes, oddity 12).
+groups'). So a resumed training draws what an uninterrupted one would, on any number of ranks, no two groups draw the
+same (golden notes, oddity 12), and the ranks that share a clip draw all the same.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from types import TracebackType
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from magicdrive_core.config import STAGES, Bucket, Config, Stage, parse_size
@@ -39,18 +38,19 @@ from magicdrive_core.training.plan import bucket_clips
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of one rank, on the CPU."""
+    """One micro-batch, on the CPU."""
 
     bucket: int  # index into ``Loader.buckets``
     shape: tuple[int, int, int]  # frames, height, width of the video
     latents: Tensor  # B, V, C, T, h, w: clean
     conditions: Conditions
     mask: Tensor | None  # B, T bool: True = noisy; None: all noisy
+    pad_patches: int | None  # published: the parallel size whose padding rows the patches get; None: the real one
     generator: torch.Generator  # for time and noise
 
 
 class Loader:
-    """Yields the micro-batches of this rank; the next ones are prepared in a thread, as memory allows.
+    """Yields the micro-batches of a group; the next ones are prepared in a thread, as memory allows.
 
     Raises:
         MagicDriveError: a cache is missing or stale, or the micro-batches do not fit into memory.
@@ -73,24 +73,20 @@ class Loader:
         self._scale: float = read_json(artifacts / "encoders/encoders.json")["vae"]["scaling_factor"]
         self._ahead: Ahead[Batch] | None = None
 
-    def start(
-        self, micro_batches: int, steps: int | None = None, *, ranks: int | None = None, rank: int | None = None
-    ) -> None:
-        """Begins after so many micro-batches of all ranks together.
+    def start(self, micro_batches: int, groups: int, group: int, steps: int | None = None) -> None:
+        """Begins after so many micro-batches of all groups together.
 
         Args:
-            micro_batches: of all ranks together, that were used before.
-            steps: micro-batches of this rank that will be asked for, so that no more are prepared; None: no end.
-            ranks: None: those of the process group; so with ``rank``.
-            rank: this process.
+            micro_batches: of all groups together, that were used before.
+            groups: that each take a micro-batch a step.
+            group: this one.
+            steps: micro-batches of this group that will be asked for, so that no more are prepared; None: no end.
         """
-        ranks = dist.get_world_size() if ranks is None else ranks
-        rank = dist.get_rank() if rank is None else rank
         sampler = BucketSampler(
             [len(clips) for clips in self._clips],
             [bucket.batch for bucket in self.buckets],
-            ranks=ranks,
-            rank=rank,
+            ranks=groups,
+            rank=group,
             seed=self._settings.seed,
             costs=[
                 relative_cost(
@@ -101,7 +97,7 @@ class Loader:
             group=self._config.training.pair_ranks,
         )
         sizes = [self.budget.batches[bucket.name] for bucket in self.buckets]
-        places = count(micro_batches + rank, ranks)
+        places = count(micro_batches + group, groups)
         self._ahead = Ahead(
             (
                 (sizes[bucket], partial(self._prepare, bucket, clips, place))
@@ -135,12 +131,15 @@ class Loader:
         moments = torch.stack([self._latents.moments(size, clip) for clip in clips]).float()
         latents = self._scale * sample_moments(moments, generator)
         mask = draw_masks(self._settings.mask_ratios, len(clips), latents.shape[3], rng)
+        conditions = self._conditions(clips, size, rng, generator)
+        simulated = [n for n in self._settings.simulate_sizes if n >= self._config.cluster.sequence_parallel]
         return Batch(
             bucket,
             (frames, *parse_size(size)),
             latents,
-            self._conditions(clips, size, rng, generator),
+            conditions,
             None if mask.all() else torch.from_numpy(mask),
+            int(rng.choice(simulated)) if simulated else None,
             generator,
         )
 

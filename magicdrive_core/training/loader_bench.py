@@ -64,7 +64,7 @@ def measure_loader(
     clips = held = 0
     batches: dict[str, int] = {}
     with Loader(config, stage, project) as loader:
-        loader.start(0, ranks=ranks, rank=0)
+        loader.start(0, groups=ranks, group=0)
         began = time.perf_counter()
         while (passed := time.perf_counter() - began) < seconds or not clips:
             batch = loader.next()

@@ -20,8 +20,9 @@ from magicdrive_core.tracking.summary import first_and_last
 from magicdrive_core.training import checkpoint
 from magicdrive_core.training.checkpoint import Progress
 from magicdrive_core.training.ema import Ema
-from magicdrive_core.training.facts import RankFacts, Stop, check_losses, share
+from magicdrive_core.training.facts import RankFacts, Stop, check_losses, of_groups, share
 from magicdrive_core.training.loader import Batch, Loader
+from magicdrive_core.training.mesh import Mesh
 from magicdrive_core.training.plan import StagePlan
 from magicdrive_core.training.preview import Preview
 from magicdrive_core.training.record import Recorder, StepFacts
@@ -45,7 +46,7 @@ def train(
     Args:
         network: before its first step, equal on all ranks.
         loader: not yet started.
-        preview: on rank 0, where the data has a validation clip.
+        preview: on the ranks that share a clip with rank 0, where the data has a validation clip.
         stop: asked at the end of each step.
         device: of this rank.
         project: the project's folder.
@@ -57,11 +58,13 @@ def train(
         MagicDriveError: a loss or gradient is not finite (no weight was touched), or a file is not usable.
     """
     training, stage = config.training, config.training.stage(plan.stage)
+    mesh = Mesh.of(config.cluster.sequence_parallel)
+    network.devices = mesh.devices
     boosted = boost(network, training, device)
     ema = Ema(boosted, training.ema)
     progress = checkpoint.resume(plan.folder / "checkpoints", boosted, ema) or Progress()
     logger.info("%s: from step %d of %d, %d ranks", plan.stage, progress.step, stage.steps, dist.get_world_size())
-    loader.start(progress.micro_batches, stage.steps - progress.step)
+    loader.start(progress.micro_batches, mesh.groups, mesh.group, stage.steps - progress.step)
     flow = RectifiedFlow(config.flow.base_pixels)
 
     def save() -> None:
@@ -77,6 +80,7 @@ def train(
             boosted.optimizer.backward(loss)
             ranks = share(RankFacts.of(loss, batch, waited, stop), device)
             check_losses(ranks, progress.step)
+            groups = of_groups(ranks, mesh.devices.size)
             rate = learning_rate(stage, progress.step)
             boosted.set_learning_rate(rate)
             boosted.optimizer.step()
@@ -86,12 +90,12 @@ def train(
 
             seconds = time.perf_counter() - began
             progress.step += 1
-            progress.micro_batches += len(ranks)
+            progress.micro_batches += mesh.groups
             progress.seconds += seconds
-            recorder.step(StepFacts.of(ranks, progress, seconds, rate, norm, loader.buckets))
+            recorder.step(StepFacts.of(groups, progress, seconds, rate, norm, loader.buckets))
 
             last = progress.step == stage.steps
-            if any(facts.stop for facts in ranks) and not last:
+            if any(facts.stop for facts in groups) and not last:
                 save()
                 logger.info("asked to stop: saved at step %d", progress.step)
                 return RESUMABLE
@@ -111,7 +115,7 @@ def flow_loss(boosted: Boosted, flow: RectifiedFlow, batch: Batch) -> Tensor:
     t = flow.draw_timesteps(batch.generator, len(x_0), batch.shape).to(device)
     noise = torch.randn(x_0.shape, generator=batch.generator).to(device)
     x_t = keep_given(flow.add_noise(x_0, noise, t), x_0, mask)
-    prediction = boosted.network(x_t, t, batch.conditions.to(device), mask)
+    prediction = boosted.network(x_t, t, batch.conditions.to(device), mask, batch.pad_patches)
     return flow.loss(prediction, x_0, noise, mask).mean()
 
 

@@ -36,7 +36,7 @@ SHEET_WIDTH = 400  # pixels of a view
 
 
 class Preview:
-    """Draws one validation clip of a stage; rank 0 alone needs one."""
+    """Draws one validation clip of a stage; the ranks that share a clip with rank 0 need one."""
 
     def __init__(self, config: Config, bucket: Bucket, scene: Scene, clip: Clip, project: Path) -> None:
         size = parse_size(bucket.size)
@@ -67,9 +67,8 @@ class Preview:
         logger.warning("%s: no scene is for validation: no previews", stage)
         return None
 
-    @torch.no_grad()
-    def draw(self, network: MagicDrive, step: int, path: Path) -> None:
-        """Samples the clip, and writes its middle frame below the real one as a PNG."""
+    def sample(self, network: MagicDrive) -> Tensor:
+        """Latents (V, C, T, h, w) of the clip; on all devices that share the network's work."""
         device = network.before_proj.weight.device
         latents = sample_latents(
             network,
@@ -80,7 +79,12 @@ class Preview:
             flow=self._flow,
             generator=torch.Generator().manual_seed(SEED),
         )
-        generated = six_views(self._decode(latents[0]), SHEET_WIDTH)
+        return latents[0]
+
+    @torch.no_grad()
+    def write(self, latents: Tensor, step: int, path: Path) -> None:
+        """The middle frame of ``sample``, below the real one, as a PNG."""
+        generated = six_views(self._decode(latents), SHEET_WIDTH)
         sheet = contact_sheet(
             [[self._real], [generated]], ["real", "generated"], title=f"step {step}", subtitle=self._caption
         )

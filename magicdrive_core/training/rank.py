@@ -77,7 +77,7 @@ def main() -> None:
     try:
         with _alone(folder) if rank == 0 else nullcontext():
             network = first_network(config, plan)
-            preview = Preview.of(config, plan.stage) if rank == 0 else None
+            preview = Preview.of(config, plan.stage) if rank < config.cluster.sequence_parallel else None
             code = train(config, plan, network, Loader(config, plan.stage), preview, stop, device)
     finally:
         dist.destroy_process_group()

@@ -34,7 +34,7 @@ class StepFacts:
     """One step of all ranks together."""
 
     step: int  # finished steps
-    loss: float  # mean over the ranks
+    loss: float  # mean over the groups of ranks
     bucket_losses: dict[str, float]  # of the buckets that this step saw
     learning_rate: float
     grad_norm: float  # before clipping
@@ -46,27 +46,27 @@ class StepFacts:
     @classmethod
     def of(
         cls,
-        ranks: Sequence[RankFacts],
+        groups: Sequence[RankFacts],
         progress: Progress,
         seconds: float,
         rate: float,
         norm: float,
         buckets: Sequence[Bucket],
     ) -> StepFacts:
-        """Sums up what the ranks shared."""
+        """Sums up what the groups of ranks shared."""
         by_bucket = defaultdict(list)
-        for facts in ranks:
+        for facts in groups:
             by_bucket[buckets[facts.bucket].name].append(facts.loss)
         return cls(
             progress.step,
-            sum(facts.loss for facts in ranks) / len(ranks),
+            sum(facts.loss for facts in groups) / len(groups),
             {name: sum(losses) / len(losses) for name, losses in sorted(by_bucket.items())},
             rate,
             norm,
             seconds,
-            sum(facts.clips for facts in ranks) / seconds,
-            sum(facts.tokens for facts in ranks) / seconds,
-            max(facts.waited for facts in ranks),
+            sum(facts.clips for facts in groups) / seconds,
+            sum(facts.tokens for facts in groups) / seconds,
+            max(facts.waited for facts in groups),
         )
 
 
@@ -143,13 +143,15 @@ class Recorder:
             )
 
     def picture(self, preview: Preview | None, network: MagicDrive, step: int) -> None:
-        """Draws a preview."""
-        if not self._active or preview is None:
+        """Draws a preview, on the ranks that have one together."""
+        if preview is None:
             return
-        path = self._plan.folder / f"previews/step-{step:08d}.png"
-        preview.draw(network, step, path)
-        if self._log:
-            self._log.picture(path)
+        latents = preview.sample(network)
+        if self._active:
+            path = self._plan.folder / f"previews/step-{step:08d}.png"
+            preview.write(latents, step, path)
+            if self._log:
+                self._log.picture(path)
 
     @property
     def losses(self) -> list[float]:

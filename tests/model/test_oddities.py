@@ -10,6 +10,7 @@ import torch
 from magicdrive_core.model.blocks import Surroundings, ViewBlock
 from magicdrive_core.model.embedders import PICTURE_WIDTH, CameraEmbedder
 from magicdrive_core.model.guidance import published_null, sample_latents, unconditional
+from magicdrive_core.model.parallel import Places
 from magicdrive_core.rectified_flow import RectifiedFlow
 from tests.model.networks import conditions, config, network
 
@@ -23,7 +24,7 @@ def test_cross_view_modulation_by_vectors_or_by_three_scalars(published: bool) -
     torch.manual_seed(0)
     block = ViewBlock(config(published=published))
     tokens = [torch.randn(6, 1, 2, 5, 32)]
-    around = Surroundings(torch.zeros(2, 8, 2), [None], None)
+    around = Surroundings(torch.zeros(2, 8, 2), [None], Places(5))
     time = torch.randn(1, 1, 6, 32)
     other = torch.randn(1, 1, 6, 32)
     other[:, :, 0, :3] = time[:, :, 0, :3]

@@ -20,7 +20,14 @@ class TinyNetwork(nn.Module):
         self.frozen = nn.Linear(2, 2).requires_grad_(False)
         self.register_buffer("table", torch.arange(5.0))
 
-    def forward(self, x: Tensor, timestep: Tensor, conditions: object = None, x_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        conditions: object = None,
+        x_mask: Tensor | None = None,
+        pad_patches: int | None = None,
+    ) -> Tensor:
         tokens = x.movedim(2, -1)
         time = (timestep / 1000).view(-1, *[1] * (tokens.ndim - 1)).expand(*tokens.shape[:-1], 1)
         hidden = self.into(torch.cat([tokens, time], -1).to(self.into.weight.dtype)).tanh()

@@ -43,7 +43,7 @@ def test_planned_bytes_are_those_of_real_batches(project: Path) -> None:
     with mock.patch.multiple(loader, **fakes), mock.patch("magicdrive_core.training.budget.SLOTS", 2):
         planned = plan_budget(config, "stage2", project).batches
         with loader.Loader(config, "stage2", project) as source:
-            source.start(0, ranks=1, rank=0)
+            source.start(0, groups=1, group=0)
             shares = []
             for _ in range(8):
                 batch = source.next()

@@ -16,21 +16,24 @@ from tests.training.distributed import run_distributed
 PROFILE = Path(__file__).resolve().parents[2] / "profiles/demo.yaml"
 
 
-def settings() -> Config:
+def settings(share: int = 1) -> Config:
+    """For ranks that share clips in groups of ``share``."""
     config = load_config(PROFILE, ["text.max_tokens=6"])
+    cluster = config.cluster.model_copy(update={"ranks": 2, "sequence_parallel": share})
     buckets = [Bucket(size="16x32", frames=frames, batch=batch) for frames, batch in ((1, 3), (33, 2), (65, 1))]
-    stage = config.training.stage2.model_copy(update={"buckets": buckets, "mask_ratios": {"image_head": 0.5}})
+    changes = {"buckets": buckets, "mask_ratios": {"image_head": 0.5}, "simulate_sizes": [1, 2, 8][: 3 * share - 3]}
+    stage = config.training.stage2.model_copy(update=changes)
     training = config.training.model_copy(update={"stage2": stage, "stage1": stage, "drop_condition": 0.5})
-    return config.model_copy(
-        update={"training": training, "conditions": ConditionSettings.model_construct(map_cells={"16x32": 4})}
-    )
+    conditions = ConditionSettings.model_construct(map_cells={"16x32": 4})
+    return config.model_copy(update={"training": training, "conditions": conditions, "cluster": cluster})
 
 
-def batches(project: Path, stage: Any, start: int, count: int) -> list[Any]:
+def batches(project: Path, stage: Any, start: int, count: int, share: int = 1) -> list[Any]:
     """The first micro-batches of this rank, by real threads."""
     from unittest import mock
 
     from magicdrive_core.training import loader
+    from magicdrive_core.training.mesh import Mesh
     from tests.training.scenes import FakeLatents, FakeMaps, FakeText, make_scene
 
     scenes = [make_scene("a", 60), make_scene("b", 48)]
@@ -40,8 +43,9 @@ def batches(project: Path, stage: Any, start: int, count: int) -> list[Any]:
         "TextCache": FakeText,
         "LatentCache": FakeLatents,
     }
-    with mock.patch.multiple(loader, **fakes), loader.Loader(settings(), stage, project) as source:
-        source.start(start)
+    with mock.patch.multiple(loader, **fakes), loader.Loader(settings(share), stage, project) as source:
+        mesh = Mesh.of(share)
+        source.start(start, mesh.groups, mesh.group)
         return [plain(source.next()) for _ in range(count)] + [[b.frames for b in source.buckets]]
 
 
@@ -55,6 +59,7 @@ def plain(batch: Any) -> dict[str, Any]:
         "shape": batch.shape,
         "latents": batch.latents.numpy(),
         "x_mask": None if batch.mask is None else batch.mask.numpy(),
+        "pad_patches": batch.pad_patches,
         "state": batch.generator.get_state().numpy(),
     }
 
@@ -93,6 +98,16 @@ def test_a_later_start_goes_on_with_the_same_batches(cached: Path, drawn: list[l
 def test_no_two_micro_batches_draw_the_same(drawn: list[list[dict[str, Any]]]) -> None:
     states = [batch["state"].tobytes() for rank in drawn for batch in rank]
     assert len(set(states)) == len(states)
+
+
+def test_ranks_that_share_a_clip_draw_the_same(cached: Path, drawn: list[list[dict[str, Any]]]) -> None:
+    """And as a group all that two ranks draw on their own, and paddings that are not below the real size."""
+    first, second = run_distributed(batches, 2, cached, "stage2", 0, 24, 2)
+    assert all(same(a, b) for a, b in zip(first[:24], second[:24], strict=True))
+    assert {batch["pad_patches"] for batch in first[:24]} == {2, 8}
+    apart = [batch for pair in zip(*drawn, strict=True) for batch in pair]
+    assert {batch.pop("pad_patches") for batch in apart} == {None}
+    assert all(same(a, b) for a, b in zip(apart, first[:24], strict=True))
 
 
 def test_shapes_and_scaling(drawn: list[list[dict[str, Any]]]) -> None:

@@ -23,10 +23,12 @@ from tests.training.tiny_rank import NeverStop, train_tiny
 PROJECT = Path(__file__).resolve().parents[2]
 
 
-def job(folder: Path, **changes: object) -> StagePlan:
+def job(folder: Path, share: int = 1, **changes: object) -> StagePlan:
+    """For ranks that share clips in groups of ``share``."""
     config = load_config(PROJECT / "profiles/demo.yaml")
     conditions = Conditions(map_cells={"16x16": 8} | config.conditions.map_cells)
-    config = config.model_copy(update={"training": training(**changes), "conditions": conditions})
+    cluster = config.cluster.model_copy(update={"ranks": 2, "sequence_parallel": share})
+    config = config.model_copy(update={"training": training(**changes), "conditions": conditions, "cluster": cluster})
     plan = StagePlan("stage1", folder, "f" * 64, {}, None)
     write_job(plan, config)
     return plan
@@ -116,6 +118,24 @@ def test_bf16_resumes_exactly_too(tmp_path: Path) -> None:
     assert run_distributed(train_once, 2, tmp_path / "again") == [0, 0]
     weights, expected = (load_file(tmp_path / name / "ema.safetensors") for name in ("again", "whole"))
     assert all((weights[name] == expected[name]).all() for name in expected)
+
+
+def test_ranks_that_share_clips_count_them_once_and_may_part(tmp_path: Path) -> None:
+    """Two ranks take one micro-batch a step; after six, each takes its own again."""
+    job(tmp_path, share=2)
+    assert run_distributed(train_once, 2, tmp_path) == [0, 0]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [round(line["clips_per_second"] * line["seconds"]) for line in lines] == [
+        2 if "16x16-1" in line["bucket_losses"] else 1 for line in lines
+    ]
+    assert all(len(line["bucket_losses"]) == 1 for line in lines)
+    state = tmp_path / "checkpoints/step-00000006/state.json"
+    assert read_json(state)["progress"]["micro_batches"] == 6
+    for name in ("ema.safetensors", "run.json"):
+        (tmp_path / name).unlink()
+    job(tmp_path)
+    assert run_distributed(train_once, 2, tmp_path) == [0, 0]
+    assert losses(tmp_path)[:6] == [line["loss"] for line in lines[:6]]
 
 
 def test_a_checkpoint_of_another_network_is_refused(whole: Path, tmp_path: Path) -> None:

@@ -38,17 +38,17 @@ class MadeUpLoader:
         self.buckets = [Bucket(size="16x16", frames=1, batch=2), Bucket(size="16x16", frames=9, batch=1)]
         self._seed, self._trouble = seed, trouble
 
-    def start(self, micro_batches: int, steps: int) -> None:
-        self._ranks, self._rank = dist.get_world_size(), dist.get_rank()
-        sampler = BucketSampler([7, 5], [b.batch for b in self.buckets], self._ranks, self._rank, self._seed)
+    def start(self, micro_batches: int, groups: int, group: int, steps: int | None = None) -> None:
+        self._groups = groups
+        sampler = BucketSampler([7, 5], [b.batch for b in self.buckets], groups, group, self._seed)
         self._order = islice(sampler.stream(micro_batches), steps)
-        self._index = micro_batches + self._rank
+        self._index = micro_batches + group
 
     def next(self) -> Batch:
-        step = self._index // self._ranks
+        step = self._index // self._groups
         scale = 1.0
         what, _, when = self._trouble.partition("-")
-        if when == f"{self._rank}-{step}":
+        if when == f"{dist.get_rank()}-{step}":
             if what == "nan":
                 scale = float("nan")
             else:
@@ -60,9 +60,9 @@ class MadeUpLoader:
         shape = (6, 4, (frames - 1) // 4 + 1, 2, 2)
         fixed = [torch.randn(shape, generator=torch.Generator().manual_seed(100 * bucket + clip)) for clip in clips]
         latents = torch.stack(fixed) + 0.1 * torch.randn(len(clips), *shape, generator=generator)
-        self._index += self._ranks
+        self._index += self._groups
         conditions: Any = NoConditions()
-        return Batch(bucket, (frames, 16, 16), scale * latents, conditions, None, generator)
+        return Batch(bucket, (frames, 16, 16), scale * latents, conditions, None, None, generator)
 
     def __enter__(self) -> MadeUpLoader:
         return self

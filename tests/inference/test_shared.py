@@ -1,0 +1,40 @@
+"""Two processes that share each clip make the items that one makes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from magicdrive_core.data.infos import read_scenes
+from magicdrive_core.geometry.cameras import VIEWS
+from magicdrive_core.inference.generate import generate_items
+from magicdrive_core.inference.items import input_digests, is_done, item_fingerprint, list_items
+from magicdrive_core.inference.shared import generate_shared
+from magicdrive_core.video.decoder import decode_video
+from magicdrive_core.video.record import ItemRecord
+from tests.conftest import PROJECT
+from tests.inference.project import STAGE, make_project, small_config, small_scene
+
+
+def frames(folder: Path) -> np.ndarray:
+    record = ItemRecord.read(folder)
+    return np.stack([list(decode_video(folder / record.views[view].file)) for view in VIEWS]).astype(int)
+
+
+@pytest.mark.slow
+def test_two_processes_make_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small_config()
+    make_project(tmp_path, config, small_scene())
+    items = list_items(config, read_scenes(tmp_path / "artifacts/infos"))
+    generate_items(config, items, tmp_path / STAGE, tmp_path / "one", project=tmp_path)
+    shared = config.model_copy(update={"generate": config.generate.model_copy(update={"sequence_parallel": 2})})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT))
+    generate_shared(shared, Path(STAGE), Path("two"), (0, 1))
+    digests = input_digests(shared, Path(STAGE))
+    for item in items:
+        assert is_done(Path("two") / item.name, item_fingerprint(config, item, digests))
+        apart = abs(frames(tmp_path / "one" / item.name) - frames(tmp_path / "two" / item.name))
+        assert apart.max() <= 2  # rounding, through two encoders' decisions
