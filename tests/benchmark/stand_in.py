@@ -21,7 +21,7 @@ SAMPLES = ("0a" * 16, "1b" * 16)
 
 def config(*overrides: str) -> Config:
     return load_config(
-        PROFILE, ["benchmark.team=owls", "conditions.map_cells={112x200: 200, 224x400: 200}", *overrides]
+        PROFILE, ["benchmark.team=owls", "conditions.map_cells={112x200: 200, 144x256: 200, 224x400: 200}", *overrides]
     )
 
 

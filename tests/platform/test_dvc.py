@@ -50,7 +50,7 @@ def test_every_stage_runs_once(reproduced_project: Path) -> None:
         ("latents.start_stride=4", {"conditions", "latents"}),
         ("text.max_tokens=16", {"encoders", "text"}),
         ("vae.build.steps=3", {"encoders"}),
-        ("data.val_scenes=[demo-2001]", {"infos"}),
+        ("data.val_scenes=[demo-2001]", {"infos", "conditions"}),
         ("training.stage2.buckets=[{size: 112x200, frames: 17, batch: 1}]", {"conditions", "latents"}),
     ],
 )
