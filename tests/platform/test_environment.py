@@ -7,6 +7,10 @@ import subprocess
 import sys
 from importlib import metadata
 
+import pytest
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+
 from tests.conftest import PROJECT
 
 # ColossalAI's own pins, and what only its command line needs: docs/decisions/0001-environment.md.
@@ -23,6 +27,8 @@ KNOWN = {
     "transformers==4.51.3",
     "uvicorn==0.29.0",
 }
+# A build of one's own, and what every virtual environment has.
+OUTSIDE = {"torch", "setuptools", "pip"}
 
 
 def _name(text: str) -> str:
@@ -51,3 +57,18 @@ def test_the_lock_is_what_is_installed_and_names_no_address() -> None:
     assert "torch" not in locked
     wrong = {name: (want, metadata.version(name)) for name, want in locked.items() if metadata.version(name) != want}
     assert not wrong
+
+
+@pytest.mark.parametrize("python", ["3.11.0", "3.11.2", "3.11.99"])
+def test_every_python_3_11_finds_what_it_needs(python: str) -> None:
+    """Debian's 3.11.2 needs a backport that later ones do not, which no test on those would miss."""
+    here = {**default_environment(), "python_full_version": python, "extra": ""}
+    locked = _locked()
+    missing = {
+        (package, requirement.name)
+        for package in locked.keys() - {"colossalai"}  # what it lacks is held above
+        for requirement in map(Requirement, metadata.requires(package) or [])
+        if (requirement.marker is None or requirement.marker.evaluate(here))
+        and _name(requirement.name) not in locked.keys() | OUTSIDE
+    }
+    assert not missing
