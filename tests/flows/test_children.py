@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,14 @@ def assert_gone(pids: list[int]) -> None:
     raise AssertionError(f"still running: {alive}")
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Undoes that a shell lets the jobs that it starts with ``&`` ignore Ctrl-C, which children inherit."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_a_failing_verb_s_error_is_the_flow_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also through others: DVC says of a stage that failed no more than that it did."""
     monkeypatch.chdir(tmp_path)
@@ -66,6 +75,7 @@ def test_a_child_finds_the_tools_of_this_environment(tmp_path: Path, monkeypatch
     assert (tmp_path / "log").read_text().split() == [common.tool("magicdrive"), common.tool("dvc")]
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_ends_the_whole_family(tmp_path: Path) -> None:
     file = tmp_path / "pids"
     threading.Thread(target=lambda: (family(file), os.kill(os.getpid(), signal.SIGINT)), daemon=True).start()
@@ -129,6 +139,7 @@ work()
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_in_a_terminal_ends_a_flow_at_once(tmp_path: Path) -> None:
     """A terminal sends it to the whole group: to Prefect's temporary server as well, to which a flow tells its end."""
     called = tmp_path / "called"
