@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from magicdrive_core import cli_data
+from magicdrive_core import cli_data, cli_video
 from magicdrive_core.cli_options import (
     CONDITIONS,
     DEFAULT_PARAMS,
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.add_typer(cli_data.app)
+app.add_typer(cli_video.app, name="video")
 
 _debug = False
 
@@ -262,6 +263,9 @@ def memory(
     slice_tokens: Annotated[
         int, typer.Option(metavar="N", help="Tokens that a block works on at a time; 0: all of them.")
     ] = 65536,
+    stripe_rows: Annotated[
+        int, typer.Option(metavar="N", help="Rows of a stripe in which the VAE decodes; 0: whole pictures.")
+    ] = 32,
 ) -> None:
     """Plan the GPU memory of generation with the XL network, without a GPU."""
     from dataclasses import replace
@@ -269,7 +273,13 @@ def memory(
     from magicdrive_core.inference.memory import Planner, Setting
     from magicdrive_core.inference.memory_table import cell_lines, table_lines
 
-    setting = Setting(slots=boxes, sp=sp, offload=offload, slice_tokens=slice_tokens or None)
+    setting = Setting(
+        slots=boxes,
+        sp=sp,
+        offload=offload,
+        slice_tokens=slice_tokens or None,
+        stripe_rows=stripe_rows or None,
+    )
     planner = Planner()
     if size is None:
         lines = table_lines(planner, replace(setting, sp=1))

@@ -285,10 +285,17 @@ class Generate(Section):
     # published only: the parallel size whose padding rows the patches get (its models know 4 and 8); null: the real one
     pad_patches: Positive | None = None
     offload: bool = False  # on a GPU: the VAE waits in main memory while the network samples, and the other way round
+    # rows that the VAE decodes at a time: the same frames to rounding, in 12 GB at 848x1600; null: whole pictures
+    stripe_rows: Positive | None = None
     edits: str | None = None  # YAML file of changes to the scenes (docs/editing.md)
 
 
 class Video(Section):
+    """The files of generated views."""
+
+    format: Literal["mp4", "png"] = (
+        "mp4"  # png: a folder of frames for each view, nothing lost; packages are mp4 always
+    )
     fps: Positive = 12
     max_mbit_s: PositiveFloat | None = 4.0  # of the written file; null: the encoder decides
 

@@ -14,8 +14,8 @@ from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.files import atomic_file, atomic_folder, read_json, sha256_file, write_json
 from magicdrive_core.geometry.cameras import VIEWS
 from magicdrive_core.progress import track
-from magicdrive_core.video.decoder import decode_video
 from magicdrive_core.video.encoder import encode_video
+from magicdrive_core.video.frames import read_view
 from magicdrive_core.video.record import ItemRecord, ViewFile, read_items, video_name
 
 MANIFEST, ZIP = "manifest.json", "results.zip"
@@ -31,7 +31,7 @@ class PackagedFile:
     bytes: int
     mbit_s: float | None
     psnr: float | None  # dB against the frames that it was encoded from
-    recoded: bool  # cut out of a longer video, and so encoded a second time
+    recoded: bool  # encoded for the package: the head of a longer clip, or of PNG frames
     item: str  # fingerprint of the generated item
 
 
@@ -133,14 +133,14 @@ def _check_complete(config: Config, records: Sequence[ItemRecord], generated: Pa
 
 
 def _place(config: Config, record: ItemRecord, view: str, source: Path, folder: Path) -> PackagedFile:
-    """Copies a video of the right length; cuts the head out of a longer one."""
+    """Copies a video of the right length; encodes frames, and the head of a longer video."""
     entry = record.views[view]
     name = PurePosixPath(record.name, video_name(record.sample, view))
     target = folder / name
     target.parent.mkdir(exist_ok=True)
-    recoded = record.frames != config.benchmark.frames
+    recoded = record.frames != config.benchmark.frames or (source / entry.file).is_dir()
     if recoded:
-        head = islice(decode_video(source / entry.file), config.benchmark.frames)
+        head = islice(read_view(source / entry.file), config.benchmark.frames)
         made = encode_video(head, target, fps=config.video.fps, max_mbit_s=config.video.max_mbit_s)
         entry = ViewFile(target.name, sha256_file(target), made.bytes, made.mbit_s, made.psnr)
     else:

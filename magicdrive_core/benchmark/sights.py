@@ -15,7 +15,7 @@ from magicdrive_core.data.records import CLASSES, Scene
 from magicdrive_core.geometry.boxes import corners
 from magicdrive_core.geometry.cameras import PICTURE_HEIGHT, PICTURE_WIDTH, VIEWS, Framing
 from magicdrive_core.video.colour import Picture
-from magicdrive_core.video.decoder import decode_video
+from magicdrive_core.video.frames import read_view
 from magicdrive_core.video.overlays import bev_panel, box_layer, draw_boxes, draw_ground
 from magicdrive_core.video.palette import BACKGROUND
 from magicdrive_core.video.record import ItemRecord
@@ -82,7 +82,7 @@ class Sights:
             yield np.stack([self._fit(file) for file in files])
             return
         size = self.framing.height, self.framing.width
-        for frames in zip(*(decode_video(file, size=size) for file in files), strict=True):
+        for frames in zip(*(read_view(file, size) for file in files), strict=True):
             yield np.stack(frames)
 
     def _boxes(self, frame: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:

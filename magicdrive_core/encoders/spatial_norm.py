@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXSpatialNorm3D
 from torch import Tensor, nn
@@ -24,20 +26,22 @@ class LeanSpatialNorm(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Group norm of (N, C, F, H, W), scaled and shifted by what the latents (N, C_z, T, h, w) say of each place."""
         del conv_cache  # the interface's: nothing is kept
-        zq = _resized(zq, f.shape[-3:])
-        out = self.norm_layer(f)
-        out.mul_(self.conv_y.conv(zq))
-        out.add_(self.conv_b.conv(zq))
-        return out, {}
+        return self.modulate(self.norm_layer(f), resized(zq, f.shape[-3:])), {}
+
+    def modulate(self, normed: Tensor, zq: Tensor) -> Tensor:
+        """Scales and shifts ``normed`` (N, C, F, H, W) in place, by ``zq`` at its own frames, rows and columns."""
+        normed.mul_(self.conv_y.conv(zq))
+        normed.add_(self.conv_b.conv(zq))
+        return normed
 
 
-def _resized(zq: Tensor, shape: torch.Size) -> Tensor:
-    """Nearest resampling; of an odd number of frames the first stands for itself."""
+def resized(zq: Tensor, shape: Sequence[int]) -> Tensor:
+    """Latents (N, C_z, T, h, w) at ``shape`` (F, H, W), nearest; the first of an odd number of frames for itself."""
     if shape[0] > 1 and shape[0] % 2 == 1:
         first = functional.interpolate(zq[:, :, :1], size=(1, *shape[1:]))
         rest = functional.interpolate(zq[:, :, 1:], size=(shape[0] - 1, *shape[1:]))
         return torch.cat([first, rest], dim=2)
-    return functional.interpolate(zq, size=shape)
+    return functional.interpolate(zq, size=tuple(shape))
 
 
 def use_lean_norms(model: nn.Module) -> None:

@@ -6,7 +6,7 @@ h, w latents.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ class Vae:
         *,
         scaling_factor: float,
         chunk_frames: int | None = 8,
-        tile: tuple[int, int] | None = None,
+        stripe_rows: int | None = None,
     ) -> None:
         from magicdrive_core.encoders.spatial_norm import use_lean_norms  # imports diffusers, which takes seconds
 
@@ -84,7 +84,7 @@ class Vae:
         use_lean_norms(self.model)
         self.scaling_factor = scaling_factor
         self.chunk_frames = chunk_frames
-        self.tile = tile
+        self.stripe_rows = stripe_rows
         # diffusers encodes in chunks of this many frames, the first taking the odd one; group norm's statistics are
         # those of a chunk, so that chunks and whole clips give different latents (golden notes, section 2).
         self.model.num_sample_frames_batch_size = chunk_frames or WHOLE_CLIP
@@ -98,7 +98,7 @@ class Vae:
         chunk_frames: int | None = 8,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        tile: tuple[int, int] | None = None,
+        stripe_rows: int | None = None,
     ) -> Vae:
         """Reads a from_pretrained folder.
 
@@ -108,7 +108,8 @@ class Vae:
             chunk_frames: frames of an encoder chunk; None: the whole clip in one go.
             device: where the model runs.
             dtype: of the weights and activations; moments and latents are float32 always.
-            tile: (height, width) in pixels of decoding tiles; None: whole pictures.
+            stripe_rows: decode in stripes of this height (``stripes.py``): the same to rounding, in less memory;
+                None: whole pictures.
 
         Raises:
             MagicDriveError: the folder holds no VAE.
@@ -128,7 +129,7 @@ class Vae:
         if torch.device(device).type == "cpu":
             use_planes(model)
             keep_freed()
-        return cls(model.to(device), scaling_factor=scaling_factor, chunk_frames=chunk_frames, tile=tile)
+        return cls(model.to(device), scaling_factor=scaling_factor, chunk_frames=chunk_frames, stripe_rows=stripe_rows)
 
     @property
     def latent_channels(self) -> int:
@@ -163,31 +164,32 @@ class Vae:
     def decode_groups(self, latents: Tensor) -> Iterator[Tensor]:
         """The same before rounding: (N, 3, frames, H, W) float32, about [-1, 1], two latent frames at a time.
 
-        An odd latent frame goes with the first two, as in diffusers; tiles decode the whole clip in one group.
+        An odd latent frame goes with the first two, as in diffusers.
         """
         z = (latents / self.scaling_factor).to(self.model.device, self.model.dtype)
-        if self.tile is not None:
-            yield self._decode_tiles(z)
-            return
-        cache, start = None, 0
+        decode, start = self._decoder(), 0
         for length in _groups(z.shape[2], self.model.num_latent_frames_batch_size):
-            with torch.no_grad():
-                part = z[:, :, start : start + length]
-                if self.model.post_quant_conv is not None:
-                    part = self.model.post_quant_conv(part)
-                frames, cache = self.model.decoder(part, conv_cache=cache)
+            part = z[:, :, start : start + length]
+            if self.model.post_quant_conv is not None:
+                part = self.model.post_quant_conv(part)
             start += length
-            yield frames.float()
+            yield decode(part).float()
 
-    @torch.no_grad()
-    def _decode_tiles(self, z: Tensor) -> Tensor:
-        assert self.tile is not None
-        # diffusers' switch also tiles encoding, which changes the latents: it is on for this call only.
-        self.model.enable_tiling(*self.tile)
-        try:
-            return self.model.decode(z).sample.float()
-        finally:
-            self.model.disable_tiling()
+    def _decoder(self) -> Callable[[Tensor], Tensor]:
+        """Decodes the groups of one video in their order."""
+        if self.stripe_rows is not None:
+            from magicdrive_core.encoders.stripes import StripedDecoder  # imports diffusers
+
+            return StripedDecoder(self.model.decoder, self.stripe_rows)
+        cache = None
+
+        @torch.no_grad()
+        def whole(part: Tensor) -> Tensor:
+            nonlocal cache
+            frames, cache = self.model.decoder(part, conv_cache=cache)
+            return frames
+
+        return whole
 
     def _latent_chunks(self, latent_frames: int) -> list[int]:
         chunk = self.model.num_sample_frames_batch_size

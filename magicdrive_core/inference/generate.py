@@ -36,6 +36,7 @@ from magicdrive_core.progress import progress_bar
 from magicdrive_core.rectified_flow import RectifiedFlow
 from magicdrive_core.video.colour import Picture
 from magicdrive_core.video.encoder import encode_video
+from magicdrive_core.video.frames import write_frames
 from magicdrive_core.video.rate_search import START
 from magicdrive_core.video.record import ItemRecord, ViewFile, video_name
 from magicdrive_core.video.sheets import contact_sheet, six_views
@@ -235,12 +236,15 @@ class _Work:
         shown.append([])
         frames = _noted(islice(self.decode(latents), self.item.kept), _moments(self.item.kept), shown[-1])
         path = folder / video_name(self.scene.first_sample, VIEWS[v])
+        video, pictures = self.config.video, map(full_picture, frames)
         if self.item.kept == 1:
             path = path.with_suffix(".png")
-            Image.fromarray(full_picture(next(iter(frames)))).save(path)
-            return ViewFile(path.name, sha256_file(path), path.stat().st_size, None, None), quality
-        video = self.config.video
-        pictures = map(full_picture, frames)
+            Image.fromarray(next(pictures)).save(path)
+            return ViewFile.of_pictures(path), quality
+        if video.format == "png":
+            path = path.with_suffix("")
+            write_frames(pictures, path)
+            return ViewFile.of_pictures(path), quality
         made = encode_video(pictures, path, fps=video.fps, max_mbit_s=video.max_mbit_s, start=quality)
         return ViewFile(path.name, sha256_file(path), made.bytes, made.mbit_s, made.psnr), made.quality
 

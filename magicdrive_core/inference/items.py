@@ -29,6 +29,7 @@ _CODE = (
     "rectified_flow.py",
     "video/colour.py",
     "video/encoder.py",
+    "video/frames.py",
     "video/rate_search.py",
     "video/spool.py",
 )

@@ -21,13 +21,17 @@ class LiveMemory(TorchDispatchMode):
     Storages count once, whatever views there are of them. What an operation takes and gives back inside itself (a
     convolution's workspace) is not seen.
 
+    Args:
+        device: only storages on a device of this type count; None: all.
+
     Attributes:
         live: bytes now.
         peak: most bytes so far.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str | None = None) -> None:
         super().__init__()
+        self._device = device
         self.live = 0
         self.peak = 0
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
@@ -45,6 +49,8 @@ class LiveMemory(TorchDispatchMode):
         return result
 
     def _count(self, tensor: Tensor) -> None:
+        if self._device not in (None, tensor.device.type):
+            return
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._alive:

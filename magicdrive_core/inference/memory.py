@@ -50,6 +50,7 @@ class Setting:
         offload: whether the model that is not at work waits in main memory.
         slice_tokens: ``MagicDrive.slice_tokens``.
         map_cells: BEV cells a side.
+        stripe_rows: ``Vae.stripe_rows``; what waits in main memory is not counted.
     """
 
     slots: int = 100
@@ -57,6 +58,7 @@ class Setting:
     offload: bool = True
     slice_tokens: int | None = SLICE_TOKENS
     map_cells: int = 400
+    stripe_rows: int | None = None
 
 
 class Planner:
@@ -113,6 +115,7 @@ class Planner:
             del x
             sampling = memory.peak
         with self._tracked([vae, *other]) as memory:
+            self._vae.stripe_rows = setting.stripe_rows
             latents = torch.zeros(1, self._vae.latent_channels, *shape, device=self._device)
             for _ in islice(self._vae.decode_groups(latents), GROUPS):
                 pass
@@ -121,7 +124,7 @@ class Planner:
 
     @contextmanager
     def _tracked(self, models: list[nn.Module]) -> Iterator[LiveMemory]:
-        memory = LiveMemory()
+        memory = LiveMemory(self._device.type)
         for model in models:
             memory.hold([*model.parameters(), *model.buffers()])
         with torch.no_grad(), FusedAttention(), memory:

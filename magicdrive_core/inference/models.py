@@ -53,6 +53,7 @@ class Models:
             chunk_frames=config.vae.chunk_frames,
             device=device,
             dtype=dtype,
+            stripe_rows=config.generate.stripe_rows,
         )
 
         def text_encoder() -> TextEncoder:

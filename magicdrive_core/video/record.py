@@ -7,20 +7,25 @@ from pathlib import Path
 from typing import Any
 
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.files import read_json, sha256_file, write_json
+from magicdrive_core.files import read_json, sha256_file, sha256_folder, write_json
 
 RECORD = "item.json"
 
 
 @dataclass(frozen=True)
 class ViewFile:
-    """One view's file, as measured on it: an mp4, or a PNG where the clip is a single frame."""
+    """One view's file, as measured on it: an mp4, a folder of PNG frames, or a PNG where the clip is a single frame."""
 
     file: str  # name in the item's folder
     sha256: str
     bytes: int
-    mbit_s: float | None  # None: a picture
+    mbit_s: float | None  # None: pictures
     psnr: float | None  # dB, decoded against the frames that were encoded; None: lossless
+
+    @classmethod
+    def of_pictures(cls, path: Path) -> ViewFile:
+        """A PNG, or a folder of them."""
+        return cls(path.name, *_digest_and_bytes(path), None, None)
 
 
 @dataclass(frozen=True)
@@ -73,11 +78,17 @@ class ItemRecord:
         out = []
         for view, entry in self.views.items():
             path = folder / entry.file
-            if not path.is_file():
+            if not path.exists():
                 out.append(f"{view}: {path} is missing")
-            elif path.stat().st_size != entry.bytes or sha256_file(path) != entry.sha256:
+            elif _digest_and_bytes(path) != (entry.sha256, entry.bytes):
                 out.append(f"{view}: {path} is not the file that was written")
         return out
+
+
+def _digest_and_bytes(path: Path) -> tuple[str, int]:
+    if path.is_dir():
+        return sha256_folder(path), sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return sha256_file(path), path.stat().st_size
 
 
 def item_name(sample: str, generation: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.files import sha256_file
 from magicdrive_core.geometry.cameras import VIEWS
 from magicdrive_core.video.decoder import decode_video, probe
+from magicdrive_core.video.frames import write_frames
+from magicdrive_core.video.record import ViewFile
 from tests.benchmark.stand_in import SAMPLES, config, write_item
 
 
@@ -86,6 +89,25 @@ def test_a_longer_clip_gives_its_head(generated: Path, tmp_path: Path) -> None:
     whole = list(decode_video(generated / record.name / record.views["CAM_FRONT"].file))
     assert len(head) == 16
     assert max(np.abs(a.astype(int) - b).max() for a, b in zip(head, whole, strict=False)) <= 3
+
+
+def test_frames_that_were_kept_without_loss_are_encoded(generated: Path, tmp_path: Path) -> None:
+    for folder in generated.iterdir():
+        shutil.rmtree(folder)
+    record = write_item(generated)
+    folder = generated / record.name
+    views = {}
+    for view, entry in record.views.items():
+        path = folder / Path(entry.file).stem
+        write_frames(decode_video(folder / entry.file), path)
+        (folder / entry.file).unlink()
+        views[view] = ViewFile.of_pictures(path)
+    replace(record, views=views).write(folder)
+    package = pack(config("generate.generations=1"), generated, tmp_path / "out")
+    assert {file.recoded for file in package.files} == {True}
+    front = next(file for file in package.files if file.name.endswith("CAM_FRONT.mp4"))
+    assert len(list(decode_video(tmp_path / "out" / front.name))) == 16
+    assert front.mbit_s <= 4.0
 
 
 def test_generations_that_are_no_longer_wanted_stay_out(generated: Path, tmp_path: Path) -> None:

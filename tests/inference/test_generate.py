@@ -19,6 +19,7 @@ from magicdrive_core.inference.generate import generate_items
 from magicdrive_core.inference.items import Item, list_items
 from magicdrive_core.inference.locks import item_lock
 from magicdrive_core.video.decoder import decode_video, probe
+from magicdrive_core.video.frames import read_view
 from magicdrive_core.video.record import ItemRecord
 from tests.inference.project import STAGE, make_project, small_config, small_scene
 
@@ -140,6 +141,25 @@ def test_a_single_frame_is_written_as_pictures(tmp_path: Path) -> None:
     assert {Path(entry.file).suffix for entry in record.views.values()} == {".png"}
     with Image.open(tmp_path / "out" / items[0].name / record.views["CAM_FRONT"].file) as picture:
         assert picture.size == (1600, 900)
+
+
+def test_frames_can_be_kept_without_loss(made: Path, items: list[Item], project: Path, tmp_path: Path) -> None:
+    config = small_config("video.format=png")
+    generate_items(config, items[:1], project / STAGE, tmp_path, project=project)
+    record, encoded = ItemRecord.read(tmp_path / items[0].name), ItemRecord.read(made / items[0].name)
+    for view, entry in record.views.items():
+        kept = list(read_view(tmp_path / record.name / entry.file))
+        error = np.mean(
+            [
+                (frame.astype(float) - other) ** 2
+                for frame, other in zip(kept, decode_video(made / record.name / encoded.views[view].file), strict=True)
+            ]
+        )
+        assert entry.psnr is None
+        assert 10 * np.log10(255**2 / error) == pytest.approx(encoded.views[view].psnr, abs=0.01)
+    assert record.faults(tmp_path / record.name) == []
+    (tmp_path / record.name / record.views["CAM_BACK"].file / "000001.png").unlink()
+    assert len(record.faults(tmp_path / record.name)) == 1
 
 
 @pytest.mark.parametrize(("height", "width", "band"), [(224, 400, 4), (424, 800, 52), (848, 1600, 52), (112, 200, 4)])
