@@ -130,13 +130,20 @@ class PeakMemory:
         return int(line.split()[1]) * 1024 / 1e9
 
 
-def measure(part: str, run: Callable[[], object], repeat: int, dtype: torch.dtype) -> Timing:
+def measure(
+    part: str, run: Callable[[], object], repeat: int, dtype: torch.dtype, plain: Callable[[], object] | None = None
+) -> Timing:
+    """``plain``: counted in place of a compiled ``run``, whose operations hide. No repeat: the counted run is timed."""
     before = product_time(dtype)
-    with FlopCounterMode(display=False) as counter:
-        run()
     gc.collect()
     memory = PeakMemory()
-    seconds = least(run, repeat)
+    with FlopCounterMode(display=False) as counter:
+        seconds = least(plain or run, 1)
+    if repeat:
+        run()  # where it is compiled, now
+        gc.collect()
+        memory = PeakMemory()
+        seconds = least(run, repeat)
     peak = memory.read()
     return Timing(part, seconds, min(before, product_time(dtype)), counter.get_total_flops(), peak)
 
@@ -148,27 +155,26 @@ def timings(parts: list[str], dtype: torch.dtype, compiled: bool, repeat: int, s
     t = torch.tensor([500.0])
     forward = torch.compile(network, fullgraph=True) if compiled else network
 
-    def train() -> None:
+    def train(forward: Callable[..., Tensor]) -> None:
         network.zero_grad(set_to_none=True)
         forward(x, t, conditions).square().mean().backward()
 
     network.requires_grad_(False)
     if "forward" in parts:
-        yield measure("forward", lambda: forward(x, t, conditions), repeat, dtype)
+        yield measure("forward", lambda: forward(x, t, conditions), repeat, dtype, lambda: network(x, t, conditions))
         context = network.encode(conditions, LATENTS)
         yield measure("denoise only", lambda: network.denoise(x, t, context), repeat, dtype)
         del context
     if "sampling" in parts:
         settings = {"steps": steps, "guidance": 2.0, "flow": RectifiedFlow()}
-        sampling = partial(
-            sample_latents, network, conditions, LATENTS, generator=torch.Generator().manual_seed(0), **settings
-        )
-        yield measure(f"{steps} guided steps", sampling, 1, dtype)
+        draw = torch.Generator().manual_seed(0)
+        sampling = partial(sample_latents, network, conditions, LATENTS, generator=draw, **settings)
+        yield measure(f"{steps} guided steps", sampling, 0, dtype)
     network.requires_grad_(True)
     if "backward" in parts:
-        yield measure("forward + backward", train, repeat, dtype)
+        yield measure("forward + backward", partial(train, forward), repeat, dtype, partial(train, network))
         network.checkpoint_blocks = True
-        yield measure("the same, checkpointed", train, repeat, dtype)
+        yield measure("the same, checkpointed", partial(train, forward), repeat, dtype, partial(train, network))
         network.checkpoint_blocks = False
 
 

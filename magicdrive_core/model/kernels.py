@@ -52,19 +52,19 @@ def modulated_mlp(
 
 def gelu(x: Tensor) -> Tensor:
     """GELU's tanh form, x sigmoid(2 u) with u = sqrt(2/pi) (x + 0.044715 x^3): half the time of tanh on a CPU."""
-    return x * _gelu_gate(x) if x.device.type == "cpu" else functional.gelu(x, approximate="tanh")
+    return _gelu_gate(x).mul_(x) if x.device.type == "cpu" else functional.gelu(x, approximate="tanh")
 
 
 def _gelu_gate(x: Tensor) -> Tensor:
-    return x.square().mul_(GELU_CUBE).add_(GELU_SCALE).mul_(x).sigmoid_()
+    return torch.addcmul(x.new_tensor(GELU_SCALE), x, x, value=GELU_CUBE).mul_(x).sigmoid_()
 
 
 def _gelu_backward(x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """GELU(x), and the gradient at x."""
     gate = _gelu_gate(x)
     value = x * gate
-    slope = x.square().mul_(3 * GELU_CUBE).add_(GELU_SCALE)
-    return value, gradient * slope.mul_(value).mul_(1 - gate).add_(gate)
+    slope = torch.addcmul(x.new_tensor(GELU_SCALE), x, x, value=3 * GELU_CUBE).mul_(value)
+    return value, torch.addcmul(slope, slope, gate, value=-1).add_(gate).mul_(gradient)
 
 
 def _modulate_backward(gradient: Tensor, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,14 +119,14 @@ class _ModulatedMlp(torch.autograd.Function):
     ) -> Tensor:
         pieces = modulate(x, shift, scale).flatten(0, -2).split(_rows_at_once(x))
         keep = any(ctx.needs_input_grad)
-        hidden, out = [], []
-        for z in pieces:
+        hidden, out = [], torch.empty_like(x, memory_format=torch.contiguous_format)
+        for z, result in zip(pieces, out.flatten(0, -2).split(_rows_at_once(x)), strict=True):
             activation = functional.linear(z, up, up_bias)
             if keep:
                 hidden.append(activation)
-            out.append(functional.linear(gelu(activation), down, down_bias))
+            torch.addmm(down_bias, gelu(activation), down.t(), out=result)
         ctx.save_for_backward(x, shift, scale, up, down, *hidden)
-        return torch.cat(out).view(x.shape)
+        return out
 
     @staticmethod
     @once_differentiable
