@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from magicdrive_core import cli
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.model.golden import (
     channels_from_views,
@@ -34,6 +35,15 @@ def test_output_and_every_intermediate_agree(shared: Path, case: str) -> None:
     for name, difference in result.rows:
         spread = float(arrays[name].abs().max())
         assert difference <= 2e-5 * max(1.0, spread), name
+
+
+def test_the_verb_takes_what_a_shell_makes_of_a_pattern(shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``golden_model_*.npz`` names the weights too."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["golden", *map(str, sorted((shared / "golden").glob("golden_model_*.npz")))])
+    assert ended.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if line.split()[1] == "out"] == [f"golden_model_{c}.npz" for c in CASES]
 
 
 def test_a_wrong_weight_is_noticed(shared: Path, tmp_path: Path) -> None:
