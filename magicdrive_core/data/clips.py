@@ -44,7 +44,7 @@ def list_clips(
     return clips
 
 
-def caption(scene: Scene, *, say_daytime: bool = False) -> str:
+def caption(scene: Scene | Outline, *, say_daytime: bool = False) -> str:
     """The text of every clip of a scene.
 
     Args:
