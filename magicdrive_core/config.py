@@ -154,6 +154,7 @@ class Text(Section):
     path: str  # a from_pretrained folder with model and tokenizer
     build: TextBuild | None = None  # null: the folder exists already (t5-v1_1-xxl)
     max_tokens: Positive = 300
+    live: bool = False  # training encodes each caption when it first comes; only class names are encoded before
 
 
 class Latents(Section):
@@ -208,6 +209,15 @@ class Bucket(Section):
     size: Size
     frames: Frames
     batch: Positive
+    # one clip a scene, from its first frame on, of the most 8n+1 frames that it has, up to ``frames``
+    whole: bool = False
+    repeat: Positive = 1  # each clip comes so often in an epoch
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Bucket:
+        if self.whole and self.batch > 1:
+            raise ValueError("scenes have different lengths: whole needs batch 1")
+        return self
 
     @property
     def name(self) -> str:
@@ -245,7 +255,7 @@ class Training(Section):
     ema: Probability = 0.99
     drop_condition: Probability = 0.15  # of samples: no text, cameras, ego motion, boxes
     drop_frame: Probability = 0.4  # share of middle frames without boxes and ego motion
-    hide_boxes: Probability = 0.4  # of frames other than every sixth: all boxes hidden
+    hide_boxes: Probability = 0.4  # of frames between key frames: all boxes hidden
     add_boxes: Probability = 0.1  # of views and frames: up to three unseen boxes shown too
     # micro-batches of like cost come in groups of so many: choose ranks / sequence_parallel; 1: the published order
     pair_ranks: Positive = 1

@@ -28,7 +28,7 @@ class Adapter(Protocol):
         """The folder that the paths of pictures are relative to."""
 
     def names(self) -> list[str]:
-        """The names of all scenes, sorted.
+        """The names of all scenes, sorted; names of files can be made of them.
 
         Raises:
             MagicDriveError: the data set as a whole cannot be read: the file is named.
@@ -44,6 +44,12 @@ class Adapter(Protocol):
 
     def pictures(self, scene: Scene) -> dict[str, tuple[int, int]]:
         """The width and height that each picture of a scene must have, by path below the root."""
+
+    def digest(self) -> str:
+        """Changes with all that ``read`` reads, so that scenes of an interrupted stage are known again."""
+
+    def map_digest(self) -> str:
+        """Changes with all that ``vector_map`` reads."""
 
     def vector_map(self, scene: Scene) -> VectorMap:
         """The map around a scene, without reading what ``names`` and ``read`` need.

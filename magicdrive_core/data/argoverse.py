@@ -17,12 +17,13 @@ import pyarrow as pa
 import pyarrow.feather as feather
 from numpy.typing import NDArray
 
+from magicdrive_core.config import fingerprint
 from magicdrive_core.data.maps import VectorMap
 from magicdrive_core.data.objects import Objects, interpolate
 from magicdrive_core.data.records import MAP_LAYERS, Scene
 from magicdrive_core.data.timeline import SUFFIXES, Grid, Track
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.files import read_json
+from magicdrive_core.files import read_json, sha256_file
 from magicdrive_core.geometry import poses
 from magicdrive_core.geometry.cameras import PICTURE_WIDTH, full_window
 
@@ -86,6 +87,21 @@ class Argoverse:
         """Sizes as ``intrinsics.feather`` states them."""
         sizes = _Log(self.root / self._version / scene.name).picture_sizes
         return {path: sizes[camera] for views in scene.pictures for camera, path in zip(CAMERAS, views, strict=True)}
+
+    def digest(self) -> str:
+        """Of poses, calibration and annotations, and of the pictures' names."""
+        logs = [self.root / self._version / name for name in self.names()]
+        pictures = [file.relative_to(self.root).as_posix() for log in logs for file in log.glob("sensors/cameras/*/*")]
+        return fingerprint(sorted(pictures), self._files("*.feather"), self._files("calibration/*.feather"))
+
+    def map_digest(self) -> str:
+        """Of all logs' maps."""
+        return fingerprint(self._files("map/log_map_archive_*.json"))
+
+    def _files(self, pattern: str) -> dict[str, str]:
+        """The digest of each file of the logs that fits, by path."""
+        files = sorted((self.root / self._version).glob(f"*/{pattern}"))
+        return {file.relative_to(self.root).as_posix(): sha256_file(file) for file in files}
 
     def vector_map(self, scene: Scene) -> VectorMap:
         """The log's own map."""

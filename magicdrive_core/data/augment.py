@@ -7,17 +7,28 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from magicdrive_core.data.records import ClipConditions
+from magicdrive_core.data.records import Clip, ClipConditions, Scene
 
 HIDDEN, NO_BOX, SHOWN = -1, 0, 1
-ANCHOR = 6  # every sixth frame of a clip always shows its boxes
+ANCHOR = 6  # published: every sixth frame of a clip is taken for a key frame
 MOST_ADDED = 3
 
 
-def hide_boxes(conditions: ClipConditions, probability: float, rng: np.random.Generator) -> ClipConditions:
-    """Hides all boxes in all views of some frames, never of those whose index in the clip is a multiple of six."""
-    frames = np.arange(len(conditions.box_masks))
-    hidden = (rng.random(len(frames)) < probability) & (frames % ANCHOR != 0)
+def anchors(scene: Scene, clip: Clip, *, published: bool) -> NDArray[np.bool_]:
+    """The frames of a clip (F) that always show their boxes: its key frames.
+
+    published: those whose index in the clip is a multiple of six, wherever the clip begins (oddity 17).
+    """
+    if published:
+        return np.arange(clip.frames) % ANCHOR == 0
+    return scene.key_frames[clip.start : clip.start + clip.frames]
+
+
+def hide_boxes(
+    conditions: ClipConditions, always: NDArray[np.bool_], probability: float, rng: np.random.Generator
+) -> ClipConditions:
+    """Hides all boxes in all views of some frames, but not of those (F) that ``always`` show them."""
+    hidden = (rng.random(len(always)) < probability) & ~always
     return replace(conditions, box_masks=np.where(hidden[:, None, None], HIDDEN, conditions.box_masks))
 
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import TypeVar
 
-from magicdrive_core.data.records import Clip, Scene
+from magicdrive_core.data.records import Clip, Outline, Scene
+
+AnyScene = TypeVar("AnyScene", Scene, Outline)
 
 WEATHER_WORDS = {"night": {"night"}, "rain": {"rain", "rainy", "raining"}}
 
 
-def list_clips(scenes: Sequence[Scene], split: str, frames: int, stride: int) -> list[Clip]:
+def list_clips(
+    scenes: Sequence[Scene] | Sequence[Outline], split: str, frames: int, stride: int, *, whole: bool = False
+) -> list[Clip]:
     """The clips of a split, scene by scene in time order.
 
     Args:
@@ -19,10 +24,14 @@ def list_clips(scenes: Sequence[Scene], split: str, frames: int, stride: int) ->
             scene gives one clip, from its first frame on.
         frames: of a clip; scenes that are shorter give none.
         stride: in frames.
+        whole: one clip a scene, of the most 8n+1 frames that it has, up to ``frames``.
     """
     clips = []
     for scene in scenes:
         if scene.split not in (split, "both"):
+            continue
+        if whole:
+            clips.append(Clip(scene.token, 0, min(frames, (len(scene) - 1) // 8 * 8 + 1)))
             continue
         starts: Sequence[int]
         if split == "val":
@@ -35,7 +44,7 @@ def list_clips(scenes: Sequence[Scene], split: str, frames: int, stride: int) ->
     return clips
 
 
-def caption(scene: Scene, *, say_daytime: bool = False) -> str:
+def caption(scene: Scene | Outline, *, say_daytime: bool = False) -> str:
     """The text of every clip of a scene.
 
     Args:
@@ -63,12 +72,12 @@ def weathers(description: str, *, published: bool = False) -> list[str]:
     return found or ["none"]
 
 
-def balanced(scenes: Sequence[Scene], *, published: bool = False) -> list[Scene]:
+def balanced(scenes: Sequence[AnyScene], *, published: bool = False) -> list[AnyScene]:
     """Scenes of night, of rain and of neither, each group repeated as often as it fits into the largest one.
 
     A scene of both night and rain is in both groups.
     """
-    groups: dict[str, list[Scene]] = {"night": [], "rain": [], "none": []}
+    groups: dict[str, list[AnyScene]] = {"night": [], "rain": [], "none": []}
     for scene in scenes:
         for weather in weathers(scene.description, published=published):
             groups[weather].append(scene)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -16,19 +13,17 @@ from magicdrive_core.config import STAGES, Config, fingerprint, parse_size
 from magicdrive_core.data.adapters import open_adapter
 from magicdrive_core.data.bev import rasterise, unpack, write_map
 from magicdrive_core.data.clips import caption, list_clips
-from magicdrive_core.data.infos import read_scenes
-from magicdrive_core.data.records import CLASSES, Clip, ClipConditions, FrameBoxes, Scene
-from magicdrive_core.files import resumable_folder, sha256_folder, write_json
+from magicdrive_core.data.infos import infos_digest, read_scenes
+from magicdrive_core.data.records import CLASSES, Clip, ClipConditions, FrameBoxes, Outline, Scene
+from magicdrive_core.data.scene_pool import for_each_scene
+from magicdrive_core.files import resumable_folder, write_json
 from magicdrive_core.geometry import poses
 from magicdrive_core.geometry.boxes import corners
-from magicdrive_core.progress import track
 
 Floats = NDArray[np.float64]
 
 FPS = 12
 FPS_OF_STILLS = 120  # what the network is told about single frames
-
-_SCENES_A_WORKER = 8  # fewer are drawn faster than a process starts
 
 
 def build_conditions(config: Config, infos: Path | str, out: Path | str) -> None:
@@ -40,26 +35,25 @@ def build_conditions(config: Config, infos: Path | str, out: Path | str) -> None
         MagicDriveError: unusable infos or maps, named.
     """
     scenes = read_scenes(infos)
-    expansion = Path(config.data.root) / "maps/expansion"
-    key = fingerprint(config.conditions, config.data, sha256_folder(infos), sha256_folder(expansion), _cells(config))
+    maps = open_adapter(config).map_digest()
+    key = fingerprint(config.conditions, config.data, infos_digest(infos), maps, _cells(config))
     with resumable_folder(out, key) as folder:
-        draw = partial(_draw_scene, config=config, folder=folder, cells=_cells(config))
-        drawn = scenes if config.conditions.maps == "cached" else []
-        workers = min(len(os.sched_getaffinity(0)), len(drawn) // _SCENES_A_WORKER)
-        for _ in track(_map(draw, drawn, workers), "BEV maps", total=len(drawn)):
-            pass
-        write_json(folder / "clips.json", count_clips(config, scenes))
+        if config.conditions.maps == "cached":
+            draw = partial(_draw_scene, scenes=scenes, config=config, folder=folder, cells=_cells(config))
+            for_each_scene(draw, range(len(scenes)), "BEV maps")
+        write_json(folder / "clips.json", count_clips(config, [Outline.of(scene) for scene in scenes]))
 
 
-def count_clips(config: Config, scenes: list[Scene]) -> dict[str, dict[str, dict[str, int]]]:
+def count_clips(config: Config, scenes: Sequence[Outline]) -> dict[str, dict[str, dict[str, int]]]:
     """Clips by split, size and length, for every bucket that is trained and for what is generated."""
-    kinds = {(bucket.size, bucket.frames) for stage in STAGES for bucket in config.training.stage(stage).buckets}
-    kinds.add((config.generate.size, config.generate.frames))
+    buckets = [bucket for stage in STAGES for bucket in config.training.stage(stage).buckets]
+    kinds = {(bucket.size, bucket.frames, bucket.whole) for bucket in buckets}
+    kinds.add((config.generate.size, config.generate.frames, False))
     counts: dict[str, dict[str, dict[str, int]]] = {}
     for split in ("train", "val"):
-        for size, frames in sorted(kinds):
-            clips = list_clips(scenes, split, frames, config.latents.start_stride)
-            counts.setdefault(split, {}).setdefault(size, {})[str(frames)] = len(clips)
+        for size, frames, whole in sorted(kinds):
+            clips = list_clips(scenes, split, frames, config.latents.start_stride, whole=whole)
+            counts.setdefault(split, {}).setdefault(size, {})["whole" if whole else str(frames)] = len(clips)
     return counts
 
 
@@ -130,18 +124,11 @@ def _cells(config: Config) -> list[int]:
     return sorted({config.conditions.map_cells[size] for size in sizes | {config.generate.size}})
 
 
-def _draw_scene(scene: Scene, config: Config, folder: Path, cells: list[int]) -> None:
+def _draw_scene(index: int, scenes: Sequence[Scene], config: Config, folder: Path, cells: list[int]) -> None:
+    scene = scenes[index]
     paths = {count: folder / "bev" / str(count) / f"{scene.token}.npz" for count in cells}
     missing = {count: path for count, path in paths.items() if not path.is_file()}
     if missing:
         vectors = open_adapter(config).vector_map(scene)
     for count, path in missing.items():
         write_map(path, rasterise(vectors, scene.ego_to_global @ scene.lidar_to_ego, count))
-
-
-def _map(draw: partial[None], scenes: list[Scene], workers: int) -> Iterator[None]:
-    if workers < 2:
-        yield from map(draw, scenes)
-        return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:  # fork would copy held locks
-        yield from pool.map(draw, scenes)

@@ -1,30 +1,31 @@
-"""12 Hz infos: nuScenes tables -> ``frames.parquet`` (a row a frame, a row group a scene) and ``infos.json``.
-
-``table.SCHEMA`` documents the columns.
+"""12 Hz infos: recordings -> ``frames.parquet`` (a row a frame, a row group a scene), the same rows as a file a scene
+for this house's own processes (``scene_files``), and ``infos.json``. ``table.SCHEMA`` documents the columns.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 from rich.console import Console
 
-from magicdrive_core.config import Config
-from magicdrive_core.data.adapters import open_adapter
+from magicdrive_core.config import Config, fingerprint
+from magicdrive_core.data.adapters import Adapter, open_adapter
 from magicdrive_core.data.exchange import read_published
 from magicdrive_core.data.records import CLASSES, Scene
 from magicdrive_core.data.roots import Pictures
+from magicdrive_core.data.scene_files import Scenes, read_scene, scene_path, write_scene
+from magicdrive_core.data.scene_pool import for_each_scene
 from magicdrive_core.data.scenes import choose_splits
-from magicdrive_core.data.table import SCHEMA, from_table, to_table
+from magicdrive_core.data.table import SCHEMA, to_table
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.files import atomic_folder, read_json, write_json
-from magicdrive_core.progress import track
+from magicdrive_core.files import atomic_folder, read_json, resumable_folder, sha256_file, write_json
 
 FRAMES = "frames.parquet"
 SUMMARY = "infos.json"
@@ -34,8 +35,8 @@ RULES = {False: "by time stamp", True: "published"}
 def build_infos(config: Config, out: Path | str) -> None:
     """Writes the infos of every scene of ``config.data`` to the folder ``out``, whole or not at all.
 
-    With ``data.skip_bad``, scenes with broken records or pictures are left out, said on stderr and listed in
-    ``infos.json``.
+    Interrupted, it goes on after the scenes that are written. With ``data.skip_bad``, scenes with broken records or
+    pictures are left out, said on stderr and listed in ``infos.json``.
 
     Raises:
         MagicDriveError: unusable tables or pictures, named.
@@ -46,32 +47,52 @@ def build_infos(config: Config, out: Path | str) -> None:
     splits = choose_splits(names, config.data.val_scenes, config.data.version)
     unpaired = "leave_out" if config.published else config.data.unpaired
     facts = {"version": config.data.version, "rule": RULES[config.published], "unpaired": unpaired}
-    faults: list[str] = []
-    with atomic_folder(out) as folder, InfosWriter(folder, facts, adapter.root) as writer:
-        for name in track(names, "12 Hz infos"):
-            try:
-                scene = adapter.read(name, splits[name])
-                broken = check_pictures(adapter.root, adapter.pictures(scene))
-                if broken and config.data.skip_bad:
-                    raise MagicDriveError(_of(broken))
-            except MagicDriveError as error:
-                if not config.data.skip_bad:
-                    raise
-                writer.quarantined[name] = error.message
-                continue
-            faults += broken
-            if config.published and len(scene) <= 6:  # as the published data set does
-                writer.left_out.append(scene.name)
-            else:
-                writer.add(scene)
-        for name, fault in writer.quarantined.items():
-            Console(stderr=True).print(f"{name} is left out: {fault}", highlight=False, soft_wrap=True)
+    key = fingerprint(adapter.digest(), facts, splits, config.data.root, str(SCHEMA))
+    with resumable_folder(out, key) as folder:
+        make = partial(_make_scene, adapter=adapter, splits=splits, folder=folder, skip_bad=config.data.skip_bad)
+        # Tables of the whole of nuScenes take gigabytes and most of a minute to read: forked processes share them.
+        found = dict(zip(names, for_each_scene(make, names, "12 Hz infos", start="fork"), strict=True))
+        quarantined = {name: fault.record for name, fault in found.items() if fault.record}
+        for name, reason in quarantined.items():
+            Console(stderr=True).print(f"{name} is left out: {reason}", highlight=False, soft_wrap=True)
+        faults = [line for fault in found.values() for line in fault.pictures]
         if faults:
             hint = f"complete the download, or draw them: {_DRAW.format(config.data.root, config.data.version)}"
             raise MagicDriveError(_of(faults), hint)
+        with InfosWriter(folder, facts, adapter.root, quarantined) as writer:
+            for name in names:
+                if name not in quarantined:
+                    writer.add(read_scene(scene_path(folder, name)), least=7 if config.published else 1)
         if not writer.scenes:
-            reason = "is whole" if writer.quarantined else "has more than six frames"
+            reason = "is whole" if quarantined else "has more than six frames"
             raise MagicDriveError(f"{config.data.root}: no scene of {config.data.version} {reason}")
+
+
+@dataclass(frozen=True)
+class _Fault:
+    """What is wrong with a scene: the reason why it is left out, or one line for each unusable picture."""
+
+    record: str = ""
+    pictures: tuple[str, ...] = ()
+
+
+def _make_scene(name: str, adapter: Adapter, splits: Mapping[str, str], folder: Path, *, skip_bad: bool) -> _Fault:
+    """Writes a scene, unless an interrupted run did; nothing where it has faults."""
+    if scene_path(folder, name).is_file():
+        return _Fault()
+    try:
+        scene = adapter.read(name, splits[name])
+        broken = check_pictures(adapter.root, adapter.pictures(scene))
+    except MagicDriveError as error:
+        if not skip_bad:
+            raise
+        return _Fault(record=error.message)
+    if broken and skip_bad:
+        return _Fault(record=_of(broken))
+    if broken:
+        return _Fault(pictures=tuple(broken))
+    write_scene(folder, scene)
+    return _Fault()
 
 
 def import_infos(files: Mapping[str, Path], root: Path, version: str, out: Path | str) -> int:
@@ -94,30 +115,32 @@ def import_infos(files: Mapping[str, Path], root: Path, version: str, out: Path 
     names = _scene_names(root / version)
     scenes = [scene for split, path in files.items() for scene in read_published(path, split, names)]
     sources = " and ".join(path.name for path in files.values())
+    facts = {"version": version, "rule": f"imported from {sources}", "unpaired": "leave_out"}
     with atomic_folder(out) as folder:
-        facts = {"version": version, "rule": f"imported from {sources}", "unpaired": "leave_out"}
-        with InfosWriter(folder, facts) as writer:
-            for scene in sorted(scenes, key=lambda scene: scene.name):
-                writer.add(scene)
+        write_infos(scenes, facts, folder)
     return len(scenes)
 
 
-def read_scenes(folder: Path | str) -> list[Scene]:
-    """The scenes of an infos folder, in the order of their names.
+def write_infos(scenes: Iterable[Scene], facts: Mapping[str, str], folder: Path) -> None:
+    """Writes the files of an infos folder; ``facts`` as for ``InfosWriter``, pictures are not looked at."""
+    with InfosWriter(folder, facts) as writer:
+        for scene in sorted(scenes, key=lambda scene: scene.name):
+            write_scene(folder, scene)
+            writer.add(scene)
+
+
+def read_scenes(folder: Path | str) -> Scenes:
+    """The scenes of an infos folder, in the order of their names, mapped and not held.
 
     Raises:
-        MagicDriveError: no infos there, or broken ones.
+        MagicDriveError: no infos there.
     """
-    path = Path(folder) / FRAMES
-    try:
-        with pq.ParquetFile(path, memory_map=True) as file:
-            if not file.schema_arrow.equals(SCHEMA):
-                raise MagicDriveError(f"{path} was written by another version of this program", _REMAKE)
-            return [from_table(file.read_row_group(group)) for group in range(file.num_row_groups)]
-    except FileNotFoundError:
-        raise MagicDriveError(f"{path} is missing", _REMAKE) from None
-    except (pa.ArrowException, OSError) as error:
-        raise MagicDriveError(f"{path} cannot be read: {' '.join(str(error).split())}", _REMAKE) from None
+    return Scenes(folder)
+
+
+def infos_digest(folder: Path | str) -> str:
+    """Changes with what an infos folder holds; the scenes' files hold what ``frames.parquet`` holds."""
+    return fingerprint({name: sha256_file(Path(folder) / name) for name in (FRAMES, SUMMARY)})
 
 
 def pictures_changed(infos: Path, root: Path) -> bool:
@@ -166,21 +189,32 @@ class InfosWriter:
         folder: for both.
         facts: version, rule and unpaired: how the scenes were made, for both files.
         root: of the pictures, whose lengths are noted; None: nobody looks at them.
+        quarantined: why scenes are not there, by name.
     """
 
-    def __init__(self, folder: Path, facts: Mapping[str, str], root: Path | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        facts: Mapping[str, str],
+        root: Path | None = None,
+        quarantined: Mapping[str, str] | None = None,
+    ) -> None:
         self._folder, self._facts, self._root = folder, facts, root
+        self._quarantined = dict(quarantined or {})
         schema = SCHEMA.with_metadata({f"magicdrive.{name}": value for name, value in facts.items()})
         self._file = pq.ParquetWriter(folder / FRAMES, schema, compression="zstd")
         self.scenes: dict[str, list[str]] = {}
         self.left_out: list[str] = []
-        self.quarantined: dict[str, str] = {}  # why, by name
         self._pictures: set[str] = set()
         self._counts: Counter[str] = Counter()
         self._classes: Counter[str] = Counter()
 
-    def add(self, scene: Scene) -> None:
-        """Writes a scene as a row group."""
+    def add(self, scene: Scene, least: int = 1) -> None:
+        """Adds a scene whose file is in the folder as a row group; of fewer than ``least`` frames, it is removed."""
+        if len(scene) < least:
+            self.left_out.append(scene.name)
+            scene_path(self._folder, scene.name).unlink()
+            return
         self._file.write_table(to_table(scene), row_group_size=len(scene))
         self.scenes.setdefault(scene.split, []).append(scene.name)
         self._pictures.update(path for frame in scene.pictures for path in frame)
@@ -205,13 +239,12 @@ class InfosWriter:
                     "boxes": {name: self._classes[name] for name in CLASSES},
                     "splits": self.scenes,
                     "left_out": self.left_out,
-                    "quarantined": self.quarantined,
+                    "quarantined": self._quarantined,
                 },
             )
 
 
 _DRAW = "`magicdrive synth --render-for {} --version {}`"
-_REMAKE = "run `dvc repro infos` to make it again"
 
 
 def _scene_names(tables: Path) -> dict[str, tuple[str, str]]:

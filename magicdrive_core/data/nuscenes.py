@@ -21,6 +21,7 @@ from nuscenes.nuscenes import NuScenes
 from nuscenes.utils.splits import create_splits_scenes
 
 from magicdrive_core.data.roots import find_tables
+from magicdrive_core.data.table_links import link_records
 from magicdrive_core.errors import MagicDriveError
 
 Record = dict[str, Any]
@@ -41,6 +42,21 @@ class Tables(NuScenes):
         """The folder that picture paths are relative to."""
         return Path(self.dataroot)
 
+    def __make_reverse_index__(self, verbose: bool) -> None:
+        """In place of the devkit's index, which knows no scene and stops at the first broken record."""
+        self._token2ind: dict[str, dict[str, int]] = {}
+        for table in self.table_names:
+            rows = self._token2ind[table] = {}
+            for row, record in enumerate(getattr(self, table)):
+                if "token" not in record:
+                    raise MagicDriveError(f"{self.path(table)}: the record in row {row} has no token", _REPAIR)
+                rows[record["token"]] = row
+        self._faults = link_records(self)
+
+    def path(self, table: str) -> Path:
+        """The file of a table."""
+        return Path(self.table_root) / f"{table}.json"
+
     def getind(self, table_name: str, token: str) -> int:
         """The row of a record.
 
@@ -50,8 +66,31 @@ class Tables(NuScenes):
         try:
             return self._token2ind[table_name][token]
         except KeyError:
-            table = Path(self.table_root) / f"{table_name}.json"
-            raise MagicDriveError(f"{table} has no record {token!r}, which another table names", _REPAIR) from None
+            raise MagicDriveError(
+                f"{self.path(table_name)} has no record {token!r}, which another table names", _REPAIR
+            ) from None
+
+    def find(self, table: str, token: str | None) -> Record | None:
+        """A record by its token; None where there is none."""
+        row = self._token2ind[table].get(token or "")
+        return None if row is None else getattr(self, table)[row]
+
+    def follow(self, table: str, record: Record, field: str, to: str) -> Record:
+        """The record of the table ``to`` that a field of a record names.
+
+        Raises:
+            MagicDriveError: the record has no such field, or ``to`` no such record.
+        """
+        token = self.field(table, record, field)
+        row = self._token2ind[to].get(token)
+        if row is None:
+            raise MagicDriveError(
+                f"{self.path(to)} has no record {token!r}, which {field} of record {record['token']} in"
+                f" {self.path(table).name} names",
+                _REPAIR,
+            )
+        found: Record = getattr(self, to)[row]
+        return found
 
     def field(self, table: str, record: Record, name: str) -> Any:
         """A field of a record.
@@ -60,27 +99,30 @@ class Tables(NuScenes):
             MagicDriveError: the record has no such field.
         """
         if name not in record:
-            path = Path(self.table_root) / f"{table}.json"
-            raise MagicDriveError(f"{path}: record {record.get('token')} has no {name}", _REPAIR)
+            raise MagicDriveError(f"{self.path(table)}: record {record.get('token')} has no {name}", _REPAIR)
         return record[name]
 
     def samples(self, scene: Record) -> list[Record]:
         """The key frames of a scene in time order.
 
         Raises:
-            MagicDriveError: a record or field is missing, or a key frame is not later than the one before it.
+            MagicDriveError: a record or field of the scene is missing, or a key frame is not later than the one
+                before it.
         """
+        if scene["token"] in self._faults:
+            raise self._faults[scene["token"]]
         out: list[Record] = []
-        token = self.field("scene", scene, "first_sample_token")
-        while token:
-            sample = self.get("sample", token)
-            time = self.time("sample", sample)
-            if out and time <= out[-1]["timestamp"]:
-                path = Path(self.table_root) / "sample.json"
-                raise MagicDriveError(f"{path}: timestamp of record {token} is not later than that of the one before")
+        sample = self.follow("scene", scene, "first_sample_token", "sample")
+        while True:
+            if out and self.time("sample", sample) <= self.time("sample", out[-1]):
+                raise MagicDriveError(
+                    f"{self.path('sample')}: timestamp of record {sample['token']} is not later than that of"
+                    f" {out[-1]['token']}, which comes before it"
+                )
             out.append(sample)
-            token = self.field("sample", sample, "next")
-        return out
+            if not self.field("sample", sample, "next"):
+                return out
+            sample = self.follow("sample", sample, "next", "sample")
 
     def time(self, table: str, record: Record) -> int:
         """A record's time stamp in microseconds.
@@ -90,17 +132,23 @@ class Tables(NuScenes):
         """
         value = self.field(table, record, "timestamp")
         if not isinstance(value, int):
-            path = Path(self.table_root) / f"{table}.json"
-            raise MagicDriveError(f"{path}: timestamp of record {record['token']} is {value!r}, not microseconds")
+            raise MagicDriveError(
+                f"{self.path(table)}: timestamp of record {record['token']} is {value!r}, not microseconds"
+            )
         return value
 
     def sensor_records(self, scene: Record) -> dict[str, list[Record]]:
-        """The ``sample_data`` records of a scene, key frames and sweeps, by channel in time order."""
-        return self._records.get(scene["token"], {})
+        """The ``sample_data`` records of a scene, key frames and sweeps, by channel in time order.
+
+        Raises:
+            MagicDriveError: a time stamp is none, or not later than that of the record before it.
+        """
+        channels = self._records.get(scene["token"], {})
+        return {channel: self._in_time_order(records) for channel, records in channels.items()}
 
     def location(self, scene: Record) -> str:
         """The map that a scene drives on, for example singapore-onenorth."""
-        log = self.get("log", self.field("scene", scene, "log_token"))
+        log = self.follow("scene", scene, "log_token", "log")
         return str(self.field("log", log, "location"))
 
     def vectors(self, table: str, records: Sequence[Record], field: str, width: int) -> NDArray[np.float64]:
@@ -113,22 +161,34 @@ class Tables(NuScenes):
             value = self.field(table, record, field)
             fits = isinstance(value, list) and len(value) == width
             if not fits or not all(isinstance(v, int | float) and math.isfinite(v) for v in value):
-                path = Path(self.table_root) / f"{table}.json"
-                raise MagicDriveError(f"{path}: {field} of record {record['token']} is not {width} finite numbers")
+                raise MagicDriveError(
+                    f"{self.path(table)}: {field} of record {record['token']} is not {width} finite numbers"
+                )
             if field == "rotation" and not any(value):
-                path = Path(self.table_root) / f"{table}.json"
-                raise MagicDriveError(f"{path}: rotation of record {record['token']} is zero, not a quaternion")
+                raise MagicDriveError(
+                    f"{self.path(table)}: rotation of record {record['token']} is zero, not a quaternion"
+                )
         return np.array([record[field] for record in records], np.float64).reshape(-1, width)
+
+    def _in_time_order(self, records: list[Record]) -> list[Record]:
+        """Records of one sensor by time stamp, which must be the order in which they name each other."""
+        ordered = sorted(records, key=lambda record: self.time("sample_data", record))
+        places = {record["token"]: place for place, record in enumerate(ordered)}
+        for place, record in enumerate(ordered):
+            if places.get(record.get("next", ""), place + 1) <= place:
+                raise MagicDriveError(
+                    f"{self.path('sample_data')}: timestamp of record {record['next']} is not later than that of"
+                    f" {record['token']}, which comes before it"
+                )
+        return ordered
 
     @cached_property
     def _records(self) -> dict[str, dict[str, list[Record]]]:
         out: dict[str, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
         for record in self.sample_data:
-            scene = self.get("sample", record["sample_token"])["scene_token"]
-            out[scene][record["channel"]].append(record)
-        for channels in out.values():
-            for records in channels.values():
-                records.sort(key=lambda record: record["timestamp"])
+            sample = self.find("sample", record.get("sample_token"))
+            if sample is not None and "channel" in record:  # else its scene has a fault, and is not read
+                out[self.field("sample", sample, "scene_token")][record["channel"]].append(record)
         return out
 
 

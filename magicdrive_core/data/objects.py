@@ -76,7 +76,7 @@ def read_objects(tables: Tables, sample: Record) -> Objects:
     sizes = tables.vectors("sample_annotation", records, "size", 3)
     if np.any(sizes <= 0):
         token = records[int(np.argmax((sizes <= 0).any(axis=1)))]["token"]
-        raise MagicDriveError(f"{tables.table_root}/sample_annotation.json: size of record {token} is not positive")
+        raise MagicDriveError(f"{tables.path('sample_annotation')}: size of record {token} is not positive")
     return Objects(
         ids=[record["instance_token"] for record in records],
         names=[str(name) for _, name in kept],

@@ -74,6 +74,27 @@ class Scene:
 
 
 @dataclass(frozen=True)
+class Outline:
+    """What plans need of a scene: who it is, and how long."""
+
+    token: str
+    name: str
+    split: str
+    location: str
+    description: str
+    key_frames: NDArray[np.bool_]  # F
+
+    @classmethod
+    def of(cls, scene: Scene) -> Outline:
+        """The outline of a scene, which holds nothing of it."""
+        words = scene.token, scene.name, scene.split, scene.location, scene.description
+        return cls(*words, scene.key_frames.copy())
+
+    def __len__(self) -> int:
+        return len(self.key_frames)
+
+
+@dataclass(frozen=True, slots=True)  # a stage holds a million of them
 class Clip:
     """F frames of a scene from ``start`` on."""
 

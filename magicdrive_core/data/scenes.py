@@ -15,6 +15,7 @@ from magicdrive_core.data.objects import Objects, carry_on, interpolate, read_ob
 from magicdrive_core.data.records import Scene
 from magicdrive_core.data.timeline import SUFFIXES, Grid, Track, read_tracks
 from magicdrive_core.errors import UsageError
+from magicdrive_core.files import sha256_folder
 from magicdrive_core.geometry import poses
 from magicdrive_core.geometry.cameras import PICTURE_HEIGHT, PICTURE_WIDTH, VIEWS
 
@@ -105,6 +106,14 @@ class NuScenesScenes:
             for record in channels[channel]
         }
         return {path: sizes[path] for views in scene.pictures for path in views}
+
+    def digest(self) -> str:
+        """Of the tables."""
+        return sha256_folder(self.root / self._config.data.version)
+
+    def map_digest(self) -> str:
+        """Of the map expansion."""
+        return sha256_folder(self.root / "maps/expansion")
 
     def vector_map(self, scene: Scene) -> VectorMap:
         """The map expansion of the scene's location."""

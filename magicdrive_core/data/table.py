@@ -73,8 +73,8 @@ def to_table(scene: Scene) -> pa.Table:
 
 
 def from_table(table: pa.Table) -> Scene:
-    """The scene of one row group."""
-    columns = {name: table.column(name).combine_chunks() for name in SCHEMA.names}
+    """The scene whose rows these are; its arrays are views of the table's memory."""
+    columns = {name: _one(table.column(name)) for name in SCHEMA.names}
     F = table.num_rows
     offsets = columns["boxes"].offsets.to_numpy()
     boxes = _array(columns["boxes"].flatten(), 7)
@@ -98,14 +98,19 @@ def from_table(table: pa.Table) -> Scene:
     )
 
 
+def _one(column: pa.ChunkedArray) -> pa.Array:
+    """A column in one piece, copied only where it has several."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
 def _fixed(values: np.ndarray, width: int) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(values).reshape(-1)), width)
 
 
 def _array(column: pa.FixedSizeListArray, *shape: int) -> np.ndarray:
-    """The values of a fixed-size list column; a copy, so that the file need not stay mapped."""
+    """The values of a fixed-size list column, a read-only view of its memory."""
     values = column.flatten().to_numpy()
-    return values.reshape(shape if len(shape) > 1 else (-1, *shape)).copy()
+    return values.reshape(shape if len(shape) > 1 else (-1, *shape))
 
 
 def _words(column: pa.DictionaryArray) -> list[str]:

@@ -121,18 +121,20 @@ def _track(tables: Tables, channel: str, samples: Sequence[Record], records: Seq
     for sample in samples:
         if sample["data"].get(channel) not in index:
             raise MagicDriveError(
-                f"{tables.table_root}/sample_data.json: sample {sample['token']} has no key-frame record of {channel}",
+                f"{tables.path('sample_data')}: sample {sample['token']} has no key-frame record of {channel}",
                 "the tables are incomplete: unpack the nuScenes metadata archive again",
             )
     times = np.array([tables.time("sample_data", record) for record in records], np.int64)
     if np.any(np.diff(times) <= 0):
         row = int(np.argmin(np.diff(times)))
         raise MagicDriveError(
-            f"{tables.table_root}/sample_data.json: {channel} has two records at {times[row]}, one is"
+            f"{tables.path('sample_data')}: {channel} has two records with the timestamp {times[row]}, one is"
             f" {records[row + 1]['token']}"
         )
-    ego = [tables.get("ego_pose", tables.field("sample_data", record, "ego_pose_token")) for record in records]
-    sensor = [tables.get("calibrated_sensor", record["calibrated_sensor_token"]) for record in records]
+    ego = [tables.follow("sample_data", record, "ego_pose_token", "ego_pose") for record in records]
+    sensor = [
+        tables.follow("sample_data", record, "calibrated_sensor_token", "calibrated_sensor") for record in records
+    ]
     return Track(
         channel=channel,
         times=times,
@@ -143,9 +145,21 @@ def _track(tables: Tables, channel: str, samples: Sequence[Record], records: Seq
             tables.vectors("calibrated_sensor", sensor, "rotation", 4),
             tables.vectors("calibrated_sensor", sensor, "translation", 3),
         ),
-        intrinsics=np.array(
-            [tables.field("calibrated_sensor", record, "camera_intrinsic") or np.zeros((3, 3)) for record in sensor],
-            np.float64,
-        ),
+        intrinsics=np.array([_intrinsics(tables, record) for record in sensor]),
         key_indices=np.array([index[sample["data"][channel]] for sample in samples], np.int64),
     )
+
+
+def _intrinsics(tables: Tables, record: Record) -> Floats:
+    """(3, 3) of a ``calibrated_sensor`` record; zeros for a lidar."""
+    rows = tables.field("calibrated_sensor", record, "camera_intrinsic") or [[0.0] * 3] * 3
+    try:
+        matrix = np.array(rows, np.float64)
+    except (TypeError, ValueError):
+        matrix = np.zeros(0)
+    if matrix.shape != (3, 3) or not np.isfinite(matrix).all():
+        raise MagicDriveError(
+            f"{tables.path('calibrated_sensor')}: camera_intrinsic of record {record['token']} is no matrix of 3x3"
+            " finite numbers"
+        )
+    return matrix

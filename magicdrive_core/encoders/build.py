@@ -5,6 +5,7 @@ Both kinds end as from_pretrained folders; ``encoders.json`` says where they are
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def build_encoders(config: Config, infos: Path, out: Path) -> None:
         write_json(folder / "encoders.json", facts)
 
 
-def _vae(config: Config, scenes: list[Scene], folder: Path, out: Path) -> dict[str, Any]:
+def _vae(config: Config, scenes: Sequence[Scene], folder: Path, out: Path) -> dict[str, Any]:
     build, root = config.vae.build, Path(config.data.root)
     facts: dict[str, Any] = {}
     train = _split(scenes, "train")
@@ -78,7 +79,7 @@ def _vae(config: Config, scenes: list[Scene], folder: Path, out: Path) -> dict[s
     }
 
 
-def _text(config: Config, scenes: list[Scene], folder: Path, out: Path) -> dict[str, Any]:
+def _text(config: Config, scenes: Sequence[Scene], folder: Path, out: Path) -> dict[str, Any]:
     if config.text.build is not None:
         build_text(config.text.build, sorted({caption(scene) for scene in scenes} | set(CLASSES)), folder / "text")
         return {
@@ -93,7 +94,7 @@ def _text(config: Config, scenes: list[Scene], folder: Path, out: Path) -> dict[
     return {"path": config.text.path, "digest": sha256_folder(path), "width": described["d_model"]}
 
 
-def _split(scenes: list[Scene], split: str) -> list[Scene]:
+def _split(scenes: Sequence[Scene], split: str) -> list[Scene]:
     return [scene for scene in scenes if scene.split in (split, "both")]
 
 

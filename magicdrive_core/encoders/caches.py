@@ -7,25 +7,32 @@ compare it with the encoders and infos that lie beside the cache (the layout of 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from magicdrive_core.config import STAGES, Config, bucket_name, fingerprint
 from magicdrive_core.data.clips import caption, weathers
-from magicdrive_core.data.infos import read_scenes
-from magicdrive_core.data.records import CLASSES, Clip
+from magicdrive_core.data.infos import infos_digest, read_scenes
+from magicdrive_core.data.records import CLASSES, Clip, Outline
 from magicdrive_core.encoders.encode import encode_scenes
 from magicdrive_core.encoders.scene_work import EncoderSettings, SceneWork, plan_scenes
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.files import atomic_folder, read_json, resumable_folder, sha256_folder, write_json
+from magicdrive_core.files import atomic_folder, read_json, resumable_folder, write_json
+from magicdrive_core.progress import track
+
+if TYPE_CHECKING:
+    from magicdrive_core.encoders.text import TextEncoder
 
 FORMAT = 1  # of the files below; another number is refused
+TEXTS_AT_ONCE = 32
 INDEX = "index.json"
 FEATURES = "features.safetensors"
 CAPTIONS = "captions.json"
@@ -35,22 +42,24 @@ HINT = "run `dvc repro`"
 def write_text(config: Config, infos: Path, encoders: Path, out: Path) -> None:
     """T5 features of every distinct caption, with and without "Daytime.", every class name and the empty text.
 
-    Writes ``features.safetensors`` (one (l, D) float32 tensor a caption, named by its place in ``captions.json``;
+    With ``text.live`` there are no captions in it, only class names and the empty text. Writes
+    ``features.safetensors`` (one (l, D) float32 tensor a caption, named by its place in ``captions.json``;
     ``class_features`` (K, D): the mean over the tokens of the bare class name; ``base_feature`` (D): the empty
-    text's) and ``index.json``.
+    text's), ``captions.json`` and ``index.json``.
 
     Raises:
-        MagicDriveError: the infos or the encoder are missing, or the disk is full.
+        MagicDriveError: the infos or the encoder are missing, or the disk is too small.
     """
     from magicdrive_core.encoders.text import TextEncoder  # readers of caches need no transformers
 
-    scenes = read_scenes(infos)
+    scenes = [] if config.text.live else [Outline.of(scene) for scene in read_scenes(infos)]
     by_day = (caption(scene, say_daytime=True) for scene in scenes if weathers(scene.description) == ["none"])
     captions = sorted({*(caption(scene) for scene in scenes), *by_day})
     made = read_json(encoders / "encoders.json", HINT)["text"]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder = TextEncoder.load(made["path"], config.text.max_tokens, device)
-    features = encoder.encode([*captions, *CLASSES, ""])
+    texts = [*captions, *CLASSES, ""]
+    features = _encode_texts(encoder, texts, out)
     classes = features[len(captions) : -1]
     tensors = {str(i): feature.contiguous() for i, feature in enumerate(features[: len(captions)])}
     tensors["class_features"] = torch.stack([feature.mean(dim=0) for feature in classes])
@@ -58,8 +67,21 @@ def write_text(config: Config, infos: Path, encoders: Path, out: Path) -> None:
     with atomic_folder(out) as folder:
         save_file(tensors, folder / FEATURES)
         write_json(folder / CAPTIONS, captions)
-        settings = {"max_tokens": config.text.max_tokens, "encoder": made["digest"], "infos": sha256_folder(infos)}
-        _write_index(folder, [FEATURES, CAPTIONS], settings)
+        sources = {"encoder": made["digest"], "infos": infos_digest(infos)}
+        _write_index(folder, [FEATURES, CAPTIONS], sources | _text_settings(config))
+
+
+def _encode_texts(encoder: TextEncoder, texts: list[str], out: Path) -> list[Tensor]:
+    """Features of texts; the first ones tell how long all will take."""
+    began = time.perf_counter()
+    features = encoder.encode(texts[:TEXTS_AT_ONCE])
+    minutes = (time.perf_counter() - began) / len(features) * len(texts) / 60
+    size = 4 * encoder.width * encoder.count_tokens(texts)
+    Console(stderr=True).print(f"text: {len(texts):,} texts, {size / 1e6:,.1f} MB, about {minutes:,.1f} minutes")
+    _check_space(out, "text features", size, "free some space, or set text.live")
+    for start in track(range(TEXTS_AT_ONCE, len(texts), TEXTS_AT_ONCE), "text features"):
+        features += encoder.encode(texts[start : start + TEXTS_AT_ONCE])
+    return features
 
 
 def write_latents(config: Config, infos: Path, encoders: Path, out: Path) -> None:
@@ -76,43 +98,47 @@ def write_latents(config: Config, infos: Path, encoders: Path, out: Path) -> Non
         MagicDriveError: infos, encoder or a picture are missing or broken, or the disk is too small.
     """
     made = read_json(encoders / "encoders.json", HINT)["vae"]
-    buckets = sorted({(b.size, b.frames) for stage in STAGES for b in config.training.stage(stage).buckets})
+    buckets = [bucket for stage in STAGES for bucket in config.training.stage(stage).buckets]
     works: list[SceneWork] = []
     if not config.latents.live:
         works = plan_scenes(read_scenes(infos), Path(config.data.root), buckets, config.latents.start_stride)
     settings = EncoderSettings(
         made["path"], made["scaling_factor"], made["latent_channels"], config.vae.chunk_frames, config.latents.dtype
     )
+    chosen = sorted({(bucket.size, bucket.frames, bucket.whole) for bucket in buckets})
     key = fingerprint(
-        made["digest"], sha256_folder(infos), config.data.root, config.vae.chunk_frames, config.latents, buckets
+        made["digest"], infos_digest(infos), config.data.root, config.vae.chunk_frames, config.latents, chosen
     )
     with resumable_folder(out, key) as folder:
         there = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
-        _check_space(out, sum(work.bytes(settings) for work in works) - there)
+        needed = sum(work.bytes(settings) for work in works) - there
+        _check_space(
+            out,
+            "latents",
+            needed,
+            "free some space, raise latents.start_stride, train fewer buckets, or set latents.live",
+        )
         spread = encode_scenes(works, settings, folder, scaled=config.latents.scaled_decoding) if works else {}
         files = [f"{bucket_name(work.size, n)}/{work.scene}.safetensors" for work in works for n in work.starts]
-        index = {
-            "encoder": made["digest"],
-            "infos": sha256_folder(infos),
-            "chunk_frames": config.vae.chunk_frames,
-            "dtype": config.latents.dtype,
-            "scaled_decoding": config.latents.scaled_decoding,
-            "start_stride": config.latents.start_stride,
-            "scaled_std": spread,
-        }
-        _write_index(folder, files, index)
+        sources = {"encoder": made["digest"], "infos": infos_digest(infos)}
+        _write_index(folder, files, sources | _latent_settings(config) | {"scaled_std": spread})
 
 
 class TextCache:
     """Reads what ``write_text`` wrote.
 
+    Args:
+        folder: the cache.
+        config: that its settings must be those of; None: class names alone are read, which no setting changes.
+
     Raises:
-        MagicDriveError: missing, half-written, or made by other encoders or from other infos than those beside it.
+        MagicDriveError: missing, half-written, or made by other encoders, from other infos than those beside it, or
+            with other settings.
     """
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, config: Config | None = None) -> None:
         folder = Path(folder)
-        self._index = _read_index(folder, "text")
+        self._index = _read_index(folder, "text", _text_settings(config) if config else {})
         self._folder = folder
         self._names = {caption: str(i) for i, caption in enumerate(read_json(folder / CAPTIONS, HINT))}
         self._file = safe_open(folder / FEATURES, framework="pt")
@@ -143,12 +169,13 @@ class LatentCache:
     """Reads what ``write_latents`` wrote, a clip at a time and without loading the rest of the file.
 
     Raises:
-        MagicDriveError: missing, half-written, or made by other encoders or from other infos than those beside it.
+        MagicDriveError: missing, half-written, or made by other encoders, from other infos than those beside it, or
+            with other settings than those of ``config``.
     """
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, config: Config) -> None:
         self._folder = Path(folder)
-        self._index = _read_index(self._folder, "vae")
+        self._index = _read_index(self._folder, "vae", _latent_settings(config))
 
     def starts(self, size: str, frames: int, scene: str) -> list[int]:
         """First frames of the clips of one scene that the cache holds, rising; none: an empty list."""
@@ -186,8 +213,22 @@ def _write_index(folder: Path, files: Iterable[str], settings: dict[str, Any]) -
     write_json(folder / INDEX, {"format": FORMAT, "files": sizes, **settings})
 
 
-def _read_index(folder: Path, encoder: str) -> dict[str, Any]:
-    """The index of a cache that is whole and was made from what lies beside it."""
+def _text_settings(config: Config) -> dict[str, Any]:
+    """The settings that decide what the text cache holds."""
+    return {"max_tokens": config.text.max_tokens}
+
+
+def _latent_settings(config: Config) -> dict[str, Any]:
+    """The settings that decide what the latents are."""
+    return {
+        "chunk_frames": config.vae.chunk_frames,
+        "dtype": config.latents.dtype,
+        "scaled_decoding": config.latents.scaled_decoding,
+    }
+
+
+def _read_index(folder: Path, encoder: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The index of a cache that is whole and was made from what lies beside it, with these settings."""
     index: dict[str, Any] = read_json(folder / INDEX, HINT)
     again = f"delete {folder} and {HINT}"
     if index.get("format") != FORMAT:
@@ -200,16 +241,16 @@ def _read_index(folder: Path, encoder: str) -> dict[str, Any]:
     if encoders.is_file() and read_json(encoders)[encoder]["digest"] != index["encoder"]:
         raise MagicDriveError(f"{folder} is stale: it was made by another encoder than {encoders} names", HINT)
     infos = folder.parent / "infos"
-    if infos.is_dir() and sha256_folder(infos) != index["infos"]:
+    if infos.is_dir() and infos_digest(infos) != index["infos"]:
         raise MagicDriveError(f"{folder} is stale: it was made from other data than {infos}", HINT)
+    for name, value in settings.items():
+        if index.get(name) != value:
+            raise MagicDriveError(f"{folder} is stale: made with {name} {index.get(name)}, {value} is asked for", HINT)
     return index
 
 
-def _check_space(out: Path, needed: int) -> None:
+def _check_space(out: Path, what: str, needed: int, hint: str) -> None:
     existing = next(parent for parent in out.absolute().parents if parent.is_dir())
     free = shutil.disk_usage(existing).free
     if needed > free:
-        raise MagicDriveError(
-            f"latents need {needed / 1e9:.1f} GB, and {existing} has {free / 1e9:.1f} GB free",
-            "free some space, raise latents.start_stride, or train fewer buckets",
-        )
+        raise MagicDriveError(f"{what} need {needed / 1e9:.1f} GB, and {existing} has {free / 1e9:.1f} GB free", hint)

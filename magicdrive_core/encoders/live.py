@@ -1,4 +1,4 @@
-"""VAE moments of clips, encoded when they are asked for (latents.live): the numbers that the cache would hold."""
+"""What the caches would hold, encoded when it is asked for (latents.live, text.live)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,43 @@ from torch import Tensor
 from magicdrive_core.config import Config
 from magicdrive_core.data.pictures import read_clip
 from magicdrive_core.data.records import Clip, Scene
+from magicdrive_core.encoders.caches import TextCache
 from magicdrive_core.encoders.scene_work import DTYPES
 from magicdrive_core.encoders.vae import Vae, to_video
 from magicdrive_core.files import read_json
+
+HINT = "run `dvc repro encoders`"
+
+
+class LiveText:
+    """Encodes captions, as ``caches.TextCache`` reads; each is kept from its first time on.
+
+    Raises:
+        MagicDriveError: there is no encoder.
+    """
+
+    def __init__(self, config: Config, project: Path) -> None:
+        from magicdrive_core.encoders.text import TextEncoder  # imports transformers, which takes seconds
+
+        made = read_json(project / "artifacts/encoders/encoders.json", HINT)["text"]
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._encoder = TextEncoder.load(project / made["path"], config.text.max_tokens, device)
+        self._known: dict[str, Tensor] = {}
+
+    def features(self, caption: str) -> Tensor:
+        """(l, D) float32: the features of a caption's own tokens."""
+        if caption not in self._known:
+            self._known[caption] = self._encoder.encode([caption])[0]
+        return self._known[caption]
+
+
+def open_text(config: Config, project: Path) -> TextCache | LiveText:
+    """The features of captions, from the cache or encoded now, as ``text.live`` says.
+
+    Raises:
+        MagicDriveError: the cache is missing or stale, or there is no encoder.
+    """
+    return LiveText(config, project) if config.text.live else TextCache(project / "artifacts/text", config)
 
 
 class LiveLatents:
@@ -29,7 +63,7 @@ class LiveLatents:
     """
 
     def __init__(self, config: Config, project: Path, scenes: Mapping[str, Scene]) -> None:
-        made = read_json(project / "artifacts/encoders/encoders.json", "run `dvc repro encoders`")["vae"]
+        made = read_json(project / "artifacts/encoders/encoders.json", HINT)["vae"]
         self._vae = Vae.load(
             project / made["path"],
             scaling_factor=made["scaling_factor"],

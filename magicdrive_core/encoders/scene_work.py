@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from magicdrive_core.config import parse_size
+from magicdrive_core.config import Bucket, parse_size
 from magicdrive_core.data.clips import list_clips
-from magicdrive_core.data.records import Scene
+from magicdrive_core.data.records import Outline, Scene
 from magicdrive_core.encoders.vae import latent_shape
 from magicdrive_core.errors import MagicDriveError
 
@@ -73,21 +74,27 @@ class SceneWork:
         return width * sum(values)
 
 
-def plan_scenes(scenes: list[Scene], root: Path, buckets: list[tuple[str, int]], stride: int) -> list[SceneWork]:
-    """What is to be encoded of the training scenes, for buckets of (size, frames).
+def plan_scenes(scenes: Sequence[Scene], root: Path, buckets: Sequence[Bucket], stride: int) -> list[SceneWork]:
+    """What is to be encoded of the training scenes; what several buckets have in common is there once.
 
     A bucket that is longer than every scene has no clips: training leaves it out and says so (``training/plan.py``).
 
     Raises:
         MagicDriveError: no bucket has a clip.
     """
-    starts: dict[tuple[str, str], dict[int, list[int]]] = {}
-    for size, frames in buckets:
-        for clip in list_clips(scenes, "train", frames, stride):
-            starts.setdefault((clip.scene, size), {}).setdefault(frames, []).append(clip.start)
+    starts: dict[tuple[str, str], dict[int, set[int]]] = {}
+    outlines = [Outline.of(scene) for scene in scenes]
+    for bucket in buckets:
+        for clip in list_clips(outlines, "train", bucket.frames, stride, whole=bucket.whole):
+            starts.setdefault((clip.scene, bucket.size), {}).setdefault(clip.frames, set()).add(clip.start)
     if not starts:
         raise MagicDriveError(
             "no training scene is long enough for any bucket", "add a bucket of 1 frame, or longer scenes"
         )
     pictures = {scene.token: [[root / path for path in views] for views in scene.pictures] for scene in scenes}
-    return [SceneWork(token, pictures[token], size, by_frames) for (token, size), by_frames in sorted(starts.items())]
+    return [
+        SceneWork(
+            token, pictures[token], size, {frames: sorted(chosen) for frames, chosen in sorted(by_frames.items())}
+        )
+        for (token, size), by_frames in sorted(starts.items())
+    ]

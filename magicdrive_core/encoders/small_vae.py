@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -105,12 +105,12 @@ def _crops(build: VaeBuild, clips: Pixels) -> Iterator[Pixels]:
         yield np.stack(parts)
 
 
-def longest_clip(scenes: list[Scene], at_most: int) -> int:
+def longest_clip(scenes: Sequence[Scene], at_most: int) -> int:
     """Frames (8n + 1) of the longest clip that some scene has, up to ``at_most``."""
     return (min(at_most, max(map(len, scenes), default=1)) - 1) // 8 * 8 + 1
 
 
-def draw_clips(scenes: list[Scene], root: Path, size: str, frames: int, count: int, seed: int) -> Pixels:
+def draw_clips(scenes: Sequence[Scene], root: Path, size: str, frames: int, count: int, seed: int) -> Pixels:
     """(count, frames, H, W, 3): clips of one view each, spread evenly over scenes, at random times and views.
 
     Raises:

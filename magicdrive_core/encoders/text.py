@@ -43,6 +43,11 @@ class TextEncoder:
         """D."""
         return int(self.model.config.d_model)
 
+    def count_tokens(self, captions: list[str]) -> int:
+        """Tokens of all captions together, after the cut: rows of their features."""
+        ids = self.tokenizer(captions, truncation=True, max_length=self.max_tokens).input_ids
+        return sum(map(len, ids))
+
     @torch.no_grad()
     def encode(self, captions: list[str], batch: int = 8) -> list[Tensor]:
         """Features (l, D) of each caption's own tokens, float32 on the CPU; the end token counts, padding does not.

@@ -63,7 +63,7 @@ class Models:
         return cls(
             network=network.to("cpu" if config.generate.offload else device, dtype),
             vae=vae,
-            text=TextCache(project / "artifacts/text"),
+            text=TextCache(project / "artifacts/text", config),
             encode_text=lambda caption: load_text().encode([caption])[0],
             device=device,
             offload=config.generate.offload,

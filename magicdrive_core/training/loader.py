@@ -18,15 +18,16 @@ import torch
 from torch import Tensor
 
 from magicdrive_core.config import STAGES, Bucket, Config, Stage, parse_size
-from magicdrive_core.data.augment import add_boxes, drop_frames, hide_boxes
+from magicdrive_core.data.augment import add_boxes, anchors, drop_frames, hide_boxes
 from magicdrive_core.data.bev_maps import BevMaps
 from magicdrive_core.data.buckets import BucketSampler, relative_cost
 from magicdrive_core.data.clips import caption, weathers
 from magicdrive_core.data.conditions import clip_conditions
 from magicdrive_core.data.infos import read_scenes
-from magicdrive_core.data.records import Clip, ClipConditions
-from magicdrive_core.encoders.caches import LatentCache, TextCache
-from magicdrive_core.encoders.live import LiveLatents
+from magicdrive_core.data.records import Clip, ClipConditions, Outline
+from magicdrive_core.data.scene_files import ScenesByToken
+from magicdrive_core.encoders.caches import LatentCache
+from magicdrive_core.encoders.live import LiveLatents, open_text
 from magicdrive_core.encoders.vae import sample_moments
 from magicdrive_core.files import read_json
 from magicdrive_core.model.inputs import Conditions, collate
@@ -60,16 +61,19 @@ class Loader:
         self._config, self._stage, self._settings = config, stage, config.training.stage(stage)
         artifacts = project / "artifacts"
         scenes = read_scenes(artifacts / "infos")
-        self._scenes = {scene.token: scene for scene in scenes}
-        pairs = [(bucket, bucket_clips(config, stage, bucket, scenes)) for bucket in self._settings.buckets]
+        outlines = [Outline.of(scene) for scene in scenes]
+        self._scenes = ScenesByToken(scenes, outlines)
+        pairs = [(bucket, bucket_clips(config, stage, bucket, outlines)) for bucket in self._settings.buckets]
         self.buckets: list[Bucket] = [bucket for bucket, clips in pairs if clips]
         self._clips = [clips for _, clips in pairs if clips]
         self.budget = plan_budget(config, stage, project)
         self._maps = BevMaps(config, project, hold=self.budget.maps)
-        self._text = TextCache(artifacts / "text")
-        self._latents: LatentCache | LiveLatents = (
-            LiveLatents(config, project, self._scenes) if config.latents.live else LatentCache(artifacts / "latents")
-        )
+        self._text = open_text(config, project)
+        self._latents: LatentCache | LiveLatents
+        if config.latents.live:
+            self._latents = LiveLatents(config, project, self._scenes)
+        else:
+            self._latents = LatentCache(artifacts / "latents", config)
         self._scale: float = read_json(artifacts / "encoders/encoders.json")["vae"]["scaling_factor"]
         self._ahead: Ahead[Batch] | None = None
 
@@ -126,7 +130,7 @@ class Loader:
     def _prepare(self, bucket: int, indices: list[int], micro_batch: int) -> Batch:
         rng = np.random.default_rng([self._settings.seed, STAGES.index(self._stage), micro_batch])
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        size, frames = self.buckets[bucket].size, self.buckets[bucket].frames
+        size = self.buckets[bucket].size
         clips = [self._clips[bucket][index] for index in indices]
         moments = torch.stack([self._latents.moments(size, clip) for clip in clips]).float()
         latents = self._scale * sample_moments(moments, generator)
@@ -135,7 +139,7 @@ class Loader:
         simulated = [n for n in self._settings.simulate_sizes if n >= self._config.cluster.sequence_parallel]
         return Batch(
             bucket,
-            (frames, *parse_size(size)),
+            (clips[0].frames, *parse_size(size)),
             latents,
             conditions,
             None if mask.all() else torch.from_numpy(mask),
@@ -166,4 +170,5 @@ class Loader:
         told = clip_conditions(scene, clip, size, bits, published=config.published)
         if self._settings.balance and weathers(scene.description, published=config.published) == ["none"]:
             told = replace(told, caption=caption(scene, say_daytime=True))
-        return hide_boxes(add_boxes(told, config.training.add_boxes, rng), config.training.hide_boxes, rng)
+        told = add_boxes(told, config.training.add_boxes, rng)
+        return hide_boxes(told, anchors(scene, clip, published=config.published), config.training.hide_boxes, rng)

@@ -18,7 +18,7 @@ from magicdrive_core.data.conditions import clip_conditions
 from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.data.pictures import read_picture
 from magicdrive_core.data.records import Clip, Scene
-from magicdrive_core.encoders.caches import TextCache
+from magicdrive_core.encoders.live import open_text
 from magicdrive_core.encoders.vae import Vae, latent_shape
 from magicdrive_core.files import atomic_file, read_json
 from magicdrive_core.geometry.cameras import Framing
@@ -44,7 +44,7 @@ class Preview:
         self._latent_shape = latent_shape(clip.frames, *size)
         bits = BevMaps(config, project).of_clip(scene, clip, bucket.size)
         told = clip_conditions(scene, clip, bucket.size, bits, published=config.published)
-        text = TextCache(project / "artifacts/text").features(told.caption)
+        text = open_text(config, project).features(told.caption)
         self._conditions: Conditions = collate([told], [text], config.text.max_tokens)
         paths = scene.pictures[clip.start + self._middle]
         real = [read_picture(project / config.data.root / path, Framing(*size)) for path in paths]
@@ -61,7 +61,7 @@ class Preview:
         scenes = read_scenes(project / "artifacts/infos")
         buckets = config.training.stage(stage).buckets
         for bucket in sorted(buckets, key=lambda b: (b.frames == 1, b.frames, parse_size(b.size))):
-            for clip in list_clips(scenes, "val", bucket.frames, 1):
+            for clip in list_clips(scenes, "val", bucket.frames, 1, whole=bucket.whole):
                 scene = next(scene for scene in scenes if scene.token == clip.scene)
                 return cls(config, bucket, scene, clip, project)
         logger.warning("%s: no scene is for validation: no previews", stage)

@@ -9,7 +9,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -19,9 +18,8 @@ from magicdrive_core.benchmark.report import write_report
 from magicdrive_core.benchmark.sights import Sights
 from magicdrive_core.config import Config
 from magicdrive_core.data.bev import write_map
-from magicdrive_core.data.infos import FRAMES
+from magicdrive_core.data.infos import write_infos
 from magicdrive_core.data.records import FrameBoxes, Scene
-from magicdrive_core.data.table import SCHEMA, to_table
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.files import sha256_file
 from magicdrive_core.geometry.cameras import VIEWS
@@ -57,14 +55,13 @@ def project_of(folder: Path, frames: int) -> Config:
     settings = config(f"data.root={folder / 'data'}", "benchmark.frames=2")
     (folder / "artifacts/infos").mkdir(parents=True)
     (folder / "data/samples").mkdir(parents=True)
-    with pq.ParquetWriter(folder / "artifacts/infos" / FRAMES, SCHEMA) as writer:
-        for n, sample in enumerate(SAMPLES):
-            writer.write_table(
-                to_table(scene(f"scene-token-{n}", f"scene-000{n}", sample, frames)), row_group_size=frames
-            )
-            bits = np.zeros((frames, 200, 200), dtype=np.uint8)
-            bits[:, 90:110] = 1
-            write_map(folder / f"artifacts/conditions/bev/200/scene-token-{n}.npz", bits)
+    scenes = [scene(f"scene-token-{n}", f"scene-000{n}", sample, frames) for n, sample in enumerate(SAMPLES)]
+    facts = {"version": "v1.0-test", "rule": "by hand", "unpaired": "leave_out"}
+    write_infos(scenes, facts, folder / "artifacts/infos")
+    for n in range(len(SAMPLES)):
+        bits = np.zeros((frames, 200, 200), dtype=np.uint8)
+        bits[:, 90:110] = 1
+        write_map(folder / f"artifacts/conditions/bev/200/scene-token-{n}.npz", bits)
     for v, view in enumerate(VIEWS):
         Image.new("RGB", (1600, 900), (40 * v, 120, 90)).save(folder / f"data/samples/{view}.jpg", quality=50)
     for n, sample in enumerate(SAMPLES):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import numpy as np
 import pyarrow.feather as feather
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from magicdrive_core.cli import app
 from magicdrive_core.config import Config
 from magicdrive_core.data.adapters import open_adapter
 from magicdrive_core.data.argoverse import CAMERAS
@@ -102,6 +105,30 @@ def test_a_log_feeds_infos_maps_and_pictures(config: Config, tmp_path: Path) -> 
     assert at(1020, 2006) == {"drivable_area"}
     assert at(1020, 2020) == set()
     assert read_clip(config.data.root, scene, Clip(scene.token, 0, 1), "112x200").shape == (6, 1, 112, 200, 3)
+
+
+def test_the_verbs_prepare_a_log(log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copy(PROJECT / "profiles/demo.yaml", tmp_path / "params.yaml")
+    monkeypatch.chdir(tmp_path)
+    settings = {"synth": "null", "data.format": "argoverse2", "data.root": log.parents[1], "data.version": "val"}
+    words = [word for key, value in settings.items() for word in ("-S", f"{key}={value}")]
+    for verb in ("infos", "conditions"):
+        result = CliRunner().invoke(app, [verb, *words])
+        assert result.exit_code == 0, result.output
+    (scene,) = read_scenes("artifacts/infos")
+    assert scene.name == LOG
+    assert read_map("artifacts/conditions", scene.token, 100).shape == (37, 100, 100)
+    assert json.loads(Path("artifacts/conditions/clips.json").read_text())["train"]["112x200"]["17"] == 2
+
+
+def test_a_change_of_a_log_is_another_data_set(config: Config, log: Path) -> None:
+    adapter = open_adapter(config)
+    before = adapter.digest(), adapter.map_digest()
+    (log / "map" / next(file.name for file in (log / "map").iterdir())).write_text("{}")
+    assert adapter.digest() == before[0]
+    assert adapter.map_digest() != before[1]
+    next((log / "sensors/cameras/ring_front_left").iterdir()).unlink()
+    assert adapter.digest() != before[0]
 
 
 Change = Callable[[Path], object]

@@ -12,14 +12,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from magicdrive_core.data.augment import add_boxes, drop_frames, hide_boxes
+from magicdrive_core.config import Bucket
+from magicdrive_core.data.augment import add_boxes, anchors, drop_frames, hide_boxes
 from magicdrive_core.data.bev import rasterise, read_map
 from magicdrive_core.data.bev_maps import BevMaps
 from magicdrive_core.data.clips import balanced, caption, list_clips, weathers
 from magicdrive_core.data.conditions import build_conditions, clip_conditions
-from magicdrive_core.data.records import Clip, ClipConditions, FrameBoxes, Scene
+from magicdrive_core.data.records import Clip, ClipConditions, FrameBoxes, Outline, Scene
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.geometry import poses
+from magicdrive_core.settings import load_config
+from magicdrive_core.training.plan import bucket_clips
+from tests.conftest import PROJECT
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +47,26 @@ def test_training_clips_start_at_every_stride(scenes: list[Scene]) -> None:
     assert [clip.start for clip in list_clips(scenes, "train", 1, 4)] == [0, 6, 12, 18]
     assert list_clips(scenes, "train", 25, 1) == []
     assert {clip.scene for clip in list_clips(scenes, "train", 9, 4)} == {train.token}
+
+
+@pytest.mark.parametrize(
+    ("length", "frames"), [(19, 17), (25, 25), (26, 25), (32, 25), (220, 217), (241, 241), (250, 241)]
+)
+def test_whole_scenes_are_cut_to_8n_plus_1(scenes: list[Scene], length: int, frames: int) -> None:
+    outline = replace(Outline.of(scenes[0]), split="both", key_frames=np.arange(length) % 6 == 0)
+    for split in ("train", "val"):
+        assert list_clips([outline], split, 241, 1, whole=True) == [Clip(outline.token, 0, frames)]
+
+
+def test_a_bucket_of_whole_scenes_repeats_them_and_has_no_batch() -> None:
+    with pytest.raises(ValueError, match="whole needs batch 1"):
+        Bucket(size="224x400", frames=241, batch=2, whole=True)
+    config = load_config(PROJECT / "profiles/nuscenes.yaml")
+    (whole,) = (bucket for bucket in config.training.stage3.buckets if bucket.whole)
+    outlines = [Outline(str(n), str(n), "train", "", "", np.ones(187 + 9 * n, bool)) for n in range(6)]
+    clips = bucket_clips(config, "stage3", whole, outlines)
+    assert len(clips) == 6 * 40
+    assert [clip.frames for clip in clips[:6]] == [185, 193, 201, 209, 217, 225]
 
 
 def test_validation_takes_the_first_clip_of_each_scene(scenes: list[Scene]) -> None:
@@ -194,18 +218,24 @@ def test_a_clip_without_objects_has_no_slots(scenes: list[Scene]) -> None:
     told = clip_conditions(empty, Clip("", 0, 9), "224x400", np.zeros((9, 8, 8), np.uint8), published=True)
     assert told.box_corners.shape == (9, 0, 8, 3)
     assert told.box_masks.shape == (9, 6, 0)
-    hide_boxes(add_boxes(told, 1.0, np.random.default_rng(0)), 1.0, np.random.default_rng(0))
+    hide_boxes(add_boxes(told, 1.0, np.random.default_rng(0)), np.ones(9, bool), 1.0, np.random.default_rng(0))
 
 
-def test_hidden_frames_hide_everything_but_every_sixth_never(told: ClipConditions) -> None:
+@pytest.mark.parametrize(("published", "shown"), [(True, [0, 6]), (False, [4])])
+def test_hidden_frames_hide_everything_but_key_frames_never(
+    told: ClipConditions, scenes: list[Scene], published: bool, shown: list[int]
+) -> None:
+    """The clip begins at frame 2 of the scene, whose key frames are 0, 6, 12."""
+    always = anchors(scenes[0], Clip(scenes[0].token, 2, 9), published=published)
+    assert np.flatnonzero(always).tolist() == shown
     rng = np.random.default_rng(0)
-    masks = hide_boxes(told, 1.0, rng).box_masks
+    masks = hide_boxes(told, always, 1.0, rng).box_masks
     for frame in range(9):
-        if frame % 6:
+        if frame not in shown:
             assert (masks[frame] == -1).all()
         else:
             np.testing.assert_array_equal(masks[frame], told.box_masks[frame])
-    share = np.mean([(hide_boxes(told, 0.4, rng).box_masks[1] == -1).all() for _ in range(400)])
+    share = np.mean([(hide_boxes(told, always, 0.4, rng).box_masks[1] == -1).all() for _ in range(400)])
     assert 0.3 < share < 0.5
     assert not (told.box_masks == -1).any()
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from magicdrive_core.data.held_back import CARRIED, PAIRED, angles, held_back
+from benchmarks.held_back import CARRIED, PAIRED, angles, held_back
 from magicdrive_core.data.nuscenes import load_tables
 from magicdrive_core.data.objects import Objects, carry_on
 from magicdrive_core.data.scenes import build_scene

@@ -319,19 +319,6 @@ def test_missing_and_empty_pictures_are_counted(root_copy: Path, make_config: An
     assert not (tmp_path / "infos").exists()
 
 
-def test_half_written_and_foreign_infos_are_refused(infos: Path, tmp_path: Path) -> None:
-    path = tmp_path / "frames.parquet"
-    with pytest.raises(MagicDriveError, match="is missing") as error:
-        read_scenes(tmp_path)
-    assert "dvc repro" in error.value.hint
-    whole = (infos / "frames.parquet").read_bytes()
-    for broken in (whole[: len(whole) // 2], b"", whole[:-4] + b"PAR2"):
-        path.write_bytes(broken)
-        with pytest.raises(MagicDriveError, match=r"frames.parquet cannot be read") as error:
-            read_scenes(tmp_path)
-        assert "dvc repro" in error.value.hint
-
-
 def test_other_pictures_under_the_same_tables_are_noticed(
     synthetic_root: Path, make_config: Any, tmp_path: Path
 ) -> None:

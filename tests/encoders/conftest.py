@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
 
 from magicdrive_core.config import Config
-from magicdrive_core.data.infos import FRAMES
+from magicdrive_core.data import infos
 from magicdrive_core.data.records import FrameBoxes, Scene
-from magicdrive_core.data.table import to_table
 from magicdrive_core.geometry.cameras import VIEWS
 from magicdrive_core.settings import parse_config
 
@@ -70,10 +69,9 @@ def make_scene(name: str, split: str, description: str, offset: int, frames: int
 
 
 def write_infos(folder: Path, scenes: list[Scene]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with pq.ParquetWriter(folder / FRAMES, to_table(scenes[0]).schema) as writer:
-        for scene in scenes:
-            writer.write_table(to_table(scene))
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    infos.write_infos(scenes, {"version": "v1.0-test", "rule": "by hand", "unpaired": "leave_out"}, folder)
 
 
 def make_config(root: Path, **changes: object) -> Config:

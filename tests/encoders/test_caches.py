@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from magicdrive_core.config import Bucket
+from magicdrive_core.data.bev import write_map
 from magicdrive_core.data.clips import caption
 from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.data.pictures import read_clip
@@ -20,11 +25,12 @@ from magicdrive_core.data.records import CLASSES, Clip
 from magicdrive_core.encoders import encode
 from magicdrive_core.encoders.build import build_encoders
 from magicdrive_core.encoders.caches import LatentCache, TextCache, write_latents, write_text
-from magicdrive_core.encoders.live import LiveLatents
+from magicdrive_core.encoders.live import LiveLatents, open_text
 from magicdrive_core.encoders.scene_work import EncoderSettings, SceneWork, begins_as, plan_scenes
 from magicdrive_core.encoders.text import TextEncoder
 from magicdrive_core.encoders.vae import Vae, to_video
 from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.training.loader import Batch, Loader
 from tests.encoders.conftest import Project, make_config, make_scene, write_infos
 
 TRAIN = "token-scene-1"
@@ -59,7 +65,7 @@ def facts(project: Project) -> dict:
 
 
 def test_text_features_are_the_encoders(project) -> None:
-    cache = TextCache(project.artifacts / "text")
+    cache = TextCache(project.artifacts / "text", project.config)
     encoder = TextEncoder.load(project.encoders / "text", project.config.text.max_tokens)
     assert cache.width == facts(project)["text"]["width"] == encoder.width
     for scene in read_scenes(project.infos):
@@ -73,7 +79,7 @@ def test_text_features_are_the_encoders(project) -> None:
 
 
 def test_moments_are_the_encoders(project) -> None:
-    cache = LatentCache(project.artifacts / "latents")
+    cache = LatentCache(project.artifacts / "latents", project.config)
     scene = read_scenes(project.infos)[0]
     made = facts(project)["vae"]
     vae = Vae.load(project.encoders / "vae", scaling_factor=made["scaling_factor"])
@@ -97,7 +103,8 @@ def test_moments_are_the_encoders(project) -> None:
 def test_clips_encoded_live_are_those_of_the_cache(project, tmp_path) -> None:
     (tmp_path / "artifacts").symlink_to(project.artifacts)
     scenes = {scene.token: scene for scene in read_scenes(project.infos)}
-    cache, live = LatentCache(project.artifacts / "latents"), LiveLatents(project.config, tmp_path, scenes)
+    cache = LatentCache(project.artifacts / "latents", project.config)
+    live = LiveLatents(project.config, tmp_path, scenes)
     for size, frames, start in (("56x104", 1, 6), ("56x104", 9, 4), ("56x104", 17, 2), ("112x200", 1, 12)):
         clip = Clip(TRAIN, start, frames)
         torch.testing.assert_close(live.moments(size, clip), cache.moments(size, clip), atol=2e-3, rtol=2e-3)
@@ -108,10 +115,64 @@ def test_clips_encoded_live_are_those_of_the_cache(project, tmp_path) -> None:
     assert [path.name for path in (tmp_path / "latents").iterdir()] == ["index.json"]
 
 
+def test_captions_encoded_live_are_those_of_the_cache(project, tmp_path) -> None:
+    (tmp_path / "artifacts").symlink_to(project.artifacts)
+    live = make_config(project.root, text={"live": True})
+    assert isinstance(open_text(project.config, tmp_path), TextCache)
+    cache, encoded = TextCache(project.artifacts / "text", project.config), open_text(live, tmp_path)
+    for scene in read_scenes(project.infos):
+        text = caption(scene)
+        torch.testing.assert_close(encoded.features(text), cache.features(text), atol=1e-5, rtol=0)
+        assert encoded.features(text) is encoded.features(text)
+    write_text(live, project.infos, project.encoders, tmp_path / "text")
+    names = TextCache(tmp_path / "text")
+    assert all(caption(scene) not in names for scene in read_scenes(project.infos))
+    torch.testing.assert_close(names.class_features, cache.class_features, atol=1e-5, rtol=0)
+
+
+def test_training_sees_the_same_batches_from_caches_and_live(project, tmp_path) -> None:
+    """Posterior sampling, masks, conditions and text included: all but rounding is equal."""
+    (tmp_path / "artifacts").mkdir()
+    for name in ("infos", "encoders", "text", "latents"):
+        (tmp_path / "artifacts" / name).symlink_to(project.artifacts / name)
+    for scene in read_scenes(project.infos):
+        bits = np.random.default_rng(0).integers(0, 256, (len(scene), 200, 200), dtype=np.uint8)
+        for cells in (100, 200):
+            path = tmp_path / f"artifacts/conditions/bev/{cells}/{scene.token}.npz"
+            write_map(path, bits[:, :cells, :cells])
+    cached = project.config
+    live = make_config(project.root, text={"live": True}, latents={"live": True})
+    drawn: list[list[Batch]] = []
+    for config in (cached, live):
+        with Loader(config, "stage2", tmp_path) as loader:
+            loader.start(0, groups=1, group=0, steps=5)
+            drawn.append([loader.next() for _ in range(5)])
+    assert {batch.shape[0] for batch in drawn[0]} == {1, 9}
+    for one, other in zip(*drawn, strict=True):
+        torch.testing.assert_close(one.latents, other.latents, atol=6e-3, rtol=6e-3)
+        assert torch.equal(one.generator.get_state(), other.generator.get_state())
+        for field in fields(one.conditions):
+            ours, theirs = getattr(one.conditions, field.name), getattr(other.conditions, field.name)
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_size_and_time_are_told_before_the_work(project, tmp_path, capsys) -> None:
+    write_text(project.config, project.infos, project.encoders, tmp_path / "text")
+    told = capsys.readouterr().err
+    assert re.search(r"text: 14 texts, 0\.\d MB, about 0\.\d minutes", told)
+    no_room = shutil._ntuple_diskusage(100, 99, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: no_room)
+        with pytest.raises(MagicDriveError, match=r"text features need .* GB"):
+            write_text(project.config, project.infos, project.encoders, tmp_path / "other")
+    write_latents(project.config, project.infos, project.encoders, tmp_path / "latents")
+    assert re.search(r"latents: \d+ frames of 1 scenes, \d+ MB, about [\d.]+ minutes", capsys.readouterr().err)
+
+
 def test_the_index_tells_the_spread_of_scaled_latents(project) -> None:
     index = json.loads((project.artifacts / "latents/index.json").read_text())
     assert set(index["scaled_std"]) == {"56x104-1", "56x104-9", "56x104-17", "112x200-1"}
-    cache = LatentCache(project.artifacts / "latents")
+    cache = LatentCache(project.artifacts / "latents", project.config)
     mean, log_variance = torch.stack(
         [cache.moments("56x104", Clip(TRAIN, start, 9)) for start in cache.starts("56x104", 9, TRAIN)]
     ).double().chunk(2, dim=2)  # fmt: skip
@@ -121,25 +182,41 @@ def test_the_index_tells_the_spread_of_scaled_latents(project) -> None:
 
 
 def test_a_clip_that_is_not_cached_is_named(project) -> None:
-    cache = LatentCache(project.artifacts / "latents")
+    cache = LatentCache(project.artifacts / "latents", project.config)
     with pytest.raises(MagicDriveError, match=f"no latents of 56x104-9 from frame 1 of scene {TRAIN}") as caught:
         cache.moments("56x104", Clip(TRAIN, 1, 9))
     assert "dvc repro" in caught.value.hint
 
 
 @pytest.mark.parametrize(("cache", "reader"), [("text", TextCache), ("latents", LatentCache)])
-def test_stale_caches_are_refused(copy, cache, reader) -> None:
-    reader(copy / cache)  # a copy is as good
+def test_stale_caches_are_refused(copy, cache, reader, project) -> None:
+    reader(copy / cache, project.config)  # a copy is as good
     encoders = copy / "encoders/encoders.json"
     whole = encoders.read_text()
     encoders.write_text(whole.replace('"digest": "', '"digest": "0'))
     with pytest.raises(MagicDriveError, match="stale: it was made by another encoder") as caught:
-        reader(copy / cache)
+        reader(copy / cache, project.config)
     assert "dvc repro" in caught.value.hint
     encoders.write_text(whole)
     write_infos(copy / "infos", [make_scene("scene-1", "train", "Another scene", 0)])
     with pytest.raises(MagicDriveError, match="stale: it was made from other data"):
-        reader(copy / cache)
+        reader(copy / cache, project.config)
+
+
+@pytest.mark.parametrize(
+    ("cache", "reader", "changes", "message"),
+    [
+        ("text", TextCache, {"text": {"max_tokens": 7}}, "max_tokens 32, 7 is asked for"),
+        ("latents", LatentCache, {"vae": {"chunk_frames": None}}, "chunk_frames 8, None is asked for"),
+        ("latents", LatentCache, {"latents": {"dtype": "float32"}}, "dtype float16, float32 is asked for"),
+        ("latents", LatentCache, {"latents": {"scaled_decoding": True}}, "scaled_decoding False, True is asked for"),
+    ],
+)
+def test_caches_of_other_settings_are_refused(project, cache, reader, changes, message) -> None:
+    config = make_config(project.root, **changes)
+    with pytest.raises(MagicDriveError, match=f"{cache} is stale: made with {message}") as caught:
+        reader(project.artifacts / cache, config)
+    assert "dvc repro" in caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -149,18 +226,18 @@ def test_stale_caches_are_refused(copy, cache, reader) -> None:
         ("latents", LatentCache, f"56x104-9/{TRAIN}.safetensors"),
     ],
 )
-def test_half_written_caches_are_refused(copy, cache, reader, file) -> None:
+def test_half_written_caches_are_refused(copy, cache, reader, file, project) -> None:
     path = copy / cache / file
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(MagicDriveError, match="missing or not whole") as caught:
-        reader(copy / cache)
+        reader(copy / cache, project.config)
     assert "dvc repro" in caught.value.hint
     path.unlink()
     with pytest.raises(MagicDriveError, match="missing or not whole"):
-        reader(copy / cache)
+        reader(copy / cache, project.config)
     (copy / cache / "index.json").unlink()
     with pytest.raises(MagicDriveError, match=r"index\.json is missing"):
-        reader(copy / cache)
+        reader(copy / cache, project.config)
 
 
 def test_a_broken_picture_stops_the_work_which_then_goes_on(project, tmp_path, monkeypatch) -> None:
@@ -226,16 +303,26 @@ def test_a_full_disk_is_told_before_the_work(project, tmp_path, monkeypatch) -> 
 
 def test_a_bucket_longer_than_every_scene_is_left_out(project) -> None:
     scenes = read_scenes(project.infos)
-    works = plan_scenes(scenes, project.root, [("56x104", 33), ("56x104", 9)], 1)
+    long, short = (Bucket(size="56x104", frames=frames, batch=1) for frames in (33, 9))
+    works = plan_scenes(scenes, project.root, [long, short], 1)
     assert [sorted(work.starts) for work in works] == [[9]]
     with pytest.raises(MagicDriveError, match="no training scene is long enough for any bucket"):
-        plan_scenes(scenes, project.root, [("56x104", 33)], 1)
+        plan_scenes(scenes, project.root, [long], 1)
+
+
+def test_whole_scenes_are_encoded_once_beside_clips_of_their_length(project) -> None:
+    """19 frames give a whole clip of 17, from frame 0, where the bucket of 17 frames has one already."""
+    scenes = read_scenes(project.infos)
+    clips = Bucket(size="56x104", frames=17, batch=1)
+    whole = Bucket(size="56x104", frames=241, batch=1, whole=True, repeat=40)
+    assert [work.starts for work in plan_scenes(scenes, project.root, [whole], 1)] == [{17: [0]}]
+    assert [work.starts for work in plan_scenes(scenes, project.root, [clips, whole], 1)] == [{17: [0, 1, 2]}]
 
 
 def test_the_planned_size_is_the_written_size(project) -> None:
-    works = plan_scenes(
-        read_scenes(project.infos), project.root, [("56x104", 1), ("56x104", 9), ("56x104", 17), ("112x200", 1)], 2
-    )
+    kinds = (("56x104", 1), ("56x104", 9), ("56x104", 17), ("112x200", 1))
+    buckets = [Bucket(size=size, frames=frames, batch=1) for size, frames in kinds]
+    works = plan_scenes(read_scenes(project.infos), project.root, buckets, 2)
     settings = EncoderSettings(str(project.encoders / "vae"), 1.0, 4, 8, "float16")
     written = sum(path.stat().st_size for path in (project.artifacts / "latents").rglob("*.safetensors"))
     assert sum(work.bytes(settings) for work in works) == pytest.approx(written, rel=0.05)

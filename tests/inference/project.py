@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from diffusers import AutoencoderKLCogVideoX
 from safetensors.torch import save_file
@@ -13,11 +12,10 @@ from safetensors.torch import save_file
 from magicdrive_core.config import Config
 from magicdrive_core.data.bev import write_map
 from magicdrive_core.data.clips import caption
-from magicdrive_core.data.infos import FRAMES
+from magicdrive_core.data.infos import infos_digest, write_infos
 from magicdrive_core.data.records import CLASSES, FrameBoxes, Scene
-from magicdrive_core.data.table import SCHEMA, to_table
 from magicdrive_core.encoders.caches import CAPTIONS, FEATURES, FORMAT, INDEX
-from magicdrive_core.files import sha256_file, sha256_folder, write_json
+from magicdrive_core.files import sha256_file, write_json
 from magicdrive_core.geometry.cameras import VIEWS
 from magicdrive_core.geometry.poses import pose
 from magicdrive_core.model.build import build_network
@@ -66,9 +64,7 @@ def make_project(folder: Path, config: Config, scene: Scene) -> None:
     """Writes ``artifacts/`` and a finished run into ``folder``."""
     artifacts = folder / "artifacts"
     (artifacts / "infos").mkdir(parents=True)
-    with pq.ParquetWriter(artifacts / "infos" / FRAMES, SCHEMA) as writer:
-        writer.write_table(to_table(scene), row_group_size=len(scene))
-    write_json(artifacts / "infos/infos.json", {"version": "test"})
+    write_infos([scene], {"version": "v1.0-test", "rule": "by hand", "unpaired": "leave_out"}, artifacts / "infos")
     cells = config.conditions.map_cells[config.generate.size]
     bits = np.random.default_rng(0).integers(0, 256, (len(scene), cells, cells), dtype=np.uint8)
     write_map(artifacts / f"conditions/bev/{cells}/{scene.token}.npz", bits)
@@ -97,7 +93,8 @@ def make_project(folder: Path, config: Config, scene: Scene) -> None:
         "format": FORMAT,
         "files": {name: (text / name).stat().st_size for name in (FEATURES, CAPTIONS)},
         "encoder": "t",
-        "infos": sha256_folder(artifacts / "infos"),
+        "max_tokens": config.text.max_tokens,
+        "infos": infos_digest(artifacts / "infos"),
     }
     write_json(text / INDEX, index)
 

@@ -63,6 +63,14 @@ def test_an_item_is_six_videos_a_record_and_a_sheet(made: Path, items: list[Item
         assert sheet.width > 2 * 3 * 64
 
 
+def test_no_camera_picture_is_opened(made: Path, project: Path) -> None:
+    """Generation went well although there is none."""
+    scenes = read_scenes(project / "artifacts/infos")
+    named = {path for scene in scenes for views in scene.pictures for path in views}
+    assert named
+    assert not any((root / path).exists() for root in (project, project / small_config().data.root) for path in named)
+
+
 def test_views_and_generations_differ(made: Path, items: list[Item]) -> None:
     first, second = (digests(made, item) for item in items)
     assert len({*first.values(), *second.values()}) == 12

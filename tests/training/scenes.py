@@ -42,7 +42,7 @@ def make_scene(name: str, frames: int, split: str = "train") -> Scene:
 class FakeLatents:
     """Moments that tell their clip: mean = the clip's start, log-variance 0."""
 
-    def __init__(self, _folder: object) -> None: ...
+    def __init__(self, _folder: object, _config: object) -> None: ...
 
     def moments(self, size: str, clip: Clip) -> Tensor:
         height, width = (int(side) // 8 for side in size.split("x"))
@@ -64,7 +64,7 @@ class FakeMaps:
 class FakeText:
     """Features of four tokens of width 5."""
 
-    def __init__(self, _folder: object) -> None: ...
+    def __init__(self, _config: object, _project: object) -> None: ...
 
     def features(self, caption: str) -> Tensor:
         return torch.full((4, 5), float(len(caption)))

@@ -38,7 +38,7 @@ def test_a_run_that_cannot_fit_is_refused_with_its_figures(project: Path) -> Non
 
 def test_planned_bytes_are_those_of_real_batches(project: Path) -> None:
     scenes = [make_scene("a", 60), make_scene("b", 48)]
-    fakes = {"read_scenes": lambda _: scenes, "BevMaps": FakeMaps, "TextCache": FakeText, "LatentCache": FakeLatents}
+    fakes = {"read_scenes": lambda _: scenes, "BevMaps": FakeMaps, "open_text": FakeText, "LatentCache": FakeLatents}
     config = settings()
     with mock.patch.multiple(loader, **fakes), mock.patch("magicdrive_core.training.budget.SLOTS", 2):
         planned = plan_budget(config, "stage2", project).batches

@@ -40,7 +40,7 @@ def batches(project: Path, stage: Any, start: int, count: int, share: int = 1) -
     fakes = {
         "read_scenes": lambda _: scenes,
         "BevMaps": FakeMaps,
-        "TextCache": FakeText,
+        "open_text": FakeText,
         "LatentCache": FakeLatents,
     }
     with mock.patch.multiple(loader, **fakes), loader.Loader(settings(share), stage, project) as source:
