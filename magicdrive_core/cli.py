@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from magicdrive_core import cli_data, cli_video
+from magicdrive_core import cli_data, cli_scores, cli_video
 from magicdrive_core.cli_options import (
     CONDITIONS,
     DEFAULT_PARAMS,
@@ -32,11 +32,12 @@ from magicdrive_core.errors import ERROR_NOTE, MagicDriveError, UsageError, repo
 from magicdrive_core.offline import stay_silent
 
 if TYPE_CHECKING:
-    from magicdrive_core.benchmark.validate import Expected
+    from magicdrive_core.benchmark.submission import Expected
     from magicdrive_core.config import Config
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.add_typer(cli_data.app)
+app.add_typer(cli_scores.app)
 app.add_typer(cli_video.app, name="video")
 
 _debug = False
@@ -309,10 +310,11 @@ def golden(files: Annotated[list[Path], typer.Argument(help="golden_model_*.npz 
 
 
 def _expected(config: Config) -> Expected:
-    from magicdrive_core.benchmark.validate import Expected
+    from magicdrive_core.benchmark.submission import Expected
 
     return Expected(
         generations=config.generate.generations,
+        long_scenes=config.benchmark.long_scenes,
         frames=config.benchmark.frames,
         fps=config.video.fps,
         max_mbit_s=config.video.max_mbit_s,
