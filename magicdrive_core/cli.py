@@ -210,14 +210,17 @@ def report(params: Params = DEFAULT_PARAMS, overrides: Set = None) -> None:
     """Write report.html: what was generated, from what, the losses, and the package where there is one."""
     from datetime import datetime
 
-    from magicdrive_core.benchmark.package import ZIP, read_package
+    from magicdrive_core.benchmark.package import MANIFEST, ZIP, read_package
     from magicdrive_core.benchmark.report import write_report
-    from magicdrive_core.benchmark.verdict import judge
+    from magicdrive_core.benchmark.verdict import VERDICT, judge
     from magicdrive_core.places import find_places
+    from magicdrive_core.scores.sheet import SHEET, Sheet
+    from magicdrive_core.tracking.benchmark import record_benchmark
     from magicdrive_core.tracking.lineage import lineage_tags
 
     config = read_config(params, overrides)
     places = find_places(config)
+    sheet = Sheet.read(places.benchmark) if (places.benchmark / SHEET).is_file() else None
     packed = read_package(places.benchmark) if (places.benchmark / ZIP).is_file() else None
     page = write_report(
         config,
@@ -229,7 +232,10 @@ def report(params: Params = DEFAULT_PARAMS, overrides: Set = None) -> None:
         notes=places.notes,
         lineage=lineage_tags(config),
         made=f"{datetime.now():%Y-%m-%d %H:%M}",
+        sheet=sheet if packed and sheet and sheet.package == packed.sha256 else None,
     )
+    files = [page, places.benchmark / SHEET, places.benchmark / MANIFEST, places.benchmark / VERDICT]
+    record_benchmark(config, places.benchmark, sheet.figures if sheet else {}, files)
     print(page)
 
 

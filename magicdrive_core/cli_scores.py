@@ -24,13 +24,15 @@ app = typer.Typer()
 def score(params: Params = DEFAULT_PARAMS, overrides: Set = None) -> None:
     """Score the package: Fréchet distances, and mAP and mIoU where scores names their files."""
     from magicdrive_core.places import find_places
-    from magicdrive_core.scores.sheet import MEANINGS, SHEET, score_package
+    from magicdrive_core.scores.sheet import MEANINGS, SHEET, Sheet, question, score_package
 
     config = read_config(params, overrides)
     places = find_places(config)
     package, scenes = _packed(places.benchmark)
-    sheet = score_package(config, package.folder, package.sha256, scenes)
-    sheet.write(places.benchmark)
+    sheet = Sheet.read(places.benchmark) if (places.benchmark / SHEET).is_file() else None
+    if sheet is None or sheet.question != question(config, package.sha256):
+        sheet = score_package(config, package.folder, package.sha256, scenes)
+        sheet.write(places.benchmark)
     for name, value in sheet.figures.items():
         print(f"{name:10} {value:10.4f}  {MEANINGS[name]}")
     for line in sheet.missing:

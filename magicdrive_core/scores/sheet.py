@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 
-from magicdrive_core.config import Config
+from magicdrive_core.config import Config, fingerprint
 from magicdrive_core.data.records import Scene
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.files import read_json, sha256_file, write_json
@@ -38,6 +38,7 @@ MEANINGS = {
 class Sheet:
     """Everything that is said of a package's quality."""
 
+    question: str  # fingerprint of all that decides the figures
     package: str  # SHA-256 of results.zip
     figures: dict[str, float]  # by the names of ``MEANINGS``
     missing: list[str]  # one line on each thing that was not scored, and why
@@ -60,7 +61,9 @@ class Sheet:
         try:
             return cls(**read_json(folder / SHEET, "magicdrive score"))
         except TypeError as error:
-            raise MagicDriveError(f"{folder / SHEET} is no score sheet: {error}", "magicdrive score") from None
+            raise MagicDriveError(
+                f"{folder / SHEET} is no score sheet: {error}", "delete it, then magicdrive score"
+            ) from None
 
 
 def score_package(config: Config, videos: Path, package: str, scenes: Sequence[Scene], project: Path = Path()) -> Sheet:
@@ -112,7 +115,15 @@ def score_package(config: Config, videos: Path, package: str, scenes: Sequence[S
     else:
         missing.append("score: it takes fvd_224, mAP and mIoU against the track's own masks (scores.bev_truth)")
     clips = {"real": distances.real_clips, "generated": distances.generated_clips}
-    return Sheet(package, figures, missing, per_scene, classes, clips, inputs)
+    return Sheet(question(config, package, project), package, figures, missing, per_scene, classes, clips, inputs)
+
+
+def question(config: Config, package: str, project: Path = Path()) -> str:
+    """Changes with the package and with everything that it is scored with: a sheet that carries it is up to date."""
+    settings = config.scores
+    named = [*settings.detections, *settings.bev_masks, *([settings.bev_truth] if settings.bev_truth else [])]
+    digests = {file: sha256_file(project / file) for file in named if (project / file).is_file()}
+    return fingerprint(settings, config.generate.generations, package, digests)
 
 
 @dataclass(frozen=True)
