@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 from os import cpu_count
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +22,13 @@ from magicdrive_core.data.records import Scene
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.geometry.cameras import VIEWS, full_window
 from magicdrive_core.progress import track
-from magicdrive_core.scores.extractors import Extractor
 from magicdrive_core.scores.protocol import FRAMES, REDUCED, framed, reduced
 from magicdrive_core.scores.statistics import Floats, Statistics, frechet_distance
 from magicdrive_core.video.frames import read_view
 from magicdrive_core.video.record import item_name, video_name
+
+if TYPE_CHECKING:
+    from magicdrive_core.scores.extractors import Extractor  # torch
 
 Clip = NDArray[np.uint8]  # F, 225, 400, 3
 BLOCK = 12  # clips that are decoded together, and held at once

@@ -14,7 +14,6 @@ from magicdrive_core.files import read_json, sha256_file, write_json
 from magicdrive_core.scores.detection import evaluate_detections
 from magicdrive_core.scores.distances import Figure, measure
 from magicdrive_core.scores.export import cut_to_clips, key_samples
-from magicdrive_core.scores.extractors import SmallExtractor, TorchScriptI3D
 from magicdrive_core.scores.protocol import CROPS, score
 from magicdrive_core.scores.segmentation import Masks, evaluate_masks, map_masks
 
@@ -79,6 +78,8 @@ def score_package(config: Config, videos: Path, package: str, scenes: Sequence[S
     Raises:
         MagicDriveError: a file that is named is missing or wrong, or the real pictures are not there.
     """
+    from magicdrive_core.scores.extractors import SmallExtractor, TorchScriptI3D  # torch
+
     settings, generations = config.scores, config.generate.generations
     small = SmallExtractor()
     wanted = {f"small_{rows}": Figure(small, rows) for rows in CROPS.values()}
