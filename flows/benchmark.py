@@ -1,4 +1,4 @@
-"""Flow ``benchmark``: videos -> W-CODA package -> validation -> report.
+"""Flow ``benchmark``: videos -> W-CODA package -> validation -> scores -> report.
 
 python -m flows.benchmark
 """
@@ -21,7 +21,7 @@ from magicdrive_core.video.record import RECORD
 
 @flow(name="benchmark", validate_parameters=False)
 def benchmark(params: str = "params.yaml", overrides: list[str] | None = None) -> str:
-    """Generates, packages (which validates) and reports; returns the folder of package and report.
+    """Generates, packages (which validates), scores and reports; returns the folder of package and report.
 
     Scenes that are too short for W-CODA's 16 frames (a data set of single key frames) get a report without a package.
     """
@@ -37,7 +37,11 @@ def benchmark(params: str = "params.yaml", overrides: list[str] | None = None) -
         )
     else:
         run_verb("package", *settings)
-    sources = [places.generated / item.name / RECORD for item in items] + [places.benchmark / VERDICT]
+        run_verb("score", *settings)  # does nothing where the same package was scored with the same files
+    sources = [places.generated / item.name / RECORD for item in items] + [
+        places.benchmark / VERDICT,
+        places.benchmark / "scores.json",
+    ]
     if not _newer(places.benchmark / "report.html", sources):
         run_verb("report", *settings)
     return str(places.benchmark)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from magicdrive_core import cli_data, cli_video
+from magicdrive_core import cli_data, cli_scores, cli_video
 from magicdrive_core.cli_options import (
     CONDITIONS,
     DEFAULT_PARAMS,
@@ -32,11 +32,12 @@ from magicdrive_core.errors import ERROR_NOTE, MagicDriveError, UsageError, repo
 from magicdrive_core.offline import stay_silent
 
 if TYPE_CHECKING:
-    from magicdrive_core.benchmark.validate import Expected
+    from magicdrive_core.benchmark.submission import Expected
     from magicdrive_core.config import Config
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.add_typer(cli_data.app)
+app.add_typer(cli_scores.app)
 app.add_typer(cli_video.app, name="video")
 
 _debug = False
@@ -209,14 +210,17 @@ def report(params: Params = DEFAULT_PARAMS, overrides: Set = None) -> None:
     """Write report.html: what was generated, from what, the losses, and the package where there is one."""
     from datetime import datetime
 
-    from magicdrive_core.benchmark.package import ZIP, read_package
+    from magicdrive_core.benchmark.package import MANIFEST, ZIP, read_package
     from magicdrive_core.benchmark.report import write_report
-    from magicdrive_core.benchmark.verdict import judge
+    from magicdrive_core.benchmark.verdict import VERDICT, judge
     from magicdrive_core.places import find_places
+    from magicdrive_core.scores.sheet import SHEET, Sheet
+    from magicdrive_core.tracking.benchmark import record_benchmark
     from magicdrive_core.tracking.lineage import lineage_tags
 
     config = read_config(params, overrides)
     places = find_places(config)
+    sheet = Sheet.read(places.benchmark) if (places.benchmark / SHEET).is_file() else None
     packed = read_package(places.benchmark) if (places.benchmark / ZIP).is_file() else None
     page = write_report(
         config,
@@ -228,7 +232,10 @@ def report(params: Params = DEFAULT_PARAMS, overrides: Set = None) -> None:
         notes=places.notes,
         lineage=lineage_tags(config),
         made=f"{datetime.now():%Y-%m-%d %H:%M}",
+        sheet=sheet if packed and sheet and sheet.package == packed.sha256 else None,
     )
+    files = [page, places.benchmark / SHEET, places.benchmark / MANIFEST, places.benchmark / VERDICT]
+    record_benchmark(config, places.benchmark, sheet.figures if sheet else {}, files)
     print(page)
 
 
@@ -309,10 +316,11 @@ def golden(files: Annotated[list[Path], typer.Argument(help="golden_model_*.npz 
 
 
 def _expected(config: Config) -> Expected:
-    from magicdrive_core.benchmark.validate import Expected
+    from magicdrive_core.benchmark.submission import Expected
 
     return Expected(
         generations=config.generate.generations,
+        long_scenes=config.benchmark.long_scenes,
         frames=config.benchmark.frames,
         fps=config.video.fps,
         max_mbit_s=config.video.max_mbit_s,

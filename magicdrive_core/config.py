@@ -310,11 +310,42 @@ class Video(Section):
     max_mbit_s: PositiveFloat | None = 4.0  # of the written file; null: the encoder decides
 
 
+class LongSet(Section):
+    """Round 2's long videos: folders of generated clips (outputs/generate-...), whose first generation is packed."""
+
+    sunny: str  # its clips begin with the frames of the standard set
+    rainy: str
+    night: str
+
+    def of(self, weather: str) -> str:
+        """The folder of one weather."""
+        return {"sunny": self.sunny, "rainy": self.rainy, "night": self.night}[weather]
+
+
 class Benchmark(Section):
     """The W-CODA 2024 package."""
 
     team: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
     frames: Positive = 16  # kept of each generated clip
+    long: LongSet | None = None  # null: no long set
+    long_scenes: Positive = 3  # that stand in all three weathers
+
+
+class I3D(Section):
+    """The user's own I3D of Kinetics-400 as TorchScript: (B, 3, 16, 224, 224) in [-1, 1] -> logits (B, 400)."""
+
+    path: str
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # figures of other weights must not be compared
+
+
+class Scores(Section):
+    """What the package is scored with, beyond the built-in extractor; what is left out is not scored."""
+
+    i3d: I3D | None = None  # for FVD
+    # nuScenes detection results of a detector run on each generation (magicdrive export-frames), JSON
+    detections: list[str] = []
+    bev_masks: list[str] = []  # BEV masks predicted from each generation, npz (scores/segmentation.py)
+    bev_truth: str | None = None  # npz with the true masks of the same classes; null: the project's own BEV maps
 
 
 class Tracking(Section):
@@ -341,6 +372,7 @@ class Config(Section):
     generate: Generate
     video: Video
     benchmark: Benchmark
+    scores: Scores = Scores()
     tracking: Tracking = Tracking()
 
     @model_validator(mode="after")

@@ -1,4 +1,7 @@
-"""The W-CODA 2024 Track 2 submission: ``{team}_standard/{token}_gen{g}/{token}_{VIEW}.mp4`` in one results.zip."""
+"""The W-CODA 2024 Track 2 submission: ``{team}_standard/{token}_gen{g}/{token}_{VIEW}.mp4`` in one results.zip.
+
+Where ``benchmark.long`` names clips, ``{team}_long`` stands beside it (``long_set``).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
+from magicdrive_core.benchmark.long_set import place_long, read_long
+from magicdrive_core.benchmark.submission import VideoName
 from magicdrive_core.config import Config, fingerprint
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.files import atomic_file, atomic_folder, read_json, sha256_file, write_json
@@ -45,7 +50,9 @@ class Package:
     files: list[PackagedFile]
 
 
-def pack(config: Config, generated: Path, out: Path, lineage: Mapping[str, str] | None = None) -> Package:
+def pack(
+    config: Config, generated: Path, out: Path, lineage: Mapping[str, str] | None = None, project: Path = Path()
+) -> Package:
     """Packs all finished items below ``generated``; does nothing where ``out`` holds exactly this package already.
 
     Args:
@@ -53,13 +60,16 @@ def pack(config: Config, generated: Path, out: Path, lineage: Mapping[str, str] 
         generated: folder of items.
         out: folder that gets ``{team}_standard/``, ``results.zip`` and ``manifest.json``.
         lineage: where all of it came from (commit, data, runs), written into the manifest as it is.
+        project: the project's folder, which the folders of the long set are relative to.
 
     Raises:
         MagicDriveError: no items, an incomplete set, too short a clip, or a file that was changed since.
     """
     records = [record for record in read_items(generated) if record.generation < config.generate.generations]
     _check_complete(config, records, generated)
-    key = fingerprint(config.benchmark, config.video, [asdict(record)["views"] for record in records], VIEWS)
+    long = read_long(config, records, project)
+    every = [*records, *(record for weather in long.values() for record in weather.values())]
+    key = fingerprint(config.benchmark, config.video, [asdict(record)["views"] for record in every], VIEWS)
     folder, zip_path = out / f"{config.benchmark.team}_standard", out / ZIP
     done = _packed_before(out, folder, zip_path, key)
     if done is not None:
@@ -70,7 +80,8 @@ def pack(config: Config, generated: Path, out: Path, lineage: Mapping[str, str] 
             for record in track(records, "package", len(records))
             for view in VIEWS
         ]
-    _write_zip(folder, zip_path, [file.name for file in files])
+    files += _pack_long(config, long, out, {file.name: file for file in files}, project)
+    _write_zip(out, zip_path, [file.name for file in files])
     package = Package(folder, zip_path, sha256_file(zip_path), files)
     write_json(
         out / MANIFEST,
@@ -82,7 +93,11 @@ def pack(config: Config, generated: Path, out: Path, lineage: Mapping[str, str] 
             "frames": config.benchmark.frames,
             "max_mbit_s": config.video.max_mbit_s,
             "files": [asdict(file) for file in files],
-            "lineage": {**(lineage or {}), "items": {record.name: record.lineage for record in records}},
+            "lineage": {
+                **(lineage or {}),
+                "items": {record.name: record.lineage for record in records},
+                "long_items": {w: {r.name: r.lineage for r in chosen.values()} for w, chosen in long.items()},
+            },
         },
     )
     return package
@@ -96,7 +111,7 @@ def read_package(out: Path) -> Package:
     """
     manifest = read_json(out / MANIFEST, "run magicdrive package")
     files = [PackagedFile(**entry) for entry in manifest["files"]]
-    top = PurePosixPath(files[0].name).parts[0]
+    top = PurePosixPath(files[0].name).parts[0]  # the standard set comes first
     return Package(out / top, out / ZIP, manifest["zip_sha256"], files)
 
 
@@ -151,6 +166,36 @@ def _place(config: Config, record: ItemRecord, view: str, source: Path, folder: 
     )
 
 
+def _pack_long(
+    config: Config,
+    long: Mapping[str, Mapping[str, ItemRecord]],
+    out: Path,
+    standard: Mapping[str, PackagedFile],
+    project: Path,
+) -> list[PackagedFile]:
+    """Writes ``{team}_long/`` beside the standard set, whose files by name give the sunny videos their heads."""
+    folders = config.benchmark.long
+    if folders is None:
+        return []
+    top, files = f"{config.benchmark.team}_long", []
+    with atomic_folder(out / top) as partial:
+        work = [(weather, record, view) for weather in long for record in long[weather].values() for view in VIEWS]
+        for weather, record, view in track(work, "long set", len(work)):
+            name = VideoName.of(config.benchmark.team, record.sample, weather, video_name(record.sample, view))
+            target = partial / PurePosixPath(name.path).relative_to(top)
+            target.parent.mkdir(exist_ok=True)
+            first = standard[name.round_one()]
+            head = (out / first.name, first.psnr) if weather == "sunny" else None
+            source = project / folders.of(weather) / record.name
+            entry, recoded = place_long(config, record, view, source, target, head)
+            files.append(
+                PackagedFile(
+                    name.path, entry.sha256, entry.bytes, entry.mbit_s, entry.psnr, recoded, record.fingerprint
+                )
+            )
+    return files
+
+
 def _write_zip(folder: Path, path: Path, names: Sequence[str]) -> None:
     """Writes the files one after the other, uncompressed (they are videos), with fixed dates and rights."""
     with atomic_file(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
@@ -158,8 +203,8 @@ def _write_zip(folder: Path, path: Path, names: Sequence[str]) -> None:
             entry = zipfile.ZipInfo(name, ZIP_DATE)
             entry.external_attr = 0o100644 << 16
             entry.create_system = 3  # the rights above are Unix', whatever host writes them
-            entry.file_size = (folder.parent / name).stat().st_size
-            with (folder.parent / name).open("rb") as source, archive.open(entry, "w") as sink:
+            entry.file_size = (folder / name).stat().st_size
+            with (folder / name).open("rb") as source, archive.open(entry, "w") as sink:
                 shutil.copyfileobj(source, sink, 2**20)
 
 

@@ -19,6 +19,7 @@ from PIL import Image
 
 from magicdrive_core.benchmark.curves import Curve
 from magicdrive_core.benchmark.package import Package
+from magicdrive_core.benchmark.score_table import ScoreTable, order_scenes
 from magicdrive_core.benchmark.sights import Sights, Views
 from magicdrive_core.config import Config
 from magicdrive_core.data.bev_maps import BevMaps
@@ -28,15 +29,18 @@ from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.data.records import CLASSES, MAP_LAYERS, Scene
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.files import atomic_file
+from magicdrive_core.geometry.cameras import VIEWS
 from magicdrive_core.progress import track
+from magicdrive_core.scores.sheet import Sheet
 from magicdrive_core.video.colour import Picture
 from magicdrive_core.video.encoder import encode_video
 from magicdrive_core.video.palette import CLASS_COLOURS, LAYER_COLOURS
 from magicdrive_core.video.record import ItemRecord, read_items
-from magicdrive_core.video.sheets import six_views
+from magicdrive_core.video.sheets import contact_sheet, six_views
 
 STILL_WIDTH, MOTION_WIDTH, ABOVE = 480, 240, 560  # pixels of a view in a still and in a video, of the panel from above
 MOTION_MBIT_S = 1.2
+FRONT = VIEWS.index("CAM_FRONT")
 SHOWN_SCENES = 8  # with pictures and videos: more would make a page that no browser likes
 
 
@@ -51,6 +55,7 @@ def write_report(
     notes: Sequence[str] = (),
     lineage: Mapping[str, str] | None = None,
     made: str = "",
+    sheet: Sheet | None = None,
     project: Path = Path(),
 ) -> Path:
     """Writes ``out/report.html``.
@@ -65,6 +70,7 @@ def write_report(
         notes: one line each on what was left out, and why.
         lineage: where all of it came from, shown as a table.
         made: when, as the page shows it.
+        sheet: the package's scores, where there are any; scenes then come farthest from the real ones first.
         project: the project's folder.
 
     Raises:
@@ -75,7 +81,8 @@ def write_report(
         raise MagicDriveError(f"{generated} holds no generated clips", "run magicdrive generate")
     broken = [f"{record.name}: {fault}" for record in records for fault in record.faults(generated / record.name)]
     scenes = {scene.token: scene for scene in read_scenes(project / "artifacts/infos")}
-    tokens = list(dict.fromkeys(record.scene for record in records))
+    tokens = order_scenes(list(dict.fromkeys(record.scene for record in records)), sheet)
+    names = {record.scene: record.scene_name for record in records}
     chosen = [] if broken else tokens[:SHOWN_SCENES]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         work = pool.map(
@@ -95,6 +102,7 @@ def write_report(
         items=[_row(record, config) for record in records],
         records=records,
         package=package,
+        scores=ScoreTable.of(sheet, names, config.benchmark.team) if sheet else None,
         tiles=_tiles(config, records, package, curves),
         lineage=_lineage(records, lineage or {}),
         classes=[(name.replace("_", " "), _css(c)) for name, c in zip(CLASSES, CLASS_COLOURS, strict=True)],
@@ -127,12 +135,18 @@ def _scene(
     still, motion = (Sights(scene, bits, root, width) for width in (STILL_WIDTH, MOTION_WIDTH))
     start, frames, fps = records[0].start, records[0].frames, records[0].fps
     numbers = range(start, start + frames)
+    strip = _Strip(frames)
     columns = [
-        _Column("real", _jpeg(still.real(start)), _video((motion.real(n) for n in numbers), frames, fps), True),
+        _Column(
+            "real",
+            _jpeg(still.real(start)),
+            _video(strip.row("real", (motion.real(n) for n in numbers)), frames, fps),
+            True,
+        ),
         _Column(
             "conditions",
             _jpeg(still.conditions(start)),
-            _video((motion.conditions(n) for n in numbers), frames, fps),
+            _video(strip.row("conditions", (motion.conditions(n) for n in numbers)), frames, fps),
             False,
         ),
     ]
@@ -142,7 +156,7 @@ def _scene(
             _Column(
                 f"generated #{record.generation}",
                 _jpeg(next(still.generated(folder, record))),
-                _video(motion.generated(folder, record), frames, fps),
+                _video(strip.row(f"generated #{record.generation}", motion.generated(folder, record)), frames, fps),
                 True,
             )
         )
@@ -155,7 +169,33 @@ def _scene(
         "above": _png(still.above(start, ABOVE)),
         "layer": _png(six_views(still.box_layers(start))),
         "columns": columns,
+        "strip": strip.picture() if frames > 1 else None,
     }
+
+
+class _Strip:
+    """The contact sheet of a clip: the front view at moments spread over it, a row for each video that is drawn."""
+
+    MOMENTS = 5
+
+    def __init__(self, frames: int) -> None:
+        self._moments = sorted({round(n * (frames - 1) / (self.MOMENTS - 1)) for n in range(self.MOMENTS)})
+        self._rows: dict[str, list[Picture]] = {}
+
+    def row(self, title: str, frames: Iterable[Views]) -> Iterator[Views]:
+        """Passes the frames of a video on, and keeps those of the moments."""
+        kept = self._rows.setdefault(title, [])
+        for number, views in enumerate(frames):
+            if number in self._moments:
+                kept.append(views[FRONT])
+            yield views
+
+    def picture(self) -> str:
+        """The sheet as a data URI, once the videos are drawn."""
+        titles = [f"frame {moment}" for moment in self._moments]
+        return _uri(
+            contact_sheet(list(self._rows.values()), list(self._rows), titles), "jpeg", quality=84, optimize=True
+        )
 
 
 def _row(record: ItemRecord, config: Config) -> dict[str, Any]:

@@ -12,37 +12,24 @@ import re
 import stat
 import zipfile
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from magicdrive_core.benchmark.submission import OFFICIAL, Expected, VideoName, count_faults
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.geometry.cameras import PICTURE_HEIGHT, PICTURE_WIDTH, VIEWS
 from magicdrive_core.progress import track
-from magicdrive_core.video.decoder import decode_video, probe
+from magicdrive_core.scores.protocol import KEY_FRAMES
+from magicdrive_core.video.decoder import VideoInfo, digest_frames, probe, scan_video
 
-KEY_FRAMES = (0, 6, 12)  # what the evaluator's detector looks at
-LARGEST_VIDEO = 64 * 2**20  # bytes; at 4 Mbit/s a video of 16 frames has 0.67 MB
-_NAME = re.compile(r"(?P<team>[A-Za-z0-9_-]+)_standard/(?P<token>[^/_]+)_gen(?P<generation>\d+)/(?P<file>[^/]+)")
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What a right submission holds. Counts that are None are taken from the zip itself."""
-
-    scenes: int | None = None
-    generations: int | None = None
-    frames: int = 16
-    fps: int = 12
-    height: int = PICTURE_HEIGHT
-    width: int = PICTURE_WIDTH
-    max_mbit_s: float | None = 4.0
+LARGEST_VIDEO = 64 * 2**20  # bytes; at 4 Mbit/s a video of 16 frames has 0.67 MB, one of 20 s 10 MB
+LONGEST_VIDEO = 1200  # frames of a long video; nuScenes' scenes have 241 at most
+_BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)  # what a damaged entry raises
 
 
-def validate(zip_path: Path, expected: Expected = Expected()) -> list[str]:
+def validate(zip_path: Path, expected: Expected = OFFICIAL) -> list[str]:
     """Faults of a submission, one line each; an empty list is a valid submission.
 
     Args:
@@ -54,19 +41,19 @@ def validate(zip_path: Path, expected: Expected = Expected()) -> list[str]:
             faults = list(_dangers(archive))
             if faults:
                 return faults
-            videos = {entry.filename: entry for entry in archive.infolist() if not entry.is_dir()}
-            named = {name: match for name in videos if (match := _NAME.fullmatch(name))}
+            paths = [entry.filename for entry in archive.infolist() if not entry.is_dir()]
+            videos = {path: name for path in paths if (name := VideoName.parse(path))}
             faults += [
-                f"{name}: not of the form team_standard/token_genN/token_VIEW.mp4"
-                for name in videos
-                if name not in named
+                f"{path}: not of the form team_standard/token_genN/token_VIEW.mp4"
+                for path in paths
+                if path not in videos
             ]
-            faults += _counts(list(named.values()), expected)
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                checks = pool.map(lambda name: _video_faults(archive, videos[name], expected), named)
-                for found in track(checks, "validate", len(named)):
-                    faults += found
-            return faults
+            faults += count_faults(list(videos.values()), expected)
+            with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding leaves the interpreter to the others
+                checks = pool.map(lambda name: _Check(archive, name, expected).run(), videos.values())
+                done = list(track(checks, "validate", len(videos)))
+            faults += [fault for check in done for fault in check.faults]
+            return faults + list(_unequal_views(done))
     except FileNotFoundError:
         return [f"{zip_path}: missing"]
     except (zipfile.BadZipFile, OSError) as error:
@@ -94,58 +81,85 @@ def _dangers(archive: zipfile.ZipFile) -> Iterator[str]:
             yield f"{name}: unpacks to {entry.file_size} bytes from {entry.compress_size}: no video shrinks like that"
 
 
-def _counts(names: Sequence[re.Match[str]], expected: Expected) -> Iterator[str]:
-    """Scenes x generations x six views, without gaps."""
-    if not names:
-        yield "no video in the zip"
-        return
-    teams = sorted({name["team"] for name in names})
-    if len(teams) > 1:
-        yield f"folders of {len(teams)} teams: {', '.join(teams)}"
-    views: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
-    for name in names:
-        views[name["token"]][int(name["generation"])].add(name["file"])
-    if expected.scenes is not None and len(views) != expected.scenes:
-        yield f"{len(views)} scenes, {expected.scenes} expected"
-    most = max(max(generations) for generations in views.values()) + 1
-    wanted = range(most if expected.generations is None else expected.generations)
-    for token, generations in sorted(views.items()):
-        for generation in sorted(set(wanted) - set(generations)):
-            yield f"{token}_gen{generation}: missing"
-        for generation in sorted(set(generations) - set(wanted)):
-            yield f"{token}_gen{generation}: one generation too many"
-        right = {f"{token}_{view}.mp4": view for view in VIEWS}
-        for generation, files in sorted(generations.items()):
-            for file in sorted(set(right) - files):
-                yield f"{token}_gen{generation}: {right[file]} is missing"
-            for file in sorted(files - set(right)):
-                yield f"{token}_gen{generation}/{file}: not one of the six views"
-
-
-def _video_faults(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, expected: Expected) -> list[str]:
+@dataclass
+class _Check:
     """Decodes one video and compares everything that the track asks for."""
-    name = entry.filename
-    try:
-        data = archive.read(entry)
-        info = probe(io.BytesIO(data))
-        faults = []
+
+    archive: zipfile.ZipFile
+    name: VideoName
+    expected: Expected
+    frames: int | None = None  # decoded; None where nothing was
+    faults: list[str] = field(default_factory=list)
+
+    def run(self) -> _Check:
+        """Fills ``faults``."""
+        try:
+            data = self.archive.read(self.name.path)
+            info = probe(io.BytesIO(data))
+            if self._wrong_kind(info):
+                return self  # what is not asked for is not decoded: it may be a bomb
+            self._decode(data, info)
+            if self.name.variant == "sunny":
+                self._compare_heads(data)
+        except MagicDriveError as error:
+            self._fault(error.message.removeprefix("the video "))
+        except _BROKEN as error:
+            self._fault(f"cannot be unpacked: {error}")
+        return self
+
+    def _fault(self, text: str) -> None:
+        self.faults.append(f"{self.name.path}: {text}")
+
+    @property
+    def _most_pixels(self) -> int:
+        return 2 * self.expected.height * self.expected.width
+
+    def _wrong_kind(self, info: VideoInfo) -> bool:
+        expected = self.expected
         if info.codec != "h264":
-            faults.append(f"{name}: codec {info.codec}, not h264")
+            self._fault(f"codec {info.codec}, not h264")
         if (info.height, info.width) != (expected.height, expected.width):
-            faults.append(f"{name}: {info.width}x{info.height}, not {expected.width}x{expected.height}")
-        if faults:
-            return faults  # what is not asked for is not decoded: it may be a bomb
+            self._fault(f"{info.width}x{info.height}, not {expected.width}x{expected.height}")
+        return bool(self.faults)
+
+    def _decode(self, data: bytes, info: VideoInfo) -> None:
+        expected, long = self.expected, self.name.long
         if info.fps != expected.fps:
-            faults.append(f"{name}: {info.fps:g} frames per second, not {expected.fps}")
-        decoded = decode_video(io.BytesIO(data), max_pixels=2 * expected.height * expected.width)
-        frames = sum(1 for _ in islice(decoded, expected.frames + 1))
-    except MagicDriveError as error:
-        return [f"{name}: {error.message.removeprefix('the video ')}"]
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-        return [f"{name}: cannot be unpacked: {error}"]
-    if frames != expected.frames:
-        faults.append(f"{name}: {frames if frames < expected.frames else info.frames} frames, not {expected.frames}")
-    faults += [f"{name}: key frame {key} cannot be extracted" for key in KEY_FRAMES if frames <= key < expected.frames]
-    if expected.max_mbit_s is not None and info.mbit_s > expected.max_mbit_s:
-        faults.append(f"{name}: {info.mbit_s:.3f} Mbit/s, the cap is {expected.max_mbit_s:g}")
-    return faults
+            self._fault(f"{info.fps:g} frames per second, not {expected.fps}")
+        most = LONGEST_VIDEO if long else expected.frames
+        keep = [key for key in KEY_FRAMES if key < expected.frames]
+        self.frames, pictures = scan_video(io.BytesIO(data), keep, most=most + 1, max_pixels=self._most_pixels)
+        if self.frames > most or (not long and self.frames != most):
+            count = max(self.frames, info.frames)
+            self._fault(f"{count} frames, " + (f"more than {most}" if long else f"not {most}"))
+        elif self.frames < expected.frames:
+            self._fault(f"{self.frames} frames, fewer than the {expected.frames} of round 1")
+        for key in keep:
+            if key not in pictures:
+                self._fault(f"key frame {key} cannot be extracted")
+        if expected.max_mbit_s is not None and info.mbit_s > expected.max_mbit_s:
+            self._fault(f"{info.mbit_s:.3f} Mbit/s, the cap is {expected.max_mbit_s:g}")
+
+    def _compare_heads(self, data: bytes) -> None:
+        """The sunny video begins with exactly the frames of round 1; a missing one is a fault of the counts."""
+        try:
+            first = self.archive.read(self.name.round_one())
+        except KeyError:
+            return
+        heads = {
+            digest_frames(io.BytesIO(video), self.expected.frames, max_pixels=self._most_pixels)
+            for video in (first, data)
+        }
+        if len(heads) > 1:
+            self._fault(f"does not begin with the {self.expected.frames} frames of {self.name.round_one()}")
+
+
+def _unequal_views(checks: Sequence[_Check]) -> Iterator[str]:
+    """Long videos of one scene and weather whose views differ in length."""
+    lengths: dict[str, Counter[int]] = defaultdict(Counter)
+    for check in checks:
+        if check.name.long and check.frames is not None:
+            lengths[f"{check.name.token}_{check.name.variant}"][check.frames] += 1
+    for folder, counts in sorted(lengths.items()):
+        if len(counts) > 1:
+            yield f"{folder}: its views have {' and '.join(map(str, sorted(counts)))} frames"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from magicdrive_core.benchmark.validate import Expected, validate
+from magicdrive_core.benchmark.submission import Expected
+from magicdrive_core.benchmark.validate import validate
 from magicdrive_core.files import read_json, sha256_file, write_json
 
 VERDICT = "validation.json"

@@ -1,7 +1,7 @@
 """nuScenes tables through nuscenes-devkit, for any root and version.
 
-The only importer of the devkit, which takes seconds to import: modules that merely read artefacts import this one
-inside the functions that need it.
+The only importer of the devkit but for its own evaluation (``scores/detection.py``). It takes seconds to import:
+modules that merely read artefacts import this one inside the functions that need it.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.files import sha256_file
 from magicdrive_core.geometry.cameras import VIEWS
 from magicdrive_core.geometry.poses import pose
+from magicdrive_core.scores.sheet import Sheet
 from tests.benchmark.stand_in import SAMPLES, config, write_item
 
 FORWARD = np.array([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]])  # a camera that looks along the lidar's y
@@ -114,7 +115,7 @@ def test_the_page_stands_alone_and_shows_everything(made: tuple[Path, Config], t
     )
     text = path.read_text()
     page = Page(text)
-    assert len(page.sources("img")) == 2 * (1 + 1 + 3)  # above, told; real and two generations
+    assert len(page.sources("img")) == 2 * (1 + 1 + 3 + 1)  # above, told; real and two generations; over time
     assert len(page.sources("video")) == 2 * 4
     assert all(source.startswith("data:") for source in page.sources("img") + page.sources("video"))
     assert not re.search(r"""(?:src|href)=["'](?!data:)|url\((?!["']?data:)|@import|<script""", text)
@@ -147,6 +148,27 @@ def test_failures_come_first(made: tuple[Path, Config], tmp_path: Path) -> None:
     assert "and 10 more" in text
     assert text.index("item 0: CAM_FRONT is missing") < text.index("highest bit rate")
     assert "The package is valid" not in text
+
+
+def test_scores_stand_beside_the_published_ones(made: tuple[Path, Config], tmp_path: Path) -> None:
+    folder, settings = made
+    sheet = Sheet(
+        question="",
+        package="ab" * 32,
+        figures={"small_224": 0.25, "small_212": 0.125},
+        missing=["FVD: no I3D"],
+        scenes={"scene-token-0": {"small_224": 0.1}, "scene-token-1": {"small_224": 0.7}},
+        classes={},
+        clips={"real": 12, "generated": 24},
+    )
+    path = write_report(settings, folder / "generated", tmp_path, runs={}, sheet=sheet, project=folder)
+    text = Page(path.read_text()).text
+    assert text.index("No package") < text.index("LiAuto-AD") < text.index("Not scored") < text.index("0.2500")
+    first, second = (
+        text.index(f"{name}singapore-onenorth") for name in ("\n    scene-0001\n    ", "\n    scene-0000\n    ")
+    )
+    assert first < second  # the farthest first
+    assert "94.60" in text
 
 
 def test_single_frames_have_no_package_and_no_videos(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from magicdrive_core.benchmark.package import pack
-from magicdrive_core.benchmark.validate import LARGEST_VIDEO, Expected, validate
+from magicdrive_core.benchmark.submission import Expected
+from magicdrive_core.benchmark.validate import LARGEST_VIDEO, validate
 from magicdrive_core.video.encoder import encode_video
 from tests.benchmark.stand_in import HEIGHT, SAMPLES, WIDTH, config, write_item
 

@@ -1,0 +1,117 @@
+"""What a W-CODA submission is made of: its names, its counts, the frames that are looked at.
+
+Round 1, the standard set: ``{team}_standard/{token}_gen{0..3}/{token}_{VIEW}.mp4``. Round 2, the long set, whose folder
+the track has not published a name for: ``{team}_long/{token}_{sunny|rainy|night}/{token}_{VIEW}.mp4``. A token is that
+of the scene's first sample.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from magicdrive_core.geometry.cameras import PICTURE_HEIGHT, PICTURE_WIDTH, VIEWS
+
+WEATHERS = ("sunny", "rainy", "night")
+_NAME = re.compile(
+    r"(?P<team>[A-Za-z0-9_-]+)_(?:standard/(?P<token>[^/_]+)_gen(?P<generation>\d{1,3})"
+    r"|long/(?P<long>[^/_]+)_(?P<weather>sunny|rainy|night))/(?P<file>[^/]+)"
+)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a right submission holds. Counts that are None are taken from the zip itself."""
+
+    scenes: int | None = None
+    generations: int | None = None
+    long_scenes: int | None = None  # in each weather
+    frames: int = 16
+    fps: int = 12
+    height: int = PICTURE_HEIGHT
+    width: int = PICTURE_WIDTH
+    max_mbit_s: float | None = 4.0
+
+
+OFFICIAL = Expected()
+
+
+@dataclass(frozen=True)
+class VideoName:
+    """What a video's name in the zip says."""
+
+    path: str  # in the zip
+    team: str
+    token: str  # of the scene's first sample
+    variant: str  # "gen0" and so on, or a weather
+    file: str
+
+    @property
+    def long(self) -> bool:
+        """Whether it belongs to the long set."""
+        return self.variant in WEATHERS
+
+    @classmethod
+    def parse(cls, path: str) -> VideoName | None:
+        """Reads a name; None where it is of neither form."""
+        match = _NAME.fullmatch(path)
+        if match is None:
+            return None
+        variant = match["weather"] or f"gen{int(match['generation'])}"
+        return cls(path, match["team"], match["long"] or match["token"], variant, match["file"])
+
+    @classmethod
+    def of(cls, team: str, token: str, variant: str, file: str) -> VideoName:
+        """The name of a video: ``variant`` is "gen0" and so on, or a weather."""
+        kind = "long" if variant in WEATHERS else "standard"
+        return cls(f"{team}_{kind}/{token}_{variant}/{file}", team, token, variant, file)
+
+    def round_one(self) -> str:
+        """The name of the first generation's video of the same view, whose frames the sunny one begins with."""
+        return f"{self.team}_standard/{self.token}_gen0/{self.file}"
+
+
+def count_faults(names: Sequence[VideoName], expected: Expected) -> Iterator[str]:
+    """Scenes x generations x six views, and scenes x weathers x six views where there is a long set, without gaps."""
+    if not any(not name.long for name in names):
+        yield "no video in the zip" if not names else "no video of the standard set in the zip"
+        return
+    teams = sorted({name.team for name in names})
+    if len(teams) > 1:
+        yield f"folders of {len(teams)} teams: {', '.join(teams)}"
+    standard, long = _folders(names, long=False), _folders(names, long=True)
+    numbers = [int(variant.removeprefix("gen")) for variants in standard.values() for variant in variants]
+    generations = max(numbers) + 1 if expected.generations is None else expected.generations
+    yield from _set_faults(standard, [f"gen{n}" for n in range(generations)], expected.scenes, "scenes")
+    if long:
+        yield from _set_faults(long, WEATHERS, expected.long_scenes, "long scenes")
+        yield from (
+            f"{token}_sunny: the standard set has no such scene to begin with"
+            for token in long
+            if token not in standard
+        )
+
+
+Folders = dict[str, dict[str, set[str]]]  # files by variant by token
+
+
+def _folders(names: Sequence[VideoName], *, long: bool) -> Folders:
+    folders: Folders = defaultdict(lambda: defaultdict(set))
+    for name in names:
+        if name.long == long:
+            folders[name.token][name.variant].add(name.file)
+    return folders
+
+
+def _set_faults(folders: Folders, wanted: Sequence[str], scenes: int | None, what: str) -> Iterator[str]:
+    if scenes is not None and len(folders) != scenes:
+        yield f"{len(folders)} {what}, {scenes} expected"
+    for token, variants in sorted(folders.items()):
+        yield from (f"{token}_{variant}: missing" for variant in wanted if variant not in variants)
+        yield from (f"{token}_{variant}: one generation too many" for variant in sorted(set(variants) - set(wanted)))
+        right = {f"{token}_{view}.mp4": view for view in VIEWS}
+        for variant, files in sorted(variants.items()):
+            yield from (f"{token}_{variant}: {right[file]} is missing" for file in sorted(set(right) - files))
+            yield from (f"{token}_{variant}/{file}: not one of the six views" for file in sorted(files - set(right)))

@@ -1,0 +1,179 @@
+"""Fréchet distances between the clips of a package and the real ones, all views pooled, as a stream.
+
+A clip is decoded, cut, turned into features and forgotten: what is kept are statistics.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from os import cpu_count
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from magicdrive_core.data.records import Scene
+from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.geometry.cameras import VIEWS, full_window
+from magicdrive_core.progress import track
+from magicdrive_core.scores.protocol import FRAMES, REDUCED, framed, reduced
+from magicdrive_core.scores.statistics import Floats, Statistics, frechet_distance
+from magicdrive_core.video.frames import read_view
+from magicdrive_core.video.record import item_name, video_name
+
+if TYPE_CHECKING:
+    from magicdrive_core.scores.extractors import Extractor  # torch
+
+Clip = NDArray[np.uint8]  # F, 225, 400, 3
+BLOCK = 12  # clips that are decoded together, and held at once
+
+
+@dataclass(frozen=True)
+class Figure:
+    """How one distance is measured."""
+
+    extractor: Extractor
+    rows: int  # kept at the bottom of 225
+
+
+@dataclass(frozen=True)
+class Distances:
+    """By the names of the figures that were asked for."""
+
+    values: dict[str, float]
+    scenes: dict[str, dict[str, float]]  # squared distance between the means of a scene, by scene token
+    real_clips: int
+    generated_clips: int
+
+
+def measure(
+    figures: Mapping[str, Figure], videos: Path, root: Path, scenes: Sequence[Scene], generations: int
+) -> Distances:
+    """Compares the videos of a package with the pictures of the data set.
+
+    Args:
+        figures: what to measure, by name.
+        videos: the folder ``{team}_standard``.
+        root: the data root.
+        scenes: that the package holds; its clips begin at their first frames.
+        generations: of each scene.
+
+    Raises:
+        MagicDriveError: a video or a picture is missing or broken, or a clip has not 16 frames.
+    """
+    views = range(len(VIEWS))
+    real = {scene.token: [_Real(root, scene, view) for view in views] for scene in scenes}
+    made = {
+        scene.token: [_Generated(videos, scene, view, number) for number in range(generations) for view in views]
+        for scene in scenes
+    }
+    truth, ours = _gather(figures, real, "real clips"), _gather(figures, made, "videos")
+    return Distances(
+        {name: frechet_distance(truth[name].whole, ours[name].whole) for name in figures},
+        {
+            scene.token: {
+                name: _apart(truth[name].means[scene.token], ours[name].means[scene.token]) for name in figures
+            }
+            for scene in scenes
+        },
+        sum(map(len, real.values())),
+        sum(map(len, made.values())),
+    )
+
+
+class _Features:
+    """What is kept of the features of one figure: statistics of all, a sum for each scene."""
+
+    def __init__(self) -> None:
+        self._whole: Statistics | None = None
+        self._sums: dict[str, Floats] = {}
+        self._counts: Counter[str] = Counter()
+
+    def add(self, tokens: Sequence[str], features: Floats) -> None:
+        """Features (N, D) of clips of the scenes ``tokens`` (N)."""
+        block = Statistics.of(features)
+        self._whole = self._whole.merge(block) if self._whole else block
+        for token, feature in zip(tokens, features, strict=True):
+            self._sums[token] = self._sums[token] + feature if token in self._sums else feature
+        self._counts.update(tokens)
+
+    @property
+    def whole(self) -> Statistics:
+        """Of all of them."""
+        if self._whole is None:
+            raise ValueError("no features")
+        return self._whole
+
+    @property
+    def means(self) -> dict[str, Floats]:
+        """By scene token, (D,) each."""
+        return {token: total / self._counts[token] for token, total in self._sums.items()}
+
+
+class _Source(Protocol):
+    def read(self) -> Clip:
+        """The frames of a clip at a quarter of their size."""
+
+
+@dataclass(frozen=True)
+class _Real:
+    root: Path
+    scene: Scene
+    view: int
+
+    def read(self) -> Clip:
+        if len(self.scene) < FRAMES:
+            raise MagicDriveError(f"{self.scene.name} has {len(self.scene)} frames, fewer than {FRAMES}")
+        return np.stack([_picture(self.root / views[self.view]) for views in self.scene.pictures[:FRAMES]])
+
+
+@dataclass(frozen=True)
+class _Generated:
+    videos: Path
+    scene: Scene
+    view: int
+    generation: int
+
+    def read(self) -> Clip:
+        token = self.scene.first_sample
+        path = self.videos / item_name(token, self.generation) / video_name(token, VIEWS[self.view])
+        frames = [reduced(picture) for picture in islice(read_view(path), FRAMES)]
+        if len(frames) < FRAMES:
+            raise MagicDriveError(f"{path} has {len(frames)} frames, not {FRAMES}", "run magicdrive package again")
+        return np.stack(frames)
+
+
+def _picture(path: Path) -> NDArray[np.uint8]:
+    """A picture of the data set at the reduced size; of one that is not 16:9, the part that the cameras speak of."""
+    try:
+        with Image.open(path) as image:
+            box = full_window(image.width, image.height)
+            return np.asarray(image.convert("RGB").resize(REDUCED[::-1], Image.Resampling.BICUBIC, box=box))
+    except FileNotFoundError:
+        raise MagicDriveError(f"{path} is missing", "complete the data set: scores compare with its pictures") from None
+    except (UnidentifiedImageError, OSError) as error:
+        raise MagicDriveError(f"{path} cannot be read as a picture: {error}") from None
+
+
+def _gather(figures: Mapping[str, Figure], sources: Mapping[str, Sequence[_Source]], what: str) -> dict[str, _Features]:
+    """Features by figure; the same numbers whatever the number of threads."""
+    flat = [(token, source) for token, group in sources.items() for source in group]
+    out = {name: _Features() for name in figures}
+    blocks = [flat[start : start + BLOCK] for start in range(0, len(flat), BLOCK)]
+    with ThreadPoolExecutor(cpu_count()) as pool:
+        for block in track(blocks, what, len(blocks)):
+            clips = list(pool.map(lambda pair: pair[1].read(), block))
+            for name, figure in figures.items():
+                features = figure.extractor(np.stack([framed(clip, figure.rows) for clip in clips]))
+                out[name].add([token for token, _ in block], features)
+    return out
+
+
+def _apart(a: Floats, b: Floats) -> float:
+    return float((a - b) @ (a - b))
