@@ -8,6 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from magicdrive_core.errors import MagicDriveError
@@ -115,7 +116,7 @@ class _Share:
             else:
                 self._clear(item)
                 future = self._begun(item, claim)
-                future.add_done_callback(lambda _, name=item.name: claims.give_back(name))
+                future.add_done_callback(partial(_give_back, claims, item.name))
                 begun.append((item, future))
         while begun:
             settle()
@@ -149,6 +150,10 @@ class _Share:
         else:
             self.summary.made.append(item.name)
         return True
+
+
+def _give_back(claims: Claims, name: str, _: Future[None]) -> None:
+    claims.give_back(name)
 
 
 def _in_turn(items: Sequence[Item], shard: tuple[int, int]) -> list[Item]:

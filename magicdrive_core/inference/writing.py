@@ -77,8 +77,8 @@ class ItemWriter:
         """One view's file, and the quality that its encoder came out at; notes frames for the sheet in ``shown``."""
         video, kept = self.config.video, self.item.kept
         given = self.given(v) if self.given else iter(())
-        pictures = islice(chain(given, map(full_picture, frames)), kept)
-        pictures = _noted(pictures, _moments(kept), min(SHEET_VIEW, parse_size(self.config.generate.size)[1]), shown)
+        width = min(SHEET_VIEW, parse_size(self.config.generate.size)[1])
+        pictures = _noted(islice(chain(given, map(full_picture, frames)), kept), _moments(kept), width, shown)
         path = folder / video_name(self.scene.first_sample, VIEWS[v])
         if kept == 1:
             path = path.with_suffix(".png")

@@ -46,7 +46,12 @@ def guided_velocity(
         return one_pass(conditions)
     if halves is not None:
         own = one_pass((conditions, null)[halves.rank])
-        return lambda x, t, x_mask: guide(*halves.collect(own(x, t, x_mask)), guidance)
+
+        def both(x: Tensor, t: Tensor, x_mask: Tensor | None) -> Tensor:
+            with_conditions, without = halves.collect(own(x, t, x_mask))
+            return guide(with_conditions, without, guidance)
+
+        return both
     wanted, unwanted = one_pass(conditions), one_pass(null)
     return lambda x, t, x_mask: guide(wanted(x, t, x_mask), unwanted(x, t, x_mask), guidance)
 
