@@ -26,16 +26,21 @@ def frames(folder: Path) -> np.ndarray:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("how", "length", "apart"),
+    ("how", "frames_made", "frames_kept", "apart"),
     [
-        ({"sequence_parallel": 2}, "generate.frames=9", 2),  # shares round otherwise, and the encoder decides on that
-        ({"guidance_parallel": True}, "generate.frames=17", 0),  # in windows, whose first frames one process makes
+        ({"sequence_parallel": 2}, 9, 2, 2),  # shares round otherwise, and the encoder decides on that
+        ({"guidance_parallel": True}, 17, 10, 0),  # in windows, whose first frames one process makes
     ],
 )
 def test_two_processes_make_what_one_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, Any], length: str, apart: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, Any], frames_made: int, frames_kept: int, apart: int
 ) -> None:
-    config = small_config("generate.window=9", length, "benchmark.frames=17")
+    config = small_config(
+        "generate.window=9",
+        f"generate.frames={frames_made}",
+        f"benchmark.frames={frames_kept}",
+        "generate.generations=1",
+    )
     make_project(tmp_path, config, small_scene(18))
     items = list_items(config, read_scenes(tmp_path / "artifacts/infos"))
     generate_items(config, items, tmp_path / STAGE, tmp_path / "one", project=tmp_path)
