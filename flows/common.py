@@ -40,24 +40,32 @@ def tool(name: str) -> str:
     return str(Path(sys.executable).with_name(name))
 
 
-def run_child(command: Sequence[str], log: Path | None = None, variables: Mapping[str, str] | None = None) -> None:
+def run_child(
+    command: Sequence[str],
+    log: Path | None = None,
+    variables: Mapping[str, str] | None = None,
+    folder: Path | None = None,
+) -> None:
     """Runs a command to its end in a process group of its own.
 
     Args:
         command: program and arguments.
         log: where its output goes; by default to this process's own.
         variables: of its environment, beside this process's own, which go first.
+        folder: where it runs; by default where this process does.
 
     Raises:
         MagicDriveError: it ended with another exit code than 0; the message is its own where it is of this project.
         UsageError: likewise, where that was one.
     """
-    with TemporaryDirectory(prefix="magicdrive-") as folder, _output(log) as output:
-        note = Path(folder) / "error.json"
+    with TemporaryDirectory(prefix="magicdrive-") as notes, _output(log) as output:
+        note = Path(notes) / "error.json"
         bin_folder = str(Path(sys.executable).parent)  # dvc.yaml's commands are found there
         path = os.pathsep.join([bin_folder, os.environ.get("PATH", "")])
         environment = {**(variables or {}), **os.environ} | {"PATH": path, ERROR_NOTE: str(note)}
-        child = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+        child = subprocess.Popen(
+            command, env=environment, cwd=folder, stdout=output, stderr=output, start_new_session=True
+        )
         with _children_lock:
             _children.add(child)
         try:

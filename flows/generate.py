@@ -3,7 +3,8 @@
     python -m flows.generate
 
 ``generate.workers`` children share the items (one clip x one generation each). An item that is done with these
-settings and weights is skipped, so that a shard that failed is simply started again.
+settings and weights is skipped, so that a shard that failed is simply started again. With ``generate.task_runner``
+dask or ray they run wherever Prefect's own task runner of that kind sends them, in the same shared folder.
 """
 
 from __future__ import annotations
@@ -12,25 +13,36 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
+from prefect.task_runners import TaskRunner
 
 from flows.common import flow_command, main, no_orphans, run_child, setting_words, tool, unless_interrupted
 from magicdrive_core.data.infos import read_scenes
+from magicdrive_core.errors import UsageError
 from magicdrive_core.inference.items import input_digests, is_done, item_fingerprint, list_items
 from magicdrive_core.places import find_places
 from magicdrive_core.progress import progress_bar
 from magicdrive_core.settings import load_config
 from magicdrive_core.video.record import RECORD
 
+# Prefect's task runners for many hosts: module and class. Extras of this project: pip install 'magicdrive[dask]'.
+RUNNERS = {"dask": ("prefect_dask", "DaskTaskRunner"), "ray": ("prefect_ray", "RayTaskRunner")}
+
 
 @task(cache_policy=NO_CACHE, task_run_name="shard {shard}", retries=1, retry_condition_fn=unless_interrupted)
-def generate_shard(shard: str, settings: list[str], log: Path) -> None:
-    """One child's share of the items and of the cores: ``shard`` is "2/8" for the second of eight."""
-    threads = max(1, len(os.sched_getaffinity(0)) // int(shard.split("/")[1]))
-    run_child([tool("magicdrive"), "generate", "--shard", shard, *settings], log, {"OMP_NUM_THREADS": str(threads)})
+def generate_shard(shard: str, settings: list[str], log: Path, project: Path, cores: float = 1.0) -> None:
+    """One child's share of the items: ``shard`` is "2/8" for the second of eight; ``cores`` its part of this host's.
+
+    It may run on another host, which finds ``project`` at the same path.
+    """
+    threads = max(1, int(len(os.sched_getaffinity(0)) * cores))
+    command = [tool("magicdrive"), "generate", "--shard", shard, *settings]
+    run_child(command, log, {"OMP_NUM_THREADS": str(threads)}, project)
 
 
 @flow(name="generate", validate_parameters=False)
@@ -49,17 +61,45 @@ def generate(params: str = "params.yaml", overrides: list[str] | None = None) ->
     ]
     shards = min(config.generate.workers, len(missing))
     settings = setting_words(params, overrides)
+    kind, arguments = config.generate.task_runner, (shards, settings, places.generated)
     with no_orphans(), _counted(places.generated, len(items)):
-        futures = [
-            generate_shard.submit(f"{number}/{shards}", settings, places.generated / f"shard-{number}.log")
-            for number in range(1, shards + 1)
-        ]
-        for future in futures:
-            future.wait()  # all of them, before the first failure is raised: the others' work is kept
-        for future in futures:
-            future.result()
+        if kind == "threads":
+            _fan_out(*arguments, cores=1 / max(1, shards))
+        else:
+            runner = _task_runner(kind, config.generate.scheduler)
+            flow(name="shards", task_runner=runner, validate_parameters=False)(_fan_out)(*arguments)
     get_run_logger().info("%d items, %d of them new: %s", len(items), len(missing), places.generated)
     return str(places.generated)
+
+
+def _fan_out(shards: int, settings: list[str], out: Path, cores: float = 1.0) -> None:
+    """Runs all shards to their end."""
+    project = Path.cwd()
+    futures = [
+        generate_shard.submit(f"{number}/{shards}", settings, project / out / f"shard-{number}.log", project, cores)
+        for number in range(1, shards + 1)
+    ]
+    for future in futures:
+        future.wait()  # all of them, before the first failure is raised: the others' work is kept
+    for future in futures:
+        future.result()
+
+
+def _task_runner(kind: str, scheduler: str | None) -> TaskRunner[Any]:
+    """Prefect's task runner of a kind of ``RUNNERS``.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    module, name = RUNNERS[kind]
+    try:
+        runner = getattr(import_module(module), name)
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"generate.task_runner {kind}: {error.name} is not installed", f"pip install 'magicdrive[{kind}]'"
+        ) from None
+    made: TaskRunner[Any] = runner(address=scheduler) if scheduler else runner()
+    return made
 
 
 @contextmanager

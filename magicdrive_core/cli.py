@@ -162,7 +162,7 @@ def generate(
     places = find_places(config)
     if not places.model.done:
         raise MagicDriveError(f"{places.model.folder} holds no finished training", "python -m flows.train")
-    if config.generate.sequence_parallel > 1:
+    if config.generate.devices > 1:
         from magicdrive_core.inference.shared import generate_shared
 
         generate_shared(config, places.model.folder, places.generated, (share - 1, shares))

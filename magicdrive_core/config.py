@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Stage = Literal["stage1", "stage2", "stage3"]
+Unconditional = Literal["consistent", "rflow", "rflow-slice"]
 STAGES: tuple[Stage, ...] = ("stage1", "stage2", "stage3")
 
 Positive = Annotated[int, Field(gt=0)]
@@ -287,17 +288,45 @@ class Generate(Section):
     frames: Frames
     steps: Positive = 30
     guidance: Annotated[float, Field(ge=1)] = 2.0
+    # What guidance leads away from. consistent: the state that training knows, everything dropped but the map. rflow,
+    # rflow-slice: the published samplers' own (decision 0003, no. 9). null: rflow where published is true
+    unconditional: Unconditional | None = None
+    use_map0: bool = True  # rflow: an empty map in it, as in the published test configurations; rflow-slice: always
     generations: Positive = 4
     weights: str | None = None  # folder of magicdrive import-checkpoint; null: the last stage that is trained here
     seed: Count = 1024
-    workers: Positive = 1  # processes that share the items on this host
+    workers: Positive = 1  # processes that share the items: on this host, or on all hosts of the task runner
+    task_runner: Literal["threads", "dask", "ray"] = "threads"  # of Prefect; threads: this host (docs/flows.md)
+    scheduler: str | None = None  # address of Dask's or Ray's; null: one on this host, for as long as it takes
     sequence_parallel: Positive = 1  # devices that share the work on each clip, of every worker; divides model.heads
+    guidance_parallel: bool = False  # guidance's two passes on devices of their own, twice as many then: the same bits
+    # Blocks are passed anew only where the noise level (of 1000) has fallen by more than this since they were; between,
+    # what they added last is added again. null: at every step. Saving and error: docs/log.md
+    step_cache: PositiveFloat | None = None
     # published only: the parallel size whose padding rows the patches get (its models know 4 and 8); null: the real one
     pad_patches: Positive | None = None
     offload: bool = False  # on a GPU: the VAE waits in main memory while the network samples, and the other way round
     # rows that the VAE decodes at a time: the same frames to rounding, in 12 GB at 848x1600; null: whole pictures
     stripe_rows: Positive | None = None
     edits: str | None = None  # YAML file of changes to the scenes (docs/editing.md)
+    # Frames that are sampled at once; longer clips go on window by window, each from the last pictures of the one
+    # before. Training gives frames from 29 on, so choose the longest trained length, 33 or more. null: clips whole.
+    window: Frames | None = None
+    given: Positive = 1  # latent frames that a window goes on from, at least: 1 is one picture, n are 4n-3
+    # What clips begin with. real: the scene's own pictures, as many as `given` says. Else the folder of an earlier
+    # generation (outputs/generate-...): its videos go on, as far as `frames` says. null: everything is generated.
+    first_frames: str | None = None
+
+    @property
+    def devices(self) -> int:
+        """That a worker takes."""
+        return self.sequence_parallel * (2 if self.guidance_parallel and self.guidance > 1 else 1)
+
+    @model_validator(mode="after")
+    def _windows_go_on(self) -> Generate:
+        if self.window is not None and self.window < 4 * self.given + 1:
+            raise ValueError(f"window {self.window} must be longer than the {4 * self.given - 3} frames of given")
+        return self
 
 
 class Video(Section):

@@ -12,6 +12,7 @@ from magicdrive_core.config import STAGES, Config, Stage, fingerprint
 from magicdrive_core.data.edits import chosen_edits
 from magicdrive_core.errors import UsageError
 from magicdrive_core.files import read_json
+from magicdrive_core.inference.items import HOW
 from magicdrive_core.training.plan import StagePlan, feasibility, plan_stage
 
 
@@ -44,9 +45,8 @@ def find_places(config: Config, last: Stage = "stage3", project: Path = Path()) 
         stages = [_imported(config, project / config.generate.weights)]
     else:
         stages = _chain(plan_stage(config, _last_possible(config, last, project, notes), project))
-    sampling = config.generate.model_dump(
-        mode="json", exclude={"generations", "workers", "weights", "offload", "edits"}
-    )
+    others = HOW - {"sequence_parallel"} | {"generations", "weights", "edits"}
+    sampling = config.generate.model_dump(mode="json", exclude=others)
     sampling["edits"] = chosen_edits(config, project).digest
     generated = fingerprint(stages[-1].fingerprint, sampling, config.video, config.benchmark.frames)[:12]
     benchmark = fingerprint(generated, config.generate.generations, config.benchmark)[:12]

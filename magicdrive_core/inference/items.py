@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +16,7 @@ from magicdrive_core.data.edits import chosen_edits
 from magicdrive_core.data.records import Clip, Scene
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.files import read_json, sha256_file
+from magicdrive_core.inference.windows import Window, given_frames, plan_windows
 from magicdrive_core.tracking import lineage
 from magicdrive_core.video.record import RECORD, ItemRecord, item_name
 
@@ -28,11 +29,17 @@ _CODE = (
     "model",
     "rectified_flow.py",
     "video/colour.py",
+    "video/decoder.py",
     "video/encoder.py",
     "video/frames.py",
     "video/rate_search.py",
     "video/spool.py",
 )
+
+
+# Settings that say how the work is done and change no pixel.
+HOW = {"workers", "task_runner", "scheduler", "sequence_parallel", "guidance_parallel", "offload"}
+REAL = "real"  # generate.first_frames: the scene's own pictures
 
 
 @dataclass(frozen=True)
@@ -42,17 +49,20 @@ class Item:
     clip: Clip
     generation: int
     name: str  # and its folder's: {first sample token}_gen{generation}
-    kept: int  # frames that are written of the clip's 8n+1
+    kept: int  # frames that are written of the clip's
+    begun: int = 0  # frames at its beginning that are given (generate.first_frames)
+    beginning: str = ""  # what they are: a digest of an earlier item's files, or "real"
 
 
-def list_items(config: Config, scenes: Sequence[Scene]) -> list[Item]:
+def list_items(config: Config, scenes: Sequence[Scene], project: Path = Path()) -> list[Item]:
     """Every validation scene's first clip, ``generate.generations`` times.
 
     A clip has ``generate.frames`` frames, or the most 8n+1 that a shorter scene has. The last frame of W-CODA's 17 is
-    there only because a clip has 8n+1: it is not written.
+    there only because a clip has 8n+1: it is not written. With first frames of an earlier generation 8n+1 counts from
+    the first one that the network is given.
 
     Raises:
-        MagicDriveError: no scene is for validation.
+        MagicDriveError: no scene is for validation, or the earlier generation lacks an item or leaves nothing to do.
     """
     chosen = [scene for scene in scenes if scene.split in ("val", "both")]
     if not chosen:
@@ -62,12 +72,41 @@ def list_items(config: Config, scenes: Sequence[Scene]) -> list[Item]:
         frames = min(config.generate.frames, (len(scene) - 1) // 8 * 8 + 1)
         wanted = config.benchmark.frames
         kept = wanted if wanted <= frames < wanted + 8 else frames
-        clip = Clip(scene.token, 0, frames)
-        items += [
-            Item(clip, generation, item_name(scene.first_sample, generation), kept)
-            for generation in range(config.generate.generations)
-        ]
+        for generation in range(config.generate.generations):
+            item = Item(Clip(scene.token, 0, frames), generation, item_name(scene.first_sample, generation), kept)
+            items.append(_begun(config, item, project))
     return items
+
+
+def _begun(config: Config, item: Item, project: Path) -> Item:
+    """With its first frames, where they are given."""
+    settings, shown = config.generate, given_frames(config.generate.given)
+    if settings.first_frames is None:
+        return item
+    if settings.first_frames == REAL:
+        begun, beginning = shown, REAL
+    else:
+        record = ItemRecord.read(project / settings.first_frames / item.name)
+        begun, beginning = record.frames, fingerprint({view: file.sha256 for view, file in record.views.items()})
+    frames = item.clip.frames
+    frames -= (frames - 1 - (begun - shown)) % 8
+    if begun < shown or frames <= begun:
+        raise MagicDriveError(
+            f"{item.name}: a clip of {item.clip.frames} frames cannot go on from {begun} first frames,"
+            f" {shown} of which the network is given",
+            "set generate.frames higher, or generate.given lower, or use longer scenes",
+        )
+    kept = frames if item.kept == item.clip.frames else min(item.kept, frames)
+    return replace(item, clip=replace(item.clip, frames=frames), kept=kept, begun=begun, beginning=beginning)
+
+
+def item_windows(config: Config, item: Item) -> list[Window]:
+    """What is sampled at once, in turn; starts are counted from the clip's."""
+    settings = config.generate
+    offset = item.begun - given_frames(settings.given) if item.begun else 0
+    frames = item.clip.frames - offset
+    windows = plan_windows(frames, settings.window or frames, settings.given, begun=item.begun > 0)
+    return [replace(window, start=offset + window.start) for window in windows]
 
 
 def input_digests(config: Config, stage_folder: Path, project: Path = Path()) -> dict[str, str]:
@@ -87,9 +126,9 @@ def input_digests(config: Config, stage_folder: Path, project: Path = Path()) ->
     }
 
 
-def item_seed(config: Config, item: Item) -> int:
-    """The seed of an item's noise, the same in any order, on any worker and host."""
-    return int(fingerprint(config.generate.seed, asdict(item.clip), item.generation)[:15], 16)
+def item_seed(config: Config, item: Item, part: str = "") -> int:
+    """The seed of (a part of) an item's noise, the same in any order, on any worker and host."""
+    return int(fingerprint(config.generate.seed, asdict(item.clip), item.generation, part)[:15], 16)
 
 
 def item_fingerprint(config: Config, item: Item, digests: Mapping[str, str]) -> str:
@@ -129,7 +168,7 @@ def code_version() -> str:
 def _settings(config: Config) -> dict[str, Any]:
     """The settings that decide the pixels of an item that is given; how many items there are does not."""
     sampling = config.generate.model_dump(
-        mode="json", exclude={"workers", "sequence_parallel", "generations", "frames", "weights", "offload", "edits"}
+        mode="json", exclude=HOW | {"generations", "frames", "weights", "edits", "first_frames"}
     )
     if config.published:  # whose pictures depend on the padding (decision 0003, oddity 8)
         sampling["pad_patches"] = config.generate.pad_patches or config.generate.sequence_parallel

@@ -57,6 +57,9 @@ class Models:
         )
 
         def text_encoder() -> TextEncoder:
+            if config.generate.offload:
+                for model in (network, vae.model):
+                    model.to("cpu")
             return TextEncoder.load(project / encoders["text"]["path"], config.text.max_tokens, device)
 
         load_text = text_encoder if config.generate.offload else cache(text_encoder)  # T5 is larger than the network

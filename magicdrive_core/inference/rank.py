@@ -29,11 +29,11 @@ def main() -> None:
     job = read_json(Path(sys.argv[1]))
     config, (share, shares) = parse_config(job["config"], source=sys.argv[1]), job["shard"]
     if torch.cuda.is_available():  # the workers of one host take turns at its devices
-        place = share * config.generate.sequence_parallel + int(os.environ["LOCAL_RANK"])
+        place = share * config.generate.devices + int(os.environ["LOCAL_RANK"])
         torch.cuda.set_device(place % torch.cuda.device_count())
     patience = timedelta(seconds=config.cluster.stall_seconds)  # of the others, while rank 0 decodes and writes
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=patience)
-    team = Team(Path(job["status"]))
+    team = Team(Path(job["status"]), halves=config.generate.devices > config.generate.sequence_parallel)
     try:
         if dist.get_rank() == 0:
             items = list_items(config, read_scenes(Path("artifacts/infos")))

@@ -10,7 +10,7 @@ from magicdrive_core.launch import run_group
 
 
 def generate_shared(config: Config, model: Path, out: Path, shard: tuple[int, int]) -> None:
-    """Runs ``rank.py`` on ``generate.sequence_parallel`` processes of this host; arguments as of ``generate_items``.
+    """Runs ``rank.py`` on ``generate.devices`` processes of this host; arguments as of ``generate_items``.
 
     Raises:
         MagicDriveError: a process failed, or an item did; what is finished is kept.
@@ -29,7 +29,7 @@ def generate_shared(config: Config, model: Path, out: Path, shard: tuple[int, in
     )
     run_group(
         ["-m", "magicdrive_core.inference.rank", str(job)],
-        config.generate.sequence_parallel,
+        config.generate.devices,
         log=out / f"{name}.ranks.log",
         status=status,
         stall_seconds=config.cluster.stall_seconds,

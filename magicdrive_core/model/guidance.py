@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from magicdrive_core.model.step_cache import StepCache
 from magicdrive_core.rectified_flow import RectifiedFlow, guide, sample
 
 if TYPE_CHECKING:
+    from magicdrive_core.config import Unconditional
     from magicdrive_core.model.inputs import Conditions
     from magicdrive_core.model.network import MagicDrive
+    from magicdrive_core.model.parallel import DeviceGroup
     from magicdrive_core.rectified_flow import Velocity
 
 
@@ -24,20 +27,49 @@ def guided_velocity(
     latent_shape: tuple[int, int, int],
     guidance: float,
     pad_patches: int | None = None,
+    *,
+    halves: DeviceGroup | None = None,
+    step_cache: float | None = None,
 ) -> Velocity:
-    """The velocity of guided sampling, with both conditions encoded once."""
-    wanted = network.encode(conditions, latent_shape, pad_patches)
+    """The velocity of guided sampling, with both conditions encoded once.
+
+    ``halves``: the first of two devices makes the conditional pass, the second the other one.
+    ``step_cache``: see ``StepCache``; each pass has one.
+    """
+
+    def one_pass(told: Conditions) -> Velocity:
+        context = network.encode(told, latent_shape, pad_patches)
+        cache = None if step_cache is None else StepCache(step_cache)
+        return lambda x, t, x_mask: network.denoise(x, t, context, x_mask, cache)
+
     if guidance == 1:
-        return lambda x, t, x_mask: network.denoise(x, t, wanted, x_mask)
-    unwanted = network.encode(null, latent_shape, pad_patches)
-    return lambda x, t, x_mask: guide(
-        network.denoise(x, t, wanted, x_mask), network.denoise(x, t, unwanted, x_mask), guidance
-    )
+        return one_pass(conditions)
+    if halves is not None:
+        own = one_pass((conditions, null)[halves.rank])
+
+        def both(x: Tensor, t: Tensor, x_mask: Tensor | None) -> Tensor:
+            with_conditions, without = halves.collect(own(x, t, x_mask))
+            return guide(with_conditions, without, guidance)
+
+        return both
+    wanted, unwanted = one_pass(conditions), one_pass(null)
+    return lambda x, t, x_mask: guide(wanted(x, t, x_mask), unwanted(x, t, x_mask), guidance)
 
 
-def unconditional(network: MagicDrive, conditions: Conditions) -> Conditions:
-    """The state that guidance leads away from: the dropped one of training, or the published sampler's own."""
-    return published_null(network, conditions) if network.config.published else conditions.dropped()
+def unconditional(
+    network: MagicDrive, conditions: Conditions, kind: Unconditional | None = None, *, zero_map: bool = True
+) -> Conditions:
+    """The state that guidance leads away from: the dropped one of training, or the published samplers' own.
+
+    Args:
+        network: None of ``kind`` leaves the choice to its ``published``.
+        conditions: what guidance leads to.
+        kind: see ``generate.unconditional`` in params.yaml.
+        zero_map: of "rflow": an empty map.
+    """
+    if (kind or ("rflow" if network.config.published else "consistent")) == "consistent":
+        return conditions.dropped()
+    return published_null(network, conditions, zero_map=zero_map or kind == "rflow-slice")
 
 
 def published_null(network: MagicDrive, conditions: Conditions, *, zero_map: bool = True) -> Conditions:
@@ -73,6 +105,8 @@ def sample_latents(
     pad_patches: int | None = None,
     x_0: Tensor | None = None,
     x_mask: Tensor | None = None,
+    halves: DeviceGroup | None = None,
+    step_cache: float | None = None,
     progress: Callable[[Iterable[int]], Iterable[int]] | None = None,
 ) -> Tensor:
     """Samples latents of ``conditions``, which are encoded once and used at every step.
@@ -91,6 +125,7 @@ def sample_latents(
         x_0: (B, V, C, T, H, W), given frames; needed with ``x_mask``.
         x_mask: (B, T), 1 or True = generate, 0 or False = keep the given frame; between 0 and 1: start from it,
             noised (``rectified_flow.sample``).
+        halves, step_cache: as of ``guided_velocity``.
         progress: wraps the steps.
 
     Returns:
@@ -114,7 +149,14 @@ def sample_latents(
     size = (frames, int(conditions.height[0]), int(conditions.width[0]))
     return sample(
         guided_velocity(
-            network, conditions, null or unconditional(network, conditions), latent_shape, guidance, pad_patches
+            network,
+            conditions,
+            null or unconditional(network, conditions),
+            latent_shape,
+            guidance,
+            pad_patches,
+            halves=halves,
+            step_cache=step_cache,
         ),
         start,
         flow.timesteps(steps, size).to(device),

@@ -33,6 +33,7 @@ from magicdrive_core.model.slices import cut, slices
 if TYPE_CHECKING:
     from magicdrive_core.config import Model, Stage
     from magicdrive_core.model.inputs import Conditions
+    from magicdrive_core.model.step_cache import StepCache
 
 PATCH = 2
 TOKENS_AT_ONCE = {"cpu": 2048, "gpu": 65536}  # in a group of views, unless one view has more
@@ -204,12 +205,22 @@ class MagicDrive(nn.Module):
             context_bias=tokens.bias(frames, self.dtype),
         )
 
-    def denoise(self, x: Tensor, timestep: Tensor, context: Context, x_mask: Tensor | None = None) -> Tensor:
-        """``forward`` with the conditions encoded before; shapes and dtypes as there."""
+    def denoise(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Context,
+        x_mask: Tensor | None = None,
+        cache: StepCache | None = None,
+    ) -> Tensor:
+        """``forward`` with the conditions encoded before; shapes and dtypes as there. ``cache``: see ``StepCache``."""
         patches = context.places.own(to_patches(x.transpose(0, 1).to(self.dtype), context.grid[0]))
         groups = patches.split(context.views_at_once)
-        main = [self.x_embedder(x) + context.position[:, None] for x in groups]
-        control = [self.x_control_embedder(x) + context.control for x in groups]
+
+        def embedded() -> list[Tensor]:
+            return [self.x_embedder(x) + context.position[:, None] for x in groups]
+
+        main = embedded()
         limit = None if torch.is_grad_enabled() else self.slice_tokens
         noisy = self.t_embedder(timestep) + context.fps
         modulation, clean = self.t_block(noisy)[:, None], None
@@ -241,11 +252,17 @@ class MagicDrive(nn.Module):
                     part.add(skip_to, skips)
                 part.put(tokens, result)
 
-        for index in range(self.config.depth):
-            for kind in ("s", "t") if self.config.temporal else ("s",):
-                advance(f"base_blocks_{kind}", index, main)
-                if index < len(getattr(self, f"control_blocks_{kind}")):
-                    advance(f"control_blocks_{kind}", index, control, skip_to=main)
+        if cache is not None and cache.serves(timestep):
+            main = cache.add_to(main)
+        else:
+            control = [self.x_control_embedder(x) + context.control for x in groups]
+            for index in range(self.config.depth):
+                for kind in ("s", "t") if self.config.temporal else ("s",):
+                    advance(f"base_blocks_{kind}", index, main)
+                    if index < len(getattr(self, f"control_blocks_{kind}")):
+                        advance(f"control_blocks_{kind}", index, control, skip_to=main)
+            if cache is not None:
+                cache.keep(timestep, embedded(), main)  # blocks work in place: what they began with is made again
         velocities = [self._head(x, noisy, clean, x_mask, limit) for x in main]
         return self._unpatch(context.places.whole(torch.cat(velocities)), context)
 

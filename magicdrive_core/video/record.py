@@ -37,7 +37,7 @@ class ItemRecord:
     scene: str  # scene token
     scene_name: str
     start: int  # first frame in the scene
-    generated: int  # frames sampled, 8n+1
+    generated: int  # frames of the clip, given ones included
     frames: int  # frames in each file
     fps: int
     generation: int

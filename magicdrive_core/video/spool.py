@@ -12,7 +12,7 @@ from av import VideoFrame
 from magicdrive_core.errors import UsageError
 from magicdrive_core.video.colour import Colours, Picture
 
-MEMORY_BYTES = 128 * 2**20  # of each form of the frames; more go to the disk
+MEMORY_BYTES = 16 * 2**20  # of each form of the frames, three or seven at 1600x900; more go to the disk
 
 
 class Spool:

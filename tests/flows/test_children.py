@@ -122,7 +122,7 @@ body = task(run_child)
 @flow
 def work():
     with no_orphans():
-        generate.generate_shard.submit("1/1", [], None)
+        generate.generate_shard.submit("1/1", [], None, None)
         body({FAMILY!r} + [{str(called)!r}])
 work()
 """

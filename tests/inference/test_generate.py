@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,10 @@ from magicdrive_core.config import Config
 from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.geometry.cameras import VIEWS
-from magicdrive_core.inference import generate
+from magicdrive_core.inference import generate, writing
 from magicdrive_core.inference.framing import full_picture
 from magicdrive_core.inference.generate import generate_items
 from magicdrive_core.inference.items import Item, list_items
-from magicdrive_core.inference.locks import item_lock
 from magicdrive_core.video.decoder import decode_video, probe
 from magicdrive_core.video.frames import read_view
 from magicdrive_core.video.record import ItemRecord
@@ -106,26 +106,20 @@ def test_done_items_are_left_alone_and_damaged_ones_made_again(
     assert digests(out, items[0]) == digests(made, items[0])
 
 
-def test_an_item_of_another_worker_is_passed_over(made: Path, items: list[Item], project: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    shutil.copytree(made / items[1].name, out / items[1].name)
-    with item_lock(out, items[0].name):
-        summary = generate_items(small_config(), items, project / STAGE, out, project=project)
-    assert (summary.made, summary.skipped, summary.elsewhere) == ([], [items[1].name], [items[0].name])
-
-
-def test_a_failed_item_does_not_stop_the_others(
+def test_an_item_that_fails_twice_does_not_stop_the_others(
     items: list[Item], project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = generate.full_picture
+    real = writing.write_frames
 
-    def broken(frame: np.ndarray) -> np.ndarray:
-        monkeypatch.setattr(generate, "full_picture", real)
-        raise MagicDriveError("no space left on the disk")
+    def broken(frames: Iterable[np.ndarray], folder: Path) -> None:
+        if f"{items[0].name}." in str(folder):
+            raise MagicDriveError("no space left on the disk")
+        real(frames, folder)
 
-    monkeypatch.setattr(generate, "full_picture", broken)
-    with pytest.raises(MagicDriveError, match=r"1 of 2 items failed .*: no space left"):
-        generate_items(small_config(), items, project / STAGE, tmp_path, project=project)
+    monkeypatch.setattr(writing, "write_frames", broken)
+    config = small_config("video.format=png")
+    with pytest.raises(MagicDriveError, match=rf"1 of 2 items failed, each 2 times. {items[0].name}: no space left"):
+        generate_items(config, items, project / STAGE, tmp_path, project=project)
     assert not (tmp_path / items[0].name).exists()
     assert (tmp_path / items[1].name / "item.json").is_file()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from magicdrive_core.model.guidance import sample_latents
+from magicdrive_core.model.guidance import sample_latents, unconditional
 from magicdrive_core.rectified_flow import RectifiedFlow
 from tests.model.networks import conditions, network
 
@@ -53,3 +53,65 @@ def test_given_frames_are_kept() -> None:
 def test_wrong_number_of_generators_is_refused() -> None:
     with pytest.raises(ValueError, match="2 generators for 1 samples"):
         sample_latents(network(), conditions(), SHAPE, steps=1, guidance=2.0, flow=FLOW, generator=generators(1, 2))
+
+
+def test_the_state_that_guidance_leads_away_from_can_be_chosen() -> None:
+    told = conditions()
+    for published in (False, True):
+        net = network(published=published)
+        consistent = unconditional(net, told, "consistent")
+        assert not consistent.keep.any()
+        assert torch.equal(consistent.bev_map, told.bev_map)
+        for kind, zero_map, empty in (
+            ("rflow", True, True),
+            ("rflow", False, False),
+            ("rflow-slice", False, True),
+        ):
+            chosen = unconditional(net, told, kind, zero_map=zero_map)
+            assert chosen.keep.all()
+            assert not chosen.box_masks.any()
+            assert torch.equal(chosen.bev_map, told.bev_map * (not empty))
+        default = unconditional(net, told)
+        assert bool(default.keep.all()) == published
+
+
+def test_the_chosen_state_decides_the_sample() -> None:
+    net, told = network(), conditions()
+    settings = {"steps": 2, "guidance": 2.0, "flow": FLOW}
+    samples = [
+        sample_latents(
+            net, told, SHAPE, generator=generators(1)[0], null=unconditional(net, told, kind, zero_map=zero), **settings
+        )
+        for kind, zero in (("consistent", True), ("rflow", False), ("rflow", True), ("rflow-slice", False))
+    ]
+    assert torch.equal(samples[2], samples[3])
+    assert not torch.allclose(samples[0], samples[1])
+    assert not torch.allclose(samples[1], samples[2])
+
+
+def test_a_step_cache_passes_the_blocks_where_the_noise_level_has_fallen_enough() -> None:
+    net, told = network(), conditions()
+    passed: list[int] = []
+    net.base_blocks_s[0].register_forward_hook(lambda *_: passed.append(1))
+
+    def run(step_cache: float | None, guidance: float = 1.0) -> tuple[torch.Tensor, int]:
+        passed.clear()
+        settings = {"steps": 6, "guidance": guidance, "flow": FLOW, "step_cache": step_cache}
+        return sample_latents(net, told, SHAPE, generator=generators(1)[0], **settings), len(passed)
+
+    exact, every = run(None)
+    levels = FLOW.timesteps(6, (9, 48, 80)).tolist()
+    assert every == 6
+    same, count = run(0.001)
+    assert count == 6
+    assert torch.equal(same, exact)
+    within = 1.5 * (levels[0] - levels[1])
+    near, count = run(within)
+    kept, last = 0, float("inf")
+    for level in levels:
+        if last - level > within:
+            kept, last = kept + 1, level
+    assert count == kept < 6
+    assert not torch.equal(near, exact)
+    assert torch.equal(run(within)[0], near)
+    assert run(within, guidance=2.0)[1] == 2 * kept

@@ -1,0 +1,128 @@
+"""What sharing out items costs beside sampling and encoding: 600 items, their videos from a stand-in.
+
+    python benchmarks/fanout.py
+    python benchmarks/fanout.py --profile
+
+150 scenes of 41 frames, 4 generations. The stand-in copies six mp4 files of 0.6 MB, the size that the cap allows; all
+else is real: planning, fingerprints, claims, folders put in place and synced, records. Then the same again with all of
+them done: every file is read and compared. Wall and CPU time an item; the issue asks for 50 ms at most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import os
+import pstats
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+
+import numpy as np
+
+from magicdrive_core.data.records import Scene
+from magicdrive_core.files import atomic_folder, sha256_file
+from magicdrive_core.geometry.cameras import VIEWS
+from magicdrive_core.inference.claims import Claim
+from magicdrive_core.inference.fanout import Summary, share_items
+from magicdrive_core.inference.items import Item, item_fingerprint, item_seed, list_items
+from magicdrive_core.settings import load_config
+from magicdrive_core.video.record import ItemRecord, ViewFile, video_name
+
+SCENES, FRAMES = 150, 41
+FILE_BYTES = 600_000
+DIGESTS = {"model": "a" * 64, "code": "0.1.0+stand-in", "infos": "b" * 32}
+
+
+def scenes() -> Iterator[Scene]:
+    """Scenes without objects; nothing of them is read but names and lengths."""
+    for n in range(SCENES):
+        yield Scene(
+            token=f"{n:032x}",
+            name=f"scene-{n:04}",
+            split="val",
+            location="nowhere",
+            description="Nothing",
+            tokens=[f"{n:016x}{frame:016x}" for frame in range(FRAMES)],
+            key_frames=np.arange(FRAMES) % 6 == 0,
+            timestamps=np.arange(FRAMES) * 83_333,
+            lidar_to_ego=np.zeros((FRAMES, 4, 4)),
+            ego_to_global=np.zeros((FRAMES, 4, 4)),
+            pictures=[],
+            intrinsics=np.zeros((FRAMES, 6, 3, 3)),
+            camera_to_lidar=np.zeros((FRAMES, 6, 4, 4)),
+            boxes=[],
+        )
+
+
+def run(out: Path) -> Summary:
+    """What ``generate_items`` does, with copies instead of videos."""
+    config = load_config("profiles/nuscenes.yaml")
+    items = list_items(config, list(scenes()))
+    prints = {item: item_fingerprint(config, item, DIGESTS) for item in items}
+    video = os.urandom(FILE_BYTES)
+
+    def make(item: Item, _: Claim) -> Future[None]:
+        sample = item.name.split("_")[0]
+        with atomic_folder(out / item.name) as folder:
+            views = {}
+            for view in VIEWS:
+                path = folder / video_name(sample, view)
+                path.write_bytes(video)
+                views[view] = ViewFile(path.name, sha256_file(path), FILE_BYTES, 3.6, 40.0)
+            ItemRecord(
+                fingerprint=prints[item],
+                sample=sample,
+                scene=item.clip.scene,
+                scene_name=item.clip.scene,
+                start=0,
+                generated=item.clip.frames,
+                frames=item.kept,
+                fps=12,
+                generation=item.generation,
+                caption="",
+                seed=item_seed(config, item),
+                size=config.generate.size,
+                lineage=DIGESTS,
+                seconds={"sample": 0.0, "decode_and_encode": 0.0},
+                views=views,
+            ).write(folder)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    return share_items(items, out, prints.__getitem__, make)
+
+
+def timed(work: Callable[[], Summary], title: str) -> None:
+    """Says what one run cost an item."""
+    wall, processor = time.perf_counter(), time.process_time()
+    summary = work()
+    count = len(summary.made) + len(summary.skipped)
+    wall, processor = time.perf_counter() - wall, time.process_time() - processor
+    print(
+        f"{title}: {len(summary.made)} made, {len(summary.skipped)} skipped;"
+        f" {1000 * processor / count:.1f} ms of CPU and {1000 * wall / count:.1f} ms of wall time an item"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--profile", action="store_true", help="say what takes the time")
+    parser.add_argument("--folder", help="below which the items are written (needs 2.2 GB); by default that of TMPDIR")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        out = Path(folder)
+        if arguments.profile:
+            with cProfile.Profile() as profile:
+                run(out)
+            pstats.Stats(profile).sort_stats("cumulative").print_stats(25)
+            return
+        timed(lambda: run(out), "new")
+        timed(lambda: run(out), "done before")
+
+
+if __name__ == "__main__":
+    main()

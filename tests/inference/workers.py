@@ -1,0 +1,58 @@
+"""Workers that share items whose making is a stand-in: a few bytes, a few milliseconds, no network."""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from concurrent.futures import Future
+from pathlib import Path
+
+from magicdrive_core.data.records import Clip
+from magicdrive_core.files import atomic_folder, sha256_file
+from magicdrive_core.inference.claims import Claim
+from magicdrive_core.inference.fanout import Summary, share_items
+from magicdrive_core.inference.items import Item
+from magicdrive_core.video.record import ItemRecord, ViewFile, item_name
+
+VIEW = "CAM_FRONT"
+
+
+def items(count: int) -> list[Item]:
+    return [Item(Clip(f"scene{n}", 0, 9), 0, item_name(f"sample{n}", 0), 9) for n in range(count)]
+
+
+def write(out: Path, item: Item, seconds: float = 0.0) -> None:
+    """An item's folder whose bytes depend on its name alone."""
+    sample = item.name.removesuffix("_gen0")
+    with atomic_folder(out / item.name) as folder:
+        path = folder / f"{sample}.mp4"
+        path.write_text(item.name * 9)
+        time.sleep(seconds)
+        views = {VIEW: ViewFile(path.name, sha256_file(path), path.stat().st_size, None, None)}
+        clip = item.clip
+        ItemRecord(
+            item.name, sample, clip.scene, clip.scene, 0, 9, 9, 12, 0, "a street", 7, "32x64", {}, {}, views
+        ).write(folder)
+
+
+def finished() -> Future[None]:
+    future: Future[None] = Future()
+    future.set_result(None)
+    return future
+
+
+def work(out: Path, count: int, seconds: float, shard: tuple[int, int] = (0, 1)) -> Summary:
+    """One worker; each item that it begins is a line of ``out/begun``."""
+
+    def make(item: Item, _: Claim) -> Future[None]:
+        with (out / "begun").open("a") as log:
+            log.write(f"{item.name}\n")
+        write(out, item, random.uniform(0, 2 * seconds))
+        return finished()
+
+    return share_items(items(count), out, lambda item: item.name, make, shard=shard, wait=lambda _: time.sleep(0.02))
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), (int(sys.argv[4]), int(sys.argv[5])))
