@@ -104,7 +104,8 @@ class MagicDrive(nn.Module):
     """The network: velocity of noisy latents of all views under text, cameras, ego motion, boxes and BEV map.
 
     Attributes:
-        checkpoint_blocks: recompute every block in the backward pass instead of keeping its activations.
+        checkpoint_blocks: every n-th block is computed again in the backward pass instead of keeping its activations;
+            0: none.
         slice_tokens: without gradients a block works on at most so many tokens at a time; None: on all.
         devices: that share the places of every frame; each of them runs the network with the same inputs.
     """
@@ -114,7 +115,7 @@ class MagicDrive(nn.Module):
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.config = config
-        self.checkpoint_blocks = False
+        self.checkpoint_blocks = 0
         self.slice_tokens: int | None = SLICE_TOKENS
         self.devices = OneDevice()
         width, published = config.width, config.published
@@ -232,7 +233,7 @@ class MagicDrive(nn.Module):
                     around = context.keys_values(rows, *shared_by), context.surroundings(*shared_by)
                 by_time = modulation[:, part.frames] if modulation.shape[1] > 1 else modulation
                 arguments = part.of(tokens), by_time, *around
-                if self.checkpoint_blocks and torch.is_grad_enabled():
+                if self.checkpoint_blocks and index % self.checkpoint_blocks == 0 and torch.is_grad_enabled():
                     result = checkpoint(block, *arguments, use_reentrant=False)
                 else:
                     result = block(*arguments)
@@ -261,6 +262,12 @@ class MagicDrive(nn.Module):
     def block_groups(self) -> dict[str, nn.ModuleList]:
         """The blocks, by the names of their lists."""
         return {name: child for name, child in self.named_children() if isinstance(child, nn.ModuleList) and len(child)}
+
+    def compile_blocks(self) -> None:
+        """Has torch compile each block, the same graph for all of a kind; names and weights stay as they are."""
+        for blocks in self.block_groups().values():
+            for block in blocks:
+                block.compile()
 
     def _views_at_once(self, views: int, tokens: int) -> int:
         """Of ``views`` with so many ``tokens`` each."""

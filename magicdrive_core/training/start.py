@@ -41,7 +41,9 @@ def first_network(config: Config, plan: StagePlan, project: Path = Path()) -> Ma
         load_previous(network, load_file(plan.previous.weights), plan.stage, plan.previous.weights)
     if stage.freeze_text:
         network.y_embedder.requires_grad_(False)
-    network.checkpoint_blocks = stage.checkpoint_blocks
+    network.checkpoint_blocks = int(stage.checkpoint_blocks)
+    if config.training.compile:
+        network.compile_blocks()
     return network
 
 
