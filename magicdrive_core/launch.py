@@ -35,7 +35,7 @@ POLL_SECONDS = 0.5
 _DEAF_TORCHRUN = """
 import signal
 for name in ("SIGTERM", "SIGINT", "SIGUSR2"):
-    signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(getattr(signal, name), lambda *_: None)  # not SIG_IGN, which its ranks would inherit
 from torch.distributed.run import main
 main()
 """
