@@ -78,7 +78,10 @@ def run_queued(
             _wait(queue, name, on_poll, ask_seconds)
         except BaseException:
             job.stop_note.touch()
-            queue.cancel(name)
+            try:
+                queue.cancel(name)
+            except MagicDriveError as error:  # the interruption is what is raised
+                logger.warning("%s may go on in the queue as %s: %s", job.name, name, error)
             _wait(queue, name, None, min(1.0, ask_seconds), limit=job.grace_seconds)
             raise
     note.unlink()
