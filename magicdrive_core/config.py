@@ -249,7 +249,6 @@ class Training(Section):
     stage2: StageConfig
     stage3: StageConfig
     precision: Literal["fp32", "bf16"] = "bf16"
-    compile: bool = False  # the blocks by torch.compile: minutes at each start, the same to rounding
     betas: tuple[Probability, Probability] = (0.9, 0.999)
     eps: PositiveFloat = 1e-15
     weight_decay: Annotated[float, Field(ge=0)] = 0.01

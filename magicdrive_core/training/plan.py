@@ -18,17 +18,8 @@ from magicdrive_core.files import read_json, sha256_file, write_json
 from magicdrive_core.settings import parse_config
 from magicdrive_core.tracking.lineage import input_digests
 
-# Of the sections that all stages share: how often something is written decides nothing, and how it is computed no more
-# than the number of ranks does.
-_UNIMPORTANT = {
-    "compile",
-    "prefetch_mbytes",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "preview_every",
-    "log_every",
-    *STAGES,
-}
+# Of the sections that all stages share: how often something is written decides nothing.
+_UNIMPORTANT = {"prefetch_mbytes", "checkpoint_every", "keep_checkpoints", "preview_every", "log_every", *STAGES}
 
 
 @dataclass(frozen=True)

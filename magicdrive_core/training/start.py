@@ -42,8 +42,6 @@ def first_network(config: Config, plan: StagePlan, project: Path = Path()) -> Ma
     if stage.freeze_text:
         network.y_embedder.requires_grad_(False)
     network.checkpoint_blocks = int(stage.checkpoint_blocks)
-    if config.training.compile:
-        network.compile_blocks()
     return network
 
 

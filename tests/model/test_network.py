@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from functools import partialmethod
 
 import pytest
 import torch
@@ -207,19 +206,6 @@ def test_every_nth_block_is_computed_again(every: int, recomputed: int) -> None:
             block.register_forward_pre_hook(lambda *_: calls.append(1))
     gradients_of(net, every=every)
     assert len(calls) == 6 + recomputed
-
-
-@pytest.mark.slow
-def test_compiled_blocks_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Up to the graphs of forward and backward; what torch makes of them in C++ takes minutes and is its own."""
-    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
-    net = network(depth=1)
-    eager = gradients_of(net)
-    names = list(net.state_dict())
-    net.compile_blocks()
-    assert list(net.state_dict()) == names
-    for name, gradient in gradients_of(net).items():
-        torch.testing.assert_close(gradient, eager[name], atol=1e-5, rtol=1e-4, msg=name)
 
 
 @settings(deadline=None, max_examples=12)
