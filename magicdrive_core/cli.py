@@ -136,10 +136,16 @@ def train(
     stage: Annotated[str, typer.Argument(help="stage1, stage2 or stage3.")],
     params: Params = DEFAULT_PARAMS,
     overrides: Set = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the settings and print what would be started or submitted.")
+    ] = False,
 ) -> None:
-    """Train one stage on this host (python -m flows.train: all of them, with Prefect)."""
-    from magicdrive_core.training.supervise import train_stage
+    """Train one stage where the cluster section says (python -m flows.train: all of them, with Prefect)."""
+    from magicdrive_core.training.supervise import show_launch, train_stage
 
+    if dry_run:
+        print(show_launch(params, overrides, read_stage(stage)), end="")
+        return
     result = train_stage(params, overrides, read_stage(stage), None)
     print(f"{stage} {'was done already' if result.skipped else 'done'}: {result.weights}")
 
@@ -168,12 +174,10 @@ def generate(
         generate_shared(config, places.model.folder, places.generated, (share - 1, shares))
         print(f"done: {places.generated}")
         return
-    import torch
-
+    from magicdrive_core.device import take_device
     from magicdrive_core.inference.generate import generate_items
 
-    if torch.cuda.is_available():  # the workers of one host take turns at its devices
-        torch.cuda.set_device((share - 1) % torch.cuda.device_count())
+    take_device(share - 1, share=True)  # the workers of one host take turns at its devices
     items = list_items(config, read_scenes(INFOS))
     summary = generate_items(config, items, places.model.folder, places.generated, shard=(share - 1, shares))
     print(f"{len(summary.made)} made, {len(summary.skipped)} done before: {places.generated}")

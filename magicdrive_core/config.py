@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -235,7 +236,7 @@ class StageConfig(Section):
     warmup: Count  # steps of linear warm-up, then constant
     seed: Count
     freeze_text: bool = False  # the text projection is trained in stage 1 only
-    checkpoint_blocks: bool = False  # activation checkpointing
+    checkpoint_blocks: bool | Positive = False  # activation checkpointing: of every block, or of every n-th
     balance: bool = False  # scenes of night and rain as often as the others, and "Daytime." said of those
     mask_ratios: dict[str, Probability] = {}  # conditioning-frame masks, from 8 latent frames on
     # published only: parallel sizes whose padding rows a micro-batch may get, drawn from those not below the real one
@@ -272,13 +273,59 @@ class Training(Section):
         return {"stage1": self.stage1, "stage2": self.stage2, "stage3": self.stage3}[name]
 
 
-class Cluster(Section):
-    """Where a process group runs."""
+class Slurm(Section):
+    """A job of ``cluster.hosts`` whole nodes (``cluster.launcher: slurm``)."""
 
-    ranks: Positive  # processes on this host, one a device
-    sequence_parallel: Positive = 1  # neighbouring ranks that share a clip; divides ranks and model.heads
+    partition: str | None = None  # null: the cluster's default
+    account: str | None = None
+    time: Annotated[str, Field(pattern=r"^(\d+-)?\d{1,2}:\d{2}:\d{2}$")] = "1-00:00:00"  # limit of a start: days-h:m:s
+    devices: str | None = "gpu"  # generic resource, cluster.ranks of it a node ("npu": Ascend); null: none is asked for
+    setup: list[str] = []  # shell lines before the ranks, such as: module load cuda
+    options: list[str] = []  # further ones of sbatch, such as: --qos=high
+
+
+class Kubernetes(Section):
+    """A JobSet of ``cluster.hosts`` pods (``cluster.launcher: kubernetes``)."""
+
+    image: str  # holds the environment: python with this project's requirements
+    volume_claim: str  # of the shared volume that holds the project's folder
+    project: str = "."  # the project's folder, as seen from the volume's root
+    python: str = "python"  # in the image
+    namespace: str = "default"
+    devices: str | None = "nvidia.com/gpu"  # resource, cluster.ranks of it a pod ("huawei.com/Ascend910"); null: none
+    shared_memory: str = "64Gi"  # /dev/shm of a pod: ranks of a host talk through it
+    node_selector: dict[str, str] = {}
+
+
+class Cluster(Section):
+    """Where a process group runs: the same command line everywhere (docs/cluster.md)."""
+
+    launcher: Literal["local", "slurm", "kubernetes"] = "local"
+    hosts: Positive = 1  # more than one needs slurm or kubernetes
+    ranks: Positive  # processes on each host, one a device
+    sequence_parallel: Positive = 1  # neighbouring ranks that share a clip; divides all ranks and model.heads
     threads: Count = 0  # CPU threads of a rank; 0: the host's cores shared evenly
     stall_seconds: Positive = 1800  # without a finished step: the group is stopped
+    # between asking the ranks to save and killing them: the longest step and a checkpoint have to fit
+    grace_seconds: Positive = 25
+    environment: dict[str, str] = {}  # variables of the ranks
+    slurm: Slurm | None = None
+    kubernetes: Kubernetes | None = None
+
+    @property
+    def world(self) -> int:
+        """Ranks on all hosts."""
+        return self.hosts * self.ranks
+
+    @model_validator(mode="after")
+    def _launchable(self) -> Cluster:
+        if self.launcher == "local" and self.hosts > 1:
+            raise ValueError(f"hosts {self.hosts} needs launcher slurm or kubernetes: local starts ranks on this host")
+        if self.launcher == "slurm" and self.slurm is None:
+            raise ValueError("launcher slurm needs a slurm section; {} takes the cluster's defaults")
+        if self.launcher == "kubernetes" and self.kubernetes is None:
+            raise ValueError("launcher kubernetes needs a kubernetes section with image and volume_claim")
+        return self
 
 
 class Generate(Section):
@@ -410,14 +457,18 @@ class Config(Section):
         for size in sorted(sizes | {self.generate.size}):
             if size not in self.conditions.map_cells:
                 raise ValueError(f"conditions.map_cells has no entry for {size}, which is trained or generated")
-        training, generation = self.cluster.sequence_parallel, self.generate.sequence_parallel
-        for section, share, name, count in (
-            ("cluster", training, "cluster.ranks", self.cluster.ranks),
-            ("cluster", training, "model.heads", self.model.heads),
-            ("generate", generation, "model.heads", self.model.heads),
+        world = "cluster.ranks" if self.cluster.hosts == 1 else "cluster.hosts * cluster.ranks"
+        for section, share, counts in (
+            ("cluster", self.cluster.sequence_parallel, {world: self.cluster.world, "model.heads": self.model.heads}),
+            ("generate", self.generate.sequence_parallel, {"model.heads": self.model.heads}),
         ):
-            if count % share:
-                raise ValueError(f"{section}.sequence_parallel {share} does not divide {name} {count}")
+            for name, count in counts.items():
+                if count % share:
+                    common = math.gcd(*counts.values())
+                    fits = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+                    raise ValueError(
+                        f"{section}.sequence_parallel {share} does not divide {name} {count}: choose one of {fits}"
+                    )
         if self.generate.pad_patches and not self.published:
             raise ValueError("generate.pad_patches is for published: true; else no padding is seen")
         for stage in STAGES:

@@ -1,8 +1,9 @@
-"""One supervised process group of ``torchrun`` on this host: log, stall detection, a clean end in every case.
+"""One supervised process group of ``torchrun`` on this host, or this host's part of a larger one.
 
-The group leads a session of its own, so that Ctrl-C or an orchestrator's signal reaches only the launcher, which ends
-the group in order: SIGTERM, time to save a checkpoint, SIGKILL. A pipe on the ranks' standard input closes when the
-launcher is killed outright; ranks that watch it (``LAUNCHER_PIPE``) end themselves.
+Log, stall detection, a clean end in every case: the group leads a session of its own, so that Ctrl-C or an
+orchestrator's signal reaches only the launcher, which ends the group in order: SIGTERM to the ranks, time to save a
+checkpoint, SIGKILL. A pipe on the ranks' standard input closes when the launcher is killed outright; ranks that watch
+it (``LAUNCHER_PIPE``) end themselves.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -29,6 +30,28 @@ RESUMABLE = 75  # exit status of ranks that saved a checkpoint because they were
 LAUNCHER_PIPE = "MAGICDRIVE_LAUNCHER_PIPE"  # set in the ranks' environment: end of file on stdin = launcher is gone
 GRACE_SECONDS = 25.0  # between SIGTERM and SIGKILL; orchestrators allow 30
 POLL_SECONDS = 0.5
+# torchrun itself would kill ranks 30 s after such a signal, whatever they still have to save. A scheduler signals every
+# process of a host, so that torchrun has to be deaf: the launcher ends the group.
+_DEAF_TORCHRUN = """
+import signal
+for name in ("SIGTERM", "SIGINT", "SIGUSR2"):
+    signal.signal(getattr(signal, name), lambda *_: None)  # not SIG_IGN, which its ranks would inherit
+from torch.distributed.run import main
+main()
+"""
+
+
+@dataclass(frozen=True)
+class Place:
+    """This host among the hosts of a process group."""
+
+    host: int  # counted from 0
+    hosts: int
+    address: str  # of host 0
+    port: int  # on it
+
+
+ALONE = Place(0, 1, "127.0.0.1", 0)
 
 
 def run_group(
@@ -41,7 +64,9 @@ def run_group(
     threads: int = 0,
     environment: Mapping[str, str] | None = None,
     on_poll: Callable[[], None] | None = None,
+    stop: Callable[[], bool] | None = None,
     grace_seconds: float = GRACE_SECONDS,
+    place: Place = ALONE,
 ) -> int:
     """Runs ``command`` on ``ranks`` processes of this host until all of them end.
 
@@ -54,7 +79,9 @@ def run_group(
         threads: CPU threads of a rank; 0: the host's cores shared evenly.
         environment: variables added to this process's.
         on_poll: called twice a second, e.g. to move a progress bar.
+        stop: asked twice a second; once it says yes, the group is ended in order.
         grace_seconds: between SIGTERM and SIGKILL when the group must end early.
+        place: where other hosts run ranks of the same group; ``ranks`` are those of each host.
 
     Returns:
         0, or ``RESUMABLE``: the ranks saved and want to be started again.
@@ -64,17 +91,18 @@ def run_group(
         BaseException: whatever interrupts the launcher is raised again after the group has ended.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as output, _terminable():
+    with log.open("ab") as output, terminable():
         begin = output.tell()
         process = subprocess.Popen(
-            _torchrun(command, ranks),
+            [sys.executable, "-c", _DEAF_TORCHRUN, *torchrun_words(command, ranks, place)],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **_environment(ranks, threads), **(environment or {})},
+            env={**os.environ, **_environment(ranks, threads, place), **(environment or {})},
             start_new_session=True,
         )
         members: list[psutil.Process] = []
+        stopped = False
         try:
             watch = _StallWatch(status, stall_seconds)
             while process.poll() is None:
@@ -82,6 +110,9 @@ def run_group(
                 watch.check(log)
                 if on_poll is not None:
                     on_poll()
+                if stop is not None and stop():
+                    stopped = True
+                    _stop(process, grace_seconds)
                 with _suppress_timeout():
                     process.wait(POLL_SECONDS)
         except BaseException:
@@ -91,29 +122,33 @@ def run_group(
             _kill(members)
             if process.stdin is not None:
                 process.stdin.close()
-    return _outcome(process.returncode, log, begin)
+    return _outcome(process.returncode, log, begin, stopped)
 
 
-def _torchrun(command: Sequence[str], ranks: int) -> list[str]:
-    return [
-        *(sys.executable, "-m", "torch.distributed.run"),
-        "--standalone",  # a rendezvous on a free port, so that no port can be in use
-        *("--local-addr", "127.0.0.1"),  # the host's own name need not resolve
-        *("--nproc-per-node", str(ranks)),
-        *("--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGUSR2"),
-        *command,
-    ]
+def torchrun_words(command: Sequence[str], ranks: int, place: Place = ALONE) -> list[str]:
+    """torchrun's arguments for this host's ranks."""
+    if place.hosts == 1:
+        # A rendezvous on a free port, so that no port can be in use; the host's own name need not resolve.
+        meeting = ["--standalone", "--local-addr", "127.0.0.1"]
+    else:
+        meeting = ["--nnodes", str(place.hosts), "--node-rank", str(place.host)]
+        meeting += ["--master-addr", place.address, "--master-port", str(place.port)]
+    return [*meeting, "--nproc-per-node", str(ranks), "--signals-to-handle", "SIGHUP", *command]
 
 
-def _environment(ranks: int, threads: int) -> dict[str, str]:
+def _environment(ranks: int, threads: int, place: Place) -> dict[str, str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     variables = {
         "OMP_NUM_THREADS": str(threads or max(1, cores // ranks)),
         "PYTHONUNBUFFERED": "1",  # the log is complete when a rank is killed
         LAUNCHER_PIPE: "1",
     }
+    # Blocks of unequal clips would otherwise leave holes that no other clip's tensors fit into.
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_NPU_ALLOC_CONF"):
+        if name not in os.environ:
+            variables[name] = "expandable_segments:True"
     loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
-    if loopback and "GLOO_SOCKET_IFNAME" not in os.environ:
+    if loopback and place.hosts == 1 and "GLOO_SOCKET_IFNAME" not in os.environ:
         variables["GLOO_SOCKET_IFNAME"] = loopback
     return variables
 
@@ -142,21 +177,29 @@ class _StallWatch:
             )
 
 
-def _descendants(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """The agent's children: each leads a session of its own and would outlive an agent that is killed."""
+def _descendants(process: subprocess.Popen[bytes], *, recursive: bool = True) -> list[psutil.Process]:
+    """torchrun's children, the ranks, each of which leads a session of its own and would outlive a killed torchrun."""
     try:
-        return psutil.Process(process.pid).children(recursive=True)
+        return psutil.Process(process.pid).children(recursive)
     except psutil.NoSuchProcess:
         return []
 
 
 def _stop(process: subprocess.Popen[bytes], grace_seconds: float) -> None:
-    """SIGTERM to the agent (which passes it on to the ranks), and SIGKILL to what is left after the grace."""
-    members = _descendants(process)
+    """SIGTERM to the ranks, and SIGKILL to what is left after the grace."""
+    members: list[psutil.Process] = []
+    told: set[int] = set()
+    end = time.monotonic() + grace_seconds
     try:
-        process.terminate()
-        with _suppress_timeout():
-            process.wait(grace_seconds)
+        while process.poll() is None and time.monotonic() < end:
+            members = _descendants(process) or members
+            for rank in _descendants(process, recursive=False):  # also those that were just being started
+                if rank.pid not in told:
+                    told.add(rank.pid)
+                    with suppress(psutil.NoSuchProcess):
+                        rank.terminate()
+            with _suppress_timeout():
+                process.wait(POLL_SECONDS)
     finally:  # also when a second interrupt ends the wait
         if process.poll() is None:
             process.kill()
@@ -181,7 +224,7 @@ def _suppress_timeout() -> Iterator[None]:
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
+def terminable() -> Iterator[None]:
     """SIGTERM raises in here, where it would otherwise end this process and leave the group behind."""
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
@@ -223,17 +266,19 @@ def _failures(text: str) -> list[_Failure]:
     return found
 
 
-def _outcome(return_code: int, log: Path, begin: int) -> int:
+def _outcome(return_code: int, log: Path, begin: int, stopped: bool) -> int:
     if return_code == 0:
         return 0
     with log.open("rb") as file:
         file.seek(begin)
         text = file.read().decode(errors="replace")
     failures = _failures(text)
-    if failures and all(failure.exit_code == RESUMABLE for failure in failures):
+    # A rank that was asked to stop before it could listen has nothing to save.
+    good = {RESUMABLE, -signal.SIGTERM} if stopped else {RESUMABLE}
+    if failures and all(failure.exit_code in good for failure in failures):
         return RESUMABLE
     if not failures:
-        if "SignalException" in text:  # the agent was asked to stop; it waited for its ranks
+        if stopped:  # torchrun had to be killed: the ranks did not end in time, or had not been started
             return RESUMABLE
         raise MagicDriveError(f"the launcher's torchrun failed: {_last_line(text)}; log: {log}")
     # A killed rank makes its peers fail too, and within one second the report cannot order them.

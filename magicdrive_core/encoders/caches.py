@@ -22,6 +22,7 @@ from magicdrive_core.config import STAGES, Config, bucket_name, fingerprint
 from magicdrive_core.data.clips import caption, weathers
 from magicdrive_core.data.infos import infos_digest, read_scenes
 from magicdrive_core.data.records import CLASSES, Clip, Outline
+from magicdrive_core.device import this_device
 from magicdrive_core.encoders.encode import encode_scenes
 from magicdrive_core.encoders.scene_work import EncoderSettings, SceneWork, plan_scenes
 from magicdrive_core.errors import MagicDriveError
@@ -56,8 +57,7 @@ def write_text(config: Config, infos: Path, encoders: Path, out: Path) -> None:
     by_day = (caption(scene, say_daytime=True) for scene in scenes if weathers(scene.description) == ["none"])
     captions = sorted({*(caption(scene) for scene in scenes), *by_day})
     made = read_json(encoders / "encoders.json", HINT)["text"]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    encoder = TextEncoder.load(made["path"], config.text.max_tokens, device)
+    encoder = TextEncoder.load(made["path"], config.text.max_tokens, this_device())
     texts = [*captions, *CLASSES, ""]
     features = _encode_texts(encoder, texts, out)
     classes = features[len(captions) : -1]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from magicdrive_core.config import bucket_name, parse_size
 from magicdrive_core.data.pictures import read_picture
+from magicdrive_core.device import kind
 from magicdrive_core.encoders.scene_work import DTYPES, EncoderSettings, SceneWork, begins_as
 from magicdrive_core.encoders.vae import Vae, latent_shape, to_video
 from magicdrive_core.errors import MagicDriveError
@@ -42,7 +43,7 @@ def encode_scenes(
     Raises:
         MagicDriveError: a picture is missing or broken, or a process was killed.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = kind()
     workers = min(len(os.sched_getaffinity(0)), len(works)) if device == "cpu" else 1
     if workers == 1:
         _load_vae(settings, device)

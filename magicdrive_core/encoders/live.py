@@ -11,6 +11,7 @@ from torch import Tensor
 from magicdrive_core.config import Config
 from magicdrive_core.data.pictures import read_clip
 from magicdrive_core.data.records import Clip, Scene
+from magicdrive_core.device import this_device
 from magicdrive_core.encoders.caches import TextCache
 from magicdrive_core.encoders.scene_work import DTYPES
 from magicdrive_core.encoders.vae import Vae, to_video
@@ -30,7 +31,7 @@ class LiveText:
         from magicdrive_core.encoders.text import TextEncoder  # imports transformers, which takes seconds
 
         made = read_json(project / "artifacts/encoders/encoders.json", HINT)["text"]
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = this_device()
         self._encoder = TextEncoder.load(project / made["path"], config.text.max_tokens, device)
         self._known: dict[str, Tensor] = {}
 
@@ -68,7 +69,7 @@ class LiveLatents:
             project / made["path"],
             scaling_factor=made["scaling_factor"],
             chunk_frames=config.vae.chunk_frames,
-            device="cuda" if torch.cuda.is_available() else "cpu",
+            device=this_device(),
         )
         self._root, self._scenes = project / config.data.root, scenes
         self._dtype, self._scaled = DTYPES[config.latents.dtype], config.latents.scaled_decoding

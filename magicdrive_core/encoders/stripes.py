@@ -82,7 +82,10 @@ class StripedDecoder:
         """Frames for the next group, in main memory: stripes are the same ones then, neighbours' rows included."""
         if key not in self._past:
             self._past[key] = torch.empty_like(
-                frames, device="cpu", memory_format=torch.contiguous_format, pin_memory=frames.is_cuda
+                frames,
+                device="cpu",
+                memory_format=torch.contiguous_format,
+                pin_memory=frames.device.type not in ("cpu", "meta"),
             )
         if not frames.is_meta:  # of a plan: there is nothing to copy
             self._past[key].copy_(frames)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from magicdrive_core.config import Config
+from magicdrive_core.device import this_device
 from magicdrive_core.encoders.caches import TextCache
 from magicdrive_core.encoders.text import TextEncoder
 from magicdrive_core.encoders.vae import Vae
@@ -43,8 +44,8 @@ class Models:
             MagicDriveError: the stage is not finished, its weights were changed, or are of another model section, or
                 imported ones meet ``published: false``.
         """
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = torch.bfloat16 if device.type == "cuda" and config.training.precision == "bf16" else torch.float32
+        device = this_device()
+        dtype = torch.bfloat16 if device.type != "cpu" and config.training.precision == "bf16" else torch.float32
         encoders = read_json(project / "artifacts/encoders/encoders.json", "dvc repro encoders")
         network = _load_network(config, stage_folder, project)
         vae = Vae.load(

@@ -11,11 +11,11 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from magicdrive_core.data.infos import read_scenes
+from magicdrive_core.device import backend, take_device
 from magicdrive_core.files import read_json
 from magicdrive_core.inference.generate import generate_items, help_generate
 from magicdrive_core.inference.items import list_items
@@ -28,11 +28,10 @@ def main() -> None:
     """Generates, or helps to."""
     job = read_json(Path(sys.argv[1]))
     config, (share, shares) = parse_config(job["config"], source=sys.argv[1]), job["shard"]
-    if torch.cuda.is_available():  # the workers of one host take turns at its devices
-        place = share * config.generate.devices + int(os.environ["LOCAL_RANK"])
-        torch.cuda.set_device(place % torch.cuda.device_count())
+    # The workers of one host take turns at its devices.
+    take_device(share * config.generate.devices + int(os.environ["LOCAL_RANK"]), share=True)
     patience = timedelta(seconds=config.cluster.stall_seconds)  # of the others, while rank 0 decodes and writes
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=patience)
+    dist.init_process_group(backend(), timeout=patience)
     team = Team(Path(job["status"]), halves=config.generate.devices > config.generate.sequence_parallel)
     try:
         if dist.get_rank() == 0:

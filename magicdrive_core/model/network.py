@@ -105,7 +105,8 @@ class MagicDrive(nn.Module):
     """The network: velocity of noisy latents of all views under text, cameras, ego motion, boxes and BEV map.
 
     Attributes:
-        checkpoint_blocks: recompute every block in the backward pass instead of keeping its activations.
+        checkpoint_blocks: every n-th block is computed again in the backward pass instead of keeping its activations;
+            0: none.
         slice_tokens: without gradients a block works on at most so many tokens at a time; None: on all.
         devices: that share the places of every frame; each of them runs the network with the same inputs.
     """
@@ -115,7 +116,7 @@ class MagicDrive(nn.Module):
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.config = config
-        self.checkpoint_blocks = False
+        self.checkpoint_blocks = 0
         self.slice_tokens: int | None = SLICE_TOKENS
         self.devices = OneDevice()
         width, published = config.width, config.published
@@ -243,7 +244,7 @@ class MagicDrive(nn.Module):
                     around = context.keys_values(rows, *shared_by), context.surroundings(*shared_by)
                 by_time = modulation[:, part.frames] if modulation.shape[1] > 1 else modulation
                 arguments = part.of(tokens), by_time, *around
-                if self.checkpoint_blocks and torch.is_grad_enabled():
+                if self.checkpoint_blocks and index % self.checkpoint_blocks == 0 and torch.is_grad_enabled():
                     result = checkpoint(block, *arguments, use_reentrant=False)
                 else:
                     result = block(*arguments)

@@ -41,7 +41,7 @@ def first_network(config: Config, plan: StagePlan, project: Path = Path()) -> Ma
         load_previous(network, load_file(plan.previous.weights), plan.stage, plan.previous.weights)
     if stage.freeze_text:
         network.y_embedder.requires_grad_(False)
-    network.checkpoint_blocks = stage.checkpoint_blocks
+    network.checkpoint_blocks = int(stage.checkpoint_blocks)
     return network
 
 

@@ -1,4 +1,4 @@
-"""How the network is trained on many devices: ColossalAI's Booster with ZeRO stage 2, on CUDA (nccl) and CPU (gloo).
+"""How the network is trained on many devices: ColossalAI's Booster with ZeRO stage 2, on GPUs, NPUs and CPUs.
 
 ColossalAI 0.5.0 has every part of this path but three that a CPU needs: an accelerator without streams, an Adam kernel
 that needs no compiler, and an optimizer that accepts the device. They are added here through its extension points, so
@@ -31,6 +31,7 @@ from colossalai.zero.low_level import LowLevelZeroOptimizer  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from magicdrive_core.config import Training  # noqa: E402
+from magicdrive_core.device import BACKENDS, backend, take_device  # noqa: E402
 from magicdrive_core.errors import MagicDriveError  # noqa: E402
 
 REDUCE_BUCKET_MILLIONS = 20  # elements a reduce-scatter (golden notes, section 5)
@@ -196,7 +197,7 @@ class _ZeroPlugin(LowLevelZeroPlugin):
     """LowLevelZeroPlugin that also runs on CPUs and uses ``ZeroOptimizer``."""
 
     def supported_devices(self) -> list[str]:
-        return ["cuda", "npu", "cpu"]
+        return list(BACKENDS)
 
     def configure(
         self,
@@ -229,14 +230,13 @@ class Boosted:
 
 def join_group() -> torch.device:
     """Enters the process group that torchrun started, and returns this rank's device."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    elif not isinstance(get_accelerator(), _GlooAccelerator):
+    device = take_device(int(os.environ["LOCAL_RANK"]))
+    if device.type == "cpu" and not isinstance(get_accelerator(), _GlooAccelerator):
         set_accelerator(_GlooAccelerator())
     if _TorchAdamExtension not in CPUAdamLoader.REGISTRY:
         CPUAdamLoader.REGISTRY = [_TorchAdamExtension]
-    dist.init_process_group(get_accelerator().communication_backend)
-    return get_accelerator().get_current_device()
+    dist.init_process_group(backend())
+    return device
 
 
 def boost(network: nn.Module, training: Training, device: torch.device) -> Boosted:

@@ -15,11 +15,15 @@ from rich.progress import Progress, TaskID
 from magicdrive_core.config import Config, Stage
 from magicdrive_core.errors import MagicDriveError, UsageError
 from magicdrive_core.files import read_json, write_json
-from magicdrive_core.launch import RESUMABLE, run_group
+from magicdrive_core.launch import RESUMABLE
+from magicdrive_core.launchers.devices import check_ranks
+from magicdrive_core.launchers.job import Job
+from magicdrive_core.launchers.run import run_job, show_job
 from magicdrive_core.progress import progress_bar
 from magicdrive_core.settings import load_config
 from magicdrive_core.tracking.lineage import lineage_tags
 from magicdrive_core.tracking.runs import Store
+from magicdrive_core.training.architecture import check_architecture
 from magicdrive_core.training.budget import plan_budget
 from magicdrive_core.training.masks import check_ratios
 from magicdrive_core.training.plan import StagePlan, feasibility, plan_stage, write_job
@@ -65,8 +69,10 @@ def train_stage(
         if parent_run:
             Store(config.tracking, project).client.set_tag(parent_run, f"reused.{stage}", facts["run"] or plan.folder)
         return StageResult(stage, plan.folder, plan.weights, facts["run"], True, facts)
-    _check(config, plan, project)
-    plan_budget(config, stage, project)
+    _check_settings(config, plan, project)
+    _check_previous(config, plan)
+    if config.cluster.launcher == "local":  # elsewhere the ranks measure their own host
+        plan_budget(config, stage, project)
     write_job(plan, config)
     store = Store(config.tracking, project)
     run = _child_run(store, config, plan, parent_run, project)
@@ -81,7 +87,20 @@ def train_stage(
     return StageResult(stage, plan.folder, plan.weights, run, False, facts)
 
 
-def _check(config: Config, plan: StagePlan, project: Path) -> None:
+def show_launch(config_path: Path | str, overrides: list[str] | None, stage: Stage, project: Path = Path()) -> str:
+    """What ``train_stage`` would start: a batch script, a manifest, or torchrun's command line. Nothing is started.
+
+    Raises:
+        UsageError: the settings are impossible.
+    """
+    config = load_config(config_path, overrides)
+    plan = plan_stage(config, stage, project)
+    _check_settings(config, plan, project)
+    return show_job(config.cluster, _job(config, plan, {}))
+
+
+def _check_settings(config: Config, plan: StagePlan, project: Path) -> None:
+    check_ranks(config.cluster)
     check_ratios(config.training.stage(plan.stage).mask_ratios, plan.stage)
     clips = feasibility(config, plan.stage, project)
     if not clips.possible:
@@ -89,9 +108,22 @@ def _check(config: Config, plan: StagePlan, project: Path) -> None:
             f"{plan.stage}: the data has no training clip for {', '.join(clips.empty)}",
             "use shorter clips in the stage's buckets, or longer scenes; single key frames allow stage 1 only",
         )
+    for bucket in config.training.stage(plan.stage).buckets:
+        if 0 < clips.clips[bucket.name] < bucket.batch:
+            raise UsageError(
+                f"{plan.stage}: a micro-batch of {bucket.name} has {bucket.batch} clips, and the data has"
+                f" {clips.clips[bucket.name]}",
+                f"set its batch in training.{plan.stage}.buckets to {clips.clips[bucket.name]} or less, or take more"
+                " scenes",
+            )
     if clips.warning:
         logger.warning(clips.warning)
-    if plan.previous is not None and not plan.previous.done:
+
+
+def _check_previous(config: Config, plan: StagePlan) -> None:
+    if plan.previous is not None and plan.previous.done:
+        check_architecture(plan.previous.weights, config.model)
+    elif plan.previous is not None:
         raise MagicDriveError(
             f"{plan.stage} starts from {plan.previous.stage}, which is not trained with these settings: "
             f"{plan.previous.folder} is missing or incomplete",
@@ -112,28 +144,17 @@ def _child_run(store: Store, config: Config, plan: StagePlan, parent: str | None
     shared = config.training.model_dump(mode="json", exclude={"stage1", "stage2", "stage3"})
     own = config.training.stage(plan.stage).model_dump(mode="json")
     model = config.model.model_dump(mode="json")
-    cluster = config.cluster.model_dump(mode="json")
+    cluster = config.cluster.model_dump(mode="json", exclude={"environment"})  # it may hold secrets
     store.params(run, {"training": shared | own, "model": model, "cluster": cluster, "vae": {"path": config.vae.path}})
     return run
 
 
 def _run_until_done(config: Config, plan: StagePlan, run: str) -> None:
-    cluster = config.cluster
-    status = plan.folder / "status.json"
-    command = ["-m", "magicdrive_core.training.rank", str(plan.folder)]
+    job = _job(config, plan, {"MLFLOW_RUN_ID": run})
     for _ in range(RESTARTS):
         with progress_bar() as bar:
-            watch = _Bar(bar, plan.stage, config.training.stage(plan.stage).steps, status)
-            code = run_group(
-                command,
-                cluster.ranks,
-                log=plan.folder / "log.txt",
-                status=status,
-                stall_seconds=cluster.stall_seconds,
-                threads=cluster.threads,
-                environment={"MLFLOW_RUN_ID": run, "PYTHONWARNINGS": "ignore"},  # colossalai warns of all it lacks
-                on_poll=watch.update,
-            )
+            watch = _Bar(bar, plan.stage, config.training.stage(plan.stage).steps, job.status)
+            code = run_job(config.cluster, job, watch.update)
             watch.update()
         if code != RESUMABLE:
             break
@@ -143,6 +164,18 @@ def _run_until_done(config: Config, plan: StagePlan, run: str) -> None:
             f"{plan.stage} ended without its weights ({RESTARTS} starts at most); log: {plan.folder / 'log.txt'}",
             "run again to resume from the last checkpoint",
         )
+
+
+def _job(config: Config, plan: StagePlan, environment: dict[str, str]) -> Job:
+    return Job.of(
+        config.cluster,
+        f"magicdrive-{plan.folder.name}",
+        ["-m", "magicdrive_core.training.rank", str(plan.folder)],
+        folder=plan.folder / "launch",
+        log=plan.folder / "log.txt",
+        status=plan.folder / "status.json",
+        environment=environment | {"PYTHONWARNINGS": "ignore"},  # colossalai warns of all it lacks
+    )
 
 
 class _Bar:

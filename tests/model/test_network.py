@@ -180,18 +180,32 @@ def test_the_network_exports_with_equal_results() -> None:
 def test_every_trainable_parameter_gets_a_gradient_and_checkpointing_the_same(stage1: bool) -> None:
     kind = {"temporal": not stage1, "instance_latent": not stage1, "mean_over_frames": stage1}
     net = network(**kind)
+    gradients = [gradients_of(net, stage1=stage1, every=every) for every in (0, 1, 2)]
+    for name, gradient in gradients[0].items():
+        for other in gradients[1:]:
+            assert torch.equal(other[name], gradient), name
+
+
+def gradients_of(net: MagicDrive, *, stage1: bool = False, every: int = 0) -> dict[str, Tensor]:
     frames, latents = (1, 1) if stage1 else (9, 3)
     told = replace(conditions(batch=2, frames=frames), keep=torch.tensor([True, False]))
     x, mask = noisy(batch=2, latents=latents), torch.ones(2, latents, dtype=torch.bool)
-    gradients = []
-    for checkpointed in (False, True):
-        net.checkpoint_blocks = checkpointed
-        net.zero_grad()
-        net(x, T.expand(2), told, mask).square().mean().backward()
-        assert [name for name, p in net.named_parameters() if p.requires_grad and p.grad is None] == []
-        gradients.append({name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None})
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+    net.checkpoint_blocks = every
+    net.zero_grad()
+    net(x, T.expand(2), told, mask).square().mean().backward()
+    assert [name for name, p in net.named_parameters() if p.requires_grad and p.grad is None] == []
+    return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(("every", "recomputed"), [(0, 0), (1, 6), (2, 4)])
+def test_every_nth_block_is_computed_again(every: int, recomputed: int) -> None:
+    """Two blocks of depth and one of control, spatial and temporal each; every second one is that of index 0."""
+    net, calls = network(), []
+    for blocks in net.block_groups().values():
+        for block in blocks:
+            block.register_forward_pre_hook(lambda *_: calls.append(1))
+    gradients_of(net, every=every)
+    assert len(calls) == 6 + recomputed
 
 
 @settings(deadline=None, max_examples=12)

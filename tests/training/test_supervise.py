@@ -2,56 +2,63 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from mlflow.entities import Run
+from safetensors.numpy import save
 
-from magicdrive_core.config import Stage, Tracking
+from magicdrive_core.config import Cluster, Stage, Tracking
 from magicdrive_core.errors import MagicDriveError, UsageError
 from magicdrive_core.files import read_json, sha256_file, write_json
 from magicdrive_core.launch import RESUMABLE
+from magicdrive_core.launchers.devices import check_ranks
+from magicdrive_core.launchers.job import Job
 from magicdrive_core.settings import load_config
 from magicdrive_core.tracking.runs import PARENT, Store
 from magicdrive_core.training import plan, supervise
 from magicdrive_core.training.plan import read_job
-from magicdrive_core.training.supervise import train_stage
+from magicdrive_core.training.supervise import show_launch, train_stage
 from tests.training.scenes import make_scene
 
 PROFILE = Path(__file__).resolve().parents[2] / "profiles/demo.yaml"
 PARENT_RUN = "0" * 32
+WEIGHTS = save(  # of the demo's network, as far as its architecture shows
+    {
+        "before_proj.weight": np.zeros((128, 1)),
+        **{f"base_blocks_s.{index}.gate": np.zeros(1) for index in range(4)},
+        **{f"control_blocks_s.{index}.gate": np.zeros(1) for index in range(2)},
+    }
+)
 
 
 class Ranks:
-    """Stands in for ``run_group``: gives the answers in turn; 0 leaves the weights of a finished stage."""
+    """Stands in for ``run_job``: gives the answers in turn; 0 leaves the weights of a finished stage."""
 
     def __init__(self, *answers: int | BaseException) -> None:
         self.answers = list(answers)
         self.environments: list[dict[str, str]] = []
 
-    def __call__(
-        self,
-        command: list[str],
-        ranks: int,
-        *,
-        status: Path,
-        environment: dict[str, str],
-        on_poll: Callable[[], None],
-        **_: Any,
-    ) -> int:
-        self.environments.append(environment)
-        write_json(status, {"step": 1, "steps": 2, "loss": 0.5, "clips_per_second": 3.0})
+    def __call__(self, cluster: Cluster, this: Job, on_poll: Callable[[], None]) -> int:
+        self.environments.append(this.environment)
+        write_json(this.status, {"step": 1, "steps": 2, "loss": 0.5, "clips_per_second": 3.0})
         on_poll()
         answer = self.answers.pop(0)
         if isinstance(answer, BaseException):
             raise answer
         if answer == 0:
-            folder = Path(command[-1])
+            folder = Path(this.command[-1])
             _, job = read_job(folder)
-            job.weights.write_bytes(b"weights")
-            facts = {"weights_sha256": sha256_file(job.weights), "run": environment["MLFLOW_RUN_ID"], "loss_last": 0.5}
+            job.weights.write_bytes(WEIGHTS)
+            facts = {
+                "weights_sha256": sha256_file(job.weights),
+                "run": this.environment["MLFLOW_RUN_ID"],
+                "loss_last": 0.5,
+            }
             write_json(job.result, facts)
         return answer
 
@@ -62,7 +69,7 @@ def train(project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     write_json(project / "artifacts/encoders/encoders.json", {"vae": {"latent_channels": 4}, "text": {"width": 8}})
 
     def run(ranks: Ranks, stage: Stage = "stage1", overrides: list[str] | None = None) -> Any:
-        monkeypatch.setattr(supervise, "run_group", ranks)
+        monkeypatch.setattr(supervise, "run_job", ranks)
         return train_stage(PROFILE, overrides, stage, PARENT_RUN, project)
 
     return run
@@ -78,7 +85,7 @@ def test_a_stage_is_trained_once(project: Path, train: Callable[..., Any]) -> No
     parent = Store(Tracking(), project)
     result = train(Ranks(0), overrides=["training.stage1.learning_rate=0.001"])
     assert not result.skipped
-    assert result.weights.read_bytes() == b"weights"
+    assert result.weights.read_bytes() == WEIGHTS
     run = only_run(project)
     assert run.info.status == "FINISHED"
     assert run.info.run_id == result.run
@@ -147,6 +154,10 @@ def test_the_run_of_the_stage_before_is_told(project: Path, train: Callable[...,
     [
         ("training.stage1.mask_ratios={middle: 0.5}", "middle is no kind of mask"),
         ("training.stage1.buckets=[{size: 112x200, frames: 65, batch: 1}]", "no training clip for 112x200-65"),
+        (
+            "training.stage1.buckets=[{size: 112x200, frames: 1, batch: 99}]",
+            r"a micro-batch of 112x200-1 has 99 clips, and the data has \d+ ",
+        ),
     ],
 )
 def test_impossible_settings_start_nothing(
@@ -172,3 +183,46 @@ def test_a_stage_that_memory_cannot_hold_is_refused_before_anything_starts(
     with pytest.raises(MagicDriveError, match=r"a micro-batch of .* are left for each of 2 ranks"):
         train(ranks)
     assert not ranks.environments
+
+
+def test_weights_of_another_network_are_refused_before_anything_starts(train: Callable[..., Any]) -> None:
+    first = train(Ranks(0))
+    weights = save({"before_proj.weight": np.zeros((64, 1))})
+    first.weights.write_bytes(weights)
+    write_json(
+        first.folder / "run.json",
+        read_json(first.folder / "run.json") | {"weights_sha256": hashlib.sha256(weights).hexdigest()},
+    )
+    ranks = Ranks(0)
+    with pytest.raises(MagicDriveError, match=r"another network: model\.width is 128 in params\.yaml, 64 in the file"):
+        train(ranks, "stage2")
+    assert not ranks.environments
+
+
+def test_a_queue_is_asked_for_nothing_by_a_dry_run(project: Path, train: Callable[..., Any]) -> None:
+    settings = ["cluster.launcher=slurm", "cluster.slurm={}", "cluster.hosts=4"]
+    script = show_launch(PROFILE, settings, "stage2", project)
+    assert "#SBATCH --nodes=4" in script
+    assert not (project / "runs").exists()
+    with pytest.raises(UsageError, match="no training clip"):
+        show_launch(PROFILE, ["training.stage1.buckets=[{size: 112x200, frames: 65, batch: 1}]"], "stage1", project)
+
+
+@pytest.mark.parametrize(("visible", "fits"), [(None, False), ("0", False), ("", True), ("-1", True)])
+def test_ranks_beyond_the_devices_of_the_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, fits: bool
+) -> None:
+    for name in ("nvidia0", "nvidia1", "nvidia2", "nvidiactl", "null"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr("magicdrive_core.launchers.devices.version", lambda _: "2.13.0+cu130")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    cluster = Cluster(ranks=4)
+    if fits:
+        check_ranks(cluster, tmp_path)
+    else:
+        with pytest.raises(UsageError, match=r"cluster\.ranks 4 is more than the [13] devices") as caught:
+            check_ranks(cluster, tmp_path)
+        assert "cluster.ranks=" in caught.value.hint
+    check_ranks(Cluster.model_validate({"ranks": 4, "launcher": "slurm", "slurm": {}}), tmp_path)
