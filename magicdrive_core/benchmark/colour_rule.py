@@ -17,8 +17,9 @@ from magicdrive_core.data.synthetic.regions import Region, Regions
 from magicdrive_core.video.colour import Picture
 
 LIGHTS = (DAY, NIGHT, RAIN)
-SURROUNDINGS = (3, 7, 15)  # pixels a side of the squares whose mean colours count beside the pixel's own
-WIDTH = 64
+SQUARES = (3, 7, 15)  # pixels a side of the squares about a pixel whose mean colours count beside its own
+ABOVE_BELOW = (-24, -12, 12, 24)  # rows from it to the middles of others, of the largest side
+WIDTH = 96
 STEPS, BATCH, RATE = 3000, 1024, 3e-3
 SEED = 1
 
@@ -35,7 +36,7 @@ class Frame:
 class ColourRule:
     """A small perceptron from the colours of a pixel and of its surroundings, and the light, to its region.
 
-    Where in the picture a pixel lies does not enter: a road at the bottom is no more a road than one in the sky.
+    Where in the picture a pixel lies does not enter: it knows what is around it and nothing else.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -72,8 +73,10 @@ class ColourRule:
 
 
 def _features(light: Light, picture: Picture) -> Tensor:
-    """(H, W, 15): red, green, blue of the pixel and of the means around it, in [-1, 1]; one of three lights."""
+    """(H, W, 27): red, green, blue of the pixel and of the means around it, in [-1, 1]; one of three lights."""
     colours = picture.astype(np.float32) / 127.5 - 1
-    parts = [colours, *(cv2.blur(colours, (side, side), borderType=cv2.BORDER_REFLECT_101) for side in SURROUNDINGS)]
+    means = [cv2.blur(colours, (side, side), borderType=cv2.BORDER_REFLECT_101) for side in SQUARES]
+    rows = np.arange(len(picture))[:, None] + ABOVE_BELOW
+    others = [means[-1][column] for column in rows.clip(0, len(picture) - 1).T]
     kind = np.broadcast_to(np.array([light == other for other in LIGHTS], np.float32), (*picture.shape[:2], 3))
-    return torch.from_numpy(np.concatenate([*parts, kind], axis=-1))
+    return torch.from_numpy(np.concatenate([colours, *means, *others, kind], axis=-1))

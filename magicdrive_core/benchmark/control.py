@@ -33,7 +33,7 @@ from magicdrive_core.video.frames import read_view
 from magicdrive_core.video.record import ItemRecord
 from magicdrive_core.video.sheets import contact_sheet, six_views
 
-RULE_SCENES = 30  # of training, from which the colours of regions are learned
+RULE_SCENES = 24  # of training, from which the colours of regions are learned
 SHEET_SCENES, SHEET_VIEW = 3, 200  # in the sheet, and pixels of a view there
 
 
@@ -81,10 +81,13 @@ class Control:
             untrained: of the same clips by its initial weights.
 
         Raises:
-            MagicDriveError: an item is missing.
+            MagicDriveError: an item is missing, or a light has one validation scene only.
         """
+        try:
+            others = [frame for frames in of_others(self.truth) for frame in frames]
+        except ValueError as error:
+            raise MagicDriveError(f"{error}", "name more scenes in data.val_scenes, or: magicdrive use learn") from None
         truth = [frame for frames in self.truth for frame in frames]
-        others = [frame for frames in of_others(self.truth) for frame in frames]
         rendered = [frame.picture for frame in truth]
         drawn = self.items(generated)
         return {
@@ -123,7 +126,7 @@ class Control:
         )
         out: list[Picture] = []
         for picture in pictures:
-            latents = vae.latents(vae.moments(to_video(picture[None, None])))
+            latents = vae.latents(vae.moments(to_video(np.array(picture)[None, None])))
             out += [chunk[0, 0] for chunk in vae.decode(latents)]
         return out
 

@@ -57,8 +57,7 @@ _OF_LABEL = {
 }
 _VEHICLES = {"car", "truck", "bus", "trailer", "construction_vehicle"}
 _TABLE = np.zeros(256, np.uint8)
-for _label, _region in _OF_LABEL.items():
-    _TABLE[_label] = _region
+_TABLE[list(_OF_LABEL)] = list(_OF_LABEL.values())
 
 
 class RegionPainter:
@@ -112,14 +111,14 @@ def draw_regions(lens: Lens, place: Place, movers: Things, description: str) -> 
     regions = np.repeat(_TABLE[labels][..., None], 3, axis=2)
     things = seen(movers.joined(standing(place.scenery, lens)), lens, SEEN)
     faces = faces_of(things, lens, light_of(description), np.empty((0, 2)))
-    of_thing = np.array([_region(name) for name in things.names], dtype=np.int64)
-    colours = np.repeat(of_thing[faces.owners][:, None], 3, axis=1)
+    own = np.array([_of_thing(name) for name in things.names], dtype=np.int64)
+    colours = np.repeat(own[faces.owners][:, None], 3, axis=1)
     # Beyond where edges are drawn smoothly: a region has no shades.
     fill(regions, replace(faces, colours=colours, away=faces.away + SMOOTH), lens)
     return np.ascontiguousarray(regions[..., 0])
 
 
-def _region(name: str) -> Region:
+def _of_thing(name: str) -> Region:
     if name not in CLASSES.values():
         return Region.SCENERY
     return Region.VEHICLE if name in _VEHICLES else Region.SMALL
