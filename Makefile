@@ -16,7 +16,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test demo run up down ui data-dvc clean
+.PHONY: help setup check format test demo learn run up down ui data-dvc clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -45,6 +45,12 @@ test: check  ## check, then all tests (what .ci/run calls)
 demo: $(READY)  ## everything end to end on generated data, or on yours: make demo DATA=/path VERSION=v1.0-mini
 	magicdrive use $(PROFILE) $(if $(DATA),-S data.root='$(abspath $(DATA))' -S data.version='$(VERSION)' -S synth=null)
 	python -m flows.pipeline
+
+learn: $(READY)  ## a training after which conditions rule the picture, and how well they do: docs/learning.md
+	magicdrive use learn
+	python -m flows.prepare
+	python -m flows.train
+	magicdrive fidelity
 
 run: $(READY)  ## the same with params.yaml as it stands (yours to change)
 	python -m flows.pipeline

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from magicdrive_core import cli_data, cli_scores, cli_video
+from magicdrive_core import cli_data, cli_measure, cli_scores, cli_video
 from magicdrive_core.cli_options import (
     CONDITIONS,
     DEFAULT_PARAMS,
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.add_typer(cli_data.app)
+app.add_typer(cli_measure.app)
 app.add_typer(cli_scores.app)
 app.add_typer(cli_video.app, name="video")
 

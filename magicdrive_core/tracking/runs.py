@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -121,6 +122,14 @@ def open_parent(config: Config, name: str, project: Path = Path()) -> str:
 def close_parent(config: Config, run: str, status: Status, project: Path = Path()) -> None:
     """Ends a parent run."""
     Store(config.tracking, project).close(run, status)
+
+
+def log_results(config: Config, run: str, metrics: Mapping[str, float], picture: Path, project: Path = Path()) -> None:
+    """Adds final figures, those that are numbers, and a picture to a run that may be closed already."""
+    log = MetricLog(Store(config.tracking, project), run)
+    log.metrics({name: value for name, value in metrics.items() if math.isfinite(value)}, step=0)
+    log.picture(picture)
+    log.flush()
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

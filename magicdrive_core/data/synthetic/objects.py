@@ -66,6 +66,7 @@ class Faces:
     colours: NDArray[np.int64]  # (F, 3) blue, green, red
     shining: NDArray[np.bool_]  # (F,)
     away: Array  # (F,) metres from the eye to the thing's middle
+    owners: NDArray[np.int64]  # (F,) index of the thing
 
 
 def seen(things: Things, lens: Lens, reach: float) -> Things:
@@ -157,7 +158,7 @@ def faces_of(things: Things, lens: Lens, light: Light, lamps: Array) -> Faces:
     haze = np.array(light.horizon)
     colour = np.clip(np.rint(haze + (colour - haze) * clear), 0, 255).astype(np.int64)
     order = np.lexsort((rank, owner))
-    return Faces(lens.camera(points[order]), colour[order, ::-1], glows[order], away[order])
+    return Faces(lens.camera(points[order]), colour[order, ::-1], glows[order], away[order], owner[order])
 
 
 def fill(picture: Picture, faces: Faces, lens: Lens) -> list[tuple[Pixels, Colour, float]]:
@@ -180,7 +181,7 @@ def mirrored(faces: Faces, lens: Lens, reach: float) -> Faces:
     up = lens.ego_to_global[:3, 2] @ lens.camera_to_global[:3, :3]  # in the camera frame
     points = faces.points[near]
     points = points - 2 * (points @ up + lens.height)[..., None] * up
-    return Faces(points, faces.colours[near], faces.shining[near], faces.away[near])
+    return Faces(points, faces.colours[near], faces.shining[near], faces.away[near], faces.owners[near])
 
 
 def _shading(normals: Array, light: Light) -> Array:

@@ -58,7 +58,7 @@ def draw(lens: Lens, light: Light, place: Place, movers: Things) -> Picture:
     labels = np.zeros((PICTURE_HEIGHT, PICTURE_WIDTH), np.uint8)
     paint_sky(labels, lens)
     paint(labels, place.ground, lens)
-    things = seen(movers.joined(_standing(place.scenery, lens)), lens, SEEN)
+    things = seen(movers.joined(standing(place.scenery, lens)), lens, SEEN)
     shade(labels, _shadows(things, light), lens)
     picture = colourise(labels, lens, light)
     lamps = place.lamps[np.linalg.norm(place.lamps - lens.eye[:2], axis=1) < LIT]
@@ -81,7 +81,7 @@ def encode(picture: Picture) -> bytes:
     return jpeg.tobytes()
 
 
-def _standing(scenery: Things, lens: Lens) -> Things:
+def standing(scenery: Things, lens: Lens) -> Things:
     """Scenery near the camera, standing on the ground plane."""
     near = np.flatnonzero(np.linalg.norm(scenery.centres[:, :2] - lens.eye[:2], axis=1) < SEEN)
     chosen = scenery.taken(near)

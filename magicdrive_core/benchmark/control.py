@@ -1,0 +1,174 @@
+"""Whether the conditions rule the pictures: a generated city's validation clips against an exact drawing of each scene.
+
+The measure is that of ``fidelity.py``; of each clip the first frame counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from magicdrive_core.benchmark.colour_rule import ColourRule, Frame
+from magicdrive_core.benchmark.fidelity import Fidelity, measure, of_others
+from magicdrive_core.benchmark.sights import Sights
+from magicdrive_core.config import Config, parse_size
+from magicdrive_core.data.bev_maps import BevMaps
+from magicdrive_core.data.infos import read_scenes
+from magicdrive_core.data.pictures import read_picture
+from magicdrive_core.data.records import Scene
+from magicdrive_core.data.synthetic.light import light_of
+from magicdrive_core.data.synthetic.regions import RegionPainter
+from magicdrive_core.encoders.vae import Vae, to_video
+from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.files import atomic_file, read_json
+from magicdrive_core.geometry.cameras import VIEWS, Framing
+from magicdrive_core.progress import track
+from magicdrive_core.video.colour import Picture
+from magicdrive_core.video.frames import read_view
+from magicdrive_core.video.record import ItemRecord
+from magicdrive_core.video.sheets import contact_sheet, six_views
+
+RULE_SCENES = 24  # of training, from which the colours of regions are learned
+SHEET_SCENES, SHEET_VIEW = 3, 200  # in the sheet, and pixels of a view there
+
+
+@dataclass(frozen=True)
+class Control:
+    """What a generated city's validation scenes truly show.
+
+    Raises:
+        MagicDriveError: infos, pictures or tables are missing, or do not fit together.
+    """
+
+    config: Config
+    project: Path = Path()
+
+    @property
+    def framing(self) -> Framing:
+        """Of the frames that are compared: those that the network makes."""
+        return Framing(*parse_size(self.config.generate.size))
+
+    @cached_property
+    def scenes(self) -> list[Scene]:
+        """For validation."""
+        return [scene for scene in self._all if scene.split in ("val", "both")]
+
+    @cached_property
+    def truth(self) -> list[list[Frame]]:
+        """Of each validation scene its first frame, view by view."""
+        return [self._frames(scene) for scene in track(self.scenes, "exact regions")]
+
+    @cached_property
+    def rule(self) -> ColourRule:
+        """Learned from first frames of training scenes, spread evenly: as rendered and as the VAE gives them back."""
+        train = [scene for scene in self._all if scene.split in ("train", "both")]
+        chosen = np.linspace(0, len(train) - 1, min(RULE_SCENES, len(train))).round().astype(int)
+        frames = [frame for index in track(chosen, "colours of regions") for frame in self._frames(train[index])]
+        softened = self.reconstructed([frame.picture for frame in frames])
+        both = frames + [replace(frame, picture=soft) for frame, soft in zip(frames, softened, strict=True)]
+        return ColourRule.learn(both)
+
+    def compare(self, generated: Path, untrained: Path) -> dict[str, Fidelity]:
+        """The table: what was generated, between what is best and what comes without reading conditions.
+
+        Args:
+            generated: folder of the items of the trained network.
+            untrained: of the same clips by its initial weights.
+
+        Raises:
+            MagicDriveError: an item is missing, or a light has one validation scene only.
+        """
+        try:
+            others = [frame for frames in of_others(self.truth) for frame in frames]
+        except ValueError as error:
+            raise MagicDriveError(f"{error}", "name more scenes in data.val_scenes, or: magicdrive use learn") from None
+        truth = [frame for frames in self.truth for frame in frames]
+        rendered = [frame.picture for frame in truth]
+        drawn = self.items(generated)
+        return {
+            "rendered": measure(self.rule, rendered, truth),
+            "through the VAE": measure(self.rule, self.reconstructed(rendered), truth),
+            "generated": measure(self.rule, drawn, truth),
+            "generated, conditions of another clip": measure(self.rule, drawn, others),
+            "rendered, another clip": measure(self.rule, rendered, others),
+            "untrained": measure(self.rule, self.items(untrained), truth),
+        }
+
+    def items(self, folder: Path) -> list[Picture]:
+        """The first frames of the first generation of every validation scene, view by view, as the network made them.
+
+        Raises:
+            MagicDriveError: an item is missing, or its files are.
+        """
+        records = {path.parent: ItemRecord.read(path.parent) for path in sorted(folder.glob("*/item.json"))}
+        by_scene = {record.scene: (path, record) for path, record in records.items() if record.generation == 0}
+        missing = [scene.name for scene in self.scenes if scene.token not in by_scene]
+        if missing:
+            raise MagicDriveError(
+                f"{folder} lacks {len(missing)} of {len(self.scenes)} scenes, {missing[0]} first",
+                "python -m flows.generate",
+            )
+        found = [by_scene[scene.token] for scene in self.scenes]
+        return [self._first(path / record.views[view].file) for path, record in found for view in VIEWS]
+
+    def reconstructed(self, pictures: Sequence[Picture]) -> list[Picture]:
+        """Pictures (H, W, 3) after the VAE's encoder and decoder: what no network that draws latents can surpass."""
+        facts = read_json(self.project / "artifacts/encoders/encoders.json")["vae"]
+        vae = Vae.load(
+            self.project / facts["path"],
+            scaling_factor=facts["scaling_factor"],
+            chunk_frames=self.config.vae.chunk_frames,
+        )
+        out: list[Picture] = []
+        for picture in pictures:
+            latents = vae.latents(vae.moments(to_video(np.array(picture)[None, None])))
+            out += [chunk[0, 0] for chunk in vae.decode(latents)]
+        return out
+
+    def write_sheet(self, generated: Path, untrained: Path, path: Path, chosen: Sequence[int] | None = None) -> None:
+        """A picture: scenes as rows, by default one of each light; rendered, conditions, generated, untrained."""
+        if chosen is None:
+            lights = [frames[0].light for frames in self.truth]
+            chosen = sorted({light: lights.index(light) for light in lights}.values())[:SHEET_SCENES]
+        drawn, noise = self.items(generated), self.items(untrained)
+        views, rows = len(VIEWS), []
+        for index in chosen:
+            scene = self.scenes[index]
+            bits = BevMaps(self.config, self.project).of_scene(scene, self.config.generate.size, draw=False)
+            sights = Sights(scene, bits, self.project / self.config.data.root, SHEET_VIEW)
+            told = sights.conditions(0)[:, sights.framing.crop :]
+            some = slice(index * views, (index + 1) * views)
+            real = [frame.picture for frame in self.truth[index]]
+            columns = [np.stack(real), told, np.stack(drawn[some]), np.stack(noise[some])]
+            rows.append([six_views(column, SHEET_VIEW, captions=False) for column in columns])
+        labels = [self.scenes[index].name for index in chosen]
+        sheet = contact_sheet(rows, labels, ["rendered", "conditions", "generated", "untrained"])
+        with atomic_file(path) as partial:
+            Image.fromarray(sheet).save(partial, format="PNG")
+
+    @cached_property
+    def _all(self) -> list[Scene]:
+        return read_scenes(self.project / "artifacts/infos")
+
+    @cached_property
+    def _painter(self) -> RegionPainter:
+        return RegionPainter(self.project / self.config.data.root, self.config.data.version)
+
+    def _frames(self, scene: Scene) -> list[Frame]:
+        root, light = self.project / self.config.data.root, light_of(scene.description)
+        return [
+            Frame(light, read_picture(root / path, self.framing), self._painter.of_frame(path, self.framing))
+            for path in scene.pictures[0]
+        ]
+
+    def _first(self, path: Path) -> Picture:
+        """The first frame of a generated view's file, at the size at which it was made."""
+        if path.suffix == ".png":
+            return read_picture(path, self.framing)
+        size = self.framing.resized_height, self.framing.width
+        return next(read_view(path, size))[self.framing.crop :]
