@@ -21,6 +21,7 @@ from magicdrive_core.data.bev_maps import BevMaps
 from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.data.pictures import read_picture
 from magicdrive_core.data.records import Scene
+from magicdrive_core.data.scene_files import Scenes
 from magicdrive_core.data.synthetic.light import light_of
 from magicdrive_core.data.synthetic.regions import RegionPainter
 from magicdrive_core.encoders.vae import Vae, to_video
@@ -152,7 +153,7 @@ class Control:
             Image.fromarray(sheet).save(partial, format="PNG")
 
     @cached_property
-    def _all(self) -> list[Scene]:
+    def _all(self) -> Scenes:
         return read_scenes(self.project / "artifacts/infos")
 
     @cached_property

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from magicdrive_core.config import I3D
+from magicdrive_core.device import this_device
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.files import sha256_file
 from magicdrive_core.scores.protocol import FRAMES, SIDE
@@ -47,7 +48,7 @@ class TorchScriptI3D:
                 f"{path} has the SHA-256 {found}, scores.i3d.sha256 says {settings.sha256}",
                 "figures of other weights cannot be compared: take the right file, or name its digest",
             )
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = this_device()
         try:
             self._module = torch.jit.load(str(path), map_location=self._device).eval()
         except RuntimeError as error:
