@@ -3,10 +3,11 @@
     python benchmarks/training.py                            # the demo's data, ranks 1 and 2, with and without caches
     python benchmarks/training.py --ranks 1 --steps 4 --widths 128
 
-Starts the ranks itself. Needs `python -m flows.prepare` to have run in --project. On a CPU every part is CPU time of one thread, which other
-work on the machine disturbs little, and which leaves out the time that ranks wait for each other; on a GPU it is wall
-time with the device synchronised around each part. Micro-batches are prepared in line here, not ahead as in training:
-then "load" and "encode" overlap with the rest and cost a step only what "loader_wait_seconds" says.
+Starts the ranks itself; `python -m flows.prepare` must have run in --project. On a CPU every part is CPU time of one
+thread, which other work on the machine disturbs little, and which leaves out the time that ranks wait for each other;
+on a GPU it is wall time with the device synchronised around each part. Micro-batches are prepared in line here, not
+ahead as in training: there "load" and "encode" overlap with the rest and cost a step only what "loader_wait_seconds"
+says.
 """
 
 from __future__ import annotations
@@ -127,8 +128,6 @@ def timed(clock: Clock, name: str, function: Callable[..., Any]) -> Callable[...
 
 def checkpoints(options: argparse.Namespace, width: int) -> dict[str, float]:
     """On a rank: what a checkpoint of a network of that width takes. Moments are there after one made-up step."""
-    import torch
-
     from magicdrive_core.model.build import build_network
     from magicdrive_core.training import checkpoint
     from magicdrive_core.training.checkpoint import Progress
@@ -163,6 +162,7 @@ def checkpoints(options: argparse.Namespace, width: int) -> dict[str, float]:
         "background, CPU": background,
         "background, wall": waited,
         "load": clock.spent["load"],
+        "verify": clock.spent["verify"],
     }
 
 
