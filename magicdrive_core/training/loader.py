@@ -157,7 +157,9 @@ class Loader:
             None if mask.all() else torch.from_numpy(mask),
             int(rng.choice(simulated)) if simulated else None,
             generator,
-            training_flops(self._sizes, len(clips), frames, latents.shape[3:], conditions.box_classes.shape[-1]),
+            training_flops(
+                self._sizes, len(clips), clips[0].frames, latents.shape[3:], conditions.box_classes.shape[-1]
+            ),
         )
 
     def _conditions(

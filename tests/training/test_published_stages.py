@@ -12,12 +12,12 @@ from magicdrive_core.settings import load_config
 CONFIG = load_config(Path(__file__).resolve().parents[2] / "profiles/nuscenes.yaml")
 MASKS = {"random": 0.01, "quarter_head": 0.002, "quarter_tail": 0.002, "image_head": 0.22, "image_tail": 0.005}
 
-# Clips in a micro-batch by size and frames; "full" scenes are 185 frames here.
+# Clips in a micro-batch by size and frames; "full" ones are whole scenes, of 241 frames at most.
 BATCHES: dict[Stage, dict[str, dict[int, int]]] = {
     "stage1": {"224x400": {1: 4}},
     "stage2": {"224x400": {1: 10, 9: 8, 17: 4, 33: 2, 65: 1}, "424x800": {1: 10, 9: 2, 17: 1, 33: 1}},
     "stage3": {
-        "224x400": {1: 10, 17: 10, 185: 1},
+        "224x400": {1: 10, 17: 10, 241: 1},
         "424x800": {1: 10, 17: 6, 33: 4, 65: 2, 129: 1},
         "848x1600": {1: 10, 9: 3, 17: 2, 33: 1},
     },
