@@ -264,9 +264,15 @@ class Training(Section):
     # memory of each rank for micro-batches that wait; null: a tenth of what the container leaves free
     prefetch_mbytes: Positive | None = None
     checkpoint_every: Positive  # steps
-    keep_checkpoints: Positive = 2
+    keep_checkpoints: Positive = 2  # the newest
+    keep_every: Positive | None = None  # steps: the first checkpoint of each so many is kept for good; null: none is
+    # steps in a row whose loss or gradient is not finite: fewer are skipped, so many end the training
+    max_skipped: Positive = 3
+    # gradients travel while the backward pass goes on: faster, but suspected of the NaN of ColossalAI #6091
+    overlap_communication: bool = False
     preview_every: Positive  # steps
     log_every: Positive = 1
+    peak_tflops: PositiveFloat | None = None  # of a device in this precision; null: those that resources.py knows
 
     def stage(self, name: Stage) -> StageConfig:
         """The settings of one stage."""

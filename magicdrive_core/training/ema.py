@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from magicdrive_core.training.shards import gather, masters, shard_of
+from magicdrive_core.training.shards import gather, masters
 from magicdrive_core.training.strategy import Boosted
 
 
@@ -26,10 +26,6 @@ class Ema:
     def update(self) -> None:
         """After each step of the optimizer."""
         torch._foreach_lerp_(list(self.shards.values()), list(self._masters.values()), 1 - self._decay)
-
-    def load(self, whole: dict[str, Tensor]) -> None:
-        """Takes the averages of a checkpoint, whole tensors by parameter name."""
-        self.shards = {name: shard_of(whole[name], shard) for name, shard in self.shards.items()}
 
     def gather(self) -> dict[str, Tensor]:
         """The network's whole state dict in fp32 with the averages in it; empty on ranks other than 0. Collective."""

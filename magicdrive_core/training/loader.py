@@ -30,7 +30,9 @@ from magicdrive_core.encoders.caches import LatentCache
 from magicdrive_core.encoders.live import LiveLatents, open_text
 from magicdrive_core.encoders.vae import sample_moments
 from magicdrive_core.files import read_json
+from magicdrive_core.model.flops import training_flops
 from magicdrive_core.model.inputs import Conditions, collate
+from magicdrive_core.model.network import NetworkConfig
 from magicdrive_core.training.ahead import Ahead
 from magicdrive_core.training.budget import plan_budget
 from magicdrive_core.training.masks import draw_masks
@@ -48,6 +50,7 @@ class Batch:
     mask: Tensor | None  # B, T bool: True = noisy; None: all noisy
     pad_patches: int | None  # published: the parallel size whose padding rows the patches get; None: the real one
     generator: torch.Generator  # for time and noise
+    flops: float  # that the network takes for it, forward and backward
 
 
 class Loader:
@@ -74,7 +77,16 @@ class Loader:
             self._latents = LiveLatents(config, project, self._scenes)
         else:
             self._latents = LatentCache(artifacts / "latents", config)
-        self._scale: float = read_json(artifacts / "encoders/encoders.json")["vae"]["scaling_factor"]
+        encoders = read_json(artifacts / "encoders/encoders.json")
+        self._scale: float = encoders["vae"]["scaling_factor"]
+        self._sizes = NetworkConfig.of(
+            config.model,
+            latent_channels=encoders["vae"]["latent_channels"],
+            text_width=encoders["text"]["width"],
+            text_tokens=config.text.max_tokens,
+            stage=stage,
+            published=config.published,
+        )
         self._ahead: Ahead[Batch] | None = None
 
     def start(self, micro_batches: int, groups: int, group: int, steps: int | None = None) -> None:
@@ -145,6 +157,9 @@ class Loader:
             None if mask.all() else torch.from_numpy(mask),
             int(rng.choice(simulated)) if simulated else None,
             generator,
+            training_flops(
+                self._sizes, len(clips), clips[0].frames, latents.shape[3:], conditions.box_classes.shape[-1]
+            ),
         )
 
     def _conditions(

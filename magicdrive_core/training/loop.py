@@ -20,12 +20,15 @@ from magicdrive_core.tracking.summary import first_and_last
 from magicdrive_core.training import checkpoint
 from magicdrive_core.training.checkpoint import Progress
 from magicdrive_core.training.ema import Ema
-from magicdrive_core.training.facts import RankFacts, Stop, check_losses, of_groups, share
+from magicdrive_core.training.facts import RankFacts, Stop, of_groups, share
+from magicdrive_core.training.guard import Guard
 from magicdrive_core.training.loader import Batch, Loader
 from magicdrive_core.training.mesh import Mesh
 from magicdrive_core.training.plan import StagePlan
 from magicdrive_core.training.preview import Preview
 from magicdrive_core.training.record import Recorder, StepFacts
+from magicdrive_core.training.resources import device_memory
+from magicdrive_core.training.saving import Saver
 from magicdrive_core.training.strategy import Boosted, boost
 
 logger = logging.getLogger(__name__)
@@ -55,52 +58,73 @@ def train(
         0, with the EMA weights and ``run.json`` in the plan's folder; or 75, with a checkpoint to resume from.
 
     Raises:
-        MagicDriveError: a loss or gradient is not finite (no weight was touched), or a file is not usable.
+        MagicDriveError: no finite loss and gradient for several steps (no weight was touched), or an unusable file.
     """
     training, stage = config.training, config.training.stage(plan.stage)
     mesh = Mesh.of(config.cluster.sequence_parallel)
     network.devices = mesh.devices
     boosted = boost(network, training, device)
     ema = Ema(boosted, training.ema)
-    progress = checkpoint.resume(plan.folder / "checkpoints", boosted, ema) or Progress()
+    folder = plan.folder / "checkpoints"
+    progress = checkpoint.resume(folder, boosted, ema) or Progress()
     logger.info("%s: from step %d of %d, %d ranks", plan.stage, progress.step, stage.steps, dist.get_world_size())
     loader.start(progress.micro_batches, mesh.groups, mesh.group, stage.steps - progress.step)
     flow = RectifiedFlow(config.flow.base_pixels)
+    guard = Guard(plan, training.max_skipped)
+    saver = Saver(folder, boosted, ema, training.keep_checkpoints, training.keep_every)
+    due = False  # a checkpoint
 
-    def save() -> None:
-        checkpoint.save(plan.folder / "checkpoints", boosted, ema, progress, training.keep_checkpoints)
-
-    with loader, Recorder(config, plan, progress, project) as recorder:
+    with loader, saver, Recorder(config, plan, progress, project, device) as recorder:
         while progress.step < stage.steps:
             began = time.perf_counter()
             batch = loader.next()
             waited = time.perf_counter() - began
 
-            loss = flow_loss(boosted, flow, batch)
-            boosted.optimizer.backward(loss)
-            ranks = share(RankFacts.of(loss, batch, waited, stop), device)
-            check_losses(ranks, progress.step)
-            groups = of_groups(ranks, mesh.devices.size)
+            losses, t = flow_loss(boosted, flow, batch)
+            boosted.optimizer.backward(losses.mean())
+            ranks = share(
+                RankFacts.of(
+                    losses,
+                    t,
+                    batch,
+                    gradients=boosted.optimizer.check_gradients(),
+                    waited=waited,
+                    stop=stop,
+                    writing=saver.state,
+                    memory=device_memory(device),
+                )
+            )
+            saver.settle([facts.writing for facts in ranks])
             rate = learning_rate(stage, progress.step)
-            boosted.set_learning_rate(rate)
-            boosted.optimizer.step()
-            norm = boosted.optimizer.get_grad_norm()
+            faults = guard.faults(progress.step, ranks, rate)
+            norm = None
+            if not faults:
+                boosted.set_learning_rate(rate)
+                boosted.optimizer.step()
+                norm = float(boosted.optimizer.get_grad_norm())
+                ema.update()
             boosted.optimizer.zero_grad()
-            ema.update()
 
             seconds = time.perf_counter() - began
             progress.step += 1
             progress.micro_batches += mesh.groups
             progress.seconds += seconds
-            recorder.step(StepFacts.of(groups, progress, seconds, rate, norm, loader.buckets))
+            groups = of_groups(ranks, mesh.devices.size)
+            recorder.step(StepFacts.of(groups, progress, seconds, rate, norm, loader.buckets, faults))
 
             last = progress.step == stage.steps
-            if any(facts.stop for facts in groups) and not last:
-                save()
-                logger.info("asked to stop: saved at step %d", progress.step)
+            due = due or progress.step % training.checkpoint_every == 0
+            stopping = any(facts.stop for facts in ranks)
+            if guard.clean and not last and (due or stopping):
+                saver.begin(progress)
+                due = False
+            if stopping or last or guard.exhausted:
+                saver.finish()
+            if guard.exhausted:
+                raise guard.give_up()
+            if stopping and not last:
+                logger.info("asked to stop after step %d; its checkpoint took %.1f s", progress.step, saver.seconds)
                 return RESUMABLE
-            if progress.step % training.checkpoint_every == 0 and not last:
-                save()
             if progress.step % training.preview_every == 0 or last:
                 with ema.applied():
                     recorder.picture(preview, network, progress.step)
@@ -108,15 +132,19 @@ def train(
     return 0
 
 
-def flow_loss(boosted: Boosted, flow: RectifiedFlow, batch: Batch) -> Tensor:
-    """Mean over the samples of the squared error of the velocity, on the frames that are noisy; formed in fp32."""
+def flow_loss(boosted: Boosted, flow: RectifiedFlow, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Squared error of the velocity on the frames that are noisy, and noise levels: (B) and (B).
+
+    Noise level, noisy latents, target and error are fp32, whatever the network computes in: the published system forms
+    them in bf16, which moves a level of 993.2 to 992 (golden notes, oddity 5).
+    """
     device = boosted.device
     x_0, mask = batch.latents.to(device), None if batch.mask is None else batch.mask.to(device)
     t = flow.draw_timesteps(batch.generator, len(x_0), batch.shape).to(device)
     noise = torch.randn(x_0.shape, generator=batch.generator).to(device)
     x_t = keep_given(flow.add_noise(x_0, noise, t), x_0, mask)
     prediction = boosted.network(x_t, t, batch.conditions.to(device), mask, batch.pad_patches)
-    return flow.loss(prediction, x_0, noise, mask).mean()
+    return flow.loss(prediction, x_0, noise, mask), t
 
 
 def learning_rate(stage: StageConfig, step: int) -> float:

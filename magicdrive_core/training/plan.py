@@ -19,7 +19,10 @@ from magicdrive_core.settings import parse_config
 from magicdrive_core.tracking.lineage import input_digests
 
 # Of the sections that all stages share: how often something is written decides nothing.
-_UNIMPORTANT = {"prefetch_mbytes", "checkpoint_every", "keep_checkpoints", "preview_every", "log_every", *STAGES}
+_UNIMPORTANT = {
+    *("prefetch_mbytes", "checkpoint_every", "keep_checkpoints", "keep_every", "preview_every", "log_every"),
+    *("max_skipped", "overlap_communication", "peak_tflops", *STAGES),
+}
 
 
 @dataclass(frozen=True)

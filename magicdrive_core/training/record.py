@@ -9,19 +9,21 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean as mean
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-import psutil
+import torch
 import torch.distributed as dist
 
 from magicdrive_core.config import Bucket, Config
 from magicdrive_core.files import atomic_file, write_json
 from magicdrive_core.model.network import MagicDrive
 from magicdrive_core.training.checkpoint import Progress
-from magicdrive_core.training.facts import RankFacts
+from magicdrive_core.training.facts import BINS, RankFacts
 from magicdrive_core.training.plan import StagePlan
 from magicdrive_core.training.preview import Preview
+from magicdrive_core.training.resources import DeviceMemory, fullest, host_memory, peak_tflops
 
 if TYPE_CHECKING:
     from magicdrive_core.tracking.runs import MetricLog
@@ -34,14 +36,18 @@ class StepFacts:
     """One step of all ranks together."""
 
     step: int  # finished steps
-    loss: float  # mean over the groups of ranks
+    loss: float | None  # mean over the groups of ranks; None where the step was skipped
     bucket_losses: dict[str, float]  # of the buckets that this step saw
+    noise_losses: dict[str, float]  # likewise by noise level, "000-100" to "900-1000"
+    skipped: list[str]  # why: what was not finite
     learning_rate: float
-    grad_norm: float  # before clipping
+    grad_norm: float | None  # before clipping
     seconds: float
     clips_per_second: float
     tokens_per_second: float
+    tflops: float  # of the network, of all ranks together
     loader_wait: float  # seconds, of the rank that waited longest
+    memory: DeviceMemory | None  # of the devices, the fullest of each figure
 
     @classmethod
     def of(
@@ -50,36 +56,69 @@ class StepFacts:
         progress: Progress,
         seconds: float,
         rate: float,
-        norm: float,
+        norm: float | None,
         buckets: Sequence[Bucket],
+        skipped: list[str],
     ) -> StepFacts:
         """Sums up what the groups of ranks shared."""
-        by_bucket = defaultdict(list)
-        for facts in groups:
+        by_bucket, by_noise = defaultdict(list), defaultdict(list)
+        for facts in groups if not skipped else ():
             by_bucket[buckets[facts.bucket].name].append(facts.loss)
+            for noise, loss in facts.by_noise:
+                by_noise[f"{noise * 1000 // BINS:03d}-{(noise + 1) * 1000 // BINS:03d}"].append(loss)
+        devices = [facts.memory for facts in groups if facts.memory]
         return cls(
-            progress.step,
-            sum(facts.loss for facts in groups) / len(groups),
-            {name: sum(losses) / len(losses) for name, losses in sorted(by_bucket.items())},
-            rate,
-            norm,
-            seconds,
-            sum(facts.clips for facts in groups) / seconds,
-            sum(facts.tokens for facts in groups) / seconds,
-            max(facts.waited for facts in groups),
+            step=progress.step,
+            loss=None if skipped else mean([facts.loss for facts in groups]),
+            bucket_losses={name: mean(losses) for name, losses in sorted(by_bucket.items())},
+            noise_losses={name: mean(losses) for name, losses in sorted(by_noise.items())},
+            skipped=skipped,
+            learning_rate=rate,
+            grad_norm=norm,
+            seconds=seconds,
+            clips_per_second=sum(facts.clips for facts in groups) / seconds,
+            tokens_per_second=sum(facts.tokens for facts in groups) / seconds,
+            tflops=sum(facts.flops for facts in groups) / seconds / 1e12,
+            loader_wait=max(facts.waited for facts in groups),
+            memory=fullest(devices),
         )
+
+    def metrics(self) -> dict[str, float]:
+        """By their names in MLflow."""
+        values = {
+            "loss": self.loss,
+            "learning_rate": self.learning_rate,
+            "grad_norm": self.grad_norm,
+            "skipped_steps": float(bool(self.skipped)),
+            "step_seconds": self.seconds,
+            "clips_per_second": self.clips_per_second,
+            "tokens_per_second": self.tokens_per_second,
+            "model_tflops": self.tflops,
+            "loader_wait_seconds": self.loader_wait,
+        }
+        values |= {f"loss/{name}": loss for name, loss in self.bucket_losses.items()}
+        values |= {f"loss_at_noise/{name}": loss for name, loss in self.noise_losses.items()}
+        if self.memory:
+            values |= {f"device_memory/{name}_gb": size / 1e9 for name, size in asdict(self.memory).items()}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 class Recorder:
     """A context manager; on ranks other than 0 it does nothing."""
 
-    def __init__(self, config: Config, plan: StagePlan, progress: Progress, project: Path) -> None:
+    def __init__(
+        self, config: Config, plan: StagePlan, progress: Progress, project: Path, device: torch.device
+    ) -> None:
         self.run = os.environ.get("MLFLOW_RUN_ID")
         self._active = dist.get_rank() == 0
         self._plan = plan
         self._steps = config.training.stage(plan.stage).steps
         self._log_every = config.training.log_every
-        self._losses: list[float] = []
+        training = config.training
+        peak = peak_tflops(device, training.precision, training.peak_tflops)
+        self._peak = peak and peak * dist.get_world_size()  # TFLOP/s of all devices
+        self._window: dict[str, list[float]] = defaultdict(list)  # metrics since they were logged last
+        self.losses: list[float] = []  # of all good steps so far, those before a resumption too
         self._beat = 0.0
         self._log: MetricLog | None = None
         if self._active:
@@ -94,7 +133,8 @@ class Recorder:
         """Drops the lines of steps that were made after the checkpoint, and will be made again."""
         lines = self._metrics.read_text(encoding="utf-8").splitlines(keepends=True) if self._metrics.is_file() else []
         kept = [line for line in lines[:step] if line.endswith("\n")]
-        self._losses = [json.loads(line)["loss"] for line in kept]
+        losses = (json.loads(line)["loss"] for line in kept)
+        self.losses = [loss for loss in losses if loss is not None]
         with atomic_file(self._metrics) as partial:
             partial.write_text("".join(kept), encoding="utf-8")
 
@@ -113,20 +153,11 @@ class Recorder:
         """Records a finished step."""
         if not self._active:
             return
-        self._losses.append(facts.loss)
+        if facts.loss is not None:
+            self.losses.append(facts.loss)
         self._file.write(json.dumps(asdict(facts)) + "\n")
-        if self._log and facts.step % self._log_every == 0:
-            values = {f"loss/{name}": loss for name, loss in facts.bucket_losses.items()} | {
-                "loss": facts.loss,
-                "learning_rate": facts.learning_rate,
-                "grad_norm": facts.grad_norm,
-                "step_seconds": facts.seconds,
-                "clips_per_second": facts.clips_per_second,
-                "tokens_per_second": facts.tokens_per_second,
-                "loader_wait_seconds": facts.loader_wait,
-                "host_memory_percent": psutil.virtual_memory().percent,
-            }
-            self._log.metrics(values, facts.step)
+        if self._log:
+            self._note(self._log, facts)
         if time.monotonic() - self._beat > HEARTBEAT_SECONDS or facts.step == self._steps:
             self._beat = time.monotonic()
             left = (self._steps - facts.step) * facts.seconds
@@ -136,11 +167,25 @@ class Recorder:
                     "stage": self._plan.stage,
                     "step": facts.step,
                     "steps": self._steps,
-                    "loss": facts.loss,
+                    "loss": self.losses[-1] if self.losses else None,
                     "clips_per_second": facts.clips_per_second,
                     "seconds_left": round(left, 1),
                 },
             )
+
+    def _note(self, log: MetricLog, facts: StepFacts) -> None:
+        """Every ``log_every`` steps the means since the last time: a bucket or noise level is not in every step."""
+        for name, value in facts.metrics().items():
+            self._window[name].append(value)
+        if facts.step % self._log_every and facts.step != self._steps:
+            return
+        values = {name: mean(those) for name, those in self._window.items()}
+        values["skipped_steps"] = sum(self._window["skipped_steps"])
+        if self._peak:
+            values["model_flops_utilisation"] = values["model_tflops"] / self._peak
+        values |= {f"host_memory/{name}_gb": size / 1e9 for name, size in host_memory().items()}
+        log.metrics(values, facts.step)
+        self._window.clear()
 
     def picture(self, preview: Preview | None, network: MagicDrive, step: int) -> None:
         """Draws a preview, on the ranks that have one together."""
@@ -152,8 +197,3 @@ class Recorder:
             preview.write(latents, step, path)
             if self._log:
                 self._log.picture(path)
-
-    @property
-    def losses(self) -> list[float]:
-        """Of all steps so far, those before a resumption too."""
-        return self._losses

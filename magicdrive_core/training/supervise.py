@@ -189,7 +189,6 @@ class _Bar:
         if not self._status.is_file():
             return
         facts = read_json(self._status)
+        loss = "no loss yet" if facts["loss"] is None else f"loss {facts['loss']:.3f}"
         pace = f"{facts['clips_per_second']:.1f} clips/s"
-        self._bar.update(
-            self._task, completed=facts["step"], description=f"{self._stage}: loss {facts['loss']:.3f}, {pace}"
-        )
+        self._bar.update(self._task, completed=facts["step"], description=f"{self._stage}: {loss}, {pace}")

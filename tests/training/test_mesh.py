@@ -24,7 +24,7 @@ def batch(step: int) -> Any:
 
     draw = torch.Generator().manual_seed(step)
     mask = torch.tensor([[step == 0, True, True]])
-    return Batch(0, SHAPE, noisy(size=(6, 10), seed=step), conditions(seed=step), mask, None, draw)
+    return Batch(0, SHAPE, noisy(size=(6, 10), seed=step), conditions(seed=step), mask, None, draw, 0.0)
 
 
 def made() -> MagicDrive:
@@ -44,7 +44,7 @@ def shared_steps(precision: str) -> tuple[list[float], list[float], dict[str, Te
     boosted = boost(net, training(precision=precision), torch.device("cpu"))
     losses, norms = [], []
     for step in range(2):
-        loss = flow_loss(boosted, RectifiedFlow(), batch(step))
+        loss = flow_loss(boosted, RectifiedFlow(), batch(step))[0].mean()
         boosted.optimizer.backward(loss)
         boosted.set_learning_rate(0.01)
         boosted.optimizer.step()
@@ -67,7 +67,7 @@ def alone() -> tuple[list[float], list[float], dict[str, Tensor]]:
     losses, norms = [], []
     for step in range(2):
         optimizer.zero_grad()
-        loss = flow_loss(boosted, RectifiedFlow(), batch(step))
+        loss = flow_loss(boosted, RectifiedFlow(), batch(step))[0].mean()
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(net.parameters(), shared.clip)))
         optimizer.step()

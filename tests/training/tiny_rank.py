@@ -2,12 +2,13 @@
 
     torchrun ... tests/training/tiny_rank.py FOLDER [trouble]
 
-``trouble`` is ``kill-<rank>-<step>``, ``term-<rank>-<step>`` or ``nan-<rank>-<step>``: what happens when that rank
-asks for the micro-batch of that step.
+``trouble`` holds ``kill-<rank>-<step>``, ``term-...``, ``usr2-...`` or ``nan-...``, several with commas between: what
+happens when that rank asks for the micro-batch of that step. Or ``killwriter-<rank>-<step>``: see ``kill_writer``.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -34,9 +35,10 @@ class NoConditions:
 class MadeUpLoader:
     """Latents that depend on the clip, drawn again for each micro-batch, as the real loader's samples are."""
 
-    def __init__(self, seed: int, trouble: str = "") -> None:
+    def __init__(self, seed: int, trouble: str = "", order: Path | None = None) -> None:
         self.buckets = [Bucket(size="16x16", frames=1, batch=2), Bucket(size="16x16", frames=9, batch=1)]
-        self._seed, self._trouble = seed, trouble
+        self._seed, self._trouble = seed, trouble.split(",")
+        self._notes = order  # of micro-batches in the order in which they were asked for
 
     def start(self, micro_batches: int, groups: int, group: int, steps: int | None = None) -> None:
         self._groups = groups
@@ -47,13 +49,17 @@ class MadeUpLoader:
     def next(self) -> Batch:
         step = self._index // self._groups
         scale = 1.0
-        what, _, when = self._trouble.partition("-")
-        if when == f"{dist.get_rank()}-{step}":
-            if what == "nan":
-                scale = float("nan")
-            else:
-                os.kill(os.getpid(), {"kill": signal.SIGKILL, "term": signal.SIGTERM}[what])
+        for trouble in self._trouble:
+            what, _, when = trouble.partition("-")
+            if when == f"{dist.get_rank()}-{step}":
+                if what == "nan":
+                    scale = float("nan")
+                else:
+                    os.kill(os.getpid(), SIGNALS[what])
         bucket, clips = next(self._order)
+        if self._notes:
+            with self._notes.open("a") as file:
+                print(json.dumps([self._index, bucket, clips]), file=file)
         rng = np.random.default_rng([self._seed, self._index])
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         frames = self.buckets[bucket].frames
@@ -62,7 +68,7 @@ class MadeUpLoader:
         latents = torch.stack(fixed) + 0.1 * torch.randn(len(clips), *shape, generator=generator)
         self._index += self._groups
         conditions: Any = NoConditions()
-        return Batch(bucket, (frames, 16, 16), scale * latents, conditions, None, None, generator)
+        return Batch(bucket, (frames, 16, 16), scale * latents, conditions, None, None, generator, 1e9)
 
     def __enter__(self) -> MadeUpLoader:
         return self
@@ -70,15 +76,32 @@ class MadeUpLoader:
     def __exit__(self, *_: object) -> None: ...
 
 
+SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "usr2": signal.SIGUSR2}
+
+
 class NeverStop:
     asked = False
+
+
+def kill_writer(rank: int, step: int) -> None:
+    """Kills this rank when its thread has written its part of a checkpoint, before anyone can know."""
+    from magicdrive_core.training import saving
+
+    real = saving.save_file
+
+    def write(tensors: Any, path: Path) -> None:
+        real(tensors, path)
+        if dist.get_rank() == rank and f"{step:08d}" in str(path):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    saving.save_file = write
 
 
 def train_tiny(folder: Path, stop: Any, trouble: str = "") -> int:
     from magicdrive_core.training.loop import train
 
     config, plan = read_job(folder)
-    loader: Any = MadeUpLoader(3, trouble)
+    loader: Any = MadeUpLoader(3, trouble, folder / "order.jsonl")
     network: Any = tiny_network()
     return train(config, plan, network, loader, None, stop, torch.device("cpu"))
 
@@ -93,7 +116,11 @@ if __name__ == "__main__":
     def main() -> None:
         stop = StopRequest()
         join_group()
-        code = train_tiny(Path(sys.argv[1]), stop, sys.argv[2] if len(sys.argv) > 2 else "")
+        trouble = sys.argv[2] if len(sys.argv) > 2 else ""
+        if trouble.startswith("killwriter-"):
+            kill_writer(*map(int, trouble.split("-")[1:]))
+            trouble = ""
+        code = train_tiny(Path(sys.argv[1]), stop, trouble)
         dist.destroy_process_group()
         sys.exit(code)
 

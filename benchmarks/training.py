@@ -1,0 +1,245 @@
+"""Where a training step's time goes, and what a checkpoint costs.
+
+    python benchmarks/training.py                            # the demo's data, ranks 1 and 2, with and without caches
+    python benchmarks/training.py --ranks 1 --steps 4 --widths 128
+
+Starts the ranks itself; `python -m flows.prepare` must have run in --project. On a CPU every part is CPU time of one
+thread, which other work on the machine disturbs little, and which leaves out the time that ranks wait for each other;
+on a GPU it is wall time with the device synchronised around each part. Micro-batches are prepared in line here, not
+ahead as in training: there "load" and "encode" overlap with the rest and cost a step only what "loader_wait_seconds"
+says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+from unittest import mock
+
+from rich.console import Console
+from rich.table import Table
+
+PARTS = ("load", "encode", "forward", "backward", "optimizer", "EMA")
+CACHES = {
+    "cached": ["latents.live=false", "conditions.maps=cached"],
+    "live": ["latents.live=true", "conditions.maps=live"],
+}
+
+
+class InLine:
+    """Stands in for ``Ahead``: each job is done when its result is asked for."""
+
+    held = 0
+
+    def __init__(self, jobs: Iterator[tuple[int, Callable[[], Any]]], _budget: int) -> None:
+        self._jobs = jobs
+
+    def next(self) -> Any:
+        _, job = next(self._jobs)
+        return job()
+
+    def stop(self) -> None: ...
+
+
+class Clock:
+    """Adds up the time of named parts."""
+
+    def __init__(self, device: Any) -> None:
+        self._cpu = device.type == "cpu"
+        self.spent: dict[str, float] = defaultdict(float)
+
+    def now(self) -> float:
+        if self._cpu:
+            return time.thread_time()
+        import torch
+
+        torch.accelerator.synchronize()
+        return time.perf_counter()
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        began = self.now()
+        yield
+        self.spent[name] += self.now() - began
+
+
+def steps(options: argparse.Namespace, caches: str) -> dict[str, float]:
+    """On a rank: seconds of each part of a step, and clips a step."""
+    import torch
+
+    from magicdrive_core.model.build import build_network
+    from magicdrive_core.rectified_flow import RectifiedFlow
+    from magicdrive_core.training import loader as loading
+    from magicdrive_core.training.ema import Ema
+    from magicdrive_core.training.loop import flow_loss
+    from magicdrive_core.training.mesh import Mesh
+    from magicdrive_core.training.strategy import boost
+
+    config, mesh, device = settings(options, CACHES[caches]), Mesh.of(1), options.device
+    torch.manual_seed(0)
+    boosted = boost(build_network(config, options.stage, options.project), config.training, device)
+    ema, flow, clock = Ema(boosted, config.training.ema), RectifiedFlow(config.flow.base_pixels), Clock(device)
+    clips = 0
+    with mock.patch.object(loading, "Ahead", InLine), loading.Loader(config, options.stage, options.project) as loader:
+        encoder = loader._latents
+        if caches == "live":
+            loader._latents = mock.Mock(moments=timed(clock, "encode", encoder.moments))
+        loader.start(0, mesh.groups, mesh.group)
+        for step in range(options.warmup + options.steps):
+            if step == options.warmup:
+                clock.spent.clear()
+                clips = 0
+            with clock.part("load"):
+                batch = loader.next()
+            with clock.part("forward"):
+                losses, _ = flow_loss(boosted, flow, batch)
+            with clock.part("backward"):
+                boosted.optimizer.backward(losses.mean())
+            with clock.part("optimizer"):
+                boosted.optimizer.check_gradients()
+                boosted.set_learning_rate(1e-4)
+                boosted.optimizer.step()
+                boosted.optimizer.zero_grad()
+            with clock.part("EMA"):
+                ema.update()
+            clips += len(batch.latents)
+    clock.spent["load"] -= clock.spent["encode"]  # which happens inside of it
+    return {part: clock.spent[part] / options.steps for part in PARTS} | {"clips": clips / options.steps}
+
+
+def timed(clock: Clock, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        with clock.part(name):
+            return function(*arguments)
+
+    return call
+
+
+def checkpoints(options: argparse.Namespace, width: int) -> dict[str, float]:
+    """On a rank: what a checkpoint of a network of that width takes. Moments are there after one made-up step."""
+    from magicdrive_core.model.build import build_network
+    from magicdrive_core.training import checkpoint
+    from magicdrive_core.training.checkpoint import Progress
+    from magicdrive_core.training.ema import Ema
+    from magicdrive_core.training.saving import Saver
+    from magicdrive_core.training.strategy import boost
+
+    config = settings(options, [f"model.width={width}"])
+    network = build_network(config, options.stage, options.project)
+    boosted = boost(network, config.training, options.device)
+    boosted.optimizer.backward(sum(p.float().sum() for p in network.parameters() if p.requires_grad))
+    boosted.optimizer.step()
+    boosted.optimizer.zero_grad()
+    ema, clock = Ema(boosted, 0.9), Clock(options.device)
+    folder = options.folder / str(width)
+    with Saver(folder, boosted, ema, 1, None) as saver:
+        with clock.part("stands still"):
+            saver.begin(Progress(step=1))
+        before = time.process_time()
+        began = time.perf_counter()
+        saver.finish()
+        background, waited = time.process_time() - before, time.perf_counter() - began
+    size = sum(file.stat().st_size for file in (folder / "step-00000001").iterdir())
+    with clock.part("load"):
+        checkpoint.load(folder / "step-00000001", boosted, ema)
+    with clock.part("verify"):
+        checkpoint.newest(folder)
+    return {
+        "millions": sum(parameter.numel() for parameter in network.parameters()) / 1e6,
+        "MB": size / 1e6,
+        "stands still": clock.spent["stands still"],
+        "background, CPU": background,
+        "background, wall": waited,
+        "load": clock.spent["load"],
+        "verify": clock.spent["verify"],
+    }
+
+
+def settings(options: argparse.Namespace, overrides: list[str]) -> Any:
+    from magicdrive_core.settings import load_config
+
+    return load_config(options.params, [*overrides, *options.overrides])
+
+
+def rank_main(options: argparse.Namespace) -> None:
+    """Measures, and leaves the means over the ranks in a file."""
+    import torch
+    import torch.distributed as dist
+
+    from magicdrive_core.training.strategy import join_group
+
+    torch.set_num_threads(1)
+    options.device = join_group()
+    results: dict[str, Any] = {caches: steps(options, caches) for caches in options.caches}
+    results["checkpoints"] = {str(width): checkpoints(options, width) for width in options.widths}
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, results)
+    if dist.get_rank() == 0:
+        (options.folder / "results.json").write_text(json.dumps(mean_of(everyone)))
+    dist.destroy_process_group()
+
+
+def mean_of(values: list[Any]) -> Any:
+    """Means of equal trees of numbers."""
+    if isinstance(values[0], dict):
+        return {key: mean_of([value[key] for value in values]) for key in values[0]}
+    return fmean(values)
+
+
+def show(results: dict[int, dict[str, Any]], caches: list[str]) -> None:
+    console = Console(width=120)
+    table = Table("ranks", "latents, maps", *PARTS, "s a step", "clips a step and rank", title="seconds of a step")
+    for ranks, result in results.items():
+        for name in caches:
+            parts = [result[name][part] for part in PARTS]
+            cells = [f"{part:.3f}" for part in [*parts, sum(parts)]]
+            table.add_row(str(ranks), name, *cells, f"{result[name]['clips']:.2f}")
+    console.print(table)
+    saved = [(ranks, width, row) for ranks, result in results.items() for width, row in result["checkpoints"].items()]
+    if saved:
+        table = Table("ranks", "width", *saved[0][2], title="checkpoints, seconds; means over the ranks")
+        for ranks, width, row in saved:
+            table.add_row(str(ranks), width, *(f"{value:.3g}" for value in row.values()))
+        console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--project", type=Path, default=Path())
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
+    parser.add_argument("--set", "-S", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--stage", default="stage2", choices=["stage1", "stage2", "stage3"])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--caches", nargs="+", choices=list(CACHES), default=list(CACHES))
+    parser.add_argument("--widths", type=int, nargs="*", default=[64, 128, 256], help="of networks to save")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # of a rank's results
+    options = parser.parse_args()
+    if options.folder is not None:
+        rank_main(options)
+        return
+    results = {}
+    for ranks in options.ranks:
+        with tempfile.TemporaryDirectory() as folder:
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+            command = [*launcher, "--nproc-per-node", str(ranks), *sys.argv, "--folder", folder]
+            environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONWARNINGS": "ignore"}
+            subprocess.run(command, check=True, env=os.environ | environment)
+            results[ranks] = json.loads((Path(folder) / "results.json").read_text())
+    show(results, options.caches)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""What becomes of a step whose loss or gradient is not finite on any rank.
+
+It is skipped: no weight, moment or average changes, and the data goes on. Several such steps in a row are no accident:
+the training ends with a report. No checkpoint is begun between the first of them and the next good step, so that the
+newest one is always good, and starting again goes on from there.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.files import write_json
+from magicdrive_core.training.checkpoint import checkpoints
+from magicdrive_core.training.facts import RankFacts, faults_of
+from magicdrive_core.training.plan import StagePlan
+
+logger = logging.getLogger(__name__)
+
+
+class Guard:
+    """Counts the steps in a row that were skipped; ``most`` of them are too many."""
+
+    def __init__(self, plan: StagePlan, most: int) -> None:
+        self._plan, self._most = plan, most
+        self._row: list[dict[str, Any]] = []
+
+    def faults(self, step: int, ranks: Sequence[RankFacts], learning_rate: float) -> list[str]:
+        """What is not finite at this step, a line a rank, the same on all ranks; none: the step is good."""
+        found = faults_of(ranks)
+        if found:
+            if dist.get_rank() == 0:
+                logger.warning("step %d is skipped: %s", step, "; ".join(found))
+            losses = [str(facts.loss) for facts in ranks]
+            self._row.append({"step": step, "faults": found, "losses": losses, "learning_rate": learning_rate})
+        else:
+            self._row.clear()
+        return found
+
+    @property
+    def clean(self) -> bool:
+        """Whether the last step was good: only then a checkpoint may be begun."""
+        return not self._row
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether too many steps in a row were skipped."""
+        return len(self._row) >= self._most
+
+    def give_up(self) -> MagicDriveError:
+        """Writes the report; returns the error that ends the training. On all ranks, when no checkpoint is pending."""
+        first, last = self._row[0], self._row[-1]
+        saved = [path.name for path in checkpoints(self._plan.folder / "checkpoints")]
+        good = saved[-1] if saved else None
+        report = self._plan.folder / "nonfinite.json"
+        if dist.get_rank() == 0:
+            write_json(report, {"stage": self._plan.stage, "skipped": self._row, "goes_on_from": good})
+        where = f"step {first['step']}: {first['faults'][0]}"
+        return MagicDriveError(
+            f"no finite step from {first['step']} to {last['step']}, rolled back to {good or 'the start'} ({where});"
+            f" report: {report}",
+            "run again to go on from there; if that ends alike, the settings are to blame: try a lower learning rate",
+        )

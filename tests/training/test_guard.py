@@ -1,0 +1,179 @@
+"""Losses and gradients that are not finite: found where they arise, kept from the weights, skipped, and reported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.files import read_json
+from tests.training.distributed import run_distributed
+from tests.training.networks import tiny_network, training
+from tests.training.test_loop import assert_equal_ends, job, train_once, whole
+from tests.training.test_saving import names
+from tests.training.test_strategy import loss_of, sample
+from tests.training.tiny_rank import NeverStop, train_tiny
+
+__all__ = ["whole"]
+
+
+def train_in_trouble(folder: Path, trouble: str) -> str:
+    try:
+        return str(train_tiny(folder, NeverStop(), trouble))
+    except MagicDriveError as error:
+        return error.message
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_step_without_a_finite_loss_is_skipped_and_the_next_one_counts(tmp_path: Path) -> None:
+    job(tmp_path)
+    assert run_distributed(train_in_trouble, 2, tmp_path, "nan-1-2,nan-1-4,nan-0-5") == ["0", "0"]
+    skipped = {line["step"] - 1: line["skipped"] for line in lines(tmp_path) if line["skipped"]}
+    assert skipped == {
+        2: ["the loss of rank 1 is nan"],
+        4: ["the loss of rank 1 is nan"],
+        5: ["the loss of rank 0 is nan"],
+    }
+    assert [line["loss"] is None for line in lines(tmp_path)] == [False, False, True, False, True, True, False, False]
+    assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "ema.safetensors").values())
+    # Due after steps 3 and 6, which were skipped: begun after the next good one.
+    assert names(tmp_path) == ["step-00000004", "step-00000007"]
+
+
+def test_too_many_in_a_row_roll_back_and_end_with_a_report(whole: Path, tmp_path: Path) -> None:
+    plan = job(tmp_path)
+    messages = run_distributed(train_in_trouble, 2, tmp_path, "nan-1-4,nan-0-5,nan-1-6")
+    report = tmp_path / "nonfinite.json"
+    expected = "no finite step from 4 to 6, rolled back to step-00000003 (step 4: the loss of rank 1 is nan); report: "
+    assert messages == [f"{expected}{report}"] * 2
+    assert not plan.done
+    assert names(tmp_path) == ["step-00000003"]
+    facts = read_json(report)
+    assert facts["goes_on_from"] == "step-00000003"
+    assert [step["step"] for step in facts["skipped"]] == [4, 5, 6]
+    assert facts["skipped"][1]["faults"] == ["the loss of rank 0 is nan"]
+    assert run_distributed(train_once, 2, tmp_path) == [0, 0]
+    assert_equal_ends(tmp_path, whole)
+
+
+def faulty_step(rank: int, where: str, precision: str) -> tuple[list[str], list[str], bool, bool]:
+    """One step with a NaN on ``rank``: what is found, and whether weights stay and the next step is good."""
+    from colossalai.zero.low_level import low_level_optim
+
+    from magicdrive_core.training.facts import faults_of
+    from magicdrive_core.training.strategy import boost
+
+    boosted = boost(tiny_network(), training(precision=precision), torch.device("cpu"))
+    before = {n: p.detach().clone() for n, p in boosted.network.named_parameters()}
+    poisoned = {rank} & {dist.get_rank()}
+    reduce = dist.reduce_scatter_tensor
+    dtypes = set()
+
+    def on_the_way(output: torch.Tensor, given: torch.Tensor, **options: Any) -> None:
+        reduce(output, given, **options)
+        dtypes.add(given.dtype)
+        if where == "reduction" and poisoned:
+            output[0] = float("nan")
+
+    def in_the_network(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * float("nan") if where == "gradient" and poisoned else gradient
+
+    boosted.network.into.weight.register_hook(in_the_network)
+
+    def found() -> list[str]:
+        boosted.optimizer.backward(loss_of(boosted.network, sample(0, dist.get_rank())))
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, boosted.optimizer.check_gradients())
+        facts: list[Any] = [mock.Mock(loss=0.5, gradients=check) for check in everyone]
+        return faults_of(facts)
+
+    with mock.patch.object(low_level_optim.dist, "reduce_scatter_tensor", on_the_way):
+        first = found()
+        boosted.optimizer.zero_grad()
+        untouched = all(torch.equal(p, before[n]) for n, p in boosted.network.named_parameters())
+        poisoned.clear()
+        second = found()
+        boosted.set_learning_rate(0.01)
+        boosted.optimizer.step()
+    assert dtypes == {torch.bfloat16 if precision == "bf16" else torch.float32}
+    moved = not torch.equal(boosted.network.out.weight, before["out.weight"])
+    finite = all(parameter.isfinite().all() for parameter in boosted.network.parameters())
+    return first, second, untouched, bool(moved and finite)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("gradient", "the gradient of into.weight on rank {} is not finite"),
+        ("reduction", "rank {} got from finite gradients a sum that is not (see ColossalAI #6091)"),
+    ],
+)
+def test_a_gradient_that_is_not_finite_is_found_where_it_arises(
+    where: str, message: str, rank: int, precision: str
+) -> None:
+    """Gradients travel in the working precision; what is skipped leaves nothing behind for the next step."""
+    for first, second, untouched, good in run_distributed(faulty_step, 2, rank, where, precision):
+        assert first == [message.format(rank)]
+        assert second == []
+        assert untouched
+        assert good
+
+
+def unheeded() -> tuple[str, bool]:
+    from magicdrive_core.training.strategy import boost
+
+    boosted = boost(tiny_network(), training(), torch.device("cpu"))
+    before = {n: p.detach().clone() for n, p in boosted.network.named_parameters()}
+    boosted.optimizer.backward(loss_of(boosted.network, sample(0, dist.get_rank())) * float("inf"))
+    boosted.set_learning_rate(0.01)
+    with pytest.raises(MagicDriveError) as caught:
+        boosted.optimizer.step()
+    return caught.value.message, all(torch.equal(p, before[n]) for n, p in boosted.network.named_parameters())
+
+
+def test_the_optimizer_itself_refuses_too() -> None:
+    assert run_distributed(unheeded, 2) == [("the norm of the gradient is not finite", True)] * 2
+
+
+class Still(torch.nn.Module):
+    """Predicts nothing, in bf16, and notes what it is given."""
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, *_: Any) -> torch.Tensor:
+        self.given = x, t
+        return torch.zeros_like(x, dtype=torch.bfloat16)
+
+
+def test_loss_target_and_noise_level_are_fp32() -> None:
+    from magicdrive_core.rectified_flow import RectifiedFlow
+    from magicdrive_core.training.loader import Batch
+    from magicdrive_core.training.loop import flow_loss
+    from tests.training.tiny_rank import NoConditions
+
+    def batch() -> Batch:
+        conditions: Any = NoConditions()
+        latents = torch.randn(2, 6, 4, 3, 2, 2, generator=torch.Generator().manual_seed(1))
+        return Batch(0, (9, 16, 16), latents, conditions, None, None, torch.Generator().manual_seed(2), 0.0)
+
+    boosted: Any = mock.Mock(network=Still(), device=torch.device("cpu"))
+    losses, t = flow_loss(boosted, RectifiedFlow(), batch())
+    x_t, given_t = boosted.network.given
+    assert (losses.dtype, t.dtype, x_t.dtype, given_t.dtype) == (torch.float32,) * 4
+    again = batch()
+    level = RectifiedFlow().draw_timesteps(again.generator, 2, again.shape)
+    assert torch.equal(given_t, level)
+    assert not torch.equal(level, level.bfloat16().float())
+    noise = torch.randn(again.latents.shape, generator=again.generator)
+    expected = (again.latents.double() - noise.double()).square().flatten(1).mean(1)
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-6, atol=0)
