@@ -80,10 +80,13 @@ def test_posterior_sampling_draws_the_published_noise(golden, golden_folder) -> 
 def test_striped_decoding_equals_the_published_system_untiled_and_leaves_encoding_alone(golden, golden_folder) -> None:
     # recorded before scaling; random weights give values up to 12
     latents = torch.from_numpy(golden["tile/z"]) * PUBLISHED_SCALING
+    expected = torch.from_numpy(golden["tile/decoded_untiled"])
+    # fp32 rounds sums at the size of what is added, and torch adds in another order with another number of threads
+    rounding = 2e-6 * float(expected.abs().max())
     plain, striped = load(golden_folder), load(golden_folder, stripe_rows=7)
     for vae in (plain, striped):
         frames = torch.cat(list(vae.decode_groups(latents)), dim=2)
-        torch.testing.assert_close(frames, torch.from_numpy(golden["tile/decoded_untiled"]), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(frames, expected, atol=rounding, rtol=0)
     video = torch.rand(1, 3, 1, 64, 48)
     torch.testing.assert_close(striped.moments(video), plain.moments(video), atol=0, rtol=0)
 
