@@ -24,9 +24,9 @@ from tests.projects import copy_project
 # The flow and torchrun are real; a rank notes its process and its agent's, then does what the test says.
 FLOW = """
 from flows.train import train
-from magicdrive_core.training import supervise
-run_group = supervise.run_group
-supervise.run_group = lambda command, ranks, **options: run_group(["rank.py"], 1, **options)
+from magicdrive_core.launchers import run
+run_group = run.run_group
+run.run_group = lambda command, ranks, **options: run_group(["rank.py"], 1, **options)
 train("stage1")
 """
 RANK = """
