@@ -50,7 +50,8 @@ def fidelity(
     control = Control(config)
     table = control.compare(places.generated, out / "untrained/items")
     values = {name: row.row() for name, row in table.items()}
-    write_json(out / "fidelity.json", values)
+    finite = {name: {key: v if math.isfinite(v) else None for key, v in row.items()} for name, row in values.items()}
+    write_json(out / "fidelity.json", finite)  # a picture's PSNR against itself has no number
     control.write_sheet(places.generated, out / "untrained/items", out / "fidelity.png", scenes)
     run = read_json(places.model.result).get("run")
     if run:
