@@ -5,6 +5,7 @@ Everything heavy is imported inside its verb.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 import typer
