@@ -22,6 +22,11 @@ SCENES_A_WORKER = 8  # fewer are done faster than processes start
 _PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 
+def count_workers(scenes: int) -> int:
+    """How many processes ``for_each_scene`` shares so many scenes out among."""
+    return max(1, min(len(os.sched_getaffinity(0)), scenes // SCENES_A_WORKER))
+
+
 def for_each_scene(
     work: Callable[[T], R], scenes: Sequence[T], description: str, start: Literal["spawn", "fork"] = "spawn"
 ) -> list[R]:
@@ -37,8 +42,8 @@ def for_each_scene(
     Raises:
         MagicDriveError: a process was killed; or what ``work`` raises. The others are stopped, not waited for.
     """
-    workers = min(len(os.sched_getaffinity(0)), len(scenes) // SCENES_A_WORKER)
-    if workers < 2:
+    workers = count_workers(len(scenes))
+    if workers == 1:
         return [work(scene) for scene in track(scenes, description)]
     others = set(multiprocessing.active_children())
     context = multiprocessing.get_context(start)
