@@ -67,9 +67,9 @@ def _draw(polygons: Pieces, lines: Pieces, frame: int, canvas: Bits, out: Bits) 
         if hole and polygons.cut[piece]:
             cv2.polylines(used[layer][:, 1:], [vertices], True, [1 << layer])
     for layer, mask in used.items():
-        parts = strokes[lines.layers[strokes] == layer].tolist()
-        vertices = [lines.vertices[lines.ends[piece] : lines.ends[piece + 1]] for piece in parts]
-        cv2.polylines(mask[:, 1:], vertices, False, [1 << layer], 2)
+        pieces = strokes[lines.layers[strokes] == layer].tolist()
+        paths = [lines.vertices[lines.ends[piece] : lines.ends[piece + 1]] for piece in pieces]
+        cv2.polylines(mask[:, 1:], paths, False, [1 << layer], 2)
     if used:
         first, *others = used.values()
         for mask in others:

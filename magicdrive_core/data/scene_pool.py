@@ -10,6 +10,7 @@ import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from typing import Any, Literal, TypeVar
 
 from magicdrive_core.errors import MagicDriveError
@@ -44,7 +45,8 @@ def for_each_scene(
     """
     workers = count_workers(len(scenes))
     if workers == 1:
-        return [work(scene) for scene in track(scenes, description)]
+        with closing(track(scenes, description)) as rest:  # or an error would be told before the bar ends
+            return [work(scene) for scene in rest]
     others = set(multiprocessing.active_children())
     context = multiprocessing.get_context(start)
     gc.freeze()  # or each collection in a forked process would copy the tables that it only reads
@@ -52,8 +54,9 @@ def for_each_scene(
         with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(work,)) as pool:
             futures = [pool.submit(_run, scene) for scene in scenes]
             try:
-                for future in track(as_completed(futures), description, len(futures)):
-                    future.result()
+                with closing(track(as_completed(futures), description, len(futures))) as done:
+                    for future in done:
+                        future.result()
             except BaseException:
                 for process in set(multiprocessing.active_children()) - others:
                     process.terminate()

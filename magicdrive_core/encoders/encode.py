@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from functools import cache
 from pathlib import Path
 
@@ -47,7 +48,8 @@ def encode_scenes(
     if workers == 1:
         _load_vae(settings, device)
         _tell_estimate(works, settings, folder, _seconds_per_pixel(works[0], scaled))
-        parts = [_encode_scene(work, settings.dtype, folder, scaled) for work in track(works, "VAE moments")]
+        with closing(track(works, "VAE moments")) as rest:  # or an error would be told before the bar ends
+            parts = [_encode_scene(work, settings.dtype, folder, scaled) for work in rest]
     else:
         parts = _encode_in_processes(works, settings, folder, workers, scaled)
     sums: dict[str, np.ndarray] = {}
@@ -70,8 +72,9 @@ def _encode_in_processes(
             _tell_estimate(works, settings, folder, seconds_per_pixel / workers)
             futures = [pool.submit(_encode_scene, work, settings.dtype, folder, scaled) for work in works]
             try:
-                for future in track(as_completed(futures), "VAE moments", len(futures)):
-                    future.result()
+                with closing(track(as_completed(futures), "VAE moments", len(futures))) as done:
+                    for future in done:
+                        future.result()
             except BaseException:
                 # Leaving the pool would wait for scenes that are being encoded, minutes each; their files appear whole
                 # or not at all.
