@@ -91,7 +91,7 @@ def infos(
     params: Params = DEFAULT_PARAMS,
     overrides: Set = None,
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out scenes with broken records or pictures, and list them.")
+        bool, typer.Option("--skip-bad", help="Leave out scenes with broken records, maps or pictures, and list them.")
     ] = False,
 ) -> None:
     """DVC stage: scenes at 12 Hz from the data set's tables."""

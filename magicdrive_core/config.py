@@ -96,7 +96,7 @@ class Data(Section):
     val_scenes: Annotated[Literal["auto"] | list[str], BeforeValidator(_check_val_scenes)] = "auto"
     # between key frames, objects that only one of the two holds; never carried on where published is true
     unpaired: Literal["leave_out", "carry_on"] = "leave_out"
-    skip_bad: bool = False  # leave out scenes with broken records or pictures, listed in infos.json, instead of ending
+    skip_bad: bool = False  # leave out scenes with broken records, maps or pictures, listed in infos.json
 
 
 class Conditions(Section):
