@@ -24,7 +24,8 @@ from prefect.task_runners import TaskRunner
 from flows.common import flow_command, main, no_orphans, run_child, setting_words, tool, unless_interrupted
 from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.errors import UsageError
-from magicdrive_core.inference.items import input_digests, is_done, item_fingerprint, list_items
+from magicdrive_core.inference.done import is_done
+from magicdrive_core.inference.items import input_digests, item_fingerprint, list_items
 from magicdrive_core.places import find_places
 from magicdrive_core.progress import progress_bar
 from magicdrive_core.settings import load_config
