@@ -6,7 +6,6 @@ decode equally; the look into the files is for records that came by wrong digest
 
 from __future__ import annotations
 
-from itertools import islice
 from pathlib import Path
 
 from magicdrive_core.errors import MagicDriveError
