@@ -48,7 +48,12 @@ def lay_out(project: Path) -> None:
 
 
 def prefect(project: Path, api: str, *words: str) -> None:
-    environment = os.environ | {"PREFECT_API_URL": api, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PREFECT_API_URL": api,
+        "PYTHONPATH": str(PROJECT),
+        "OMP_NUM_THREADS": "1",
+        "PWD": str(project),
+    }
     command = [str(Path(sys.executable).with_name("prefect")), "--no-prompt", *words]
     done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
