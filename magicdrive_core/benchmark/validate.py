@@ -129,7 +129,7 @@ class _Check:
         expected = self.expected
         if info.codec != "h264":
             self._fault(f"codec {info.codec}, not h264")
-        if (info.height, info.width) != (expected.height, expected.width):
+        elif (info.height, info.width) != (expected.height, expected.width):
             self._fault(f"{info.width}x{info.height}, not {expected.width}x{expected.height}")
         return bool(self.faults)
 

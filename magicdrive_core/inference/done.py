@@ -6,6 +6,8 @@ decode equally; the look into the files is for records that came by wrong digest
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from magicdrive_core.errors import MagicDriveError
@@ -34,7 +36,9 @@ def _opens(record: ItemRecord, folder: Path) -> bool:
     Raises:
         MagicDriveError: a file cannot be read.
     """
-    return all(_view_opens(record, folder / entry.file) for entry in record.views.values())
+    paths = [folder / entry.file for entry in record.views.values()]
+    with ThreadPoolExecutor(len(paths)) as pool:  # decoding leaves the interpreter to the others
+        return all(pool.map(partial(_view_opens, record), paths))
 
 
 def _view_opens(record: ItemRecord, path: Path) -> bool:
