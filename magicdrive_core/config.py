@@ -346,7 +346,9 @@ class Generate(Section):
     unconditional: Unconditional | None = None
     use_map0: bool = True  # rflow: an empty map in it, as in the published test configurations; rflow-slice: always
     generations: Positive = 4
-    weights: str | None = None  # folder of magicdrive import-checkpoint; null: the last stage that is trained here
+    # A registered model (models:/NAME@ALIAS, models:/NAME/VERSION), or the folder of magicdrive import-checkpoint.
+    # null: the last stage that is trained here
+    weights: str | None = None
     seed: Count = 1024
     workers: Positive = 1  # processes that share the items: on this host, or on all hosts of the task runner
     task_runner: Literal["threads", "dask", "ray"] = "threads"  # of Prefect; threads: this host (docs/flows.md)
