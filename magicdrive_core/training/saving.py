@@ -84,8 +84,10 @@ class Saver:
         state = None
         if rank == 0:
             parts[FIXED] = self._boosted.fixed
+            scale = self._boosted.optimizer.loss_scale
             state = {
                 "progress": asdict(progress),
+                "loss_scale": scale and asdict(scale),
                 "ranks": ranks,
                 "moment_steps": moment_steps(self._boosted),
                 "shapes": shapes(self._boosted),

@@ -107,7 +107,6 @@ def _nurse(pipe: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the ranks
     with suppress(EOFError):
         while True:
             ranks, join, address = pipe.recv()
@@ -118,7 +117,6 @@ def _nurse(pipe: Connection) -> None:
             for rank in range(ranks):
                 if os.fork() == 0:
                     pipe.close()
-                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                     _serve(rank, ranks, port, join, address)
                     os._exit(0)
 

@@ -40,7 +40,7 @@ class MadeUpLoader:
         self._seed, self._trouble = seed, trouble.split(",")
         self._notes = order  # of micro-batches in the order in which they were asked for
 
-    def start(self, micro_batches: int, groups: int, group: int, steps: int | None = None) -> None:
+    def start(self, micro_batches: int, groups: int, group: int, steps: int, devices: object) -> None:
         self._groups = groups
         sampler = BucketSampler([7, 5], [b.batch for b in self.buckets], groups, group, self._seed)
         self._order = islice(sampler.stream(micro_batches), steps)
@@ -97,13 +97,13 @@ def kill_writer(rank: int, step: int) -> None:
     saving.save_file = write
 
 
-def train_tiny(folder: Path, stop: Any, trouble: str = "") -> int:
+def train_tiny(folder: Path, stop: Any, trouble: str = "", preview: Any = None) -> int:
     from magicdrive_core.training.loop import train
 
     config, plan = read_job(folder)
     loader: Any = MadeUpLoader(3, trouble, folder / "order.jsonl")
     network: Any = tiny_network()
-    return train(config, plan, network, loader, None, stop, torch.device("cpu"))
+    return train(config, plan, network, loader, preview, stop, torch.device("cpu"))
 
 
 if __name__ == "__main__":
