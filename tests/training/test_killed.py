@@ -8,8 +8,8 @@ import random
 import shutil
 import signal
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,8 @@ SETTINGS: dict[str, Any] = {"checkpoint_every": 2, "keep_checkpoints": 2}
 def count_events(folder: Path) -> int:
     """Trains; returns how many such events there were on this rank."""
     seen: list[str] = []
-    watch(folder, lambda event: seen.append(event))
-    train_once(folder)
+    with watched(folder, seen.append):
+        train_once(folder)
     return len(seen)
 
 
@@ -39,24 +39,26 @@ def train_to_event(folder: Path, rank: int, number: int) -> None:
     seen: list[str] = []
 
     def note(event: str) -> None:
-        if len(seen) == number:
+        if len(seen) == number and dist.get_rank() == rank:
             os.kill(os.getpid(), signal.SIGKILL)
         seen.append(event)
 
-    if dist.get_rank() == rank:
-        watch(folder, note)
-    train_once(folder)
+    with watched(folder, note):
+        train_once(folder)
 
 
-def watch(folder: Path, note: Callable[[str], object]) -> None:
-    """Calls ``note`` at each event in a folder, as long as the rank lives."""
-    prefix = str(folder)
+@contextmanager
+def watched(folder: Path, note: Callable[[str], object]) -> Iterator[None]:
+    """Calls ``note`` at each event in a folder. Python keeps such a hook for good: afterwards it does nothing."""
+    prefix, on = str(folder), [True]
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event in EVENTS and arguments and str(arguments[0]).startswith(prefix):
+        if on and event in EVENTS and arguments and str(arguments[0]).startswith(prefix):
             note(event)
 
     sys.addaudithook(hook)
+    yield
+    on.clear()
 
 
 @pytest.fixture(scope="module", params=["fp32", "bf16"])
