@@ -133,6 +133,7 @@ class Saver:
         states: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(states, int(self.state))
         self.settle(states)
+        dist.barrier()  # rank 0 puts it in place; a rank that ended before would have that one ended too
 
     @property
     def _partial(self) -> Path:
