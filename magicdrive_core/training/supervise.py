@@ -109,6 +109,11 @@ def _check_settings(config: Config, plan: StagePlan, project: Path) -> None:
             f"{plan.stage}: the data has no training clip for {', '.join(clips.empty)}",
             "use shorter clips in the stage's buckets, or longer scenes; single key frames allow stage 1 only",
         )
+    if clips.empty and not config.training.skip_empty:
+        raise UsageError(
+            f"{plan.stage}: the data has no training clip for {', '.join(clips.empty)}",
+            f"take it out of training.{plan.stage}.buckets, or set training.skip_empty to true",
+        )
     for bucket in config.training.stage(plan.stage).buckets:
         if 0 < clips.clips[bucket.name] < bucket.batch:
             raise UsageError(

@@ -13,7 +13,7 @@ import torch
 from magicdrive_core.config import Bucket
 from magicdrive_core.settings import load_config
 from magicdrive_core.training.checkpoint import Progress
-from magicdrive_core.training.facts import RankFacts, of_groups
+from magicdrive_core.training.facts import MicroBatchFacts, RankFacts, of_groups
 from magicdrive_core.training.plan import StagePlan
 from magicdrive_core.training.record import Recorder, StepFacts
 from magicdrive_core.training.resources import DeviceMemory, host_memory, peak_tflops
@@ -25,12 +25,7 @@ PROFILE = Path(__file__).resolve().parents[2] / "profiles/demo.yaml"
 
 def facts(loss: float, bucket: int, noise: list[tuple[int, float]], memory: DeviceMemory | None = None) -> RankFacts:
     return RankFacts(
-        loss=loss,
-        by_noise=noise,
-        bucket=bucket,
-        clips=len(noise),
-        tokens=100,
-        flops=3e12,
+        micro_batches=[MicroBatchFacts(loss, noise, bucket, clips=len(noise), tokens=100, flops=3e12)],
         gradients=GradientCheck([], True),
         waited=0.25 * (bucket + 1),
         stop=False,
@@ -41,7 +36,8 @@ def facts(loss: float, bucket: int, noise: list[tuple[int, float]], memory: Devi
 
 def step(number: int, *ranks: RankFacts, skipped: list[str] | None = None) -> StepFacts:
     groups = of_groups(ranks, 1)
-    return StepFacts.of(groups, Progress(step=number), 2.0, 1e-3, None if skipped else 0.5, BUCKETS, skipped or [])
+    norm = None if skipped else 0.5
+    return StepFacts.of(groups, Progress(step=number), 2.0, 1e-3, norm, None, BUCKETS, skipped or [])
 
 
 TWO = (
