@@ -73,12 +73,17 @@ def for_each_scene(
 _work: Callable[[Any], Any]  # of this process
 
 
-def _begin(work: Callable[[Any], Any]) -> None:
-    global _work
-    _work = work
+def end_with_parent() -> None:
+    """For a process of a pool: it never outlives the one that started it, and leaves Ctrl-C to that one."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # else it would wait for ever where the parent is killed
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent stops the others
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _begin(work: Callable[[Any], Any]) -> None:
+    global _work
+    _work = work
+    end_with_parent()
 
 
 def _run(scene: Any) -> Any:

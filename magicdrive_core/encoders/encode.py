@@ -19,6 +19,7 @@ from torch import Tensor
 
 from magicdrive_core.config import bucket_name, parse_size
 from magicdrive_core.data.pictures import read_picture
+from magicdrive_core.data.scene_pool import end_with_parent
 from magicdrive_core.device import kind
 from magicdrive_core.encoders.scene_work import DTYPES, EncoderSettings, SceneWork, begins_as
 from magicdrive_core.encoders.vae import Vae, latent_shape, to_video
@@ -94,6 +95,7 @@ _vae: Vae  # of this process
 def _load_vae(settings: EncoderSettings, device: str) -> None:
     global _vae
     if multiprocessing.parent_process() is not None:
+        end_with_parent()
         torch.set_num_threads(1)
     _vae = Vae.load(
         settings.folder,

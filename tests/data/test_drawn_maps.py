@@ -54,6 +54,10 @@ def test_size_and_time_are_told_and_what_is_there_is_not_drawn_again(
     assert f"BEV maps: {len(scenes[1])} frames of 1 scenes" in again  # one number of cells: a file is a scene
     assert drawn == [4, len(scenes[1])]
     size = sum(map_path(out, scene.token, 200).stat().st_size for scene in scenes)
+    assert [path.name for path in tmp_path.iterdir()] == ["conditions"]
+    build_conditions(config, infos, tmp_path / "at once")
+    for path in (path for path in out.rglob("*") if path.is_file()):
+        assert path.read_bytes() == (tmp_path / "at once" / path.relative_to(out)).read_bytes()
     assert float(found[1]) == pytest.approx(size / 1e6, abs=0.06)
 
 
