@@ -96,7 +96,7 @@ class Data(Section):
     val_scenes: Annotated[Literal["auto"] | list[str], BeforeValidator(_check_val_scenes)] = "auto"
     # between key frames, objects that only one of the two holds; never carried on where published is true
     unpaired: Literal["leave_out", "carry_on"] = "leave_out"
-    skip_bad: bool = False  # leave out scenes with broken records or pictures, listed in infos.json, instead of ending
+    skip_bad: bool = False  # leave out scenes with broken records, maps or pictures, listed in infos.json
 
 
 class Conditions(Section):
@@ -352,7 +352,9 @@ class Generate(Section):
     unconditional: Unconditional | None = None
     use_map0: bool = True  # rflow: an empty map in it, as in the published test configurations; rflow-slice: always
     generations: Positive = 4
-    weights: str | None = None  # folder of magicdrive import-checkpoint; null: the last stage that is trained here
+    # A registered model (models:/NAME@ALIAS, models:/NAME/VERSION), or the folder of magicdrive import-checkpoint.
+    # null: the last stage that is trained here
+    weights: str | None = None
     seed: Count = 1024
     workers: Positive = 1  # processes that share the items: on this host, or on all hosts of the task runner
     task_runner: Literal["threads", "dask", "ray"] = "threads"  # of Prefect; threads: this host (docs/flows.md)

@@ -1,7 +1,7 @@
 """The costly steps of a block as single autograd functions, so that a training step keeps little and copies little.
 
-Plain autograd would keep the modulated input of every linear map, both forms of q and k, and the MLP's activations.
-Here the cheap ones are computed again in the backward pass. R stands for all leading dimensions but the last.
+Plain autograd would keep the modulated input of every linear map and the MLP's activations. Here the cheap ones are
+computed again in the backward pass. R stands for all leading dimensions but the last.
 """
 
 from __future__ import annotations
@@ -26,21 +26,15 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, functional.layer_norm(x, x.shape[-1:], eps=NORM_EPS), 1 + scale)
 
 
-def modulated_qkv(
-    x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v = Linear(LN(x) * (1 + scale) + shift), with an RMS norm of every head of q and k.
+def modulated_linear(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Linear(LN(x) * (1 + scale) + shift): (R, C) -> (R, D).
 
     Args:
         x: (R, C).
         shift: broadcastable against x; scale alike.
-        weight: (3 C, C); bias: (3 C) or None.
-        norm: (2, d), the norms' weights.
-
-    Returns:
-        Each (R, h, d).
+        weight: (D, C); bias: (D) or None.
     """
-    return _ModulatedQkv.apply(x, shift, scale, weight, bias, norm)
+    return _ModulatedLinear.apply(x, shift, scale, weight, bias)
 
 
 def modulated_mlp(
@@ -77,37 +71,21 @@ def _modulate_backward(gradient: Tensor, x: Tensor, shift: Tensor, scale: Tensor
     return outer, gradient.sum_to_size(shift.shape), normed.mul_(gradient).sum_to_size(scale.shape)
 
 
-class _ModulatedQkv(torch.autograd.Function):
+class _ModulatedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        packed = functional.linear(modulate(x, shift, scale), weight, bias)
-        raw = packed.unflatten(-1, (3, -1, norm.shape[-1]))
-        inverse = (raw[..., :2, :, :].float().square().mean(-1, keepdim=True) + NORM_EPS).rsqrt_().to(x.dtype)
-        ctx.save_for_backward(x, shift, scale, weight, norm, raw, inverse)
+    def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, shift, scale, weight)
         ctx.has_bias = bias is not None
-        q, k = ((raw[..., i, :, :] * inverse[..., i, :, :]).mul_(norm[i]) for i in range(2))
-        return q, k, raw[..., 2, :, :]
+        return functional.linear(modulate(x, shift, scale), weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
-        x, shift, scale, weight, norm, raw, inverse = ctx.saved_tensors
-        packed = torch.empty_like(raw)
-        packed[..., 2, :, :] = dv
-        d_norm = []
-        for i, gradient in enumerate((dq, dk)):
-            normed = raw[..., i, :, :] * inverse[..., i, :, :]
-            d_norm.append((gradient * normed).sum_to_size(norm.shape[-1:]))
-            inner = gradient * norm[i]
-            inner.sub_(normed.mul_((inner * normed).mean(-1, keepdim=True)))
-            torch.mul(inner, inverse[..., i, :, :], out=packed[..., i, :, :])
-        rows = packed.flatten(-3).flatten(0, -2)
-        z = modulate(x, shift, scale).flatten(0, -2)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, shift, scale, weight = ctx.saved_tensors
+        rows = gradient.flatten(0, -2)
+        d_weight = rows.t() @ modulate(x, shift, scale).flatten(0, -2)
         dx, d_shift, d_scale = _modulate_backward((rows @ weight).view(x.shape), x, shift, scale)
-        d_bias = rows.sum(0) if ctx.has_bias else None
-        return dx, d_shift, d_scale, rows.t() @ z, d_bias, torch.stack(d_norm)
+        return dx, d_shift, d_scale, d_weight, rows.sum(0) if ctx.has_bias else None
 
 
 class _ModulatedMlp(torch.autograd.Function):

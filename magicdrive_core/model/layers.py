@@ -11,30 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from magicdrive_core.model.kernels import modulated_mlp, modulated_qkv
+from magicdrive_core.model.attention import attend, attend_neighbours, attend_packed, neighbour_pairs
+from magicdrive_core.model.kernels import modulated_linear, modulated_mlp
 from magicdrive_core.model.parallel import Places
 
 ROTARY_BASE = 10000.0
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """softmax(q k' / sqrt(d) + bias) v, for each head.
-
-    Args:
-        q: (R, n, h, d).
-        k: (R, m, h, d).
-        v: (R, m, h, d).
-        bias: broadcastable to (R, h, n, m), 0 or -inf: what must not be attended to.
-
-    Returns:
-        (R, n, h, d).
-    """
-    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-    return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
-
-
 class HeadNorm(nn.Module):
-    """The weight of an RMS norm over the channels of a head; ``kernels.modulated_qkv`` applies it."""
+    """The weight of an RMS norm over the channels of a head; ``attention`` applies it."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -68,13 +53,6 @@ class Rotary(nn.Module):
         return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Turns the channel pairs of ``x`` (..., T, S, h, d) by the frames' ``angles`` (T, d/2, 2), computed in fp32."""
-    turns = torch.view_as_complex(angles)[:, None, None]
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
-
-
 class PackedAttention(nn.Module):
     """Packed q, k, v of modulated tokens with an RMS norm on q and k, and the output projection."""
 
@@ -85,10 +63,15 @@ class PackedAttention(nn.Module):
         self.k_norm = HeadNorm(width // heads)
         self.proj = nn.Linear(width, width)
 
-    def project(self, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k (normalised) and v of LN(x) * (1 + scale) + shift: (..., C) -> (..., h, d) each."""
-        norm = torch.stack([self.q_norm.weight, self.k_norm.weight])
-        return modulated_qkv(x, shift, scale, self.qkv.weight, self.qkv.bias, norm)
+    def project(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """q, k and v of LN(x) * (1 + scale) + shift, before their norm: (..., C) -> (..., 3, h, d)."""
+        packed = modulated_linear(x, shift, scale, self.qkv.weight, self.qkv.bias)
+        return packed.unflatten(-1, (3, -1, len(self.q_norm.weight)))
+
+    @property
+    def norm(self) -> Tensor:
+        """(2, d), the norms' weights."""
+        return torch.stack([self.q_norm.weight, self.k_norm.weight])
 
 
 class SpatialAttention(PackedAttention):
@@ -96,8 +79,8 @@ class SpatialAttention(PackedAttention):
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor, places: Places) -> Tensor:
         """(..., S, C) -> (..., S, C)."""
-        q, k, v = places.by_heads(*(tensor.flatten(0, -4) for tensor in self.project(x, shift, scale)))
-        seen = attend(q, k[:, : places.count], v[:, : places.count])
+        packed = places.by_heads(self.project(x, shift, scale).flatten(0, -5))
+        seen = attend_packed(packed, self.norm, places.count)
         return self.proj(places.by_places(seen).flatten(-2)).view(x.shape)
 
 
@@ -106,10 +89,9 @@ class TemporalAttention(PackedAttention):
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor, angles: Tensor) -> Tensor:
         """(..., T, S, C) -> (..., T, S, C), ``angles`` (T, d/2, 2)."""
-        q, k, v = self.project(x, shift, scale)
-        by_place = (tensor.transpose(-4, -3).flatten(0, -4) for tensor in (rotate(q, angles), rotate(k, angles), v))
-        out = attend(*by_place).flatten(-2)
-        return self.proj(out.view(x.transpose(-3, -2).shape).transpose(-3, -2))
+        by_place = self.project(x, shift, scale).transpose(-5, -4)
+        seen = attend_packed(by_place.flatten(0, -5), self.norm, x.shape[-3], angles)
+        return self.proj(seen.flatten(-2).view(x.transpose(-3, -2).shape).transpose(-3, -2))
 
 
 class CrossAttention(nn.Module):
@@ -130,7 +112,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, kv: Tensor, bias: Tensor | None, places: Places) -> Tensor:
         """Attention of ``x`` (..., S, C) to ``kv`` (..., L, 2c) under ``bias`` (R, 1, 1, L), R all of '...'."""
-        (q,) = places.by_heads(self.q_linear(x.flatten(0, -3)).unflatten(-1, (self.heads, -1)))
+        q = places.by_heads(self.q_linear(x.flatten(0, -3)).unflatten(-1, (self.heads, -1)))
         k, v = kv.flatten(0, -3).unflatten(-1, (2, *q.shape[2:])).unbind(-3)
         return self.proj(places.by_places(attend(q, k, v, bias)).flatten(-2)).view(x.shape)
 
@@ -142,25 +124,23 @@ class CrossViewAttention(PackedAttention):
         super().__init__(width, heads, qkv_bias=False)
         self.neighbours = neighbours
 
-    def pairs(self, groups: list[Tensor], shift: Tensor, scale: Tensor, places: Places) -> list[list[Tensor]]:
-        """For every view, attention to each of its neighbours before the output projection.
+    def packed(self, groups: list[Tensor], shift: Tensor, scale: Tensor, places: Places) -> list[Tensor]:
+        """q, k and v of every view, made once a view, by heads: (B * T, all places, 3, own heads, d) each.
 
-        q, k and v are made once a view. ``groups`` hold the views in order, (G, B, T, S, C) each; the result is by
-        heads: (B * T, all places, own heads, d) each.
+        ``groups`` hold the views in order, (G, B, T, S, C) each.
         """
-        projected = [
-            places.by_heads(*(tensor.flatten(0, -4) for tensor in self.project(x, shift, scale))) for x in groups
-        ]
         rows = groups[0].shape[1] * groups[0].shape[2]
-        q, k, v = ([view for tensors in projected for view in tensors[i].split(rows)] for i in range(3))
-        k, v = ([view[:, : places.count] for view in views] for views in (k, v))
-        return [
-            [attend(q[view], k[other], v[other]) for other in others] for view, others in enumerate(self.neighbours)
-        ]
+        by_heads = [places.by_heads(self.project(x, shift, scale).flatten(0, -5)) for x in groups]
+        return [view for group in by_heads for view in group.split(rows)]
+
+    def pairs(self, groups: list[Tensor], shift: Tensor, scale: Tensor, places: Places) -> list[list[Tensor]]:
+        """For every view, attention to each of its neighbours, before the sum over these and the output projection."""
+        return neighbour_pairs(self.packed(groups, shift, scale, places), self.norm, places.count, self.neighbours)
 
     def forward(self, groups: list[Tensor], shift: Tensor, scale: Tensor, places: Places) -> list[Tensor]:
         """Groups of views (G, B, T, S, C), in and out. The projection's bias counts for each neighbour (oddity 7)."""
-        seen = iter([sum(outputs[1:], outputs[0]) for outputs in self.pairs(groups, shift, scale, places)])
+        views = self.packed(groups, shift, scale, places)
+        seen = iter(attend_neighbours(views, self.norm, places.count, self.neighbours))
         proj_bias = self.proj.bias * len(self.neighbours[0])
         out = []
         for x in groups:

@@ -40,9 +40,9 @@ class Places:
         """Which of ``count`` heads are this device's own."""
         return slice(0, count)
 
-    def by_heads(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Own places of all heads -> all places of own heads: each (R, n, h, d) -> (R, p * n, h / p, d)."""
-        return tensors
+    def by_heads(self, x: Tensor) -> Tensor:
+        """Own places of all heads -> all places of own heads: (R, n, ..., h, d) -> (R, p * n, ..., h / p, d)."""
+        return x
 
     def by_places(self, x: Tensor) -> Tensor:
         """The way back: (R, p * n, h / p, d) -> (R, n, h, d)."""
@@ -99,11 +99,9 @@ class SharedPlaces(Places):
         share = count // self._devices.size
         return slice(self._devices.rank * share, (self._devices.rank + 1) * share)
 
-    def by_heads(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        # One exchange for all tensors; stacking them is the copy that puts the receiving device first.
-        parts = [x.unflatten(-2, (self._devices.size, -1)).movedim(-3, 0) for x in tensors]
-        received = self._devices.exchange(torch.stack(parts, dim=1))
-        return tuple(x.movedim(0, 1).flatten(1, 2) for x in received.unbind(1))
+    def by_heads(self, x: Tensor) -> Tensor:
+        received = self._devices.exchange(x.unflatten(-2, (self._devices.size, -1)).movedim(-3, 0))
+        return received.movedim(0, 1).flatten(1, 2)
 
     def by_places(self, x: Tensor) -> Tensor:
         received = self._devices.exchange(x.unflatten(1, (self._devices.size, -1)).movedim(1, 0))

@@ -22,7 +22,7 @@ from magicdrive_core.launchers.run import run_job, show_job
 from magicdrive_core.progress import progress_bar
 from magicdrive_core.settings import load_config
 from magicdrive_core.tracking.lineage import lineage_tags
-from magicdrive_core.tracking.runs import Store
+from magicdrive_core.tracking.runs import SHA256, Store
 from magicdrive_core.training.architecture import check_architecture
 from magicdrive_core.training.budget import plan_budget
 from magicdrive_core.training.masks import check_ratios
@@ -82,8 +82,9 @@ def train_stage(
         store.close(run, "FAILED" if isinstance(error, Exception) else "KILLED")
         raise
     facts = read_json(plan.result)
-    version = store.register(f"magicdrive-{config.profile}", stage, plan.weights, run)
-    store.close(run, "FINISHED", model_version=version, weights_sha256=facts["weights_sha256"])
+    digest = facts["weights_sha256"]
+    version = store.register(f"magicdrive-{config.profile}", stage, plan.weights, digest, run)
+    store.close(run, "FINISHED", model_version=version, **{SHA256: digest})
     return StageResult(stage, plan.folder, plan.weights, run, False, facts)
 
 

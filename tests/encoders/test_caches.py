@@ -160,17 +160,29 @@ def test_training_sees_the_same_batches_from_caches_and_live(project, tmp_path) 
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
-def test_size_and_time_are_told_before_the_work(project, tmp_path, capsys) -> None:
+def test_size_and_time_are_told_before_the_work(project, tmp_path, capsys, monkeypatch) -> None:
+    told: list[str] = []
+    seen: list[int] = []
+    encode_texts = TextEncoder.encode
+
+    def watched(self, captions: list[str], batch: int = 8) -> list[torch.Tensor]:
+        told.append(capsys.readouterr().err)
+        seen.append(len(captions))
+        return encode_texts(self, captions, batch)
+
+    monkeypatch.setattr(TextEncoder, "encode", watched)
     write_text(project.config, project.infos, project.encoders, tmp_path / "text")
-    told = capsys.readouterr().err
-    assert re.search(r"text: 14 texts, 0\.\d MB, about 0\.\d minutes", told)
+    assert seen == [7, 7, 14]  # every second text as a sample, twice; then all
+    assert not any("texts" in line for line in told[:2])
+    assert re.search(r"text: 14 texts, 0\.\d MB, about 0\.\d minutes", told[2])
     no_room = shutil._ntuple_diskusage(100, 99, 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: no_room)
         with pytest.raises(MagicDriveError, match=r"text features need .* GB"):
             write_text(project.config, project.infos, project.encoders, tmp_path / "other")
+    assert len(seen) == 3
     write_latents(project.config, project.infos, project.encoders, tmp_path / "latents")
-    assert re.search(r"latents: \d+ frames of 1 scenes, \d+ MB, about [\d.]+ minutes", capsys.readouterr().err)
+    assert re.search(r"latents: \d+ frames of 1 scenes, [\d.]+ MB, about [\d.]+ minutes", capsys.readouterr().err)
 
 
 def test_the_index_tells_the_spread_of_scaled_latents(project) -> None:

@@ -66,7 +66,7 @@ def test_the_formula_is_what_the_network_does(
 
     The formula leaves out small parts, and must not say more than there is.
     """
-    network = MagicDrive(config)
+    network = MagicDrive(config).requires_grad_(False)
     x = torch.randn(batch, len(config.neighbours), config.latent_channels, *latents)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         network(x, torch.full((batch,), 500.0), told(batch, frames, 5, config))
