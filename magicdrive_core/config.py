@@ -10,70 +10,49 @@ import json
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
-Stage = Literal["stage1", "stage2", "stage3"]
+from magicdrive_core.config_base import (
+    Count,
+    Frames,
+    Positive,
+    PositiveFloat,
+    Probability,
+    Section,
+    Size,
+    bucket_name,
+    check_frames,
+    parse_size,
+)
+from magicdrive_core.config_cluster import Cluster, Kubernetes, Slurm
+from magicdrive_core.config_training import STAGES, Bucket, Stage, StageConfig, Training
+
+# The whole schema is imported from here, whatever file a part of it stands in.
+__all__ = [
+    "STAGES",
+    "Bucket",
+    "Cluster",
+    "Count",
+    "Kubernetes",
+    "PositiveFloat",
+    "Probability",
+    "Section",
+    "Slurm",
+    "Stage",
+    "StageConfig",
+    "Training",
+    "bucket_name",
+    "check_frames",
+    "parse_size",
+]
+
 Unconditional = Literal["consistent", "rflow", "rflow-slice"]
-STAGES: tuple[Stage, ...] = ("stage1", "stage2", "stage3")
-
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
-Probability = Annotated[float, Field(ge=0, le=1)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """``"224x400"`` -> (224, 400): height and width of a video in pixels, both multiples of 8.
-
-    Raises:
-        ValueError: not of that form.
-    """
-    parts = str(text).split("x")
-    if len(parts) != 2 or not all(part.isdigit() for part in parts):
-        raise ValueError("write a size as HEIGHTxWIDTH, for example 224x400")
-    height, width = (int(part) for part in parts)
-    if height <= 0 or width <= 0 or height % 8 or width % 8:
-        raise ValueError("height and width must be positive multiples of 8 (the VAE's stride)")
-    return height, width
-
-
-def _check_size(text: str) -> str:
-    parse_size(text)
-    return text
-
-
-Size = Annotated[str, BeforeValidator(_check_size)]
-
-
-def bucket_name(size: str, frames: int) -> str:
-    """``224x400-17``."""
-    return f"{size}-{frames}"
-
-
-def check_frames(frames: int) -> int:
-    """The number of frames of a clip, as it is.
-
-    Raises:
-        ValueError: the VAE takes no clip of so many.
-    """
-    if frames < 1 or (frames - 1) % 8:
-        raise ValueError("a clip has 8n+1 frames: 1, 9, 17, 33, ...")
-    return frames
-
-
-Frames = Annotated[int, BeforeValidator(check_frames)]
 
 
 def _check_val_scenes(value: Any) -> Any:
     if value != "auto" and not (isinstance(value, list) and value and all(isinstance(name, str) for name in value)):
         raise ValueError("write auto, or a list of scene names")
     return value
-
-
-class Section(BaseModel):
-    """A part of params.yaml: immutable, and unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
 
 
 class Synth(Section):
@@ -202,141 +181,6 @@ class Model(Section):
             raise ValueError(f"width {self.width} must be a multiple of 4 (position embedding)")
         if self.control_depth > self.depth:
             raise ValueError(f"control_depth {self.control_depth} must be at most depth {self.depth}")
-        return self
-
-
-class Bucket(Section):
-    """Clips of one size and length, and how many of them make a micro-batch of one rank."""
-
-    size: Size
-    frames: Frames
-    batch: Positive
-    # one clip a scene, from its first frame on, of the most 8n+1 frames that it has, up to ``frames``
-    whole: bool = False
-    repeat: Positive = 1  # each clip comes so often in an epoch
-
-    @model_validator(mode="after")
-    def _one_length(self) -> Bucket:
-        if self.whole and self.batch > 1:
-            raise ValueError("scenes have different lengths: whole needs batch 1")
-        return self
-
-    @property
-    def name(self) -> str:
-        """As in folders and metrics; clips of one size and length share their latents."""
-        return bucket_name(self.size, self.frames)
-
-
-class StageConfig(Section):
-    """One of the three progressive stages."""
-
-    buckets: list[Bucket] = Field(min_length=1)
-    steps: Positive
-    accumulate: Positive = 1  # micro-batches of each rank (or group that shares clips) whose gradients make a step
-    learning_rate: PositiveFloat
-    warmup: Count  # steps of linear warm-up, then constant
-    seed: Count
-    freeze_text: bool = False  # the text projection is trained in stage 1 only
-    checkpoint_blocks: bool | Positive = False  # activation checkpointing: of every block, or of every n-th
-    balance: bool = False  # scenes of night and rain as often as the others, and "Daytime." said of those
-    mask_ratios: dict[str, Probability] = {}  # conditioning-frame masks, from 8 latent frames on
-    # published only: parallel sizes whose padding rows a micro-batch may get, drawn from those not below the real one
-    simulate_sizes: list[Positive] = []
-
-
-class Training(Section):
-    """What all stages share."""
-
-    stage1: StageConfig
-    stage2: StageConfig
-    stage3: StageConfig
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"  # of weights and gradients; masters and EMA are fp32
-    betas: tuple[Probability, Probability] = (0.9, 0.999)
-    eps: PositiveFloat = 1e-15
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    clip: PositiveFloat = 1.0  # gradient norm
-    ema: Probability = 0.99
-    drop_condition: Probability = 0.15  # of samples: no text, cameras, ego motion, boxes
-    drop_frame: Probability = 0.4  # share of middle frames without boxes and ego motion
-    hide_boxes: Probability = 0.4  # of frames between key frames: all boxes hidden
-    add_boxes: Probability = 0.1  # of views and frames: up to three unseen boxes shown too
-    skip_empty: bool = False  # train without the buckets that the data has no clip for, instead of refusing them
-    # micro-batches of like cost come in groups of so many: choose ranks / sequence_parallel; 1: the published order
-    pair_ranks: Positive = 1
-    # memory of each rank for micro-batches that wait; null: a tenth of what the container leaves free
-    prefetch_mbytes: Positive | None = None
-    checkpoint_every: Positive  # steps
-    keep_checkpoints: Positive = 2  # the newest
-    keep_every: Positive | None = None  # steps: the first checkpoint of each so many is kept for good; null: none is
-    # steps in a row whose loss or gradient is not finite: fewer are skipped, so many end the training
-    max_skipped: Positive = 3
-    # gradients travel while the backward pass goes on: faster, but suspected of the NaN of ColossalAI #6091
-    overlap_communication: bool = False
-    # the network's blocks by torch.compile: faster steps after minutes at each start, the same to rounding. aot_eager
-    # makes no machine code; it tells whose fault a fault is
-    compile: Literal["inductor", "aot_eager"] | None = None
-    preview_every: Positive  # steps
-    preview_clips: Positive = 3  # validation clips in a preview, of as many scenes
-    log_every: Positive = 1
-    peak_tflops: PositiveFloat | None = None  # of a device in this precision; null: those that resources.py knows
-
-    def stage(self, name: Stage) -> StageConfig:
-        """The settings of one stage."""
-        return {"stage1": self.stage1, "stage2": self.stage2, "stage3": self.stage3}[name]
-
-
-class Slurm(Section):
-    """A job of ``cluster.hosts`` whole nodes (``cluster.launcher: slurm``)."""
-
-    partition: str | None = None  # null: the cluster's default
-    account: str | None = None
-    time: Annotated[str, Field(pattern=r"^(\d+-)?\d{1,2}:\d{2}:\d{2}$")] = "1-00:00:00"  # limit of a start: days-h:m:s
-    devices: str | None = "gpu"  # generic resource, cluster.ranks of it a node ("npu": Ascend); null: none is asked for
-    setup: list[str] = []  # shell lines before the ranks, such as: module load cuda
-    options: list[str] = []  # further ones of sbatch, such as: --qos=high
-
-
-class Kubernetes(Section):
-    """A JobSet of ``cluster.hosts`` pods (``cluster.launcher: kubernetes``)."""
-
-    image: str  # holds the environment: python with this project's requirements
-    volume_claim: str  # of the shared volume that holds the project's folder
-    project: str = "."  # the project's folder, as seen from the volume's root
-    python: str = "python"  # in the image
-    namespace: str = "default"
-    devices: str | None = "nvidia.com/gpu"  # resource, cluster.ranks of it a pod ("huawei.com/Ascend910"); null: none
-    shared_memory: str = "64Gi"  # /dev/shm of a pod: ranks of a host talk through it
-    node_selector: dict[str, str] = {}
-
-
-class Cluster(Section):
-    """Where a process group runs: the same command line everywhere (docs/cluster.md)."""
-
-    launcher: Literal["local", "slurm", "kubernetes"] = "local"
-    hosts: Positive = 1  # more than one needs slurm or kubernetes
-    ranks: Positive  # processes on each host, one a device
-    sequence_parallel: Positive = 1  # neighbouring ranks that share a clip; divides all ranks and model.heads
-    threads: Count = 0  # CPU threads of a rank; 0: the host's cores shared evenly
-    stall_seconds: Positive = 1800  # without a finished step: the group is stopped
-    # between asking the ranks to save and killing them: the longest step and a checkpoint have to fit
-    grace_seconds: Positive = 25
-    environment: dict[str, str] = {}  # variables of the ranks
-    slurm: Slurm | None = None
-    kubernetes: Kubernetes | None = None
-
-    @property
-    def world(self) -> int:
-        """Ranks on all hosts."""
-        return self.hosts * self.ranks
-
-    @model_validator(mode="after")
-    def _launchable(self) -> Cluster:
-        if self.launcher == "local" and self.hosts > 1:
-            raise ValueError(f"hosts {self.hosts} needs launcher slurm or kubernetes: local starts ranks on this host")
-        if self.launcher == "slurm" and self.slurm is None:
-            raise ValueError("launcher slurm needs a slurm section; {} takes the cluster's defaults")
-        if self.launcher == "kubernetes" and self.kubernetes is None:
-            raise ValueError("launcher kubernetes needs a kubernetes section with image and volume_claim")
         return self
 
 
