@@ -5,7 +5,8 @@
 
 The network is the published XL one at half of every length: a quarter of the places of a frame, of the width, of the
 text and of the map, so that linear layers, attention and convolutions keep their shares; two blocks deep, one of
-control, checkpointed. A micro-batch costs its clips.
+control, checkpointed. A micro-batch costs its clips. What the file holds already is not measured again, so that a long
+measurement can be made in parts.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from magicdrive_core.config import STAGES, parse_size
-from magicdrive_core.files import write_json
+from magicdrive_core.files import read_json, write_json
 from magicdrive_core.model.inputs import Conditions
 from magicdrive_core.model.network import MagicDrive, NetworkConfig
 from magicdrive_core.settings import load_config
@@ -86,6 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--whole", type=int, default=217, help="frames of a whole scene")
+    parser.add_argument("--stages", nargs="+", choices=STAGES[1:], default=STAGES[1:], help="whose buckets")
     options = parser.parse_args()
     torch.set_num_threads(1)
     config = load_config(PROFILE)
@@ -93,12 +95,14 @@ def main() -> None:
     network.checkpoint_blocks = True
     buckets = {
         (bucket.size, options.whole if bucket.whole else bucket.frames): bucket.name
-        for stage in STAGES[1:]
+        for stage in options.stages
         for bucket in config.training.stage(stage).buckets
     }
+    costs: dict[str, float] = read_json(options.out) if options.out.is_file() else {}
     clip_seconds(network, "224x400", 1, 200)  # what is done once
-    costs: dict[str, float] = {}
     for (size, frames), name in sorted(buckets.items(), key=lambda item: (parse_size(item[0][0]), item[0][1])):
+        if name in costs:
+            continue
         runs = 3 if frames <= 9 else 1
         cells = config.conditions.map_cells[size]
         costs[name] = min(clip_seconds(network, size, frames, cells) for _ in range(runs))

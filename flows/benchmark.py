@@ -14,7 +14,7 @@ from flows.generate import generate
 from magicdrive_core.benchmark.verdict import VERDICT
 from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.inference.items import list_items
-from magicdrive_core.places import find_places
+from magicdrive_core.places import find_places, pinned
 from magicdrive_core.settings import load_config
 from magicdrive_core.video.record import RECORD
 
@@ -25,6 +25,7 @@ def benchmark(params: str = "params.yaml", overrides: list[str] | None = None) -
 
     Scenes that are too short for W-CODA's 16 frames (a data set of single key frames) get a report without a package.
     """
+    overrides = [*(overrides or []), *pinned(load_config(params, overrides))]
     config = load_config(params, overrides)
     places = find_places(config)
     settings = setting_words(params, overrides)

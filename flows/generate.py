@@ -24,8 +24,9 @@ from prefect.task_runners import TaskRunner
 from flows.common import flow_command, main, no_orphans, run_child, setting_words, tool, unless_interrupted
 from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.errors import UsageError
-from magicdrive_core.inference.items import input_digests, is_done, item_fingerprint, list_items
-from magicdrive_core.places import find_places
+from magicdrive_core.inference.done import is_done
+from magicdrive_core.inference.items import input_digests, item_fingerprint, list_items
+from magicdrive_core.places import find_places, pinned
 from magicdrive_core.progress import progress_bar
 from magicdrive_core.settings import load_config
 from magicdrive_core.video.record import RECORD
@@ -47,11 +48,12 @@ def generate_shard(shard: str, settings: list[str], log: Path, project: Path, co
 
 @flow(name="generate", validate_parameters=False)
 def generate(params: str = "params.yaml", overrides: list[str] | None = None) -> str:
-    """Generates all validation clips with the last trained stage; returns the folder of items.
+    """Generates all validation clips, with the last stage or with ``generate.weights``; returns the folder of items.
 
     Raises:
         MagicDriveError: no weights, or a shard failed twice; what was finished is kept.
     """
+    overrides = [*(overrides or []), *pinned(load_config(params, overrides))]
     config = load_config(params, overrides)
     places = find_places(config)
     items = list_items(config, read_scenes(Path("artifacts/infos")))
@@ -63,11 +65,13 @@ def generate(params: str = "params.yaml", overrides: list[str] | None = None) ->
     settings = setting_words(params, overrides)
     kind, arguments = config.generate.task_runner, (shards, settings, places.generated)
     with no_orphans(), _counted(places.generated, len(items)):
+        scheduler = config.generate.scheduler
+        cores = 1.0 if scheduler else 1 / max(1, shards)
         if kind == "threads":
-            _fan_out(*arguments, cores=1 / max(1, shards))
+            _fan_out(*arguments, cores)
         else:
-            runner = _task_runner(kind, config.generate.scheduler)
-            flow(name="shards", task_runner=runner, validate_parameters=False)(_fan_out)(*arguments)
+            runner = _task_runner(kind, scheduler)
+            flow(name="shards", task_runner=runner, validate_parameters=False)(_fan_out)(*arguments, cores)
     get_run_logger().info("%d items, %d of them new: %s", len(items), len(missing), places.generated)
     return str(places.generated)
 

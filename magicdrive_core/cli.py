@@ -91,7 +91,7 @@ def infos(
     params: Params = DEFAULT_PARAMS,
     overrides: Set = None,
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out scenes with broken records or pictures, and list them.")
+        bool, typer.Option("--skip-bad", help="Leave out scenes with broken records, maps or pictures, and list them.")
     ] = False,
 ) -> None:
     """DVC stage: scenes at 12 Hz from the data set's tables."""
@@ -159,7 +159,7 @@ def generate(
         str, typer.Option(metavar="I/N", help="Work as the I-th of N workers that share the clips.")
     ] = "1/1",
 ) -> None:
-    """Generate the validation clips with the last trained stage; what is done is skipped."""
+    """Generate the validation clips with the last trained stage, or with generate.weights; what is done is skipped."""
     from magicdrive_core.data.infos import read_scenes
     from magicdrive_core.inference.items import list_items
     from magicdrive_core.places import find_places
@@ -194,7 +194,7 @@ def package(params: Params = DEFAULT_PARAMS, overrides: Set = None) -> None:
 
     config = read_config(params, overrides)
     places = find_places(config)
-    made = pack(config, places.generated, places.benchmark, lineage_tags(config))
+    made = pack(config, places.generated, places.benchmark, lineage_tags(config) | places.model_tags(config))
     _refuse(made.zip_path, judge(made.zip_path, _expected(config)))
 
 
@@ -227,6 +227,7 @@ def report(params: Params = DEFAULT_PARAMS, overrides: Set = None) -> None:
     places = find_places(config)
     sheet = Sheet.read(places.benchmark) if (places.benchmark / SHEET).is_file() else None
     packed = read_package(places.benchmark) if (places.benchmark / ZIP).is_file() else None
+    lineage = lineage_tags(config) | places.model_tags(config)
     page = write_report(
         config,
         places.generated,
@@ -235,12 +236,12 @@ def report(params: Params = DEFAULT_PARAMS, overrides: Set = None) -> None:
         package=packed,
         faults=judge(packed.zip_path, _expected(config)) if packed else (),
         notes=places.notes,
-        lineage=lineage_tags(config),
+        lineage=lineage,
         made=f"{datetime.now():%Y-%m-%d %H:%M}",
         sheet=sheet if packed and sheet and sheet.package == packed.sha256 else None,
     )
     files = [page, places.benchmark / SHEET, places.benchmark / MANIFEST, places.benchmark / VERDICT]
-    record_benchmark(config, places.benchmark, sheet.figures if sheet else {}, files)
+    record_benchmark(config, places.benchmark, sheet.figures if sheet else {}, files, lineage)
     print(page)
 
 

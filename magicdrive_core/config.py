@@ -96,7 +96,7 @@ class Data(Section):
     val_scenes: Annotated[Literal["auto"] | list[str], BeforeValidator(_check_val_scenes)] = "auto"
     # between key frames, objects that only one of the two holds; never carried on where published is true
     unpaired: Literal["leave_out", "carry_on"] = "leave_out"
-    skip_bad: bool = False  # leave out scenes with broken records or pictures, listed in infos.json, instead of ending
+    skip_bad: bool = False  # leave out scenes with broken records, maps or pictures, listed in infos.json
 
 
 class Conditions(Section):
@@ -232,6 +232,7 @@ class StageConfig(Section):
 
     buckets: list[Bucket] = Field(min_length=1)
     steps: Positive
+    accumulate: Positive = 1  # micro-batches of each rank (or group that shares clips) whose gradients make a step
     learning_rate: PositiveFloat
     warmup: Count  # steps of linear warm-up, then constant
     seed: Count
@@ -249,7 +250,7 @@ class Training(Section):
     stage1: StageConfig
     stage2: StageConfig
     stage3: StageConfig
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"  # of weights and gradients; masters and EMA are fp32
     betas: tuple[Probability, Probability] = (0.9, 0.999)
     eps: PositiveFloat = 1e-15
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
@@ -259,6 +260,7 @@ class Training(Section):
     drop_frame: Probability = 0.4  # share of middle frames without boxes and ego motion
     hide_boxes: Probability = 0.4  # of frames between key frames: all boxes hidden
     add_boxes: Probability = 0.1  # of views and frames: up to three unseen boxes shown too
+    skip_empty: bool = False  # train without the buckets that the data has no clip for, instead of refusing them
     # micro-batches of like cost come in groups of so many: choose ranks / sequence_parallel; 1: the published order
     pair_ranks: Positive = 1
     # memory of each rank for micro-batches that wait; null: a tenth of what the container leaves free
@@ -270,7 +272,11 @@ class Training(Section):
     max_skipped: Positive = 3
     # gradients travel while the backward pass goes on: faster, but suspected of the NaN of ColossalAI #6091
     overlap_communication: bool = False
+    # the network's blocks by torch.compile: faster steps after minutes at each start, the same to rounding. aot_eager
+    # makes no machine code; it tells whose fault a fault is
+    compile: Literal["inductor", "aot_eager"] | None = None
     preview_every: Positive  # steps
+    preview_clips: Positive = 3  # validation clips in a preview, of as many scenes
     log_every: Positive = 1
     peak_tflops: PositiveFloat | None = None  # of a device in this precision; null: those that resources.py knows
 
@@ -346,7 +352,9 @@ class Generate(Section):
     unconditional: Unconditional | None = None
     use_map0: bool = True  # rflow: an empty map in it, as in the published test configurations; rflow-slice: always
     generations: Positive = 4
-    weights: str | None = None  # folder of magicdrive import-checkpoint; null: the last stage that is trained here
+    # A registered model (models:/NAME@ALIAS, models:/NAME/VERSION), or the folder of magicdrive import-checkpoint.
+    # null: the last stage that is trained here
+    weights: str | None = None
     seed: Count = 1024
     workers: Positive = 1  # processes that share the items: on this host, or on all hosts of the task runner
     task_runner: Literal["threads", "dask", "ray"] = "threads"  # of Prefect; threads: this host (docs/flows.md)

@@ -107,6 +107,24 @@ def sync_folder(path: Path | str) -> None:
     _sync(Path(path))
 
 
+def check_space(path: Path | str, what: str, needed: float, hint: str) -> None:
+    """Makes sure that there is room for what will be written to ``path``, before it is computed.
+
+    Args:
+        path: of the result; neither it nor its folder need be there yet.
+        what: will be written, in words.
+        needed: bytes.
+        hint: what to do else.
+
+    Raises:
+        MagicDriveError: the disk has less room.
+    """
+    existing = next(parent for parent in Path(path).absolute().parents if parent.is_dir())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise MagicDriveError(f"{what} need {needed / 1e9:.1f} GB, and {existing} has {free / 1e9:.1f} GB free", hint)
+
+
 def write_json(path: Path | str, value: Any) -> None:
     """Writes ``value`` as indented JSON, atomically, with sorted keys (so that equal values give equal bytes)."""
     with atomic_file(path) as partial:

@@ -15,12 +15,14 @@ from magicdrive_core.files import read_json
 from magicdrive_core.inference.items import HOW
 from magicdrive_core.training.plan import StagePlan, feasibility, plan_stage
 
+REGISTERED = "models:/"  # what names of registered models begin with
+
 
 @dataclass(frozen=True)
 class Places:
     """The road of one configuration."""
 
-    stages: list[StagePlan]  # that can be trained, in order; or the imported one alone
+    stages: list[StagePlan]  # that can be trained, in order; or the one that generate.weights names
     notes: list[str]  # one line for each stage that the data cannot feed
     generated: Path  # folder of items
     benchmark: Path  # package and report
@@ -30,19 +32,25 @@ class Places:
         """The last stage: its weights generate."""
         return self.stages[-1]
 
+    def model_tags(self, config: Config) -> dict[str, str]:
+        """What generated, for MLflow and manifests: the model's name or folder, its digest, the run that made it."""
+        facts = read_json(self.model.result)
+        tags = {"model": config.generate.weights or self.model.folder.name, "model.sha256": facts["weights_sha256"]}
+        return tags | ({"model.run": facts["run"]} if facts.get("run") else {})
+
 
 def find_places(config: Config, last: Stage = "stage3", project: Path = Path()) -> Places:
     """The stages up to ``last``, ended before the first one that has no training clip in any bucket.
 
-    Where ``generate.weights`` names an imported network, it stands in their place and nothing is trained.
+    Where ``generate.weights`` names a network, it stands in their place and nothing is trained.
 
     Raises:
-        UsageError: not even stage 1 has a clip.
-        MagicDriveError: the imported network is missing.
+        UsageError: not even stage 1 has a clip, or the registry knows no such model.
+        MagicDriveError: the named network is missing.
     """
     notes: list[str] = []
     if config.generate.weights is not None:
-        stages = [_imported(config, project / config.generate.weights)]
+        stages = [_named(config, config.generate.weights, project)]
     else:
         stages = _chain(plan_stage(config, _last_possible(config, last, project, notes), project))
     others = HOW - {"sequence_parallel"} | {"generations", "weights", "edits"}
@@ -54,7 +62,28 @@ def find_places(config: Config, last: Stage = "stage3", project: Path = Path()) 
     return Places(stages, notes, outputs / f"generate-{generated}", outputs / f"benchmark-{benchmark}")
 
 
-def _imported(config: Config, folder: Path) -> StagePlan:
+def pinned(config: Config, project: Path = Path()) -> list[str]:
+    """The override that makes ``generate.weights`` mean the same model in every process, whatever becomes of aliases.
+
+    Raises:
+        UsageError, MagicDriveError: as ``find_places``.
+    """
+    weights = config.generate.weights
+    if weights is None or not weights.startswith(REGISTERED):
+        return []
+    from magicdrive_core.tracking.registry import find_registered  # seconds to import, needed here alone
+
+    return [f"generate.weights={find_registered(config.tracking, weights, project).uri}"]
+
+
+def _named(config: Config, weights: str, project: Path) -> StagePlan:
+    """A registered model, or the folder of an imported network."""
+    if weights.startswith(REGISTERED):
+        from magicdrive_core.tracking.registry import find_registered  # seconds to import, needed here alone
+
+        folder = find_registered(config.tracking, weights, project).folder
+    else:
+        folder = project / weights
     run = read_json(folder / "run.json", "magicdrive import-checkpoint, or set generate.weights to null")
     return StagePlan(run["stage"], folder, fingerprint(run["weights_sha256"], config.flow), inputs={}, previous=None)
 

@@ -36,6 +36,13 @@ if mode == "resumable":
     sys.exit(75)
 if mode == "killed" and rank == 1:
     os.kill(os.getpid(), signal.SIGKILL)
+if mode == "killed":  # the peer fails in its next collective
+    import contextlib, psutil
+    with contextlib.suppress(psutil.NoSuchProcess):
+        peer = psutil.Process(int((folder / "started-1").read_text()))
+        while peer.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+    raise ConnectionError("the peer is gone")
 if mode == "orphan":
     select.select([sys.stdin], [], [])
     (folder / f"noticed-{rank}").touch()

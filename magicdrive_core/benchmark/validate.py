@@ -36,9 +36,18 @@ def validate(zip_path: Path, expected: Expected = OFFICIAL) -> list[str]:
         zip_path: ``results.zip``.
         expected: counts and properties to check against.
     """
+    return [_one_line(fault) for fault in _faults(zip_path, expected)]
+
+
+def _one_line(fault: str) -> str:
+    """Names in a zip may hold line breaks and a terminal's commands."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in fault)
+
+
+def _faults(zip_path: Path, expected: Expected) -> list[str]:
     try:
         with zipfile.ZipFile(zip_path) as archive:
-            faults = list(_dangers(archive))
+            faults = list(_dangers(archive, zip_path.stat().st_size))
             if faults:
                 return faults
             paths = [entry.filename for entry in archive.infolist() if not entry.is_dir()]
@@ -60,9 +69,11 @@ def validate(zip_path: Path, expected: Expected = OFFICIAL) -> list[str]:
         return [f"{zip_path}: not a readable zip: {error}"]
 
 
-def _dangers(archive: zipfile.ZipFile) -> Iterator[str]:
-    """Entries that must not even be read."""
-    seen = set()
+def _dangers(archive: zipfile.ZipFile, size: int) -> Iterator[str]:
+    """Entries that must not even be read, of a zip of ``size`` bytes."""
+    packed, seen = sum(entry.compress_size for entry in archive.infolist()), set()
+    if packed > size:
+        yield f"its entries have {packed} bytes in a zip of {size}: they lie over each other"
     for entry in archive.infolist():
         name, path = entry.filename, PurePosixPath(entry.filename)
         mode = entry.external_attr >> 16
@@ -118,7 +129,7 @@ class _Check:
         expected = self.expected
         if info.codec != "h264":
             self._fault(f"codec {info.codec}, not h264")
-        if (info.height, info.width) != (expected.height, expected.width):
+        elif (info.height, info.width) != (expected.height, expected.width):
             self._fault(f"{info.width}x{info.height}, not {expected.width}x{expected.height}")
         return bool(self.faults)
 

@@ -26,7 +26,7 @@ from magicdrive_core.files import atomic_file
 Floats = NDArray[np.float64]
 Bits = NDArray[np.uint8]
 
-_BLOCK = 16  # frames that are prepared together: enough to be fast, few enough to stay small
+_BLOCK = 64  # frames that are prepared together: enough to be fast, few enough to stay small
 
 
 def rasterise(vectors: VectorMap, lidar_to_global: Floats, cells: int) -> Bits:
@@ -40,40 +40,51 @@ def rasterise(vectors: VectorMap, lidar_to_global: Floats, cells: int) -> Bits:
     Returns:
         (F, cells, cells), bit c = layer c.
     """
-    out = np.empty((len(lidar_to_global), cells, cells), np.uint8)
+    out = np.zeros((len(lidar_to_global), cells, cells), np.uint8)
+    # A column of margin: fillPoly draws what lies beyond the left rim of its canvas onto the rim (OpenCV 4.11).
+    canvas = np.empty((len(MAP_LAYERS), cells, cells + 1), np.uint8)
     for start in range(0, len(out), _BLOCK):
         block = lidar_to_global[start : start + _BLOCK]
         centres, headings = block[:, :2, 3], np.arctan2(block[:, 1, 0], block[:, 0, 0])
         polygons = polygon_pieces(vectors, centres, headings, cells)
         lines = line_pieces(vectors, centres, headings, cells)
         for frame in range(len(block)):
-            out[start + frame] = _draw(polygons, lines, frame, cells)
+            _draw(polygons, lines, frame, canvas, out[start + frame])
     return out
 
 
-def _draw(polygons: Pieces, lines: Pieces, frame: int, cells: int) -> Bits:
-    # A column of margin: fillPoly draws what lies beyond the left rim of its canvas onto the rim (OpenCV 4.11).
-    canvas = np.zeros((len(MAP_LAYERS), cells, cells + 1), np.uint8)
-    masks = [canvas[layer] for layer in range(len(MAP_LAYERS))]
-    for piece in np.flatnonzero(polygons.frames == frame).tolist():
+def _draw(polygons: Pieces, lines: Pieces, frame: int, canvas: Bits, out: Bits) -> None:
+    """Draws one frame: each layer that it has on a canvas of its own (cells, cells + 1), all of them into ``out``."""
+    drawn = polygons.ends[1:] > polygons.ends[:-1]
+    fills, strokes = np.flatnonzero((polygons.frames == frame) & drawn), np.flatnonzero(lines.frames == frame)
+    used = {layer: canvas[layer] for layer in {*polygons.layers[fills].tolist(), *lines.layers[strokes].tolist()}}
+    for mask in used.values():
+        mask.fill(0)
+    for piece in fills.tolist():
         vertices = polygons.vertices[polygons.ends[piece] : polygons.ends[piece + 1]]
-        if not len(vertices):
-            continue
-        layer, hole = polygons.layers[piece], polygons.holes[piece]
-        bit = [1 << int(layer)]
-        cv2.fillPoly(masks[layer], [vertices], [0] if hole else bit, offset=(1, 0))
+        layer, hole = int(polygons.layers[piece]), polygons.holes[piece]
+        cv2.fillPoly(used[layer], [vertices], [0] if hole else [1 << layer], offset=(1, 0))
         if hole and polygons.cut[piece]:
-            cv2.polylines(masks[layer][:, 1:], [vertices], True, bit)
-    for piece in np.flatnonzero(lines.frames == frame).tolist():
-        layer = lines.layers[piece]
-        vertices = lines.vertices[lines.ends[piece] : lines.ends[piece + 1]]
-        cv2.polylines(masks[layer][:, 1:], [vertices], False, [1 << int(layer)], 2)
-    return cv2.transpose(np.bitwise_or.reduce(canvas, axis=0)[:, 1:])
+            cv2.polylines(used[layer][:, 1:], [vertices], True, [1 << layer])
+    for layer, mask in used.items():
+        pieces = strokes[lines.layers[strokes] == layer].tolist()
+        paths = [lines.vertices[lines.ends[piece] : lines.ends[piece + 1]] for piece in pieces]
+        cv2.polylines(mask[:, 1:], paths, False, [1 << layer], 2)
+    if used:
+        first, *others = used.values()
+        for mask in others:
+            cv2.bitwise_or(first, mask, dst=first)
+        cv2.transpose(first[:, 1:], dst=out)
 
 
 def unpack(bits: Bits) -> Bits:
     """(..., h, w) of bits -> (..., 8, h, w) of 0 and 1."""
     return np.stack([(bits >> layer) & 1 for layer in range(len(MAP_LAYERS))], axis=-3)
+
+
+def map_path(folder: Path | str, scene: str, cells: int) -> Path:
+    """The file of a scene's maps, by its token, in a conditions folder."""
+    return Path(folder) / "bev" / str(cells) / f"{scene}.npz"
 
 
 def write_map(path: Path, bits: Bits) -> None:
@@ -91,7 +102,7 @@ def read_map(folder: Path | str, scene: str, cells: int) -> Bits:
     Raises:
         MagicDriveError: not there, half-written or of another size.
     """
-    path = Path(folder) / "bev" / str(cells) / f"{scene}.npz"
+    path = map_path(folder, scene, cells)
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             bits = archive["map"]

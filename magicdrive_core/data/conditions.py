@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +10,11 @@ from numpy.typing import NDArray
 
 from magicdrive_core.config import STAGES, Config, fingerprint, parse_size
 from magicdrive_core.data.adapters import open_adapter
-from magicdrive_core.data.bev import rasterise, unpack, write_map
+from magicdrive_core.data.bev import unpack
 from magicdrive_core.data.clips import caption, list_clips
+from magicdrive_core.data.drawn_maps import draw_maps, used_cells
 from magicdrive_core.data.infos import infos_digest, read_scenes
 from magicdrive_core.data.records import CLASSES, Clip, ClipConditions, FrameBoxes, Outline, Scene
-from magicdrive_core.data.scene_pool import for_each_scene
 from magicdrive_core.files import resumable_folder, write_json
 from magicdrive_core.geometry import poses
 from magicdrive_core.geometry.boxes import corners
@@ -32,15 +31,14 @@ def build_conditions(config: Config, infos: Path | str, out: Path | str) -> None
     Interrupted, it goes on after the scenes that are drawn. With ``conditions.maps: live`` there are no maps to write.
 
     Raises:
-        MagicDriveError: unusable infos or maps, named.
+        MagicDriveError: unusable infos or maps, named, or the disk is too small.
     """
     scenes = read_scenes(infos)
     maps = open_adapter(config).map_digest()
-    key = fingerprint(config.conditions, config.data, infos_digest(infos), maps, _cells(config))
+    key = fingerprint(config.conditions, config.data, infos_digest(infos), maps, used_cells(config))
     with resumable_folder(out, key) as folder:
         if config.conditions.maps == "cached":
-            draw = partial(_draw_scene, scenes=scenes, config=config, folder=folder, cells=_cells(config))
-            for_each_scene(draw, range(len(scenes)), "BEV maps")
+            draw_maps(config, scenes, folder)
         write_json(folder / "clips.json", count_clips(config, [Outline.of(scene) for scene in scenes]))
 
 
@@ -116,19 +114,3 @@ def _boxes(
         box_classes[index, places] = [CLASSES.index(name) for name in frame.names]
         box_masks[index][:, places] = (depth > 0).any(-1)
     return ids, box_corners, box_classes, box_masks
-
-
-def _cells(config: Config) -> list[int]:
-    """The numbers of map cells that some size in use needs."""
-    sizes = {bucket.size for stage in STAGES for bucket in config.training.stage(stage).buckets}
-    return sorted({config.conditions.map_cells[size] for size in sizes | {config.generate.size}})
-
-
-def _draw_scene(index: int, scenes: Sequence[Scene], config: Config, folder: Path, cells: list[int]) -> None:
-    scene = scenes[index]
-    paths = {count: folder / "bev" / str(count) / f"{scene.token}.npz" for count in cells}
-    missing = {count: path for count, path in paths.items() if not path.is_file()}
-    if missing:
-        vectors = open_adapter(config).vector_map(scene)
-    for count, path in missing.items():
-        write_map(path, rasterise(vectors, scene.ego_to_global @ scene.lidar_to_ego, count))

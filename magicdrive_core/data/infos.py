@@ -35,11 +35,11 @@ RULES = {False: "by time stamp", True: "published"}
 def build_infos(config: Config, out: Path | str) -> None:
     """Writes the infos of every scene of ``config.data`` to the folder ``out``, whole or not at all.
 
-    Interrupted, it goes on after the scenes that are written. With ``data.skip_bad``, scenes with broken records or
-    pictures are left out, said on stderr and listed in ``infos.json``.
+    Interrupted, it goes on after the scenes that are written. With ``data.skip_bad``, scenes with broken records, maps
+    or pictures are left out, said on stderr and listed in ``infos.json``.
 
     Raises:
-        MagicDriveError: unusable tables or pictures, named.
+        MagicDriveError: unusable tables, maps or pictures, named.
         UsageError: impossible ``data.val_scenes``.
     """
     adapter = open_adapter(config)
@@ -47,7 +47,7 @@ def build_infos(config: Config, out: Path | str) -> None:
     splits = choose_splits(names, config.data.val_scenes, config.data.version)
     unpaired = "leave_out" if config.published else config.data.unpaired
     facts = {"version": config.data.version, "rule": RULES[config.published], "unpaired": unpaired}
-    key = fingerprint(adapter.digest(), facts, splits, config.data.root, str(SCHEMA))
+    key = fingerprint(adapter.digest(), adapter.map_digest(), facts, splits, config.data.root, str(SCHEMA))
     with resumable_folder(out, key) as folder:
         make = partial(_make_scene, adapter=adapter, splits=splits, folder=folder, skip_bad=config.data.skip_bad)
         # Tables of the whole of nuScenes take gigabytes and most of a minute to read: forked processes share them.
@@ -82,6 +82,7 @@ def _make_scene(name: str, adapter: Adapter, splits: Mapping[str, str], folder: 
         return _Fault()
     try:
         scene = adapter.read(name, splits[name])
+        adapter.vector_map(scene)  # a broken one would end the next stage, for all scenes
         broken = check_pictures(adapter.root, adapter.pictures(scene))
     except MagicDriveError as error:
         if not skip_bad:

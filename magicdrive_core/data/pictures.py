@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -45,12 +46,20 @@ def read_picture(path: Path, framing: Framing, *, scaled: bool = False) -> Pixel
     return np.asarray(resized)[framing.crop :]
 
 
-def read_clip(root: Path | str, scene: Scene, clip: Clip, size: str, *, scaled: bool = False) -> Pixels:
-    """All pictures of a clip at a size such as "224x400": (V, F, H, W, 3) RGB; ``scaled`` as in ``read_picture``."""
+def read_clip(
+    root: Path | str,
+    scene: Scene,
+    clip: Clip,
+    size: str,
+    *,
+    scaled: bool = False,
+    views: Sequence[int] = range(len(VIEWS)),
+) -> Pixels:
+    """The pictures of a clip at a size such as "224x400": (V, F, H, W, 3) RGB; ``scaled`` as in ``read_picture``."""
     framing = Framing(*parse_size(size))
     frames = scene.pictures[clip.start : clip.start + clip.frames]
-    out = np.empty((len(VIEWS), len(frames), framing.height, framing.width, 3), np.uint8)
+    out = np.empty((len(views), len(frames), framing.height, framing.width, 3), np.uint8)
     for index, paths in enumerate(frames):
-        for view, path in enumerate(paths):
-            out[view, index] = read_picture(Path(root) / path, framing, scaled=scaled)
+        for place, view in enumerate(views):
+            out[place, index] = read_picture(Path(root) / paths[view], framing, scaled=scaled)
     return out

@@ -10,6 +10,7 @@ import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from typing import Any, Literal, TypeVar
 
 from magicdrive_core.errors import MagicDriveError
@@ -20,6 +21,11 @@ R = TypeVar("R")
 
 SCENES_A_WORKER = 8  # fewer are done faster than processes start
 _PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
+
+
+def count_workers(scenes: int) -> int:
+    """How many processes ``for_each_scene`` shares so many scenes out among."""
+    return max(1, min(len(os.sched_getaffinity(0)), scenes // SCENES_A_WORKER))
 
 
 def for_each_scene(
@@ -37,9 +43,10 @@ def for_each_scene(
     Raises:
         MagicDriveError: a process was killed; or what ``work`` raises. The others are stopped, not waited for.
     """
-    workers = min(len(os.sched_getaffinity(0)), len(scenes) // SCENES_A_WORKER)
-    if workers < 2:
-        return [work(scene) for scene in track(scenes, description)]
+    workers = count_workers(len(scenes))
+    if workers == 1:
+        with closing(track(scenes, description)) as rest:  # or an error would be told before the bar ends
+            return [work(scene) for scene in rest]
     others = set(multiprocessing.active_children())
     context = multiprocessing.get_context(start)
     gc.freeze()  # or each collection in a forked process would copy the tables that it only reads
@@ -47,8 +54,9 @@ def for_each_scene(
         with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(work,)) as pool:
             futures = [pool.submit(_run, scene) for scene in scenes]
             try:
-                for future in track(as_completed(futures), description, len(futures)):
-                    future.result()
+                with closing(track(as_completed(futures), description, len(futures))) as done:
+                    for future in done:
+                        future.result()
             except BaseException:
                 for process in set(multiprocessing.active_children()) - others:
                     process.terminate()
@@ -65,12 +73,17 @@ def for_each_scene(
 _work: Callable[[Any], Any]  # of this process
 
 
-def _begin(work: Callable[[Any], Any]) -> None:
-    global _work
-    _work = work
+def end_with_parent() -> None:
+    """For a process of a pool: it never outlives the one that started it, and leaves Ctrl-C to that one."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # else it would wait for ever where the parent is killed
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent stops the others
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _begin(work: Callable[[Any], Any]) -> None:
+    global _work
+    _work = work
+    end_with_parent()
 
 
 def _run(scene: Any) -> Any:

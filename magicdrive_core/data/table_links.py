@@ -32,6 +32,7 @@ def link_records(tables: Tables) -> dict[str, MagicDriveError]:
             category = tables.follow("instance", instance, "category_token", "category")
             record["category_name"] = tables.field("category", category, "name")
             tables.follow("sample_annotation", record, "sample_token", "sample")["anns"].append(record["token"])
+            _check_neighbours(tables, "sample_annotation", record)
         except MagicDriveError as error:
             faults.setdefault(_scene_of(tables, "sample_annotation", record, error), error)
     for record in tables.sample_data:
@@ -42,9 +43,17 @@ def link_records(tables: Tables) -> dict[str, MagicDriveError]:
             sample = tables.follow("sample_data", record, "sample_token", "sample")
             if tables.field("sample_data", record, "is_key_frame"):
                 sample["data"][record["channel"]] = record["token"]
+            _check_neighbours(tables, "sample_data", record)
         except MagicDriveError as error:
             faults.setdefault(_scene_of(tables, "sample_data", record, error), error)
     return faults
+
+
+def _check_neighbours(tables: Tables, table: str, record: Record) -> None:
+    """A record that is missing between two others is known by them: a sensor that dropped a frame leaves no gap."""
+    for direction in ("prev", "next"):
+        if record.get(direction):
+            tables.follow(table, record, direction, table)
 
 
 def _scene_of(tables: Tables, table: str, record: Record, fault: MagicDriveError) -> str:

@@ -6,14 +6,12 @@ compare it with the encoders and infos that lie beside the cache (the layout of 
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,14 +24,15 @@ from magicdrive_core.device import this_device
 from magicdrive_core.encoders.encode import encode_scenes
 from magicdrive_core.encoders.scene_work import EncoderSettings, SceneWork, plan_scenes
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.files import atomic_folder, read_json, resumable_folder, write_json
-from magicdrive_core.progress import track
+from magicdrive_core.files import atomic_folder, check_space, read_json, resumable_folder, write_json
+from magicdrive_core.progress import announce, track
 
 if TYPE_CHECKING:
     from magicdrive_core.encoders.text import TextEncoder
 
 FORMAT = 1  # of the files below; another number is refused
 TEXTS_AT_ONCE = 32
+SAMPLE = 8  # texts whose time is taken before
 INDEX = "index.json"
 FEATURES = "features.safetensors"
 CAPTIONS = "captions.json"
@@ -72,14 +71,18 @@ def write_text(config: Config, infos: Path, encoders: Path, out: Path) -> None:
 
 
 def _encode_texts(encoder: TextEncoder, texts: list[str], out: Path) -> list[Tensor]:
-    """Features of texts; the first ones tell how long all will take."""
+    """Features of texts; before, a sample of them tells how long all will take."""
+    rows = encoder.count_tokens(texts)
+    size = 4 * encoder.width * rows
+    check_space(out, "text features", size, "free some space, or set text.live")
+    sample = texts[:: -(-len(texts) // SAMPLE)]
+    encoder.encode(sample)  # the first time takes longer
     began = time.perf_counter()
-    features = encoder.encode(texts[:TEXTS_AT_ONCE])
-    minutes = (time.perf_counter() - began) / len(features) * len(texts) / 60
-    size = 4 * encoder.width * encoder.count_tokens(texts)
-    Console(stderr=True).print(f"text: {len(texts):,} texts, {size / 1e6:,.1f} MB, about {minutes:,.1f} minutes")
-    _check_space(out, "text features", size, "free some space, or set text.live")
-    for start in track(range(TEXTS_AT_ONCE, len(texts), TEXTS_AT_ONCE), "text features"):
+    encoder.encode(sample)
+    seconds = (time.perf_counter() - began) * rows / encoder.count_tokens(sample)
+    announce("text", f"{len(texts):,} texts", size, seconds)
+    features: list[Tensor] = []
+    for start in track(range(0, len(texts), TEXTS_AT_ONCE), "text features"):
         features += encoder.encode(texts[start : start + TEXTS_AT_ONCE])
     return features
 
@@ -112,7 +115,7 @@ def write_latents(config: Config, infos: Path, encoders: Path, out: Path) -> Non
     with resumable_folder(out, key) as folder:
         there = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
         needed = sum(work.bytes(settings) for work in works) - there
-        _check_space(
+        check_space(
             out,
             "latents",
             needed,
@@ -247,10 +250,3 @@ def _read_index(folder: Path, encoder: str, settings: Mapping[str, Any]) -> dict
         if index.get(name) != value:
             raise MagicDriveError(f"{folder} is stale: made with {name} {index.get(name)}, {value} is asked for", HINT)
     return index
-
-
-def _check_space(out: Path, what: str, needed: int, hint: str) -> None:
-    existing = next(parent for parent in out.absolute().parents if parent.is_dir())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise MagicDriveError(f"{what} need {needed / 1e9:.1f} GB, and {existing} has {free / 1e9:.1f} GB free", hint)

@@ -8,24 +8,25 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from magicdrive_core.config import bucket_name, parse_size
 from magicdrive_core.data.pictures import read_picture
+from magicdrive_core.data.scene_pool import end_with_parent
 from magicdrive_core.device import kind
 from magicdrive_core.encoders.scene_work import DTYPES, EncoderSettings, SceneWork, begins_as
 from magicdrive_core.encoders.vae import Vae, latent_shape, to_video
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.files import atomic_file
 from magicdrive_core.geometry.cameras import Framing
-from magicdrive_core.progress import track
+from magicdrive_core.progress import announce, track
 
 FRAMES_AT_ONCE = 8  # single frames are encoded in batches of so many
 
@@ -47,8 +48,9 @@ def encode_scenes(
     workers = min(len(os.sched_getaffinity(0)), len(works)) if device == "cpu" else 1
     if workers == 1:
         _load_vae(settings, device)
-        _print_estimate(works, settings, _seconds_per_pixel(works[0]))
-        parts = [_encode_scene(work, settings.dtype, folder, scaled) for work in track(works, "VAE moments")]
+        _tell_estimate(works, settings, folder, _seconds_per_pixel(works[0], scaled))
+        with closing(track(works, "VAE moments")) as rest:  # or an error would be told before the bar ends
+            parts = [_encode_scene(work, settings.dtype, folder, scaled) for work in rest]
     else:
         parts = _encode_in_processes(works, settings, folder, workers, scaled)
     sums: dict[str, np.ndarray] = {}
@@ -67,12 +69,13 @@ def _encode_in_processes(
     others = multiprocessing.active_children()
     try:
         with ProcessPoolExecutor(workers, context, initializer=_load_vae, initargs=(settings, "cpu")) as pool:
-            seconds_per_pixel = pool.submit(_seconds_per_pixel, works[0]).result()
-            _print_estimate(works, settings, seconds_per_pixel / workers)
+            seconds_per_pixel = pool.submit(_seconds_per_pixel, works[0], scaled).result()
+            _tell_estimate(works, settings, folder, seconds_per_pixel / workers)
             futures = [pool.submit(_encode_scene, work, settings.dtype, folder, scaled) for work in works]
             try:
-                for future in track(as_completed(futures), "VAE moments", len(futures)):
-                    future.result()
+                with closing(track(as_completed(futures), "VAE moments", len(futures))) as done:
+                    for future in done:
+                        future.result()
             except BaseException:
                 # Leaving the pool would wait for scenes that are being encoded, minutes each; their files appear whole
                 # or not at all.
@@ -92,6 +95,7 @@ _vae: Vae  # of this process
 def _load_vae(settings: EncoderSettings, device: str) -> None:
     global _vae
     if multiprocessing.parent_process() is not None:
+        end_with_parent()
         torch.set_num_threads(1)
     _vae = Vae.load(
         settings.folder,
@@ -101,14 +105,24 @@ def _load_vae(settings: EncoderSettings, device: str) -> None:
     )
 
 
+def _paths(work: SceneWork, folder: Path) -> dict[int, Path]:
+    """The file of a scene's clips, by their frames."""
+    return {frames: folder / bucket_name(work.size, frames) / f"{work.scene}.safetensors" for frames in work.starts}
+
+
+def _is_done(work: SceneWork, folder: Path) -> bool:
+    """Whether an interrupted run encoded it."""
+    return all(path.is_file() for path in _paths(work, folder).values())
+
+
 def _encode_scene(work: SceneWork, dtype: str, folder: Path, scaled: bool) -> dict[str, np.ndarray]:
     """Writes the moments of one scene at one size, unless they are there.
 
     Returns:
         count, sum and sum of squares of each bucket's latents.
     """
-    paths = {frames: folder / bucket_name(work.size, frames) / f"{work.scene}.safetensors" for frames in work.starts}
-    if all(path.is_file() for path in paths.values()):
+    paths = _paths(work, folder)
+    if _is_done(work, folder):
         return {path.parent.name: _sums(load_file(path)["moments"]) for path in paths.values()}
     framing = Framing(*parse_size(work.size))
     views = []
@@ -156,24 +170,22 @@ def _encode_view(work: SceneWork, read: Callable[[int], np.ndarray]) -> dict[tup
     return moments
 
 
-def _seconds_per_pixel(work: SceneWork) -> float:
+def _seconds_per_pixel(work: SceneWork, scaled: bool) -> float:
     """Time to read and encode one clip of the work's shortest length, after one to warm up."""
     framing = Framing(*parse_size(work.size))
     frames = min(work.starts)
     for _ in range(2):
         begin = time.perf_counter()
-        clip = np.array([[read_picture(work.pictures[frame][0], framing) for frame in range(frames)]])
+        clip = np.array([[read_picture(work.pictures[frame][0], framing, scaled=scaled) for frame in range(frames)]])
         _vae.moments(to_video(clip))
         seconds = time.perf_counter() - begin
     return seconds / (frames * framing.height * framing.width)
 
 
-def _print_estimate(works: list[SceneWork], settings: EncoderSettings, seconds_per_pixel: float) -> None:
-    size = sum(work.bytes(settings) for work in works)
-    frames = [work.frames(settings.chunk_frames) for work in works]
-    pixels = sum(n * int(np.prod(parse_size(work.size))) for n, work in zip(frames, works, strict=True))
-    minutes = seconds_per_pixel * pixels / 60
-    Console(stderr=True).print(
-        f"latents: {sum(frames):,} frames of {len({work.scene for work in works})} scenes,"
-        f" {size / 1e6:,.0f} MB, about {minutes:,.1f} minutes"
-    )
+def _tell_estimate(works: list[SceneWork], settings: EncoderSettings, folder: Path, seconds_per_pixel: float) -> None:
+    """Of what an interrupted run left to do."""
+    left = [work for work in works if not _is_done(work, folder)]
+    frames = [work.frames(settings.chunk_frames) for work in left]
+    pixels = sum(n * int(np.prod(parse_size(work.size))) for n, work in zip(frames, left, strict=True))
+    amount = f"{sum(frames):,} frames of {len({work.scene for work in left})} scenes"
+    announce("latents", amount, sum(work.bytes(settings) for work in left), seconds_per_pixel * pixels)

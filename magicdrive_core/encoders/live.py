@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from magicdrive_core.config import Config
+from magicdrive_core.config import Config, parse_size
 from magicdrive_core.data.pictures import read_clip
 from magicdrive_core.data.records import Clip, Scene
 from magicdrive_core.device import this_device
 from magicdrive_core.encoders.caches import TextCache
 from magicdrive_core.encoders.scene_work import DTYPES
-from magicdrive_core.encoders.vae import Vae, to_video
+from magicdrive_core.encoders.vae import Vae, latent_shape, to_video
 from magicdrive_core.files import read_json
+from magicdrive_core.geometry.cameras import VIEWS
 
 HINT = "run `dvc repro encoders`"
 
@@ -74,11 +75,18 @@ class LiveLatents:
         self._root, self._scenes = project / config.data.root, scenes
         self._dtype, self._scaled = DTYPES[config.latents.dtype], config.latents.scaled_decoding
 
-    def moments(self, size: str, clip: Clip) -> Tensor:
+    def moments(self, size: str, clip: Clip, views: Sequence[int] = range(len(VIEWS))) -> Tensor:
         """(V, 2C, T, h, w): posterior mean and log-variance of a clip's views, in the dtype of the cache.
+
+        ``views``: those that are encoded; the others are zeros.
 
         Raises:
             MagicDriveError: a picture is missing or broken.
         """
-        views = read_clip(self._root, self._scenes[clip.scene], clip, size, scaled=self._scaled)
-        return torch.cat([self._vae.moments(to_video(view[None])).cpu() for view in views]).to(self._dtype)
+        scene, height, width = self._scenes[clip.scene], *parse_size(size)
+        frames, h, w = latent_shape(clip.frames, height, width)
+        moments = torch.zeros(len(VIEWS), 2 * self._vae.latent_channels, frames, h, w, dtype=self._dtype)
+        pictures = read_clip(self._root, scene, clip, size, scaled=self._scaled, views=views)
+        for view, frames_of_view in zip(views, pictures, strict=True):
+            moments[view] = self._vae.moments(to_video(frames_of_view[None]))[0].cpu()
+        return moments

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.inference.claims import Claim, Claims
-from magicdrive_core.inference.items import Item, is_done
+from magicdrive_core.inference.done import is_done
+from magicdrive_core.inference.items import Item
 
 ATTEMPTS = 2  # of an item that fails
 PAUSE = 2.0  # seconds between two looks at items that others have

@@ -1,4 +1,4 @@
-"""Which clips are generated, what decides their pixels, and which are done already. No torch."""
+"""Which clips are generated, and what decides their pixels. No torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.files import read_json, sha256_file
 from magicdrive_core.inference.windows import Window, given_frames, plan_windows
 from magicdrive_core.tracking import lineage
-from magicdrive_core.video.record import RECORD, ItemRecord, item_name
+from magicdrive_core.video.record import ItemRecord, item_name
 
 # Source that turns params and weights into pixels; all other inputs enter an item's fingerprint by their digests.
 _CODE = (
@@ -140,17 +140,6 @@ def item_fingerprint(config: Config, item: Item, digests: Mapping[str, str]) -> 
         digests: of the inputs, as ``input_digests`` gives them.
     """
     return fingerprint(_settings(config), asdict(item), dict(digests))
-
-
-def is_done(folder: Path, wanted: str) -> bool:
-    """Whether the item's folder holds files of exactly this fingerprint, byte for byte as they were written."""
-    if not (folder / RECORD).is_file():
-        return False
-    try:
-        record = ItemRecord.read(folder)
-    except MagicDriveError:
-        return False
-    return record.fingerprint == wanted and not record.faults(folder)
 
 
 @lru_cache

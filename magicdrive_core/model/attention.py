@@ -1,14 +1,15 @@
 """Attention among tokens whose q, k and v lie packed as one linear map gives them, with an RMS norm on q and k.
 
 For the backward pass only the packed tensor and what attention gave are kept: normalised and turned q and k are made
-again. For that, attention on a CPU is torch's flash kernel called by name; elsewhere torch chooses the kernel, and keeps
-what that one needs.
+again. For that, attention on a CPU is torch's flash kernel called by name; elsewhere torch chooses the kernel, and
+keeps what that one needs.
 
 Packed is (R, n, 3, h, d): R sequences of n tokens, h heads of d channels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -124,9 +125,7 @@ class _Heads(NamedTuple):
         return cls(q, k, packed[..., 2, :, :], inverse)
 
 
-def _norm_backward(
-    packed: Tensor, norm: Tensor, inverse: Tensor, gradients: tuple[Tensor, Tensor, Tensor], out: Tensor
-) -> Tensor:
+def _norm_backward(packed: Tensor, norm: Tensor, inverse: Tensor, gradients: Sequence[Tensor], out: Tensor) -> Tensor:
     """Writes the gradient at ``packed`` to ``out`` and returns that at ``norm``.
 
     The gradients of k and v may be of the first tokens only; the others are not attended to.
@@ -227,17 +226,16 @@ class _NeighbourAttention(torch.autograd.Function):
         number, count = len(gradients), ctx.count
         views, inverses, kept = saved[:number], saved[number : 2 * number], iter(saved[2 * number :])
         heads = [_Heads.again(view, norm, inverse) for view, inverse in zip(views, inverses, strict=True)]
-        sums: list[list[Tensor | None]] = [[None] * 3 for _ in views]
+        sums: list[dict[int, Tensor]] = [{} for _ in views]  # gradients of q, k and v
         for view, others in enumerate(ctx.neighbours):
             for other in others:
                 k, v = heads[other].k[:, :count], heads[other].v[:, :count]
                 parts = _flash_backward(gradients[view], heads[view].q, k, v, next(kept), next(kept))
                 for i, (place, part) in enumerate(zip((view, other, other), parts, strict=True)):
-                    before = sums[place][i]
-                    sums[place][i] = part if before is None else before.add_(part)
+                    sums[place][i] = sums[place][i].add_(part) if i in sums[place] else part
         d_norm, at_views = torch.zeros_like(norm), []
-        for view, inverse, parts in zip(views, inverses, sums, strict=True):
-            at_view = torch.empty_like(view)
-            d_norm += _norm_backward(view, norm, inverse, tuple(parts), at_view)
+        for packed, inverse, sum_of in zip(views, inverses, sums, strict=True):
+            at_view = torch.empty_like(packed)
+            d_norm += _norm_backward(packed, norm, inverse, [sum_of[i] for i in range(3)], at_view)
             at_views.append(at_view)
         return d_norm, None, None, *at_views

@@ -14,7 +14,6 @@ gradients averaged over all ranks are therefore those of the mean of all L_r: no
 
 from __future__ import annotations
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import _functional_collectives as collectives

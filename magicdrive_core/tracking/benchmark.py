@@ -7,14 +7,18 @@ from pathlib import Path
 
 from magicdrive_core.config import Config
 from magicdrive_core.files import read_json, write_json
-from magicdrive_core.tracking.lineage import lineage_tags
 from magicdrive_core.tracking.runs import Store
 
 RUN = "mlflow.json"  # in the benchmark's folder: which run it is
 
 
 def record_benchmark(
-    config: Config, folder: Path, figures: Mapping[str, float], files: Sequence[Path], project: Path = Path()
+    config: Config,
+    folder: Path,
+    figures: Mapping[str, float],
+    files: Sequence[Path],
+    lineage: Mapping[str, str],
+    project: Path = Path(),
 ) -> str:
     """Logs a benchmark, always as the same run while the folder is there; returns the run's id.
 
@@ -23,6 +27,7 @@ def record_benchmark(
         folder: of the benchmark.
         figures: logged as metrics.
         files: copied into the run; those that are missing are left out.
+        lineage: tags that say where it came from.
         project: the project's folder.
 
     Raises:
@@ -31,8 +36,10 @@ def record_benchmark(
     store, note = Store(config.tracking, project), folder / RUN
     run = str(read_json(note)["run"]) if note.is_file() else ""
     if not run or not store.reopen(run, None):
-        run = store.open("benchmark", lineage_tags(config, project))
+        run = store.open("benchmark", {})
         write_json(note, {"run": run})
+    for name, text in lineage.items():
+        store.client.set_tag(run, name, text)
     store.params(run, config.model_dump(mode="json"))
     for name, value in figures.items():
         store.client.log_metric(run, name, value)

@@ -33,6 +33,7 @@ LOCK_SECONDS = 120
 FLUSH_SECONDS = 10.0  # a write to the database costs tens of milliseconds
 MOST = 1000  # metrics that MLflow takes at once
 LONGEST = 6000  # characters of a param's value that MLflow takes
+SHA256 = "weights_sha256"  # tag of runs and of versions of models
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -96,17 +97,18 @@ class Store:
             self.client.set_tag(run, key, value)
         self.client.set_terminated(run, status)
 
-    def register(self, model: str, alias: str, weights: Path, run: str) -> str:
+    def register(self, model: str, alias: str, weights: Path, digest: str, run: str) -> str:
         """Makes ``weights`` a version of the registered ``model`` under ``alias``; returns the version.
 
-        The file stays where it is: the registry holds its place.
+        The file stays where it is: the registry holds its place and its SHA-256.
         """
         try:
             self.client.create_registered_model(model)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        version = self.client.create_model_version(model, weights.resolve().as_uri(), run).version
+        place, tags = weights.resolve().as_uri(), {SHA256: digest}
+        version = self.client.create_model_version(model, place, run, tags=tags).version
         self.client.set_registered_model_alias(model, alias, version)
         return str(version)
 

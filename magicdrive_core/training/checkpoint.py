@@ -82,6 +82,9 @@ def load(path: Path, boosted: Boosted, ema: Ema) -> Progress:
         ema.shards = read(AVERAGE, list(own))
         steps = state["moment_steps"]
         set_moments(boosted, {kind: read(kind, list(steps)) for kind in MOMENTS}, steps)
+    scale = boosted.optimizer.loss_scale
+    if scale is not None:
+        scale.scale, scale.good = state["loss_scale"]["scale"], state["loss_scale"]["good"]
     return Progress(**state["progress"])
 
 

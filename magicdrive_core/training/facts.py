@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from magicdrive_core.device import this_device
+from magicdrive_core.model.parallel import DeviceGroup, OneDevice
 from magicdrive_core.training.loader import Batch
 from magicdrive_core.training.resources import DeviceMemory, fullest
 from magicdrive_core.training.strategy import GradientCheck
@@ -25,8 +29,8 @@ class Stop(Protocol):
 
 
 @dataclass(frozen=True)
-class RankFacts:
-    """What every rank tells all others at each step."""
+class MicroBatchFacts:
+    """What a rank knows of a micro-batch after its passes."""
 
     loss: float
     by_noise: list[tuple[int, float]]  # of each sample: bin of its noise level, loss
@@ -34,26 +38,10 @@ class RankFacts:
     clips: int
     tokens: int  # latent positions of the network's input, all views
     flops: float  # of the network, forward and backward
-    gradients: GradientCheck
-    waited: float  # seconds for the batch
-    stop: bool  # this rank was asked to stop
-    writing: int  # saving.Writing
-    memory: DeviceMemory | None
 
     @classmethod
-    def of(
-        cls,
-        losses: Tensor,
-        t: Tensor,
-        batch: Batch,
-        *,
-        gradients: GradientCheck,
-        waited: float,
-        stop: Stop,
-        writing: int,
-        memory: DeviceMemory | None,
-    ) -> RankFacts:
-        """This rank's; ``losses`` (B) at noise levels ``t`` (B)."""
+    def of(cls, losses: Tensor, t: Tensor, batch: Batch) -> MicroBatchFacts:
+        """Of ``losses`` (B) at noise levels ``t`` (B)."""
         _, views, _, frames, height, width = batch.latents.shape
         clips = len(batch.latents)
         bins = [min(BINS - 1, int(level * BINS / 1000)) for level in t.tolist()]
@@ -64,12 +52,24 @@ class RankFacts:
             clips=clips,
             tokens=clips * views * frames * math.ceil(height / 2) * math.ceil(width / 2),
             flops=batch.flops,
-            gradients=gradients,
-            waited=waited,
-            stop=stop.asked,
-            writing=writing,
-            memory=memory,
         )
+
+
+@dataclass(frozen=True)
+class RankFacts:
+    """What every rank tells all others at each step."""
+
+    micro_batches: list[MicroBatchFacts]  # of this step
+    gradients: GradientCheck
+    waited: float  # seconds for the micro-batches
+    stop: bool  # this rank was asked to stop
+    writing: int  # saving.Writing
+    memory: DeviceMemory | None
+
+    @property
+    def loss(self) -> float:
+        """Mean over the micro-batches."""
+        return fmean(each.loss for each in self.micro_batches)
 
 
 def share(own: RankFacts) -> list[RankFacts]:
@@ -77,6 +77,20 @@ def share(own: RankFacts) -> list[RankFacts]:
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, own)
     return everyone
+
+
+def any_rank_asked(stop: Stop) -> bool:
+    """Whether any rank was asked to stop: the same on all of them. Collective."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, stop.asked)
+    return any(everyone)
+
+
+def any_device_asked(stop: Stop, devices: OneDevice) -> bool:
+    """Likewise of the devices that share a clip, which all ask."""
+    if not isinstance(devices, DeviceGroup):
+        return stop.asked
+    return bool(devices.collect(torch.tensor(stop.asked, device=this_device())).any())
 
 
 def of_groups(ranks: Sequence[RankFacts], size: int) -> list[RankFacts]:

@@ -3,11 +3,15 @@
 It is skipped: no weight, moment or average changes, and the data goes on. Several such steps in a row are no accident:
 the training ends with a report. No checkpoint is begun between the first of them and the next good step, so that the
 newest one is always good, and starting again goes on from there.
+
+In fp16 a gradient that overflows is no accident as long as the loss scale can be lowered: it is, the step is skipped
+too, and nothing is counted.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +21,7 @@ from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.files import write_json
 from magicdrive_core.training.checkpoint import checkpoints
 from magicdrive_core.training.facts import RankFacts, faults_of
+from magicdrive_core.training.loss_scale import LossScale
 from magicdrive_core.training.plan import StagePlan
 
 logger = logging.getLogger(__name__)
@@ -25,14 +30,19 @@ logger = logging.getLogger(__name__)
 class Guard:
     """Counts the steps in a row that were skipped; ``most`` of them are too many."""
 
-    def __init__(self, plan: StagePlan, most: int) -> None:
-        self._plan, self._most = plan, most
+    def __init__(self, plan: StagePlan, most: int, scale: LossScale | None) -> None:
+        self._plan, self._most, self._scale = plan, most, scale
         self._row: list[dict[str, Any]] = []
 
     def faults(self, step: int, ranks: Sequence[RankFacts], learning_rate: float) -> list[str]:
         """What is not finite at this step, a line a rank, the same on all ranks; none: the step is good."""
         found = faults_of(ranks)
-        if found:
+        if found and self._scale and not self._scale.least and all(math.isfinite(facts.loss) for facts in ranks):
+            found = [f"the loss scale {self._scale.scale:g} is too large: {fault}" for fault in found]
+            self._scale.back_off()
+            if dist.get_rank() == 0:
+                logger.info("step %d is skipped: %s", step, "; ".join(found))
+        elif found:
             if dist.get_rank() == 0:
                 logger.warning("step %d is skipped: %s", step, "; ".join(found))
             losses = [str(facts.loss) for facts in ranks]

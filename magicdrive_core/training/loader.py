@@ -33,15 +33,17 @@ from magicdrive_core.files import read_json
 from magicdrive_core.model.flops import training_flops
 from magicdrive_core.model.inputs import Conditions, collate
 from magicdrive_core.model.network import NetworkConfig
+from magicdrive_core.model.parallel import DeviceGroup, OneDevice
 from magicdrive_core.training.ahead import Ahead
 from magicdrive_core.training.budget import plan_budget
 from magicdrive_core.training.masks import draw_masks
 from magicdrive_core.training.plan import bucket_clips
+from magicdrive_core.training.shared_encoding import SharedEncoding
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch, on the CPU."""
+    """One micro-batch, on the CPU; latents that several devices encoded are on the device."""
 
     bucket: int  # index into ``Loader.buckets``
     shape: tuple[int, int, int]  # frames, height, width of the video
@@ -88,8 +90,16 @@ class Loader:
             published=config.published,
         )
         self._ahead: Ahead[Batch] | None = None
+        self._shared: SharedEncoding | None = None
 
-    def start(self, micro_batches: int, groups: int, group: int, steps: int | None = None) -> None:
+    def start(
+        self,
+        micro_batches: int,
+        groups: int,
+        group: int,
+        steps: int | None = None,
+        devices: OneDevice | None = None,
+    ) -> None:
         """Begins after so many micro-batches of all groups together.
 
         Args:
@@ -97,7 +107,10 @@ class Loader:
             groups: that each take a micro-batch a step.
             group: this one.
             steps: micro-batches of this group that will be asked for, so that no more are prepared; None: no end.
+            devices: of this group.
         """
+        if isinstance(devices, DeviceGroup) and isinstance(self._latents, LiveLatents):
+            self._shared = SharedEncoding(self._latents, devices)
         sampler = BucketSampler(
             [len(clips) for clips in self._clips],
             [bucket.batch for bucket in self.buckets],
@@ -123,9 +136,12 @@ class Loader:
         )
 
     def next(self) -> Batch:
-        """The next micro-batch."""
+        """The next micro-batch. All devices that share clips make this call, in one order."""
         assert self._ahead is not None, "start comes first"
-        return self._ahead.next()
+        batch = self._ahead.next()
+        if self._shared is None:
+            return batch
+        return replace(batch, latents=self._shared.hand_out(batch.latents))
 
     @property
     def held(self) -> int:
@@ -144,8 +160,11 @@ class Loader:
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         size = self.buckets[bucket].size
         clips = [self._clips[bucket][index] for index in indices]
-        moments = torch.stack([self._latents.moments(size, clip) for clip in clips]).float()
-        latents = self._scale * sample_moments(moments, generator)
+        if self._shared is not None:
+            moments = self._shared.moments(size, clips)
+        else:
+            moments = torch.stack([self._latents.moments(size, clip) for clip in clips])
+        latents = self._scale * sample_moments(moments.float(), generator)
         mask = draw_masks(self._settings.mask_ratios, len(clips), latents.shape[3], rng)
         conditions = self._conditions(clips, size, rng, generator)
         simulated = [n for n in self._settings.simulate_sizes if n >= self._config.cluster.sequence_parallel]

@@ -20,7 +20,7 @@ from magicdrive_core.tracking.summary import first_and_last
 from magicdrive_core.training import checkpoint
 from magicdrive_core.training.checkpoint import Progress
 from magicdrive_core.training.ema import Ema
-from magicdrive_core.training.facts import RankFacts, Stop, of_groups, share
+from magicdrive_core.training.facts import MicroBatchFacts, RankFacts, Stop, any_rank_asked, of_groups, share
 from magicdrive_core.training.guard import Guard
 from magicdrive_core.training.loader import Batch, Loader
 from magicdrive_core.training.mesh import Mesh
@@ -50,7 +50,7 @@ def train(
         network: before its first step, equal on all ranks.
         loader: not yet started.
         preview: on the ranks that share a clip with rank 0, where the data has a validation clip.
-        stop: asked at the end of each step.
+        stop: asked at the end of each step, and in and after a preview.
         device: of this rank.
         project: the project's folder.
 
@@ -68,34 +68,31 @@ def train(
     folder = plan.folder / "checkpoints"
     progress = checkpoint.resume(folder, boosted, ema) or Progress()
     logger.info("%s: from step %d of %d, %d ranks", plan.stage, progress.step, stage.steps, dist.get_world_size())
-    loader.start(progress.micro_batches, mesh.groups, mesh.group, stage.steps - progress.step)
+    left = stage.accumulate * (stage.steps - progress.step)
+    loader.start(progress.micro_batches, mesh.groups, mesh.group, left, mesh.devices)
     flow = RectifiedFlow(config.flow.base_pixels)
-    guard = Guard(plan, training.max_skipped)
+    guard = Guard(plan, training.max_skipped, boosted.optimizer.loss_scale)
     saver = Saver(folder, boosted, ema, training.keep_checkpoints, training.keep_every)
     due = False  # a checkpoint
 
     with loader, saver, Recorder(config, plan, progress, project, device) as recorder:
-        while progress.step < stage.steps:
+        stopping = any_rank_asked(stop)  # while it all was made
+        while progress.step < stage.steps and not stopping:
             began = time.perf_counter()
-            batch = loader.next()
-            waited = time.perf_counter() - began
-
-            losses, t = flow_loss(boosted, flow, batch)
-            boosted.optimizer.backward(losses.mean())
+            micro_batches, waited = passes(boosted, flow, loader, stage.accumulate)
             ranks = share(
-                RankFacts.of(
-                    losses,
-                    t,
-                    batch,
+                RankFacts(
+                    micro_batches,
                     gradients=boosted.optimizer.check_gradients(),
                     waited=waited,
-                    stop=stop,
+                    stop=stop.asked,
                     writing=saver.state,
                     memory=device_memory(device),
                 )
             )
             saver.settle([facts.writing for facts in ranks])
             rate = learning_rate(stage, progress.step)
+            scale = boosted.optimizer.loss_scale and boosted.optimizer.loss_scale.scale
             faults = guard.faults(progress.step, ranks, rate)
             norm = None
             if not faults:
@@ -107,10 +104,10 @@ def train(
 
             seconds = time.perf_counter() - began
             progress.step += 1
-            progress.micro_batches += mesh.groups
+            progress.micro_batches += mesh.groups * stage.accumulate
             progress.seconds += seconds
             groups = of_groups(ranks, mesh.devices.size)
-            recorder.step(StepFacts.of(groups, progress, seconds, rate, norm, loader.buckets, faults))
+            recorder.step(StepFacts.of(groups, progress, seconds, rate, norm, scale, loader.buckets, faults))
 
             last = progress.step == stage.steps
             due = due or progress.step % training.checkpoint_every == 0
@@ -122,14 +119,34 @@ def train(
                 saver.finish()
             if guard.exhausted:
                 raise guard.give_up()
-            if stopping and not last:
-                logger.info("asked to stop after step %d; its checkpoint took %.1f s", progress.step, saver.seconds)
-                return RESUMABLE
-            if progress.step % training.preview_every == 0 or last:
+            if last or (not stopping and progress.step % training.preview_every == 0):
                 with ema.applied():
-                    recorder.picture(preview, network, progress.step)
+                    recorder.picture(preview, network, progress.step, stop)
+                stopping = any_rank_asked(stop)  # another step may take longer than there is left
+                if stopping and guard.clean and not last:
+                    saver.begin(progress)
+                    saver.finish()
+        if progress.step < stage.steps:
+            logger.info("asked to stop: goes on after step %d; a checkpoint took %.1f s", progress.step, saver.seconds)
+            return RESUMABLE
         finish(plan, ema, progress, recorder)
     return 0
+
+
+def passes(boosted: Boosted, flow: RectifiedFlow, loader: Loader, count: int) -> tuple[list[MicroBatchFacts], float]:
+    """Forward and backward passes of this rank's ``count`` micro-batches of a step, and the seconds it waited for them.
+
+    The gradient is that of the mean of their losses.
+    """
+    facts, waited = [], 0.0
+    for _ in range(count):
+        began = time.perf_counter()
+        batch = loader.next()
+        waited += time.perf_counter() - began
+        losses, t = flow_loss(boosted, flow, batch)
+        boosted.optimizer.backward(losses.mean() / count)
+        facts.append(MicroBatchFacts.of(losses, t, batch))
+    return facts, waited
 
 
 def flow_loss(boosted: Boosted, flow: RectifiedFlow, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -18,10 +18,11 @@ from magicdrive_core.files import read_json, sha256_file, write_json
 from magicdrive_core.settings import parse_config
 from magicdrive_core.tracking.lineage import input_digests
 
-# Of the sections that all stages share: how often something is written decides nothing.
+# Of the sections that all stages share: how often something is written decides nothing, and how steps are computed no
+# more than the number of ranks does.
 _UNIMPORTANT = {
-    *("prefetch_mbytes", "checkpoint_every", "keep_checkpoints", "keep_every", "preview_every", "log_every"),
-    *("max_skipped", "overlap_communication", "peak_tflops", *STAGES),
+    *("prefetch_mbytes", "checkpoint_every", "keep_checkpoints", "keep_every", "preview_every", "preview_clips"),
+    *("log_every", "skip_empty", "max_skipped", "overlap_communication", "compile", "peak_tflops", *STAGES),
 }
 
 

@@ -1,9 +1,12 @@
-"""What the network draws so far: one validation clip, always the same, with the EMA weights, beside the real one."""
+"""What the network draws so far: a few validation clips, always the same, with the EMA weights, below the real ones."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 import torch
@@ -26,80 +29,121 @@ from magicdrive_core.model.guidance import sample_latents
 from magicdrive_core.model.inputs import Conditions, collate
 from magicdrive_core.model.network import MagicDrive
 from magicdrive_core.rectified_flow import RectifiedFlow
+from magicdrive_core.training.facts import Stop, any_device_asked
+from magicdrive_core.video.colour import Picture
 from magicdrive_core.video.sheets import contact_sheet, six_views
 
 logger = logging.getLogger(__name__)
 
 STEPS = 10  # of sampling: enough to see layout and colours
 SEED = 1024
-SHEET_WIDTH = 400  # pixels of a view
+SHEET_WIDTH = 240  # pixels of a view
+CAPTION_LETTERS = 60  # of a clip's name and description above its three views
+
+
+@dataclass(frozen=True)
+class _Told:
+    """A clip of the preview."""
+
+    conditions: Conditions
+    real: Picture  # the six views of the middle frame
+    name: str
 
 
 class Preview:
-    """Draws one validation clip of a stage; the ranks that share a clip with rank 0 need one."""
+    """Draws validation clips of a stage, one after the other; the ranks that share a clip with rank 0 need one.
 
-    def __init__(self, config: Config, bucket: Bucket, scene: Scene, clip: Clip, project: Path) -> None:
-        size = parse_size(bucket.size)
-        self._middle = clip.frames // 2
-        self._latent_shape = latent_shape(clip.frames, *size)
-        bits = BevMaps(config, project).of_clip(scene, clip, bucket.size)
-        told = clip_conditions(scene, clip, bucket.size, bits, published=config.published)
-        text = open_text(config, project).features(told.caption)
-        self._conditions: Conditions = collate([told], [text], config.text.max_tokens)
-        paths = scene.pictures[clip.start + self._middle]
-        real = [read_picture(project / config.data.root / path, Framing(*size)) for path in paths]
-        self._real = six_views(np.stack(real), SHEET_WIDTH)
+    Args:
+        clips: of equal length, each with its scene.
+    """
+
+    def __init__(self, config: Config, bucket: Bucket, clips: Sequence[tuple[Scene, Clip]], project: Path) -> None:
+        size, frames = parse_size(bucket.size), clips[0][1].frames
+        self._middle = frames // 2
+        self._latent_shape = latent_shape(frames, *size)
         self._guidance = config.generate.guidance
         self._flow = RectifiedFlow(config.flow.base_pixels)
         self._chunk_frames = config.vae.chunk_frames
         self._project = project
-        self._caption = told.caption
+        maps, text = BevMaps(config, project), open_text(config, project)
+        self._clips = []
+        for scene, clip in clips:
+            bits = maps.of_clip(scene, clip, bucket.size)
+            told = clip_conditions(scene, clip, bucket.size, bits, published=config.published)
+            paths = scene.pictures[clip.start + self._middle]
+            real = [read_picture(project / config.data.root / path, Framing(*size)) for path in paths]
+            conditions = collate([told], [text.features(told.caption)], config.text.max_tokens)
+            name = shorten(f"{scene.name}: {scene.description}", CAPTION_LETTERS, placeholder=" ...")
+            self._clips.append(_Told(conditions, six_views(np.stack(real), SHEET_WIDTH), name))
 
     @classmethod
     def of(cls, config: Config, stage: Stage, project: Path = Path()) -> Preview | None:
-        """The first validation clip of the stage's smallest videos, else of its smallest pictures; None without any."""
+        """``training.preview_clips`` validation clips of the stage's smallest videos, else of its smallest pictures.
+
+        The first of each of as many scenes, spread over all, of those as long as the first one's; None without any.
+        """
         scenes = read_scenes(project / "artifacts/infos")
+        by_token = {scene.token: scene for scene in scenes}
         buckets = config.training.stage(stage).buckets
         for bucket in sorted(buckets, key=lambda b: (b.frames == 1, b.frames, parse_size(b.size))):
-            for clip in list_clips(scenes, "val", bucket.frames, 1, whole=bucket.whole):
-                scene = next(scene for scene in scenes if scene.token == clip.scene)
-                return cls(config, bucket, scene, clip, project)
+            found = list_clips(scenes, "val", bucket.frames, 1, whole=bucket.whole)
+            found = [clip for clip in found if clip.frames == found[0].frames]
+            if found:
+                count = min(config.training.preview_clips, len(found))
+                chosen = [found[index * len(found) // count] for index in range(count)]
+                return cls(config, bucket, [(by_token[clip.scene], clip) for clip in chosen], project)
         logger.warning("%s: no scene is for validation: no previews", stage)
         return None
 
-    def sample(self, network: MagicDrive) -> Tensor:
-        """Latents (V, C, T, h, w) of the clip; on all devices that share the network's work."""
+    def sample(self, network: MagicDrive, stop: Stop) -> list[Tensor] | None:
+        """Latents (V, C, T, h, w) of each clip; on all devices that share the network's work. None: asked to stop."""
         device = network.before_proj.weight.device
-        latents = sample_latents(
-            network,
-            self._conditions.to(device),
-            self._latent_shape,
-            steps=STEPS,
-            guidance=self._guidance,
-            flow=self._flow,
-            generator=torch.Generator().manual_seed(SEED),
-        )
-        return latents[0]
+        latents = []
+        for told in self._clips:
+            if any_device_asked(stop, network.devices):
+                return None
+            sampled = sample_latents(
+                network,
+                told.conditions.to(device),
+                self._latent_shape,
+                steps=STEPS,
+                guidance=self._guidance,
+                flow=self._flow,
+                generator=torch.Generator().manual_seed(SEED),
+            )
+            latents.append(sampled[0])
+        return latents
 
     @torch.no_grad()
-    def write(self, latents: Tensor, step: int, path: Path) -> None:
-        """The middle frame of ``sample``, below the real one, as a PNG."""
-        generated = six_views(self._decode(latents), SHEET_WIDTH)
-        sheet = contact_sheet(
-            [[self._real], [generated]], ["real", "generated"], title=f"step {step}", subtitle=self._caption
-        )
-        with atomic_file(path) as partial:
-            Image.fromarray(sheet).save(partial, format="PNG")
+    def write(self, latents: Sequence[Tensor], step: int, path: Path, stop: Stop) -> bool:
+        """The middle frames of ``sample``, below the real ones, a column a clip, as a PNG. False: asked to stop.
 
-    def _decode(self, latents: Tensor) -> NDArray[np.uint8]:
-        """The middle frame of latents (V, C, T, h, w): (V, H, W, 3). The VAE is in memory only meanwhile."""
+        The VAE is in memory only meanwhile.
+        """
         facts = read_json(self._project / "artifacts/encoders/encoders.json")["vae"]
         vae = Vae.load(
             self._project / facts["path"],
             scaling_factor=facts["scaling_factor"],
             chunk_frames=self._chunk_frames,
-            device=latents.device,
+            device=latents[0].device,
         )
+        generated = []
+        for each in latents:
+            if stop.asked:
+                return False
+            generated.append(six_views(self._middle_frame(vae, each), SHEET_WIDTH))
+        sheet = contact_sheet(
+            [[told.real for told in self._clips], generated],
+            ["real", "generated"],
+            [told.name for told in self._clips],
+            title=f"step {step}",
+        )
+        with atomic_file(path) as partial:
+            Image.fromarray(sheet).save(partial, format="PNG")
+        return True
+
+    def _middle_frame(self, vae: Vae, latents: Tensor) -> NDArray[np.uint8]:
+        """Of latents (V, C, T, h, w): (V, H, W, 3)."""
         frames = 0
         for chunk in vae.decode(latents):
             if self._middle < frames + chunk.shape[1]:

@@ -20,7 +20,7 @@ from magicdrive_core.config import Bucket, Config
 from magicdrive_core.files import atomic_file, write_json
 from magicdrive_core.model.network import MagicDrive
 from magicdrive_core.training.checkpoint import Progress
-from magicdrive_core.training.facts import BINS, RankFacts
+from magicdrive_core.training.facts import BINS, RankFacts, Stop
 from magicdrive_core.training.plan import StagePlan
 from magicdrive_core.training.preview import Preview
 from magicdrive_core.training.resources import DeviceMemory, fullest, host_memory, peak_tflops
@@ -42,6 +42,7 @@ class StepFacts:
     skipped: list[str]  # why: what was not finite
     learning_rate: float
     grad_norm: float | None  # before clipping
+    loss_scale: float | None  # of fp16, at this step
     seconds: float
     clips_per_second: float
     tokens_per_second: float
@@ -57,14 +58,16 @@ class StepFacts:
         seconds: float,
         rate: float,
         norm: float | None,
+        loss_scale: float | None,
         buckets: Sequence[Bucket],
         skipped: list[str],
     ) -> StepFacts:
         """Sums up what the groups of ranks shared."""
         by_bucket, by_noise = defaultdict(list), defaultdict(list)
-        for facts in groups if not skipped else ():
-            by_bucket[buckets[facts.bucket].name].append(facts.loss)
-            for noise, loss in facts.by_noise:
+        everything = [each for facts in groups for each in facts.micro_batches]
+        for each in everything if not skipped else ():
+            by_bucket[buckets[each.bucket].name].append(each.loss)
+            for noise, loss in each.by_noise:
                 by_noise[f"{noise * 1000 // BINS:03d}-{(noise + 1) * 1000 // BINS:03d}"].append(loss)
         devices = [facts.memory for facts in groups if facts.memory]
         return cls(
@@ -75,10 +78,11 @@ class StepFacts:
             skipped=skipped,
             learning_rate=rate,
             grad_norm=norm,
+            loss_scale=loss_scale,
             seconds=seconds,
-            clips_per_second=sum(facts.clips for facts in groups) / seconds,
-            tokens_per_second=sum(facts.tokens for facts in groups) / seconds,
-            tflops=sum(facts.flops for facts in groups) / seconds / 1e12,
+            clips_per_second=sum(each.clips for each in everything) / seconds,
+            tokens_per_second=sum(each.tokens for each in everything) / seconds,
+            tflops=sum(each.flops for each in everything) / seconds / 1e12,
             loader_wait=max(facts.waited for facts in groups),
             memory=fullest(devices),
         )
@@ -89,6 +93,7 @@ class StepFacts:
             "loss": self.loss,
             "learning_rate": self.learning_rate,
             "grad_norm": self.grad_norm,
+            "loss_scale": self.loss_scale,
             "skipped_steps": float(bool(self.skipped)),
             "step_seconds": self.seconds,
             "clips_per_second": self.clips_per_second,
@@ -187,13 +192,11 @@ class Recorder:
         log.metrics(values, facts.step)
         self._window.clear()
 
-    def picture(self, preview: Preview | None, network: MagicDrive, step: int) -> None:
-        """Draws a preview, on the ranks that have one together."""
-        if preview is None:
+    def picture(self, preview: Preview | None, network: MagicDrive, step: int, stop: Stop) -> None:
+        """Draws a preview, on the ranks that have one together; it is left out when one of them is asked to stop."""
+        latents = preview.sample(network, stop) if preview is not None else None
+        if preview is None or latents is None or not self._active:
             return
-        latents = preview.sample(network)
-        if self._active:
-            path = self._plan.folder / f"previews/step-{step:08d}.png"
-            preview.write(latents, step, path)
-            if self._log:
-                self._log.picture(path)
+        path = self._plan.folder / f"previews/step-{step:08d}.png"
+        if preview.write(latents, step, path, stop) and self._log:
+            self._log.picture(path)

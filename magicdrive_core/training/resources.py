@@ -13,7 +13,7 @@ import torch
 
 from magicdrive_core.memory import memory_left, memory_limit
 
-# Dense bf16 TFLOP/s of the data sheets; the longest name that fits counts.
+# Dense TFLOP/s of the data sheets in bf16, and as many in fp16; the longest name that fits counts.
 PEAK_TFLOPS = {"A100": 312.0, "A800": 312.0, "H100": 989.0, "H800": 989.0, "H200": 989.0, "H20": 148.0, "L40S": 362.0}
 
 
@@ -53,7 +53,7 @@ def host_memory() -> dict[str, int]:
 
 def peak_tflops(device: torch.device, precision: str, configured: float | None) -> float | None:
     """Of one device; None where nothing is configured and the device is not in the table."""
-    if configured is not None or device.type == "cpu" or precision != "bf16":
+    if configured is not None or device.type == "cpu" or precision == "fp32":
         return configured
     name = str(torch.get_device_module(device).get_device_name(device))
     return next((PEAK_TFLOPS[known] for known in sorted(PEAK_TFLOPS, key=len, reverse=True) if known in name), None)

@@ -84,8 +84,10 @@ class Saver:
         state = None
         if rank == 0:
             parts[FIXED] = self._boosted.fixed
+            scale = self._boosted.optimizer.loss_scale
             state = {
                 "progress": asdict(progress),
+                "loss_scale": scale and asdict(scale),
                 "ranks": ranks,
                 "moment_steps": moment_steps(self._boosted),
                 "shapes": shapes(self._boosted),
@@ -131,6 +133,7 @@ class Saver:
         states: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(states, int(self.state))
         self.settle(states)
+        dist.barrier()  # rank 0 puts it in place; a rank that ended before would have that one ended too
 
     @property
     def _partial(self) -> Path:

@@ -42,6 +42,8 @@ def first_network(config: Config, plan: StagePlan, project: Path = Path()) -> Ma
     if stage.freeze_text:
         network.y_embedder.requires_grad_(False)
     network.checkpoint_blocks = int(stage.checkpoint_blocks)
+    if config.training.compile:
+        network.compile_blocks(config.training.compile)
     return network
 
 
@@ -58,10 +60,11 @@ def load_previous(network: nn.Module, weights: dict[str, Tensor], stage: Stage, 
     reshaped = [name for name in own if name in weights and own[name].shape != weights[name].shape]
     for fault, names in (("lacks", missing), ("has the unknown", unexpected), ("has another shape for", reshaped)):
         if names:
+            logger.error("%s %s: %s", source, fault, ", ".join(names))
             raise MagicDriveError(
                 f"{source} {fault} {names[0]} ({len(names)} in all): it is of another network",
                 "train the stage before with the same model section",
             )
     network.load_state_dict(weights, strict=False)
-    logger.info("%s: %d tensors from %s, %d new", stage, len(weights), source, len(new))
+    logger.info("%s: %d tensors from %s, %d new: %s", stage, len(weights), source, len(new), ", ".join(new) or "none")
     return new

@@ -33,6 +33,7 @@ from torch import Tensor, nn  # noqa: E402
 from magicdrive_core.config import Training  # noqa: E402
 from magicdrive_core.device import BACKENDS, backend, take_device  # noqa: E402
 from magicdrive_core.errors import MagicDriveError  # noqa: E402
+from magicdrive_core.training.loss_scale import LossScale  # noqa: E402
 
 REDUCE_BUCKET_MILLIONS = 20  # elements a reduce-scatter (golden notes, section 5)
 
@@ -46,6 +47,9 @@ class _GlooAccelerator(CpuAccelerator):
     """The stock accelerator raises wherever a GPU would synchronise; on a CPU there is nothing to wait for."""
 
     def synchronize(self, *_: Any) -> None: ...
+
+    def device_count(self) -> int:
+        return 1
 
     def Stream(self, *_: Any, **__: Any) -> _NullStream:  # noqa: N802
         return _NullStream()
@@ -141,6 +145,8 @@ class ZeroOptimizer(LowLevelZeroOptimizer):
     tells what this rank made from what it received. What causes #6091 is not known. With overlap, the host here waits
     for each bucket's result as the known workaround does, which takes back most of what overlap gains; without, which
     is the default, a pass is looked at once, at its end.
+
+    Several passes before a step add up. Gradients travel in the working precision, and are added in fp32.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, **settings: Any) -> None:
@@ -151,6 +157,10 @@ class ZeroOptimizer(LowLevelZeroOptimizer):
         self.names = [""] * len(self._order)  # of these parameters, for messages
         self._finite: dict[int, Tensor] = {}  # by that order, of this rank's own gradients: neither NaN nor infinite
         self._received: list[Tensor] = []  # of each shard that came out of a reduction: likewise
+        self._used = [False] * len(self._order)  # by this rank since ``zero_grad``
+        self.loss_scale = LossScale() if self._dtype is torch.float16 else None
+        if self.loss_scale is not None:
+            self.mixed_precision_mixin = self.loss_scale
         self._start_pass()
 
     def _start_pass(self) -> None:
@@ -181,29 +191,37 @@ class ZeroOptimizer(LowLevelZeroOptimizer):
     def _update_partitoned_grad(
         self, bucket_store: Any, origin_grad_list: list[Tensor], flat_grad: Tensor, group_id: int, partition_num: int
     ) -> None:
-        """Upstream's (and its spelling), after a look at the shard that a reduction gave this rank."""
+        """Upstream's (and its spelling) in fp32, after a look at the shard that a reduction gave this rank."""
         self._received.append(torch.isfinite(flat_grad).all())
         if self._overlap_communication:
             self._received[-1].item()  # waits
-        super()._update_partitoned_grad(bucket_store, origin_grad_list, flat_grad, group_id, partition_num)
+        super()._update_partitoned_grad(bucket_store, origin_grad_list, flat_grad.float(), group_id, partition_num)
 
     def _reduce_grad(self, partition_grad: bool) -> None:
         while self._next < len(self._order):
             self._bucket_next()
         super()._reduce_grad(partition_grad)
-        used = torch.tensor(self._arrived, dtype=torch.uint8, device=get_accelerator().get_current_device())
+        self._used = [before or now for before, now in zip(self._used, self._arrived, strict=True)]
+        self._start_pass()
+
+    def step(self, closure: Any = None) -> None:
+        """Upstream's, which leaves alone what has no gradient: here, what no rank used in any pass. Collective."""
+        used = torch.tensor(self._used, dtype=torch.uint8, device=get_accelerator().get_current_device())
         dist.all_reduce(used, op=dist.ReduceOp.MAX)
         for (parameter, group), by_any in zip(self._order, used.tolist(), strict=True):
             if not by_any:
                 store = self.pid_to_grad_store[id(parameter)]
                 store._grads_of_params[group].pop(id(parameter))
-        self._start_pass()
+        super().step(closure)
+        if self.loss_scale is not None:
+            self.loss_scale.grow()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets the gradients."""
         super().zero_grad(set_to_none)
         self._finite.clear()
         self._received.clear()
+        self._used = [False] * len(self._order)
 
     def check_gradients(self) -> GradientCheck:
         """What is not finite in the gradients since ``zero_grad``, as this rank saw them. Waits for the device."""
@@ -215,6 +233,8 @@ class ZeroOptimizer(LowLevelZeroOptimizer):
         """Upstream's, unless the norm over all ranks is not finite: then it raises, before any weight is touched."""
         if not math.isfinite(total_norm):  # ``check_gradients`` was not heeded, or finite gradients overflow together
             raise MagicDriveError("the norm of the gradient is not finite", "lower the learning rate")
+        if self.loss_scale is not None:
+            self._current_grad_norm = total_norm / self.loss_scale.scale  # upstream reports that of the scaled ones
         super()._unscale_and_clip_grads(grad_groups_flat, total_norm)
 
 

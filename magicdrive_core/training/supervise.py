@@ -22,7 +22,7 @@ from magicdrive_core.launchers.run import run_job, show_job
 from magicdrive_core.progress import progress_bar
 from magicdrive_core.settings import load_config
 from magicdrive_core.tracking.lineage import lineage_tags
-from magicdrive_core.tracking.runs import Store
+from magicdrive_core.tracking.runs import SHA256, Store
 from magicdrive_core.training.architecture import check_architecture
 from magicdrive_core.training.budget import plan_budget
 from magicdrive_core.training.masks import check_ratios
@@ -82,8 +82,9 @@ def train_stage(
         store.close(run, "FAILED" if isinstance(error, Exception) else "KILLED")
         raise
     facts = read_json(plan.result)
-    version = store.register(f"magicdrive-{config.profile}", stage, plan.weights, run)
-    store.close(run, "FINISHED", model_version=version, weights_sha256=facts["weights_sha256"])
+    digest = facts["weights_sha256"]
+    version = store.register(f"magicdrive-{config.profile}", stage, plan.weights, digest, run)
+    store.close(run, "FINISHED", model_version=version, **{SHA256: digest})
     return StageResult(stage, plan.folder, plan.weights, run, False, facts)
 
 
@@ -107,6 +108,11 @@ def _check_settings(config: Config, plan: StagePlan, project: Path) -> None:
         raise UsageError(
             f"{plan.stage}: the data has no training clip for {', '.join(clips.empty)}",
             "use shorter clips in the stage's buckets, or longer scenes; single key frames allow stage 1 only",
+        )
+    if clips.empty and not config.training.skip_empty:
+        raise UsageError(
+            f"{plan.stage}: the data has no training clip for {', '.join(clips.empty)}",
+            f"take it out of training.{plan.stage}.buckets, or set training.skip_empty to true",
         )
     for bucket in config.training.stage(plan.stage).buckets:
         if 0 < clips.clips[bucket.name] < bucket.batch:

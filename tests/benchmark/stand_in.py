@@ -32,13 +32,14 @@ def write_item(
     frames: int = 16,
     scene: str = "scene-token",
     name: str = "scene-0001",
+    size: tuple[int, int] = (HEIGHT, WIDTH),
 ) -> ItemRecord:
     """An item of six small videos, or of six pictures where ``frames`` is 1."""
     folder = out / item_name(sample, generation)
     folder.mkdir(parents=True)
     views = {}
     for v, view in enumerate(VIEWS):
-        shades = [np.full((HEIGHT, WIDTH, 3), 30 * v + 3 * n + 10 * generation, dtype=np.uint8) for n in range(frames)]
+        shades = [np.full((*size, 3), 30 * v + 3 * n + 10 * generation, dtype=np.uint8) for n in range(frames)]
         path = folder / video_name(sample, view)
         if frames == 1:
             path = path.with_suffix(".png")

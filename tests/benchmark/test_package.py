@@ -59,6 +59,7 @@ def test_the_manifest_tells_digest_rate_and_origin(generated: Path, tmp_path: Pa
         assert entry["sha256"] == sha256_file(path)
         assert entry["bytes"] == path.stat().st_size
         assert entry["mbit_s"] == pytest.approx(probe(path).mbit_s)
+        assert entry["psnr"] > 30
     assert read_package(tmp_path / "out") == package
 
 

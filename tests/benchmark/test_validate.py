@@ -5,6 +5,7 @@ from __future__ import annotations
 import stat
 import zipfile
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 
 import av
@@ -182,6 +183,26 @@ def test_bombs_are_refused_before_they_are_unpacked(files: Files, tmp_path: Path
         archive.writestr(FRONT, bytes(LARGEST_VIDEO + 1))
     (fault,) = validate(tmp_path / "large.zip", EXPECTED)
     assert "a video has at most" in fault
+
+
+def test_entries_that_share_their_bytes_are_refused(files: Files, tmp_path: Path) -> None:
+    """A bomb that no single entry betrays: a hundred names for one video."""
+    path = zipped(tmp_path / "results.zip", files)
+    with zipfile.ZipFile(path, "a") as archive:
+        video = archive.getinfo(FRONT)
+        for n in range(100):
+            twin = copy(video)
+            twin.filename = f"owls_standard/{n}_gen0/{n}_CAM_FRONT.mp4"
+            archive.filelist.append(twin)
+            archive.NameToInfo[twin.filename] = twin
+        archive._didModify = True  # type: ignore[attr-defined]  # writes the index anew
+    (fault,) = validate(path, EXPECTED)
+    assert "they lie over each other" in fault
+
+
+def test_a_name_with_line_breaks_stays_on_its_line(files: Files, tmp_path: Path) -> None:
+    found = validate(zipped(tmp_path / "results.zip", {**files, "a\n\x1b[2Jb.mp4": b"x"}), EXPECTED)
+    assert found == [r"a\x0a\x1b[2Jb.mp4: not of the form team_standard/token_genN/token_VIEW.mp4"]
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")

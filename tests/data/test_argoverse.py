@@ -131,6 +131,21 @@ def test_a_change_of_a_log_is_another_data_set(config: Config, log: Path) -> Non
     assert adapter.digest() != before[0]
 
 
+def test_a_broken_map_costs_its_log_where_that_is_asked_for(config: Config, log: Path, tmp_path: Path) -> None:
+    other = write_log(tmp_path / "argoverse", log="1a")
+    (path,) = (log / "map").iterdir()
+    path.write_text(path.read_text()[:-9])
+    with pytest.raises(MagicDriveError, match=rf"{path.name} is not valid JSON: .*line 1 column \d+"):
+        build_infos(config, tmp_path / "infos")
+    build_infos(
+        config.model_copy(update={"data": config.data.model_copy(update={"skip_bad": True})}), tmp_path / "infos"
+    )
+    assert [scene.name for scene in read_scenes(tmp_path / "infos")] == [other.name]
+    (reason,) = json.loads((tmp_path / "infos/infos.json").read_text())["quarantined"].items()
+    assert reason[0] == LOG
+    assert f"{path} is not valid JSON" in reason[1]
+
+
 Change = Callable[[Path], object]
 
 

@@ -77,6 +77,14 @@ CASES = {
         lambda b: b.remove("ego_pose", 3),
         r"ego_pose.json has no record '{0}', which ego_pose_token of record \w+ in sample_data.json names",
     ),
+    "no sweep": (
+        lambda b: b.remove("sample_data", 2),
+        r"sample_data.json has no record '{0}', which (next|prev) of record \w+ in sample_data.json names",
+    ),
+    "no annotation": (
+        lambda b: b.remove("sample_annotation", 5),
+        r"sample_annotation.json has no record '{0}', which (next|prev) of record \w+ in sample_annotation.json names",
+    ),
     "sweep of no sample": (
         lambda b: b.set("sample_data", 2, "sample_token", "gone"),
         r"sample.json has no record 'gone', which sample_token of record {0} in sample_data.json names",
@@ -137,6 +145,49 @@ def test_one_broken_record_costs_one_scene_and_is_named(
     quarantined = json.loads((tmp_path / "infos/infos.json").read_text())["quarantined"]
     assert list(quarantined) == [bad]
     assert re.search(message, quarantined[bad])
+
+
+def spoil(path: Path) -> str:
+    """Puts a bracket before a key in the middle of a JSON file, on a new line, and returns what is to be said of it."""
+    whole = path.read_text()
+    place = whole.index('"token"', len(whole) // 2)
+    path.write_text(f"{whole[:place]}\n  ]{whole[place:]}")
+    line = whole.count("\n", 0, place) + 2
+    return rf"{path.name} is not valid JSON: .* line {line} column 3 "
+
+
+def test_a_table_that_is_no_json_ends_the_stage_with_file_line_and_column(
+    root_copy: Path, make_config: Any, tmp_path: Path
+) -> None:
+    """It concerns every scene, so that nothing would be left where it is skipped."""
+    message = spoil(root_copy / "v1.0-demo/sample_data.json")
+    config = make_config(root_copy)
+    for skip_bad in (False, True):
+        data = config.data.model_copy(update={"skip_bad": skip_bad})
+        with pytest.raises(MagicDriveError, match=message):
+            build_infos(config.model_copy(update={"data": data}), tmp_path / "infos")
+        assert not (tmp_path / "infos").exists()
+    (root_copy / "v1.0-demo/sample_data.json").write_text('{"token": []}')
+    with pytest.raises(MagicDriveError, match=r"sample_data.json is no list of records"):
+        build_infos(config, tmp_path / "infos")
+
+
+def test_a_broken_map_costs_the_scenes_that_drive_on_it(
+    root_copy: Path, scenes: list[Scene], make_config: Any, tmp_path: Path
+) -> None:
+    whole, bad = scenes
+    assert whole.location != bad.location
+    message = spoil(root_copy / f"maps/expansion/{bad.location}.json")
+    config = make_config(root_copy)
+    with pytest.raises(MagicDriveError, match=message):
+        build_infos(config, tmp_path / "infos")
+    build_infos(
+        config.model_copy(update={"data": config.data.model_copy(update={"skip_bad": True})}), tmp_path / "infos"
+    )
+    assert [scene.name for scene in read_scenes(tmp_path / "infos")] == [whole.name]
+    quarantined = json.loads((tmp_path / "infos/infos.json").read_text())["quarantined"]
+    assert list(quarantined) == [bad.name]
+    assert re.search(message, quarantined[bad.name])
 
 
 def test_a_record_that_belongs_to_no_scene_ends_the_stage(root_copy: Path, scenes: list[Scene]) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from magicdrive_core.config import Bucket
 from magicdrive_core.data.augment import add_boxes, anchors, drop_frames, hide_boxes
-from magicdrive_core.data.bev import rasterise, read_map
+from magicdrive_core.data.bev import read_map
 from magicdrive_core.data.bev_maps import BevMaps
 from magicdrive_core.data.clips import balanced, caption, list_clips, weathers
 from magicdrive_core.data.conditions import build_conditions, clip_conditions
@@ -133,38 +133,6 @@ def test_maps_that_are_drawn_when_they_are_asked_for_are_the_same(
     assert cached.of_scene(scenes[0], "112x200").shape == (19, 200, 200)
     build_conditions(live, infos, tmp_path / "live")
     assert [path.name for path in (tmp_path / "live").iterdir()] == ["clips.json"]
-
-
-def test_interrupted_maps_go_on_after_the_scenes_that_are_drawn(
-    synthetic_root: Path,
-    infos: Path,
-    conditions: Path,
-    scenes: list[Scene],
-    make_config: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    drawn: list[int] = []
-
-    def rasterise_once(*arguments: Any) -> np.ndarray:
-        if len(drawn) == 1:
-            raise KeyboardInterrupt
-        drawn.append(1)
-        return rasterise(*arguments)
-
-    monkeypatch.setattr("magicdrive_core.data.conditions.rasterise", rasterise_once)
-    with pytest.raises(KeyboardInterrupt):
-        build_conditions(make_config(synthetic_root), infos, tmp_path / "conditions")
-    assert not (tmp_path / "conditions").exists()
-    again: list[int] = []
-    monkeypatch.setattr(
-        "magicdrive_core.data.conditions.rasterise", lambda *arguments: again.append(1) or rasterise(*arguments)
-    )
-    build_conditions(make_config(synthetic_root), infos, tmp_path / "conditions")
-    assert len(drawn) + len(again) == len(scenes)
-    assert [path.name for path in tmp_path.iterdir()] == ["conditions"]
-    for path in (path for path in conditions.rglob("*") if path.is_file()):
-        assert (tmp_path / "conditions" / path.relative_to(conditions)).read_bytes() == path.read_bytes()
 
 
 def test_a_map_of_another_version_leaves_nothing_behind(

@@ -107,7 +107,11 @@ def test_clips_encoded_live_are_those_of_the_cache(project, tmp_path) -> None:
     live = LiveLatents(project.config, tmp_path, scenes)
     for size, frames, start in (("56x104", 1, 6), ("56x104", 9, 4), ("56x104", 17, 2), ("112x200", 1, 12)):
         clip = Clip(TRAIN, start, frames)
-        torch.testing.assert_close(live.moments(size, clip), cache.moments(size, clip), atol=2e-3, rtol=2e-3)
+        moments = live.moments(size, clip)
+        torch.testing.assert_close(moments, cache.moments(size, clip), atol=2e-3, rtol=2e-3)
+    some = live.moments(size, clip, [1, 4])
+    assert torch.equal(some[[1, 4]], moments[[1, 4]])
+    assert not some[[0, 2, 3, 5]].any()
     latents = project.config.latents.model_copy(update={"live": True})
     write_latents(
         project.config.model_copy(update={"latents": latents}), project.infos, project.encoders, tmp_path / "latents"
@@ -156,17 +160,29 @@ def test_training_sees_the_same_batches_from_caches_and_live(project, tmp_path) 
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
-def test_size_and_time_are_told_before_the_work(project, tmp_path, capsys) -> None:
+def test_size_and_time_are_told_before_the_work(project, tmp_path, capsys, monkeypatch) -> None:
+    told: list[str] = []
+    seen: list[int] = []
+    encode_texts = TextEncoder.encode
+
+    def watched(self, captions: list[str], batch: int = 8) -> list[torch.Tensor]:
+        told.append(capsys.readouterr().err)
+        seen.append(len(captions))
+        return encode_texts(self, captions, batch)
+
+    monkeypatch.setattr(TextEncoder, "encode", watched)
     write_text(project.config, project.infos, project.encoders, tmp_path / "text")
-    told = capsys.readouterr().err
-    assert re.search(r"text: 14 texts, 0\.\d MB, about 0\.\d minutes", told)
+    assert seen == [7, 7, 14]  # every second text as a sample, twice; then all
+    assert not any("texts" in line for line in told[:2])
+    assert re.search(r"text: 14 texts, 0\.\d MB, about 0\.\d minutes", told[2])
     no_room = shutil._ntuple_diskusage(100, 99, 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: no_room)
         with pytest.raises(MagicDriveError, match=r"text features need .* GB"):
             write_text(project.config, project.infos, project.encoders, tmp_path / "other")
+    assert len(seen) == 3
     write_latents(project.config, project.infos, project.encoders, tmp_path / "latents")
-    assert re.search(r"latents: \d+ frames of 1 scenes, \d+ MB, about [\d.]+ minutes", capsys.readouterr().err)
+    assert re.search(r"latents: \d+ frames of 1 scenes, [\d.]+ MB, about [\d.]+ minutes", capsys.readouterr().err)
 
 
 def test_the_index_tells_the_spread_of_scaled_latents(project) -> None:

@@ -8,7 +8,6 @@ from types import ModuleType
 
 import pytest
 from prefect import flow
-from prefect.task_runners import ProcessPoolTaskRunner
 
 from flows import generate
 from magicdrive_core.errors import UsageError
@@ -31,9 +30,9 @@ def test_a_scheduler_is_handed_to_the_runner(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("prefect_api")
-def test_shards_run_in_processes_that_share_nothing_with_the_flow(tmp_path: Path) -> None:
-    """As on other hosts: what a shard needs travels with it. Its verb is told to explain itself, and that is all."""
-    fan_out = flow(task_runner=ProcessPoolTaskRunner(max_workers=2), validate_parameters=False)(generate._fan_out)
+def test_shards_run_in_the_processes_of_a_dask_cluster(tmp_path: Path) -> None:
+    """What a shard needs travels with it. Its verb is told to explain itself, and that is all."""
+    fan_out = flow(task_runner=generate._task_runner("dask", None), validate_parameters=False)(generate._fan_out)
     fan_out(2, ["--help"], tmp_path)
     for number in (1, 2):
         assert "--shard" in (tmp_path / f"shard-{number}.log").read_text()

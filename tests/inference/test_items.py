@@ -1,17 +1,15 @@
-"""Which items there are, and what makes one of them done."""
+"""Which items there are, and what decides their pixels."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.inference.items import code_version, is_done, item_fingerprint, item_seed, list_items
-from tests.benchmark.stand_in import write_item
+from magicdrive_core.inference.items import code_version, item_fingerprint, item_seed, list_items
 from tests.inference.project import small_config, small_scene
 
 DIGESTS = {"model": "m", "code": "c", "infos": "i"}
@@ -78,23 +76,6 @@ def test_the_fingerprint_changes_with_what_decides_the_pixels_and_nothing_else()
     for name in DIGESTS:
         assert item_fingerprint(config, item, {**DIGESTS, name: "other"}) != print_
     assert item_fingerprint(config, replace(item, kept=1), DIGESTS) != print_
-
-
-def test_done_means_this_fingerprint_and_these_bytes(tmp_path: Path) -> None:
-    record = write_item(tmp_path, frames=1)
-    folder = tmp_path / record.name
-    assert is_done(folder, record.fingerprint)
-    assert not is_done(folder, "another")
-    assert not is_done(tmp_path / "nothing", record.fingerprint)
-    picture = next(folder.glob("*CAM_BACK.png"))
-    data = bytearray(picture.read_bytes())
-    data[-20] ^= 1
-    picture.write_bytes(data)
-    assert not is_done(folder, record.fingerprint)
-    picture.unlink()
-    assert not is_done(folder, record.fingerprint)
-    (folder / "item.json").write_text('{"half": ')
-    assert not is_done(folder, record.fingerprint)
 
 
 def test_the_code_has_a_version() -> None:

@@ -7,8 +7,10 @@ as it is asked for, with the device called ``cpu:0``.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import pytest
 import torch
 
 from magicdrive_core.data.infos import read_scenes
+from magicdrive_core.encoders.text import TextEncoder
 from magicdrive_core.inference.generate import generate_items
 from magicdrive_core.inference.items import list_items
 from magicdrive_core.inference.models import Models
@@ -41,6 +44,30 @@ def test_all_of_the_wanted_model_is_moved_and_nothing_of_the_other(project: Path
     for name, model in parts.items():
         for tensor in [*model.parameters(), *model.buffers()]:
             assert tensor.is_meta == (offload and name == wanted)
+
+
+def test_the_text_encoder_has_the_device_for_itself(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A caption that the cache has not: network and VAE wait in main memory, and the encoder is not kept."""
+    models = Models.load(OFFLOAD, project / STAGE, project)
+    places = {"network": "cpu:0", "vae": "cpu:0"}  # of what was at work before
+    encoders: list[weakref.ref[Encoder]] = []
+
+    class Encoder:
+        def encode(self, captions: list[str]) -> list[torch.Tensor]:
+            assert set(places.values()) == {"cpu"}
+            return [torch.full((3, 16), float(len(captions)))]
+
+    def load(*_: object) -> Encoder:
+        assert set(places.values()) == {"cpu"}  # room is made before the weights are read
+        encoder = Encoder()
+        encoders.append(weakref.ref(encoder))
+        return encoder
+
+    monkeypatch.setattr(TextEncoder, "load", load)
+    for name, model in (("network", models.network), ("vae", models.vae.model)):
+        monkeypatch.setattr(model, "to", partial(places.__setitem__, name))
+    assert models.features("Nothing like it was ever cached").tolist() == [[1.0] * 16] * 3
+    assert [encoder() for encoder in encoders] == [None]
 
 
 def test_each_model_is_alone_on_the_device_while_it_works_and_the_videos_are_the_same(

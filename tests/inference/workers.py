@@ -1,4 +1,4 @@
-"""Workers that share items whose making is a stand-in: a few bytes, a few milliseconds, no network."""
+"""Workers that share items whose making is a stand-in: a grey picture, a few milliseconds, no network."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ import sys
 import time
 from concurrent.futures import Future
 from pathlib import Path
+from zlib import crc32
+
+from PIL import Image
 
 from magicdrive_core.data.records import Clip
-from magicdrive_core.files import atomic_folder, sha256_file
+from magicdrive_core.files import atomic_folder
+from magicdrive_core.geometry.cameras import PICTURE_HEIGHT, PICTURE_WIDTH
 from magicdrive_core.inference.claims import Claim
 from magicdrive_core.inference.fanout import Summary, share_items
 from magicdrive_core.inference.items import Item
@@ -19,20 +23,20 @@ VIEW = "CAM_FRONT"
 
 
 def items(count: int) -> list[Item]:
-    return [Item(Clip(f"scene{n}", 0, 9), 0, item_name(f"sample{n}", 0), 9) for n in range(count)]
+    return [Item(Clip(f"scene{n}", 0, 1), 0, item_name(f"sample{n}", 0), 1) for n in range(count)]
 
 
 def write(out: Path, item: Item, seconds: float = 0.0) -> None:
     """An item's folder whose bytes depend on its name alone."""
     sample = item.name.removesuffix("_gen0")
     with atomic_folder(out / item.name) as folder:
-        path = folder / f"{sample}.mp4"
-        path.write_text(item.name * 9)
+        path = folder / f"{sample}.png"
+        Image.new("L", (PICTURE_WIDTH, PICTURE_HEIGHT), crc32(item.name.encode()) % 256).save(path, compress_level=1)
         time.sleep(seconds)
-        views = {VIEW: ViewFile(path.name, sha256_file(path), path.stat().st_size, None, None)}
+        views = {VIEW: ViewFile.of_pictures(path)}
         clip = item.clip
         ItemRecord(
-            item.name, sample, clip.scene, clip.scene, 0, 9, 9, 12, 0, "a street", 7, "32x64", {}, {}, views
+            item.name, sample, clip.scene, clip.scene, 0, 1, 1, 12, 0, "a street", 7, "32x64", {}, {}, views
         ).write(folder)
 
 

@@ -218,6 +218,26 @@ def test_every_nth_block_is_computed_again(every: int, recomputed: int) -> None:
     assert len(calls) == 6 + recomputed
 
 
+def test_compiled_blocks_give_the_same_gradients() -> None:
+    """Up to the graphs of forward and backward, which aot_eager runs as they are; inductor takes minutes for more.
+
+    Where blocks are computed again, with the same graphs.
+    """
+    torch._dynamo.reset()
+    net = network(depth=1)
+    eager = gradients_of(net)
+    names = list(net.state_dict())
+    net.compile_blocks("aot_eager")
+    torch._dynamo.utils.counters.clear()
+    made = []
+    for every in (0, 1):
+        for name, gradient in gradients_of(net, every=every).items():
+            torch.testing.assert_close(gradient, eager[name], atol=1e-5, rtol=1e-4, msg=name)
+        made.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert list(net.state_dict()) == names
+    assert 0 < made[0] == made[1]
+
+
 @settings(deadline=None, max_examples=12)
 @given(
     views=st.integers(2, 5),

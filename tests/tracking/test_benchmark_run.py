@@ -16,13 +16,14 @@ def test_a_second_report_goes_into_the_same_run(project: Path) -> None:
     folder.mkdir(parents=True)
     page = folder / "report.html"
     page.write_text("first")
-    run = record_benchmark(config, folder, {"small_224": 0.5}, [page, folder / "none.json"], project)
+    run = record_benchmark(config, folder, {"small_224": 0.5}, [page, folder / "none.json"], {"model": "a"}, project)
     page.write_text("second")
-    assert record_benchmark(config, folder, {"small_224": 0.25}, [page], project) == run
+    assert record_benchmark(config, folder, {"small_224": 0.25}, [page], {"model": "b"}, project) == run
     store = Store(config.tracking, project)
     found = store.client.get_run(run)
     assert (found.info.status, found.data.metrics) == ("FINISHED", {"small_224": 0.25})
     assert found.data.params["benchmark.team"] == "demo"
+    assert found.data.tags["model"] == "b"
     assert [file.path for file in store.client.list_artifacts(run)] == ["report.html"]
     copy = store.client.download_artifacts(run, "report.html", str(project))
     assert Path(copy).read_text() == "second"

@@ -103,12 +103,13 @@ def test_models_have_the_stage_as_alias(project: Path) -> None:
     store = Store(Tracking(), project)
     run = store.open("stage1", {})
     weights = project / "runs/stage1/ema.safetensors"
-    assert store.register("magicdrive-demo", "stage1", weights, run) == "1"
-    assert store.register("magicdrive-demo", "stage1", weights, run) == "2"
+    assert store.register("magicdrive-demo", "stage1", weights, "ab" * 32, run) == "1"
+    assert store.register("magicdrive-demo", "stage1", weights, "ab" * 32, run) == "2"
     version = store.client.get_model_version_by_alias("magicdrive-demo", "stage1")
     assert version.version in (2, "2")
     assert version.run_id == run
     assert version.source.endswith("runs/stage1/ema.safetensors")
+    assert version.tags == {"weights_sha256": "ab" * 32}
 
 
 def test_two_processes_may_use_a_new_database_at_once(tmp_path: Path) -> None:

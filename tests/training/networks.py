@@ -41,17 +41,21 @@ def tiny_network(seed: int = 0) -> TinyNetwork:
     return TinyNetwork()
 
 
-def training(**changes: object) -> Training:
-    """Shared settings of small trainings in fp32."""
-    stage = {
+def stage(**changes: object) -> dict[str, object]:
+    """Settings of a stage of small trainings."""
+    return {
         "buckets": [{"size": "16x16", "frames": 1, "batch": 2}, {"size": "16x16", "frames": 9, "batch": 1}],
         "steps": 8,
         "learning_rate": 0.01,
         "warmup": 2,
         "seed": 3,
-    }
+    } | changes
+
+
+def training(**changes: object) -> Training:
+    """Shared settings of small trainings in fp32."""
     values = {
-        **dict.fromkeys(("stage1", "stage2", "stage3"), stage),
+        **dict.fromkeys(("stage1", "stage2", "stage3"), stage()),
         "precision": "fp32",
         "eps": 1e-8,
         "ema": 0.9,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -48,6 +50,21 @@ class FakeLatents:
         height, width = (int(side) // 8 for side in size.split("x"))
         shape = (6, 4, (clip.frames - 1) // 4 + 1, height, width)
         return torch.cat([torch.full(shape, float(clip.start)), torch.zeros(shape)], 1).half()
+
+
+class FakeLive:
+    """The same, of the views that are asked for."""
+
+    encoded = 0  # views, of all clips
+
+    def __init__(self, _config: object, _project: object, _scenes: object) -> None: ...
+
+    def moments(self, size: str, clip: Clip, views: Sequence[int] = range(6)) -> Tensor:
+        FakeLive.encoded += len(views)
+        whole = FakeLatents(None, None).moments(size, clip)
+        others = [view for view in range(6) if view not in views]
+        whole[others] = 0
+        return whole
 
 
 class FakeMaps:

@@ -16,9 +16,9 @@ from tests.training.distributed import run_distributed
 PROFILE = Path(__file__).resolve().parents[2] / "profiles/demo.yaml"
 
 
-def settings(share: int = 1) -> Config:
+def settings(share: int = 1, live: bool = False) -> Config:
     """For ranks that share clips in groups of ``share``."""
-    config = load_config(PROFILE, ["text.max_tokens=6"])
+    config = load_config(PROFILE, ["text.max_tokens=6", f"latents.live={live}"])
     cluster = config.cluster.model_copy(update={"ranks": 2, "sequence_parallel": share})
     buckets = [Bucket(size="16x32", frames=frames, batch=batch) for frames, batch in ((1, 3), (33, 2), (65, 1))]
     changes = {"buckets": buckets, "mask_ratios": {"image_head": 0.5}, "simulate_sizes": [1, 2, 8][: 3 * share - 3]}
@@ -28,25 +28,27 @@ def settings(share: int = 1) -> Config:
     return config.model_copy(update={"training": training, "conditions": conditions, "cluster": cluster})
 
 
-def batches(project: Path, stage: Any, start: int, count: int, share: int = 1) -> list[Any]:
-    """The first micro-batches of this rank, by real threads."""
+def batches(project: Path, stage: Any, start: int, count: int, share: int = 1, live: bool = False) -> list[Any]:
+    """The first micro-batches of this rank, by real threads, then its buckets' frames and how many views it encoded."""
     from unittest import mock
 
     from magicdrive_core.training import loader
     from magicdrive_core.training.mesh import Mesh
-    from tests.training.scenes import FakeLatents, FakeMaps, FakeText, make_scene
+    from tests.training.scenes import FakeLatents, FakeLive, FakeMaps, FakeText, make_scene
 
+    FakeLive.encoded = 0
     scenes = [make_scene("a", 60), make_scene("b", 48)]
     fakes = {
         "read_scenes": lambda _: scenes,
         "BevMaps": FakeMaps,
         "open_text": FakeText,
         "LatentCache": FakeLatents,
+        "LiveLatents": FakeLive,
     }
-    with mock.patch.multiple(loader, **fakes), loader.Loader(settings(share), stage, project) as source:
+    with mock.patch.multiple(loader, **fakes), loader.Loader(settings(share, live), stage, project) as source:
         mesh = Mesh.of(share)
-        source.start(start, mesh.groups, mesh.group)
-        return [plain(source.next()) for _ in range(count)] + [[b.frames for b in source.buckets]]
+        source.start(start, mesh.groups, mesh.group, count, mesh.devices)
+        return [plain(source.next()) for _ in range(count)] + [[b.frames for b in source.buckets], FakeLive.encoded]
 
 
 def plain(batch: Any) -> dict[str, Any]:
@@ -84,9 +86,8 @@ def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def drawn(cached: Path) -> list[list[dict[str, Any]]]:
     """Twelve micro-batches of both ranks."""
     results = run_distributed(batches, 2, cached, "stage2", 0, 12)
-    assert results[0].pop() == [1, 33]  # no scene has 65 frames
-    results[1].pop()
-    return results
+    assert [rank[12:] for rank in results] == [[[1, 33], 0]] * 2  # no scene has 65 frames
+    return [rank[:12] for rank in results]
 
 
 def test_a_later_start_goes_on_with_the_same_batches(cached: Path, drawn: list[list[dict[str, Any]]]) -> None:
@@ -108,6 +109,14 @@ def test_ranks_that_share_a_clip_draw_the_same(cached: Path, drawn: list[list[di
     apart = [batch for pair in zip(*drawn, strict=True) for batch in pair]
     assert {batch.pop("pad_patches") for batch in apart} == {None}
     assert all(same(a, b) for a, b in zip(apart, first[:24], strict=True))
+
+
+def test_ranks_that_share_a_clip_encode_each_its_views(cached: Path) -> None:
+    """With the results of one that encodes all."""
+    expected = run_distributed(batches, 2, cached, "stage2", 0, 6, 2)
+    for rank, drawn in enumerate(run_distributed(batches, 2, cached, "stage2", 0, 6, 2, True)):
+        assert all(same(a, b) for a, b in zip(drawn[:6], expected[rank][:6], strict=True))
+        assert drawn[7] == sum(3 * len(batch["latents"]) for batch in drawn[:6])
 
 
 def test_shapes_and_scaling(drawn: list[list[dict[str, Any]]]) -> None:

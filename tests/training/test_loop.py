@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from magicdrive_core.config import Conditions, Config, StageConfig
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.files import read_json
-from magicdrive_core.launch import RESUMABLE, run_group
+from magicdrive_core.launch import RESUMABLE
 from magicdrive_core.settings import load_config
 from magicdrive_core.training.plan import StagePlan, write_job
-from tests.training.distributed import run_distributed
-from tests.training.networks import training
+from tests.training.distributed import RankError, run_distributed
+from tests.training.networks import stage, training
 from tests.training.tiny_rank import NeverStop, train_tiny
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -40,13 +43,6 @@ def losses(folder: Path) -> list[float]:
 
 def train_once(folder: Path) -> int:
     return train_tiny(folder, NeverStop())
-
-
-def launch(folder: Path, trouble: str) -> int:
-    command = [str(PROJECT / "tests/training/tiny_rank.py"), str(folder), trouble]
-    environment = {"PYTHONPATH": str(PROJECT)}
-    log, status = folder / "log.txt", folder / "status.json"
-    return run_group(command, 2, log=log, status=status, stall_seconds=900, threads=1, environment=environment)
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +142,33 @@ def test_ranks_that_share_clips_count_them_once_and_may_part(tmp_path: Path) -> 
     assert losses(tmp_path)[:6] == [line["loss"] for line in lines[:6]]
 
 
+def test_micro_batches_of_a_step_may_come_one_after_the_other(whole: Path, tmp_path: Path) -> None:
+    """One rank that takes two a step does what two ranks with one do, to rounding, and either goes on for the other."""
+    more = {"stage1": stage(accumulate=2)}
+    job(tmp_path / "alone", **more)
+    assert run_distributed(train_once, 1, tmp_path / "alone") == [0]
+    lines, expected = (
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (tmp_path / "alone", whole)
+    )
+    for own, other in zip(lines, expected, strict=True):
+        assert own["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert own["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
+        assert own["bucket_losses"] == pytest.approx(other["bucket_losses"], rel=1e-5)
+        assert own["noise_losses"] == pytest.approx(other["noise_losses"], rel=1e-5)
+        clips, others = (round(line["clips_per_second"] * line["seconds"]) for line in (own, other))
+        assert clips == others
+    order = [sorted((folder / "order.jsonl").read_text().splitlines()) for folder in (tmp_path / "alone", whole)]
+    assert order[0] == order[1]
+    state = Path("checkpoints/step-00000006/state.json")
+    assert read_json(tmp_path / "alone" / state)["progress"]["micro_batches"] == 12
+    shutil.copytree(tmp_path / "alone/checkpoints", tmp_path / "two/checkpoints")
+    job(tmp_path / "two", **more)
+    assert run_distributed(train_once, 2, tmp_path / "two") == [0, 0]
+    asked = sorted(json.loads(line)[0] for line in (tmp_path / "two/order.jsonl").read_text().splitlines())
+    assert asked == list(range(12, 12 + 2 * 2 * 2))
+
+
 def test_a_checkpoint_of_another_network_is_refused(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(whole / "checkpoints", folder / "checkpoints")
@@ -168,12 +191,24 @@ def resume_other_network(folder: Path) -> str:
     return caught.value.message
 
 
+class SlowPreview:
+    """Is asked to stop while it is drawn."""
+
+    def sample(self, _network: object, stop: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked
+
+
 def train_until_signal(folder: Path, trouble: str) -> int:
     from magicdrive_core.training.rank import StopRequest
 
     numbers = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
     before = [signal.getsignal(number) for number in numbers]
-    code = train_tiny(folder, StopRequest(), trouble)
+    stop = StopRequest()
+    if trouble == "term before the first step" and dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    preview = SlowPreview() if trouble == "term in a preview" and dist.get_rank() == 0 else None
+    code = train_tiny(folder, stop, trouble, preview)
     for number, handler in zip(numbers, before, strict=True):
         signal.signal(number, handler)
     return code
@@ -189,10 +224,23 @@ def test_a_signal_to_one_rank_saves_on_all_and_resumes_exactly(whole: Path, tmp_
     assert_equal_ends(tmp_path, whole)
 
 
-def test_a_killed_rank_ends_the_group_and_the_last_checkpoint_goes_on(whole: Path, tmp_path: Path) -> None:
+def test_no_further_step_is_made_after_a_signal_in_a_preview_or_before_the_first(whole: Path, tmp_path: Path) -> None:
+    """Beside a busy machine a step may take longer than there is left to save."""
+    job(tmp_path, preview_every=2)
+    assert run_distributed(train_until_signal, 2, tmp_path, "term before the first step") == [RESUMABLE] * 2
+    assert losses(tmp_path) == []
+    for steps in (2, 4):
+        assert run_distributed(train_until_signal, 2, tmp_path, "term in a preview") == [RESUMABLE] * 2
+        assert len(losses(tmp_path)) == steps
+        assert (tmp_path / f"checkpoints/step-{steps:08d}").is_dir()
+    assert run_distributed(train_once, 2, tmp_path) == [0, 0]
+    assert_equal_ends(tmp_path, whole)
+
+
+def test_after_a_killed_rank_the_last_checkpoint_goes_on(whole: Path, tmp_path: Path) -> None:
     plan = job(tmp_path)
-    with pytest.raises(MagicDriveError, match="rank 1 was killed by SIGKILL"):
-        launch(tmp_path, "kill-1-4")
+    with pytest.raises(RankError):
+        run_distributed(train_until_signal, 2, tmp_path, "kill-1-4")
     assert not plan.done
     assert run_distributed(train_once, 2, tmp_path) == [0, 0]
     assert_equal_ends(tmp_path, whole)

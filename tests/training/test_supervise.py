@@ -168,6 +168,17 @@ def test_impossible_settings_start_nothing(
     assert not (project / "runs").exists()
 
 
+def test_one_bucket_without_data_is_refused_unless_it_may_be_left_out(train: Callable[..., Any]) -> None:
+    buckets = "[{size: 112x200, frames: 9, batch: 1}, {size: 112x200, frames: 65, batch: 1}]"
+    overrides = [f"training.stage1.buckets={buckets}", "training.skip_empty=false"]
+    ranks = Ranks(0)
+    with pytest.raises(UsageError, match="no training clip for 112x200-65") as caught:
+        train(ranks, overrides=overrides)
+    assert "training.skip_empty" in caught.value.hint
+    assert not ranks.environments
+    assert not train(ranks, overrides=[*overrides[:1], "training.skip_empty=true"]).skipped
+
+
 def test_ranks_read_the_settings_of_their_start(train: Callable[..., Any]) -> None:
     result = train(Ranks(0), overrides=["cluster.threads=1", "training.log_every=7"])
     config, _ = read_job(result.folder)

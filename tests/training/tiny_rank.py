@@ -1,9 +1,7 @@
 """A rank of a training of ``TinyNetwork`` on made-up latents: everything but the data is the project's own.
 
-    torchrun ... tests/training/tiny_rank.py FOLDER [trouble]
-
 ``trouble`` holds ``kill-<rank>-<step>``, ``term-...``, ``usr2-...`` or ``nan-...``, several with commas between: what
-happens when that rank asks for the micro-batch of that step. Or ``killwriter-<rank>-<step>``: see ``kill_writer``.
+happens when that rank asks for the micro-batch of that step.
 """
 
 from __future__ import annotations
@@ -11,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -40,7 +37,7 @@ class MadeUpLoader:
         self._seed, self._trouble = seed, trouble.split(",")
         self._notes = order  # of micro-batches in the order in which they were asked for
 
-    def start(self, micro_batches: int, groups: int, group: int, steps: int | None = None) -> None:
+    def start(self, micro_batches: int, groups: int, group: int, steps: int, devices: object) -> None:
         self._groups = groups
         sampler = BucketSampler([7, 5], [b.batch for b in self.buckets], groups, group, self._seed)
         self._order = islice(sampler.stream(micro_batches), steps)
@@ -83,45 +80,10 @@ class NeverStop:
     asked = False
 
 
-def kill_writer(rank: int, step: int) -> None:
-    """Kills this rank when its thread has written its part of a checkpoint, before anyone can know."""
-    from magicdrive_core.training import saving
-
-    real = saving.save_file
-
-    def write(tensors: Any, path: Path) -> None:
-        real(tensors, path)
-        if dist.get_rank() == rank and f"{step:08d}" in str(path):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    saving.save_file = write
-
-
-def train_tiny(folder: Path, stop: Any, trouble: str = "") -> int:
+def train_tiny(folder: Path, stop: Any, trouble: str = "", preview: Any = None) -> int:
     from magicdrive_core.training.loop import train
 
     config, plan = read_job(folder)
     loader: Any = MadeUpLoader(3, trouble, folder / "order.jsonl")
     network: Any = tiny_network()
-    return train(config, plan, network, loader, None, stop, torch.device("cpu"))
-
-
-if __name__ == "__main__":
-    from torch.distributed.elastic.multiprocessing.errors import record
-
-    from magicdrive_core.training.rank import StopRequest
-    from magicdrive_core.training.strategy import join_group
-
-    @record
-    def main() -> None:
-        stop = StopRequest()
-        join_group()
-        trouble = sys.argv[2] if len(sys.argv) > 2 else ""
-        if trouble.startswith("killwriter-"):
-            kill_writer(*map(int, trouble.split("-")[1:]))
-            trouble = ""
-        code = train_tiny(Path(sys.argv[1]), stop, trouble)
-        dist.destroy_process_group()
-        sys.exit(code)
-
-    main()
+    return train(config, plan, network, loader, preview, stop, torch.device("cpu"))
