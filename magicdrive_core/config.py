@@ -313,11 +313,6 @@ class Config(Section):
     def _consistent(self) -> Config:
         sizes = {bucket.size for stage in STAGES for bucket in self.training.stage(stage).buckets}
         for size in sorted(sizes | {self.generate.size}):
-            height, width = parse_size(size)
-            if 16 * height > 9 * width:
-                raise ValueError(
-                    f"{size}: a 1600x900 picture has no more than {9 * width // 16} rows at a width of {width}"
-                )
             if size not in self.conditions.map_cells:
                 raise ValueError(f"conditions.map_cells has no entry for {size}, which is trained or generated")
         world = "cluster.ranks" if self.cluster.hosts == 1 else "cluster.hosts * cluster.ranks"

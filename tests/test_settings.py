@@ -26,7 +26,6 @@ DEMO = Path(__file__).resolve().parents[1] / "profiles" / "demo.yaml"
         ("training.stage1.steps=many", "training.stage1.steps is 'many': Input should be a valid integer"),
         ("generate.frames=16", "generate.frames is 16: a clip has 8n+1 frames"),
         ("generate.size=100x200", "generate.size is '100x200': height and width must be positive multiples of 8"),
-        ("generate.size=96x168", "96x168: a 1600x900 picture has no more than 94 rows at a width of 168"),
         ("generate.size=848x1600", "conditions.map_cells has no entry for 848x1600"),
         ("data.val_scenes=3", "data.val_scenes is 3: write auto, or a list of scene names"),
         ("model.heads=3", "width 128 must split into heads (3)"),

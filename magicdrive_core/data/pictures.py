@@ -11,7 +11,7 @@ from PIL import Image
 
 from magicdrive_core.config import parse_size
 from magicdrive_core.data.records import Clip, Scene
-from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.errors import MagicDriveError, UsageError
 from magicdrive_core.geometry.cameras import VIEWS, Framing, full_window
 
 Pixels = NDArray[np.uint8]
@@ -30,8 +30,14 @@ def read_picture(path: Path, framing: Framing, *, scaled: bool = False) -> Pixel
             times as fast, and 50 dB or more from decoding it whole (docs/log.md).
 
     Raises:
+        UsageError: the video has more rows than the picture has at its width.
         MagicDriveError: missing, truncated or no picture at all.
     """
+    if framing.crop < 0:
+        raise UsageError(
+            f"size {framing.height}x{framing.width}: a picture has {framing.resized_height} rows at that width",
+            "choose a size of 16:9 or flatter in params.yaml",
+        )
     try:
         with Image.open(path) as picture:
             size = framing.width, framing.resized_height

@@ -10,7 +10,7 @@ from PIL import Image
 
 from magicdrive_core.data.pictures import read_clip, read_picture
 from magicdrive_core.data.records import Clip, Scene
-from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.errors import MagicDriveError, UsageError
 from magicdrive_core.geometry.cameras import Framing
 
 SMALL = Framing(224, 400)
@@ -74,3 +74,8 @@ def test_scaled_decoding_is_fifty_decibels_from_whole_decoding(shared: Path, siz
         assert np.abs(whole - scaled).max() <= 8
     assert len(errors) == 6
     assert 10 * np.log10(255**2 / max(np.mean(errors), 1e-9)) >= 49
+
+
+def test_more_rows_than_a_picture_has_are_refused(picture: Path) -> None:
+    with pytest.raises(UsageError, match="size 96x168: a picture has 94 rows at that width"):
+        read_picture(picture, Framing(96, 168))

@@ -19,7 +19,7 @@ from magicdrive_core.model.parallel import DeviceGroup
 from magicdrive_core.rectified_flow import RectifiedFlow
 from tests.model.devices import on_devices
 from tests.model.networks import conditions, network, noisy
-from tests.training.distributed import join_gloo, run_distributed
+from tests.training.gloo_ranks import join_gloo, run_distributed
 
 SIZES: dict[str, Any] = {"heads": 8, "depth": 1}
 GIVEN = torch.tensor([[False, True, True], [True, True, True]])

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.files import read_json
-from tests.training.distributed import run_distributed
+from tests.training.gloo_ranks import run_distributed
 from tests.training.networks import tiny_network, training
 from tests.training.test_loop import assert_equal_ends, job, train_once, whole
 from tests.training.test_saving import names

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from magicdrive_core.data.buckets import BucketSampler
-from tests.training.distributed import RankError, run_distributed
+from tests.training.gloo_ranks import RankError, run_distributed
 from tests.training.test_loop import assert_equal_ends, job, losses, train_once
 
 # What Python reports of a process's dealings with files (sys.audit): a rank may die right before any of them.

@@ -11,7 +11,7 @@ from magicdrive_core.config import Bucket, Config
 from magicdrive_core.config import Conditions as ConditionSettings
 from magicdrive_core.files import write_json
 from magicdrive_core.settings import load_config
-from tests.training.distributed import run_distributed
+from tests.training.gloo_ranks import run_distributed
 
 PROFILE = Path(__file__).resolve().parents[2] / "profiles/demo.yaml"
 

@@ -19,7 +19,7 @@ from magicdrive_core.files import read_json
 from magicdrive_core.launch import RESUMABLE
 from magicdrive_core.settings import load_config
 from magicdrive_core.training.plan import StagePlan, write_job
-from tests.training.distributed import RankError, run_distributed
+from tests.training.gloo_ranks import RankError, run_distributed
 from tests.training.networks import stage, training
 from tests.training.tiny_rank import NeverStop, train_tiny
 

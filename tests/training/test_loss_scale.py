@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from magicdrive_core.files import read_json
-from tests.training.distributed import run_distributed
+from tests.training.gloo_ranks import run_distributed
 from tests.training.test_guard import train_in_trouble
 from tests.training.test_loop import job, train_once
 

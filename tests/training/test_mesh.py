@@ -12,7 +12,7 @@ from magicdrive_core.errors import UsageError
 from magicdrive_core.model.network import MagicDrive
 from magicdrive_core.settings import load_config
 from tests.model.networks import conditions, network, noisy
-from tests.training.distributed import run_distributed
+from tests.training.gloo_ranks import run_distributed
 from tests.training.networks import training
 from tests.training.test_loader import PROFILE
 

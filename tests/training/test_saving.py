@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from magicdrive_core.data.buckets import BucketSampler
 from magicdrive_core.launch import RESUMABLE
-from tests.training.distributed import RankError, run_distributed
+from tests.training.gloo_ranks import RankError, run_distributed
 from tests.training.test_loop import assert_equal_ends, job, losses, train_once, train_until_signal, whole
 
 __all__ = ["whole"]

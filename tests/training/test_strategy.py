@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.training.distributed import run_distributed
+from tests.training.gloo_ranks import run_distributed
 from tests.training.networks import TinyNetwork, tiny_network, training
 
 
