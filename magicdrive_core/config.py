@@ -208,6 +208,10 @@ class Generate(Section):
     # Blocks are passed anew only where the noise level (of 1000) has fallen by more than this since they were; between,
     # what they added last is added again. null: at every step. Saving and error: docs/log.md
     step_cache: PositiveFloat | None = None
+    # of the network; null: as it was trained, on a CPU fp32
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    # the network's blocks by torch.compile, as in training: the same to rounding, after minutes at each start
+    compile: Literal["inductor", "aot_eager"] | None = None
     # published only: the parallel size whose padding rows the patches get (its models know 4 and 8); null: the real one
     pad_patches: Positive | None = None
     offload: bool = False  # on a GPU: the VAE waits in main memory while the network samples, and the other way round

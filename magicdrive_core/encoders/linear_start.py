@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from magicdrive_core.errors import MagicDriveError
+
 CONSTANT = 32.0  # of the pair that outweighs the picture in the last norms
 WHITENING = 0.85  # latent channel k is divided by its deviation to this power: 0 keeps the pictures' scale, 1 is white
 RIDGE = 1e-5  # share of the mean square, added to the diagonal
@@ -31,11 +33,16 @@ def start_linear(model: Any, frames: Tensor) -> None:
     Args:
         model: with norms of one group.
         frames: (N, 3, H, W) in [-1, 1], height and width multiples of 8.
+
+    Raises:
+        MagicDriveError: all frames are of one colour, the same in all of them.
     """
+    mean = frames.mean(dim=(0, 2, 3))
+    if (frames - mean[:, None, None]).abs().max() < 1 / 255:
+        raise MagicDriveError("the pictures that the VAE learns from are all of one colour", "look at those of data.root")
     for name, weight in model.named_parameters():
         if ".conv2.conv." in name:
             weight.zero_()
-    mean = frames.mean(dim=(0, 2, 3))
     _start_encoder(model.encoder, frames, mean)
     latents = model.encode(frames[:, :, None]).latent_dist.mean[:, :, 0]
     _start_decoder(model.decoder, frames, mean, latents)

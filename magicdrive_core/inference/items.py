@@ -38,7 +38,7 @@ _CODE = (
 
 
 # Settings that say how the work is done and change no pixel.
-HOW = {"workers", "task_runner", "scheduler", "sequence_parallel", "guidance_parallel", "offload"}
+HOW = {"workers", "task_runner", "scheduler", "sequence_parallel", "guidance_parallel", "offload", "compile"}
 REAL = "real"  # generate.first_frames: the scene's own pictures
 
 

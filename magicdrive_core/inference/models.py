@@ -21,6 +21,8 @@ from magicdrive_core.files import read_json, sha256_file
 from magicdrive_core.model.build import build_network
 from magicdrive_core.model.network import MagicDrive
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 @dataclass(frozen=True)
 class Models:
@@ -37,23 +39,26 @@ class Models:
     def load(cls, config: Config, stage_folder: Path, project: Path = Path()) -> Models:
         """Loads the EMA weights of a finished stage, and the project's encoders.
 
-        On a GPU with ``training.precision: bf16`` the weights are bf16. With ``generate.offload`` the network waits in
-        main memory.
+        The network has ``generate.precision``; where that is bf16 on a GPU, the VAE has it too, else fp32. With
+        ``generate.offload`` the network waits in main memory.
 
         Raises:
             MagicDriveError: the stage is not finished, its weights were changed, or are of another model section, or
                 imported ones meet ``published: false``.
         """
         device = this_device()
-        dtype = torch.bfloat16 if device.type != "cpu" and config.training.precision == "bf16" else torch.float32
+        as_trained = config.training.precision if device.type != "cpu" else "fp32"
+        dtype = DTYPES[config.generate.precision or as_trained]
         encoders = read_json(project / "artifacts/encoders/encoders.json", "dvc repro encoders")
         network = _load_network(config, stage_folder, project)
+        if config.generate.compile:
+            network.compile_blocks(config.generate.compile)
         vae = Vae.load(
             project / encoders["vae"]["path"],
             scaling_factor=encoders["vae"]["scaling_factor"],
             chunk_frames=config.vae.chunk_frames,
             device=device,
-            dtype=dtype,
+            dtype=dtype if dtype == torch.bfloat16 and device.type != "cpu" else torch.float32,
             stripe_rows=config.generate.stripe_rows,
         )
 

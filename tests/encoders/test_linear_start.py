@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from magicdrive_core.encoders.linear_start import WHITENING, start_linear
 from magicdrive_core.encoders.planes import use_planes
+from magicdrive_core.errors import MagicDriveError
 
 LATENTS = 9
 
@@ -96,3 +97,8 @@ def test_replaced_convolutions_start_the_same(pictures) -> None:
         start_linear(each, pictures)
     for name, weight in planes.state_dict().items():
         torch.testing.assert_close(weight, plain.state_dict()[name], rtol=1e-3, atol=1e-3, msg=name)
+
+
+def test_pictures_of_one_colour_are_refused(pictures) -> None:
+    with pytest.raises(MagicDriveError, match="all of one colour"):
+        start_linear(make_model(), torch.full_like(pictures, 0.25))
