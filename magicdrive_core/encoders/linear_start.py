@@ -39,7 +39,7 @@ def start_linear(model: Any, frames: Tensor) -> None:
     """
     mean = frames.mean(dim=(0, 2, 3))
     if (frames - mean[:, None, None]).abs().max() < 1 / 255:
-        raise MagicDriveError("the pictures that the VAE learns from are all of one colour", "look at those of data.root")
+        raise MagicDriveError("all pictures for the VAE are of one colour", "look at the pictures of data.root")
     for name, weight in model.named_parameters():
         if ".conv2.conv." in name:
             weight.zero_()
