@@ -21,7 +21,7 @@ SAMPLES = ("0a" * 16, "1b" * 16)
 
 def config(*overrides: str) -> Config:
     return load_config(
-        PROFILE, ["benchmark.team=owls", "conditions.map_cells={112x200: 200, 144x256: 200, 224x400: 200}", *overrides]
+        PROFILE, ["benchmark.team=owls", "conditions.map_cells={80x144: 200, 96x176: 200, 224x400: 200}", *overrides]
     )
 
 
@@ -60,7 +60,7 @@ def write_item(
         generation=generation,
         caption="A driving scene image at nowhere. Fog & <owls>.",
         seed=7,
-        size="112x200",
+        size="80x144",
         lineage={"model": "ab" * 32, "code": "0.1.0+test"},
         seconds={"sample": 1.0, "decode_and_encode": 2.0},
         views=views,

@@ -25,7 +25,7 @@ def make_config() -> MakeConfig:
 
     def make(root: Path, version: str = "v1.0-demo", *, published: bool = False, val_scenes: object = "auto") -> Config:
         values = yaml.safe_load((PROFILES / "demo.yaml").read_text(encoding="utf-8"))
-        values["conditions"]["map_cells"] = {"112x200": 200, "144x256": 200}
+        values["conditions"]["map_cells"] = {"80x144": 200, "96x176": 200}
         values["latents"]["start_stride"] = 4
         values |= {"published": published, "data": {"root": str(root), "version": version, "val_scenes": val_scenes}}
         return parse_config(values)

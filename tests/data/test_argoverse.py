@@ -104,7 +104,7 @@ def test_a_log_feeds_infos_maps_and_pictures(config: Config, tmp_path: Path) -> 
     assert at(1020, 1996) >= {"drivable_area", "lane_divider"}
     assert at(1020, 2006) == {"drivable_area"}
     assert at(1020, 2020) == set()
-    assert read_clip(config.data.root, scene, Clip(scene.token, 0, 1), "112x200").shape == (6, 1, 112, 200, 3)
+    assert read_clip(config.data.root, scene, Clip(scene.token, 0, 1), "80x144").shape == (6, 1, 80, 144, 3)
 
 
 def test_the_verbs_prepare_a_log(log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +118,7 @@ def test_the_verbs_prepare_a_log(log: Path, tmp_path: Path, monkeypatch: pytest.
     (scene,) = read_scenes("artifacts/infos")
     assert scene.name == LOG
     assert read_map("artifacts/conditions", scene.token, 100).shape == (37, 100, 100)
-    assert json.loads(Path("artifacts/conditions/clips.json").read_text())["train"]["112x200"]["17"] == 2
+    assert json.loads(Path("artifacts/conditions/clips.json").read_text())["train"]["80x144"]["17"] == 2
 
 
 def test_a_change_of_a_log_is_another_data_set(config: Config, log: Path) -> None:

@@ -36,7 +36,7 @@ def conditions(synthetic_root: Path, infos: Path, make_config: Any, tmp_path_fac
 @pytest.fixture(scope="module")
 def told(conditions: Path, scenes: list[Scene]) -> ClipConditions:
     bits = read_map(conditions, scenes[0].token, 200)
-    return clip_conditions(scenes[0], Clip(scenes[0].token, 2, 9), "112x200", bits[2:11], published=False)
+    return clip_conditions(scenes[0], Clip(scenes[0].token, 2, 9), "80x144", bits[2:11], published=False)
 
 
 def test_training_clips_start_at_every_stride(scenes: list[Scene]) -> None:
@@ -108,8 +108,8 @@ def test_conditions_hold_maps_for_the_sizes_in_use_and_counts(conditions: Path, 
     for scene in scenes:
         assert read_map(conditions, scene.token, 200).shape == (len(scene), 200, 200)
     counts = json.loads((conditions / "clips.json").read_text())
-    assert counts["train"]["112x200"] == {"1": 4, "9": 3, "17": 1}
-    assert counts["val"]["144x256"] == {"1": 1}
+    assert counts["train"]["80x144"] == {"1": 4, "9": 3, "17": 1}
+    assert counts["val"]["96x176"] == {"1": 1}
 
 
 def test_the_same_infos_give_the_same_conditions(
@@ -129,8 +129,8 @@ def test_maps_that_are_drawn_when_they_are_asked_for_are_the_same(
     (tmp_path / "artifacts/conditions").symlink_to(conditions)
     cached, drawn = BevMaps(config, tmp_path), BevMaps(live, tmp_path / "nowhere")
     clip = Clip(scenes[1].token, 3, 9)
-    np.testing.assert_array_equal(cached.of_clip(scenes[1], clip, "112x200"), drawn.of_clip(scenes[1], clip, "112x200"))
-    assert cached.of_scene(scenes[0], "112x200").shape == (19, 200, 200)
+    np.testing.assert_array_equal(cached.of_clip(scenes[1], clip, "80x144"), drawn.of_clip(scenes[1], clip, "80x144"))
+    assert cached.of_scene(scenes[0], "80x144").shape == (19, 200, 200)
     build_conditions(live, infos, tmp_path / "live")
     assert [path.name for path in (tmp_path / "live").iterdir()] == ["clips.json"]
 
@@ -154,7 +154,7 @@ def test_conditions_of_a_clip(told: ClipConditions, scenes: list[Scene]) -> None
     assert told.box_masks.shape == (9, 6, N)
     assert told.bev_map.shape == (9, 8, 200, 200)
     assert set(np.unique(told.bev_map)) == {0, 1}
-    assert (told.height, told.width, told.fps) == (112, 200, 12)
+    assert (told.height, told.width, told.fps) == (80, 144, 12)
     assert told.caption == caption(scene) == f"A driving scene image at {scene.location}. {scene.description}."
     np.testing.assert_allclose(told.ego_motion[0], np.eye(4), atol=1e-12)
     origin = poses.transform(scene.ego_to_global[2] @ scene.lidar_to_ego[2], np.zeros(3))
@@ -166,7 +166,7 @@ def test_absent_objects_have_no_class_no_corners_and_no_mask(scenes: list[Scene]
     boxes = list(scenes[0].boxes)
     boxes[5] = FrameBoxes(boxes[5].ids[1::2], boxes[5].names[1::2], boxes[5].boxes[1::2])
     scene = replace(scenes[0], boxes=boxes)
-    told = clip_conditions(scene, Clip(scene.token, 2, 9), "112x200", np.zeros((9, 8, 8), np.uint8), published=False)
+    told = clip_conditions(scene, Clip(scene.token, 2, 9), "80x144", np.zeros((9, 8, 8), np.uint8), published=False)
     absent = told.box_classes < 0
     for index, frame in enumerate(boxes[2:11]):
         assert {told.box_ids[slot] for slot in np.flatnonzero(~absent[index])} == set(frame.ids)

@@ -45,7 +45,7 @@ def test_mlflow_knows_how_a_training_ended(
     (project / "params.yaml").write_text(text.replace("root: data", f"root: {synthetic_root}"))
     (project / "rank.py").write_text(RANK + rank)
     build_infos(load_config(project / "params.yaml"), project / "artifacts/infos")
-    write_json(project / "artifacts/encoders/encoders.json", {"vae": {"latent_channels": 16}, "text": {"width": 64}})
+    write_json(project / "artifacts/encoders/encoders.json", {"vae": {"latent_channels": 8}, "text": {"width": 64}})
     environment = os.environ | {"PREFECT_API_URL": prefect_api, "PYTHONPATH": str(PROJECT)}
     with subprocess.Popen([sys.executable, "-c", FLOW], cwd=project, env=environment) as flow:
         try:
@@ -71,7 +71,7 @@ def test_a_stage_is_trained_once_and_recorded(
     project = copy_project(reproduced_project, tmp_path / "project")
     monkeypatch.chdir(project)
     with pytest.raises(UsageError, match="no training clip"):
-        train("stage1", overrides=["training.stage1.buckets=[{size: 112x200, frames: 65, batch: 1}]"])
+        train("stage1", overrides=["training.stage1.buckets=[{size: 80x144, frames: 65, batch: 1}]"])
     assert not (project / "runs").exists()
     assert not (project / "tracking").exists()
     folder = Path(train("stage1"))

@@ -23,7 +23,7 @@ from magicdrive_core.settings import load_config
 
 PROFILE = Path(__file__).resolve().parents[2] / "profiles/demo.yaml"
 SMALL = [
-    "conditions.map_cells={112x200: 200, 144x256: 200, 32x64: 40}",
+    "conditions.map_cells={80x144: 200, 96x176: 200, 32x64: 40}",
     "model={width: 32, depth: 1, heads: 2, control_depth: 1, temporal_heads: 2, box_widths: [32, 16, 16], "
     "map_channels: [4, 8, 8]}",
     "generate={size: 32x64, frames: 9, steps: 2, guidance: 2.0, generations: 2, seed: 1024, workers: 2}",

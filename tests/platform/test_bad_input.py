@@ -111,7 +111,7 @@ def test_a_full_disk(project: Path, verb: str) -> None:
 
 
 def test_a_half_written_cache(project: Path) -> None:
-    latents = next((project / "artifacts/latents").glob("112x200-1/*"))
+    latents = next((project / "artifacts/latents").glob("80x144-1/*"))
     replace(latents, latents.read_bytes()[:-1])
     code, lines = fail(project, "magicdrive", "train", "stage1")
     assert (code, len(lines)) == (1, 2)

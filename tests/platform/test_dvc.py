@@ -51,7 +51,7 @@ def test_every_stage_runs_once(reproduced_project: Path) -> None:
         ("text.max_tokens=16", {"encoders", "text"}),
         ("vae.build.steps=3", {"encoders"}),
         ("data.val_scenes=[demo-2001]", {"infos", "conditions"}),
-        ("training.stage2.buckets=[{size: 112x200, frames: 17, batch: 1}]", {"conditions", "latents"}),
+        ("training.stage2.buckets=[{size: 80x144, frames: 17, batch: 1}]", {"conditions", "latents"}),
     ],
 )
 def test_a_changed_value_makes_only_its_stages_stale(project: Path, override: str, stale: set[str]) -> None:

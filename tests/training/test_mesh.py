@@ -105,7 +105,7 @@ def test_bf16_too() -> None:
             "cluster.sequence_parallel 8 does not divide cluster.ranks 4",
         ),
         (["cluster.ranks=6", "cluster.sequence_parallel=3"], "cluster.sequence_parallel 3 does not divide model.heads"),
-        (["generate.sequence_parallel=3"], "generate.sequence_parallel 3 does not divide model.heads 4"),
+        (["generate.sequence_parallel=3"], "generate.sequence_parallel 3 does not divide model.heads 2"),
         (["generate.pad_patches=4"], "generate.pad_patches is for published: true"),
         (["training.stage3.simulate_sizes=[4, 8]"], "training.stage3.simulate_sizes is for published: true"),
     ],

@@ -55,7 +55,7 @@ def test_one_sheet_shows_all_clips_real_and_generated(monkeypatch: pytest.Monkey
     network: Any = mock.Mock(before_proj=torch.nn.Linear(1, 1))
     latents = found.sample(network, NeverStop())
     assert latents is not None
-    assert [len(told), latents[0].shape] == [3, (6, 4, 3, 14, 25)]
+    assert [len(told), latents[0].shape] == [3, (6, 4, 3, 10, 18)]
     colours = iter([(250, 0, 0), (0, 250, 0), (0, 0, 250)])
 
     def decode(_: torch.Tensor) -> Any:

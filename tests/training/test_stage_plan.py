@@ -34,7 +34,7 @@ def prints(project: Path, *overrides: str) -> list[str]:
         ("training.ema=0.5", 1),
         ("model.depth=5", 1),
         ("published=true", 1),
-        ("conditions.map_cells={112x200: 100, 144x256: 200}", 1),
+        ("conditions.map_cells={80x144: 100, 96x176: 200}", 1),
         ("vae.chunk_frames=16", 1),
         ("text.max_tokens=16", 1),
         ("latents.start_stride=2", 1),
@@ -84,8 +84,8 @@ def test_folders_name_stage_and_fingerprint(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("frames", "possible", "empty"),
     [
-        (1, ["stage1"], {"stage2": ["112x200-9"], "stage3": ["112x200-9", "112x200-17"]}),
-        (9, ["stage1", "stage2", "stage3"], {"stage3": ["112x200-17"]}),
+        (1, ["stage1"], {"stage2": ["80x144-9"], "stage3": ["80x144-9", "80x144-17"]}),
+        (9, ["stage1", "stage2", "stage3"], {"stage3": ["80x144-17"]}),
         (30, ["stage1", "stage2", "stage3"], {}),
     ],
 )
