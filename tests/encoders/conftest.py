@@ -78,7 +78,7 @@ def make_config(root: Path, **changes: object) -> Config:
     """The demo profile with small encoders and two sizes of buckets; ``changes`` are sections' values."""
     values = yaml.safe_load(PROFILE.read_text())
     values["data"]["root"] = str(root)
-    values["conditions"]["map_cells"] = {"56x104": 200, "112x200": 100}
+    values["conditions"]["map_cells"] |= {"56x104": 200, "112x200": 100}
     values["vae"]["build"] = {
         "block_out_channels": [8, 12, 12, 16],
         "latent_channels": 4,

@@ -31,7 +31,7 @@ WEIGHTS = save(  # of the demo's network, as far as its architecture shows
     {
         "before_proj.weight": np.zeros((128, 1)),
         **{f"base_blocks_s.{index}.gate": np.zeros(1) for index in range(4)},
-        **{f"control_blocks_s.{index}.gate": np.zeros(1) for index in range(2)},
+        **{f"control_blocks_s.{index}.gate": np.zeros(1) for index in range(3)},
     }
 )
 
