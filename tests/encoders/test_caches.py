@@ -222,7 +222,7 @@ def test_stale_caches_are_refused(copy, cache, reader, project) -> None:
 @pytest.mark.parametrize(
     ("cache", "reader", "changes", "message"),
     [
-        ("text", TextCache, {"text": {"max_tokens": 7}}, "max_tokens 32, 7 is asked for"),
+        ("text", TextCache, {"text": {"max_tokens": 7}}, "max_tokens 16, 7 is asked for"),
         ("latents", LatentCache, {"vae": {"chunk_frames": None}}, "chunk_frames 8, None is asked for"),
         ("latents", LatentCache, {"latents": {"dtype": "float32"}}, "dtype float16, float32 is asked for"),
         ("latents", LatentCache, {"latents": {"scaled_decoding": True}}, "scaled_decoding False, True is asked for"),

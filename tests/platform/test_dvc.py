@@ -48,7 +48,7 @@ def test_every_stage_runs_once(reproduced_project: Path) -> None:
         ("generate.frames=9", {"conditions"}),
         ("latents.dtype=float32", {"latents"}),
         ("latents.start_stride=4", {"conditions", "latents"}),
-        ("text.max_tokens=16", {"encoders", "text"}),
+        ("text.max_tokens=8", {"encoders", "text"}),
         ("vae.build.steps=3", {"encoders"}),
         ("data.val_scenes=[demo-2001]", {"infos", "conditions"}),
         ("training.stage2.buckets=[{size: 80x144, frames: 17, batch: 1}]", {"conditions", "latents"}),

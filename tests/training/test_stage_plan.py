@@ -36,7 +36,7 @@ def prints(project: Path, *overrides: str) -> list[str]:
         ("published=true", 1),
         ("conditions.map_cells={80x144: 100, 96x176: 200}", 1),
         ("vae.chunk_frames=16", 1),
-        ("text.max_tokens=16", 1),
+        ("text.max_tokens=8", 1),
         ("latents.start_stride=2", 1),
         ("data.version=v1.0-mini", 1),
     ],
