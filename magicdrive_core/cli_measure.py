@@ -29,6 +29,7 @@ def fidelity(
     from magicdrive_core.benchmark.fidelity import table_lines
     from magicdrive_core.data.infos import read_scenes
     from magicdrive_core.files import read_json, write_json
+    from magicdrive_core.inference.exchanged import FIELDS, draw_exchanged
     from magicdrive_core.inference.generate import generate_items
     from magicdrive_core.inference.items import list_items
     from magicdrive_core.inference.untrained import write_untrained
@@ -43,13 +44,15 @@ def fidelity(
     places = find_places(config)
     if not places.model.done:
         raise MagicDriveError(f"{places.model.folder} holds no finished training", "python -m flows.train")
+    control = Control(config)
+    others = [control.scenes[other] for other in control.others]
     items = [item for item in list_items(config, read_scenes(INFOS)) if item.generation == 0]
     generate_items(config, items, places.model.folder, places.generated)
     out = places.generated.with_name(places.generated.name.replace("generate", "fidelity"))
     write_untrained(config, places.model.stage, out / "untrained")
     generate_items(config, items, out / "untrained", out / "untrained/items")
-    control = Control(config)
-    table = control.compare(places.generated, out / "untrained/items")
+    exchanged = {what: draw_exchanged(config, places.model.folder, control.scenes, others, what) for what in FIELDS}
+    table = control.compare(places.generated, out / "untrained/items", exchanged)
     values = {name: row.row() for name, row in table.items()}
     finite = {name: {key: v if math.isfinite(v) else None for key, v in row.items()} for name, row in values.items()}
     write_json(out / "fidelity.json", finite)  # a picture's PSNR against itself has no number

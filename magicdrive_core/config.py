@@ -191,8 +191,8 @@ class Generate(Section):
     frames: Frames
     steps: Positive = 30
     guidance: Annotated[float, Field(ge=1)] = 2.0
-    # What guidance leads away from. consistent: the state that training knows, everything dropped but the map. rflow,
-    # rflow-slice: the published samplers' own (decision 0003, no. 9). null: rflow where published is true
+    # What guidance leads away from. consistent: the state that training knows, everything dropped (published: all but
+    # the map). rflow, rflow-slice: the published samplers' own (decision 0003, no. 9). null: rflow where published
     unconditional: Unconditional | None = None
     use_map0: bool = True  # rflow: an empty map in it, as in the published test configurations; rflow-slice: always
     generations: Positive = 4

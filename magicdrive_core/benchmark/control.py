@@ -5,7 +5,7 @@ The measure is that of ``fidelity.py``; of each clip the first frame counts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from magicdrive_core.benchmark.colour_rule import ColourRule, Frame
-from magicdrive_core.benchmark.fidelity import Fidelity, measure, of_others
+from magicdrive_core.benchmark.fidelity import Fidelity, measure, next_of_light
 from magicdrive_core.benchmark.sights import Sights
 from magicdrive_core.config import Config, parse_size
 from magicdrive_core.data.bev_maps import BevMaps
@@ -74,20 +74,32 @@ class Control:
         both = frames + [replace(frame, picture=soft) for frame, soft in zip(frames, softened, strict=True)]
         return ColourRule.learn(both)
 
-    def compare(self, generated: Path, untrained: Path) -> dict[str, Fidelity]:
+    @cached_property
+    def others(self) -> list[int]:
+        """For each validation scene the number of the one that stands for "another".
+
+        Raises:
+            MagicDriveError: a light has one validation scene only.
+        """
+        try:
+            return next_of_light([light_of(scene.description) for scene in self.scenes])
+        except ValueError as error:
+            raise MagicDriveError(f"{error}", "name more scenes in data.val_scenes, or: magicdrive use learn") from None
+
+    def compare(
+        self, generated: Path, untrained: Path, exchanged: Mapping[str, Sequence[Picture]]
+    ) -> dict[str, Fidelity]:
         """The table: what was generated, between what is best and what comes without reading conditions.
 
         Args:
             generated: folder of the items of the trained network.
             untrained: of the same clips by its initial weights.
+            exchanged: by condition, the same clips told that one of another clip, as ``draw_exchanged`` gives them.
 
         Raises:
             MagicDriveError: an item is missing, or a light has one validation scene only.
         """
-        try:
-            others = [frame for frames in of_others(self.truth) for frame in frames]
-        except ValueError as error:
-            raise MagicDriveError(f"{error}", "name more scenes in data.val_scenes, or: magicdrive use learn") from None
+        others = [frame for other in self.others for frame in self.truth[other]]
         truth = [frame for frames in self.truth for frame in frames]
         rendered = [frame.picture for frame in truth]
         drawn = self.items(generated)
@@ -95,8 +107,12 @@ class Control:
             "rendered": measure(self.rule, rendered, truth),
             "through the VAE": measure(self.rule, self.reconstructed(rendered), truth),
             "generated": measure(self.rule, drawn, truth),
-            "generated, conditions of another clip": measure(self.rule, drawn, others),
-            "rendered, another clip": measure(self.rule, rendered, others),
+            **{
+                f"told another clip's {what}": measure(self.rule, pictures, truth)
+                for what, pictures in exchanged.items()
+            },
+            "generated, judged by another clip": measure(self.rule, drawn, others),
+            "rendered, judged by another clip": measure(self.rule, rendered, others),
             "untrained": measure(self.rule, self.items(untrained), truth),
         }
 

@@ -3,7 +3,8 @@
 Pictures are cut into regions by their colours (``colour_rule.py``), rendered and generated ones the same way, and
 compared with the regions that an exact drawing of the scene has (``data/synthetic/regions.py``). A number means nothing
 alone: rendered pictures show what the rule can tell at best, the VAE's reconstructions what any network could reach, an
-untrained network and the exact regions of *other* clips of the same light what comes without reading conditions.
+untrained network and the exact regions of *other* clips of the same light what comes without reading conditions. Clips
+that are told the map, the boxes or the text of such another clip show which condition a region is drawn by.
 """
 
 from __future__ import annotations
@@ -76,19 +77,19 @@ def measure(rule: ColourRule, pictures: Sequence[Picture], truth: Sequence[Frame
     return Fidelity({region: float(iou[region]) for region in Region}, contrast, float(psnr))
 
 
-def of_others(truth: Sequence[Sequence[Frame]]) -> list[Sequence[Frame]]:
-    """For each scene the truth of the next scene in the same light, so that light alone tells nothing.
+def next_of_light(lights: Sequence[Light]) -> list[int]:
+    """For each scene the next one in the same light, so that light alone tells nothing.
 
     Raises:
         ValueError: a light has one scene only.
     """
     by_light: dict[Light, list[int]] = {}
-    for index, frames in enumerate(truth):
-        by_light.setdefault(frames[0].light, []).append(index)
+    for index, light in enumerate(lights):
+        by_light.setdefault(light, []).append(index)
     if any(len(members) < 2 for members in by_light.values()):
         raise ValueError("every light needs two scenes, so that their conditions can be exchanged")
     following = {m: members[(i + 1) % len(members)] for members in by_light.values() for i, m in enumerate(members)}
-    return [truth[following[index]] for index in range(len(truth))]
+    return [following[index] for index in range(len(lights))]
 
 
 def table_lines(rows: dict[str, Fidelity]) -> list[str]:

@@ -63,6 +63,14 @@ class Sampler:
         """Of the clip's text."""
         return self.models.features(self.first.caption)
 
+    @property
+    def objects(self) -> list[str]:
+        """Instance tokens of the whole clip."""
+        clip = self.item.clip
+        return sorted(
+            {token for frame in self.scene.boxes[clip.start : clip.start + clip.frames] for token in frame.ids}
+        )
+
     def conditions(self, window: Window) -> ClipConditions:
         """What the network is told about a window's frames."""
         size = self.config.generate.size
@@ -147,9 +155,7 @@ class Sampler:
         network = self.models.network.config
         if not network.instance_latent:
             return conditions
-        clip = self.item.clip
-        boxes = self.scene.boxes[clip.start : clip.start + clip.frames]
-        objects = sorted({token for frame in boxes for token in frame.ids})
+        objects = self.objects
         generator = torch.Generator().manual_seed(item_seed(self.config, self.item, "objects"))
         drawn = torch.randn(max(1, len(objects)), network.class_width or network.width, generator=generator)
         rows = [objects.index(token) for token in ids] or [0]

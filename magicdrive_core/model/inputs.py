@@ -31,7 +31,7 @@ class Conditions:
     height: Tensor  # B pixels of the video
     width: Tensor  # B
     fps: Tensor  # B: 12, or 120 for single frames
-    keep: Tensor  # B bool: False = every condition but the map is dropped
+    keep: Tensor  # B bool: False = every condition is dropped; published, all but the map
     keep_frame: Tensor  # B, F bool: False = ego motion and boxes of the frame are dropped
     box_latent: Tensor | None = None  # B, N, C: a standard normal vector an object, shared by frames and views
 
@@ -45,7 +45,7 @@ class Conditions:
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def dropped(self) -> Conditions:
-        """The unconditional state that training knows: everything dropped but the map (golden notes, oddity 9)."""
+        """The unconditional state that training knows: everything dropped (golden notes, oddities 9 and 22)."""
         return replace(self, keep=torch.zeros_like(self.keep))
 
 

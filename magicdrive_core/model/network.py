@@ -191,7 +191,7 @@ class MagicDrive(nn.Module):
         places = self.devices.places(grid[0] * grid[1])
         tokens = self._context_tokens(conditions)
         position = places.own(self._position(conditions, grid))
-        map_tokens = self._map_tokens(conditions.bev_map, (frames, height, width), grid[0], places)
+        map_tokens = self._map_tokens(conditions, (frames, height, width), grid[0], places)
         return Context(
             latent_shape=(frames, height, width),
             grid=grid,
@@ -364,8 +364,13 @@ class MagicDrive(nn.Module):
             scale = scale[:1]
         return position_embedding(grid, scale, round((grid[0] * grid[1]) ** 0.5), self.config.width).to(self.dtype)
 
-    def _map_tokens(self, bev_map: Tensor, latent_shape: tuple[int, int, int], rows: int, places: Places) -> Tensor:
-        """(B, F, 8, cells, cells) -> (B, T, S, C) of this device's places."""
+    def _map_tokens(
+        self, conditions: Conditions, latent_shape: tuple[int, int, int], rows: int, places: Places
+    ) -> Tensor:
+        """(B, T, S, C) of this device's places. A dropped map is an empty one; published, it is kept (oddity 22)."""
+        bev_map = conditions.bev_map
+        if not self.config.published:
+            bev_map = bev_map * conditions.keep[:, None, None, None, None]
         features = self.controlnet_cond_embedder(bev_map.flatten(0, 1)).unflatten(0, bev_map.shape[:2])
         features = self.controlnet_cond_embedder_temp(features).transpose(1, 2)
         if features.shape[2:] != latent_shape:

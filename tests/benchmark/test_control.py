@@ -79,13 +79,14 @@ def test_the_rows_of_a_perfect_network_and_of_one_that_draws_nothing(
     perfect = write_items(tmp_path / "perfect", scenes, pictures)
     grey = {token: [np.full_like(frame, 110) for frame in frames] for token, frames in pictures.items()}
     nothing = write_items(tmp_path / "nothing", scenes, grey)
-    table = control.compare(perfect, nothing)
+    table = control.compare(perfect, nothing, {"map": [frame for frames in grey.values() for frame in frames]})
 
     best, drawn = table["rendered"], table["generated"]
     assert drawn.psnr > 30  # enlarged to 1600x900 and made small again
     for region in (Region.SKY, Region.ROAD, Region.SCENERY):
         assert drawn.iou[region] == pytest.approx(best.iou[region], abs=0.05)
-    _assert_worse(table["generated, conditions of another clip"], drawn)
+    _assert_worse(table["generated, judged by another clip"], drawn)
+    _assert_worse(table["told another clip's map"], drawn)
     _assert_worse(table["untrained"], drawn)
     _assert_worse(table["through the VAE"], drawn)  # it was never trained
 
@@ -105,7 +106,7 @@ def test_single_scenes_of_a_light_are_refused(project: tuple[Path, Config], tmp_
     control = Control(config, folder)
     control.__dict__["scenes"] = [s for s in read_scenes(folder / "artifacts/infos") if s.split == "val"][:3]
     with pytest.raises(MagicDriveError, match="two scenes"):
-        control.compare(tmp_path, tmp_path)
+        control.compare(tmp_path, tmp_path, {})
 
 
 def _assert_worse(one: Fidelity, other: Fidelity) -> None:

@@ -81,13 +81,13 @@ def test_encoding_once_is_the_whole_forward() -> None:
 
 
 def test_the_unconditional_pass_is_the_dropped_state_of_training() -> None:
-    """Nothing of text, cameras, ego motion or boxes is left, but for which slots are boxes; the map is."""
+    """Nothing of text, cameras, ego motion, map or boxes is left, but for which slots are boxes; published, the map."""
     net, told, other = network(), conditions(seed=5), conditions(seed=6)
-    other = replace(other, bev_map=told.bev_map, box_masks=told.box_masks, fps=told.fps)
+    other = replace(other, box_masks=told.box_masks, fps=told.fps)
     assert torch.equal(run(net, told.dropped()), run(net, other.dropped()))
     assert not torch.equal(run(net, told), run(net, other))
-    no_map = replace(told, bev_map=torch.zeros_like(told.bev_map))
-    assert not torch.equal(run(net, told.dropped()), run(net, no_map.dropped()))
+    published, no_map = network(published=True), replace(told, bev_map=torch.zeros_like(told.bev_map))
+    assert not torch.equal(run(published, told.dropped()), run(published, no_map.dropped()))
 
 
 def test_given_frames_see_noise_level_zero() -> None:

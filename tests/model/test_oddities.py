@@ -99,3 +99,15 @@ def test_given_frames_are_normalised_once_or_twice_by_the_head(published: bool) 
     given = net(x, torch.tensor([700.0]), told, torch.zeros(1, 3, dtype=torch.bool))
     at_zero = net(x, torch.zeros(1), told)
     assert torch.allclose(given, at_zero, atol=1e-5) != published
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("published", [False, True])
+def test_fresh_convolutions_keep_the_map_s_scale_or_lose_it(published: bool) -> None:
+    """The published ones make nearly the same of any two maps; by default two maps differ as much as other tokens."""
+    net = network(fresh=True, published=published, map_channels=(16, 32, 96, 256))
+    maps = (torch.rand(2, 1, 8, 25, 25) < 0.2).float().repeat_interleave(4, -1).repeat_interleave(4, -2)
+    features = net.controlnet_cond_embedder_temp(net.controlnet_cond_embedder(maps[:, 0])[:, None])
+    difference = (features[0] - features[1]).std()
+    assert (difference > 0.1) != published
+    assert (difference < 0.003) == published
