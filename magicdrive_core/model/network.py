@@ -370,7 +370,8 @@ class MagicDrive(nn.Module):
         """(B, T, S, C) of this device's places. A dropped map is an empty one; published, it is kept (oddity 22)."""
         bev_map = conditions.bev_map
         if not self.config.published:
-            bev_map = bev_map * conditions.keep[:, None, None, None, None]
+            # In one copy: a long clip's maps take a gigabyte.
+            bev_map = bev_map.to(self.dtype, copy=True).mul_(conditions.keep[:, None, None, None, None])
         features = self.controlnet_cond_embedder(bev_map.flatten(0, 1)).unflatten(0, bev_map.shape[:2])
         features = self.controlnet_cond_embedder_temp(features).transpose(1, 2)
         if features.shape[2:] != latent_shape:
