@@ -62,7 +62,7 @@ def plan_scene(synth: Synth, index: int) -> Plan:
     streets = city(location)
     route, turn_at = _route(streets, move, speed * seconds, rng)
     start = max(6.0, turn_at - 0.45 * speed * seconds - 4.0)
-    if key_frames == 1:  # one moment of such a drive: where on the way it is, only the map tells
+    if key_frames == 1:  # one moment of such a drive: the caption does not tell where on it
         start = float(rng.uniform(BEFORE_TURN, turn_at + AFTER_TURN))
     traffic = populate(streets, route, start, speed, seconds, rng)
     words = [WORDS[move][rng.integers(len(WORDS[move]))], *_sights(traffic, rng)]
