@@ -140,22 +140,22 @@ class PeakMemory:
         return int(line.split()[1]) * 1024 / 1e9
 
 
-def measure(
-    part: str, run: Callable[[], object], repeat: int, dtype: torch.dtype, plain: Callable[[], object] | None = None
-) -> Timing:
-    """``plain``: counted in place of a compiled ``run``, whose operations hide. No repeat: the counted run is timed."""
+def count(run: Callable[[], object]) -> float:
+    """FLOP of a run, which also warms it up. Not for a compiled one, or one with threads: their operations hide."""
+    with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def measure(part: str, run: Callable[[], object], repeat: int, dtype: torch.dtype, flop: float) -> Timing:
     before = product_time(dtype)
+    if repeat > 1:
+        run()  # where it is compiled, now
     gc.collect()
     memory = PeakMemory()
-    with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
-        seconds = least(plain or run, 1)
-    if repeat:
-        run()  # where it is compiled, now
-        gc.collect()
-        memory = PeakMemory()
-        seconds = least(run, repeat)
+    seconds = least(run, repeat)
     peak = memory.read()
-    return Timing(part, seconds, min(before, product_time(dtype)), counter.get_total_flops(), peak)
+    return Timing(part, seconds, min(before, product_time(dtype)), flop, peak)
 
 
 def timings(parts: list[str], dtype: torch.dtype, compiled: bool, repeat: int, steps: int) -> Iterator[Timing]:
@@ -171,22 +171,22 @@ def timings(parts: list[str], dtype: torch.dtype, compiled: bool, repeat: int, s
 
     network.requires_grad_(False)
     keep_freed()  # as generation does on a CPU
+    context = network.encode(conditions, LATENTS)
+    forward_flop = count(lambda: network(x, t, conditions))
+    denoise_flop = count(lambda: network.denoise(x, t, context))
     if "forward" in parts:
-        yield measure("forward", lambda: forward(x, t, conditions), repeat, dtype, lambda: network(x, t, conditions))
-        context = network.encode(conditions, LATENTS)
-        yield measure("denoise only", lambda: network.denoise(x, t, context), repeat, dtype)
-        del context
+        yield measure("forward", lambda: forward(x, t, conditions), repeat, dtype, forward_flop)
+        yield measure("denoise only", lambda: network.denoise(x, t, context), repeat, dtype, denoise_flop)
     if "sampling" in parts:
         settings = {"steps": steps, "guidance": 2.0, "flow": RectifiedFlow()}
         draw = torch.Generator().manual_seed(0)
         sampling = partial(sample_latents, network, conditions, LATENTS, generator=draw, **settings)
-        yield measure(f"{steps} guided steps", sampling, 0, dtype)
+        yield measure(f"{steps} guided steps", sampling, 1, dtype, 2 * (forward_flop + (steps - 1) * denoise_flop))
     network.requires_grad_(True)
     if "backward" in parts:
-        yield measure("forward + backward", partial(train, forward), repeat, dtype, partial(train, network))
-        network.checkpoint_blocks = True
-        yield measure("the same, checkpointed", partial(train, forward), repeat, dtype, partial(train, network))
-        network.checkpoint_blocks = False
+        for part, checkpointed in (("forward + backward", 0), ("the same, checkpointed", 1)):
+            network.checkpoint_blocks = checkpointed
+            yield measure(part, partial(train, forward), repeat, dtype, count(partial(train, network)))
 
 
 def show(rows: Iterable[Timing], steps: int) -> None:

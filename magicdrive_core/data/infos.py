@@ -1,5 +1,7 @@
-"""12 Hz infos: recordings -> ``frames.parquet`` (a row a frame, a row group a scene), the same rows as a file a scene
-for this house's own processes (``scene_files``), and ``infos.json``. ``table.SCHEMA`` documents the columns.
+"""12 Hz infos: recordings -> ``frames.parquet``, the same rows as a file a scene, and ``infos.json``.
+
+In the parquet file a frame is a row, a scene a row group (``table.SCHEMA`` documents the columns). The files of single
+scenes are for this house's own processes (``scene_files``).
 """
 
 from __future__ import annotations

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from magicdrive_core.model.step_cache import StepCache
+from magicdrive_core.model.together import Together, in_turn
 from magicdrive_core.rectified_flow import RectifiedFlow, guide, sample
 
 if TYPE_CHECKING:
@@ -52,8 +54,14 @@ def guided_velocity(
             return guide(with_conditions, without, guidance)
 
         return both
-    wanted, unwanted = one_pass(conditions), one_pass(null)
-    return lambda x, t, x_mask: guide(wanted(x, t, x_mask), unwanted(x, t, x_mask), guidance)
+    passes = one_pass(conditions), one_pass(null)
+    call = Together(2) if conditions.cameras.device.type == "cpu" and torch.get_num_threads() % 2 == 0 else in_turn
+
+    def guided(x: Tensor, t: Tensor, x_mask: Tensor | None) -> Tensor:
+        with_conditions, without = call(*(partial(one, x, t, x_mask) for one in passes))
+        return guide(with_conditions, without, guidance)
+
+    return guided
 
 
 def unconditional(

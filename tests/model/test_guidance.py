@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -38,6 +41,29 @@ def test_guidance_of_one_is_the_conditional_pass_alone() -> None:
     close = sample_latents(net, told, SHAPE, steps=2, guidance=1.0 + 1e-7, flow=FLOW, generator=generators(1)[0])
     assert len(calls) == 6
     torch.testing.assert_close(plain, close, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_two_threads_make_both_passes_at_once_with_an_equal_result(two_threads: None) -> None:
+    net, told = network(), conditions()
+    settings = {"steps": 2, "guidance": 2.0, "flow": FLOW}
+    meeting = threading.Barrier(2, timeout=60)  # one pass waits in it for the other
+
+    def wait(*_: object) -> None:
+        meeting.wait()
+
+    hook = net.final_layer.register_forward_hook(wait)
+    together = sample_latents(net, told, SHAPE, generator=generators(1)[0], **settings)
+    hook.remove()
+    torch.set_num_threads(1)
+    assert torch.equal(sample_latents(net, told, SHAPE, generator=generators(1)[0], **settings), together)
 
 
 def test_given_frames_are_kept() -> None:
