@@ -44,7 +44,9 @@ def main() -> None:
     for stage in STAGES[1:]:
         buckets = config.training.stage(stage).buckets
         counts = [arguments.scenes * clips_of_a_scene(bucket) for bucket in buckets]
-        costs = [relative_cost(b.size, b.frames, b.batch, config.model.width, config.text.max_tokens) for b in buckets]
+        costs = [
+            relative_cost(b.resolution, b.frames, b.batch, config.model.width, config.text.max_tokens) for b in buckets
+        ]
         spent = [bucket.batch * measured[bucket.name] for bucket in buckets] if measured else costs
         for ranks in (8, 32):
             shares = []

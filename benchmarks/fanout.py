@@ -93,7 +93,7 @@ def run(out: Path, made: EncodedVideo) -> Summary:
                 generation=item.generation,
                 caption="",
                 seed=item_seed(config, item),
-                size=config.generate.size,
+                size=config.generate.resolution,
                 lineage=DIGESTS,
                 seconds={"sample": 0.0, "decode_and_encode": 0.0},
                 views=views,

@@ -94,7 +94,7 @@ def main() -> None:
     network = MagicDrive(NETWORK)
     network.checkpoint_blocks = True
     buckets = {
-        (bucket.size, options.whole if bucket.whole else bucket.frames): bucket.name
+        (bucket.resolution, options.whole if bucket.whole else bucket.frames): bucket.name
         for stage in options.stages
         for bucket in config.training.stage(stage).buckets
     }

@@ -81,7 +81,9 @@ class Data(Section):
 class Conditions(Section):
     """What the network is told about a frame."""
 
-    map_cells: dict[Size, Positive]  # BEV map cells per side (100 m), by size of the video
+    # BEV map cells per side (100 m), by size of the video. model.map_channels halves them as often as it has numbers, less
+    # one; best where that leaves the latents' columns, an eighth of the video's
+    map_cells: dict[Size, Positive]
     # cached: drawn once for all frames; live: when a clip is read, a millisecond a frame. The same bits
     maps: Literal["cached", "live"] = "cached"
 
@@ -92,7 +94,7 @@ class VaeBuild(Section):
     block_out_channels: list[Positive]  # at full size, a half, a quarter, an eighth
     latent_channels: Positive
     layers_per_block: Positive
-    size: Size  # pictures are trained at this size
+    resolution: Size  # at which pictures are trained
     steps: Positive
     batch: Positive  # crops a step
     crop: Positive  # pixels a side
@@ -187,7 +189,7 @@ class Model(Section):
 class Generate(Section):
     """Sampling."""
 
-    size: Size
+    resolution: Size
     frames: Frames
     steps: Positive = 30
     guidance: Annotated[float, Field(ge=1)] = 2.0
@@ -315,8 +317,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        sizes = {bucket.size for stage in STAGES for bucket in self.training.stage(stage).buckets}
-        for size in sorted(sizes | {self.generate.size}):
+        sizes = {bucket.resolution for stage in STAGES for bucket in self.training.stage(stage).buckets}
+        for size in sorted(sizes | {self.generate.resolution}):
             if size not in self.conditions.map_cells:
                 raise ValueError(f"conditions.map_cells has no entry for {size}, which is trained or generated")
         world = "cluster.ranks" if self.cluster.hosts == 1 else "cluster.hosts * cluster.ranks"

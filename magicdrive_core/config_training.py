@@ -24,7 +24,7 @@ STAGES: tuple[Stage, ...] = ("stage1", "stage2", "stage3")
 class Bucket(Section):
     """Clips of one size and length, and how many of them make a micro-batch of one rank."""
 
-    size: Size
+    resolution: Size  # not "size": DVC #10296, which leaves that word out when it looks for an earlier run
     frames: Frames
     batch: Positive
     # one clip a scene, from its first frame on, of the most 8n+1 frames that it has, up to ``frames``
@@ -40,7 +40,7 @@ class Bucket(Section):
     @property
     def name(self) -> str:
         """As in folders and metrics; clips of one size and length share their latents."""
-        return bucket_name(self.size, self.frames)
+        return bucket_name(self.resolution, self.frames)
 
 
 class StageConfig(Section):

@@ -25,8 +25,11 @@ DEMO = Path(__file__).resolve().parents[1] / "profiles" / "demo.yaml"
         ("synth.seed=-1", "synth.seed is -1: Input should be greater than or equal to 0"),
         ("training.stage1.steps=many", "training.stage1.steps is 'many': Input should be a valid integer"),
         ("generate.frames=16", "generate.frames is 16: a clip has 8n+1 frames"),
-        ("generate.size=100x200", "generate.size is '100x200': height and width must be positive multiples of 8"),
-        ("generate.size=848x1600", "conditions.map_cells has no entry for 848x1600"),
+        (
+            "generate.resolution=100x200",
+            "generate.resolution is '100x200': height and width must be positive multiples of 8",
+        ),
+        ("generate.resolution=848x1600", "conditions.map_cells has no entry for 848x1600"),
         ("data.val_scenes=3", "data.val_scenes is 3: write auto, or a list of scene names"),
         ("model.heads=3", "width 128 must split into heads (3)"),
         ("benchmark.team=a/b", "benchmark.team is 'a/b'"),

@@ -52,7 +52,7 @@ class Control:
     @property
     def framing(self) -> Framing:
         """Of the frames that are compared: those that the network makes."""
-        return Framing(*parse_size(self.config.generate.size))
+        return Framing(*parse_size(self.config.generate.resolution))
 
     @cached_property
     def scenes(self) -> list[Scene]:
@@ -156,7 +156,7 @@ class Control:
         views, rows = len(VIEWS), []
         for index in chosen:
             scene = self.scenes[index]
-            bits = BevMaps(self.config, self.project).of_scene(scene, self.config.generate.size, draw=False)
+            bits = BevMaps(self.config, self.project).of_scene(scene, self.config.generate.resolution, draw=False)
             sights = Sights(scene, bits, self.project / self.config.data.root, SHEET_VIEW)
             told = sights.conditions(0)[:, sights.framing.crop :]
             some = slice(index * views, (index + 1) * views)

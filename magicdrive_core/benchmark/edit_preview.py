@@ -27,7 +27,7 @@ def draw_preview(config: Config, scene: Scene, edits: Edits, frame: int, out: Pa
     edited = edit_scene(scene, edits)
     maps = BevMaps(config, project)
     for shown, draw in ((scene, False), (edited, edits.moves_lidar(scene.name))):
-        bits = maps.of_scene(shown, config.generate.size, draw=draw)
+        bits = maps.of_scene(shown, config.generate.resolution, draw=draw)
         rows.append(_row(Sights(shown, bits, project / config.data.root, VIEW_WIDTH), frame))
     title = f"{scene.name}, frame {frame}"
     sheet = contact_sheet(rows, ["before", "after"], title=title, subtitle=caption(edited))

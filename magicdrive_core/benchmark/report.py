@@ -130,7 +130,7 @@ def _scene(
     """Everything that the page shows of one scene."""
     edits = chosen_edits(config, project)
     scene = edit_scene(scene, edits)
-    bits = BevMaps(config, project).of_scene(scene, config.generate.size, draw=edits.moves_lidar(scene.name))
+    bits = BevMaps(config, project).of_scene(scene, config.generate.resolution, draw=edits.moves_lidar(scene.name))
     root = project / config.data.root
     still, motion = (Sights(scene, bits, root, width) for width in (STILL_WIDTH, MOTION_WIDTH))
     start, frames, fps = records[0].start, records[0].frames, records[0].fps

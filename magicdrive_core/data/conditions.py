@@ -45,8 +45,8 @@ def build_conditions(config: Config, infos: Path | str, out: Path | str) -> None
 def count_clips(config: Config, scenes: Sequence[Outline]) -> dict[str, dict[str, dict[str, int]]]:
     """Clips by split, size and length, for every bucket that is trained and for what is generated."""
     buckets = [bucket for stage in STAGES for bucket in config.training.stage(stage).buckets]
-    kinds = {(bucket.size, bucket.frames, bucket.whole) for bucket in buckets}
-    kinds.add((config.generate.size, config.generate.frames, False))
+    kinds = {(bucket.resolution, bucket.frames, bucket.whole) for bucket in buckets}
+    kinds.add((config.generate.resolution, config.generate.frames, False))
     counts: dict[str, dict[str, dict[str, int]]] = {}
     for split in ("train", "val"):
         for size, frames, whole in sorted(kinds):

@@ -37,8 +37,8 @@ def draw_maps(config: Config, scenes: Sequence[Scene], folder: Path) -> None:
 
 def used_cells(config: Config) -> list[int]:
     """The numbers of map cells that some size in use needs."""
-    sizes = {bucket.size for stage in STAGES for bucket in config.training.stage(stage).buckets}
-    return sorted({config.conditions.map_cells[size] for size in sizes | {config.generate.size}})
+    sizes = {bucket.resolution for stage in STAGES for bucket in config.training.stage(stage).buckets}
+    return sorted({config.conditions.map_cells[size] for size in sizes | {config.generate.resolution}})
 
 
 def _missing(scene: Scene | Outline, config: Config, folder: Path) -> list[int]:

@@ -43,7 +43,7 @@ def _vae(config: Config, scenes: Sequence[Scene], folder: Path, out: Path) -> di
     train = _split(scenes, "train")
     length = longest_clip(train, CLIP_FRAMES)
     if build is not None:
-        clips = draw_clips(train, root, build.size, length, build.clips, build.seed)
+        clips = draw_clips(train, root, build.resolution, length, build.clips, build.seed)
         model = build_vae(build, clips)
         model.save_pretrained(folder / "vae")
         model_folder, path = folder / "vae", (out / "vae").as_posix()
@@ -59,11 +59,11 @@ def _vae(config: Config, scenes: Sequence[Scene], folder: Path, out: Path) -> di
     loaded = vae.Vae.load(model_folder, scaling_factor=1.0, chunk_frames=config.vae.chunk_frames)
     if build is not None:
         held_out = _split(scenes, "val")
-        frames = draw_clips(held_out, root, build.size, 1, HELD_OUT_FRAMES, build.seed)
+        frames = draw_clips(held_out, root, build.resolution, 1, HELD_OUT_FRAMES, build.seed)
         facts["psnr_frames"] = round(psnr(loaded, frames), 3)
         held_out_length = longest_clip(held_out, HELD_OUT_LENGTH)
         if held_out_length > 1:
-            videos = draw_clips(held_out, root, build.size, held_out_length, HELD_OUT_CLIPS, build.seed)
+            videos = draw_clips(held_out, root, build.resolution, held_out_length, HELD_OUT_CLIPS, build.seed)
             facts["psnr_clips"] = round(psnr(loaded, videos), 3)
     factor = config.vae.scaling_factor
     if factor == "measure":

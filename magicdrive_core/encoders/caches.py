@@ -108,7 +108,7 @@ def write_latents(config: Config, infos: Path, encoders: Path, out: Path) -> Non
     settings = EncoderSettings(
         made["path"], made["scaling_factor"], made["latent_channels"], config.vae.chunk_frames, config.latents.dtype
     )
-    chosen = sorted({(bucket.size, bucket.frames, bucket.whole) for bucket in buckets})
+    chosen = sorted({(bucket.resolution, bucket.frames, bucket.whole) for bucket in buckets})
     key = fingerprint(
         made["digest"], infos_digest(infos), config.data.root, config.vae.chunk_frames, config.latents, chosen
     )

@@ -86,7 +86,7 @@ def plan_scenes(scenes: Sequence[Scene], root: Path, buckets: Sequence[Bucket], 
     outlines = [Outline.of(scene) for scene in scenes]
     for bucket in buckets:
         for clip in list_clips(outlines, "train", bucket.frames, stride, whole=bucket.whole):
-            starts.setdefault((clip.scene, bucket.size), {}).setdefault(clip.frames, set()).add(clip.start)
+            starts.setdefault((clip.scene, bucket.resolution), {}).setdefault(clip.frames, set()).add(clip.start)
     if not starts:
         raise MagicDriveError(
             "no training scene is long enough for any bucket", "add a bucket of 1 frame, or longer scenes"

@@ -52,8 +52,8 @@ def build_vae(build: VaeBuild, clips: Pixels) -> Any:
             latent_channels=build.latent_channels,
             layers_per_block=build.layers_per_block,
             norm_num_groups=1,
-            sample_height=parse_size(build.size)[0],
-            sample_width=parse_size(build.size)[1],
+            sample_height=parse_size(build.resolution)[0],
+            sample_width=parse_size(build.resolution)[1],
         )
         use_planes(model)
         start_linear(model, to_video(clips[:START_FRAMES, -1:])[:, :, 0])

@@ -60,10 +60,10 @@ def read_beginning(config: Config, item: Item, scene: Scene, frames: int, projec
     assert settings.first_frames is not None
     if settings.first_frames == REAL:
         clip = Clip(scene.token, item.clip.start, frames)
-        return Beginning(read_clip(project / config.data.root, scene, clip, settings.size))
+        return Beginning(read_clip(project / config.data.root, scene, clip, settings.resolution))
     folder = project / settings.first_frames / item.name
     record = ItemRecord.read(folder)
-    framing = Framing(*parse_size(settings.size))
+    framing = Framing(*parse_size(settings.resolution))
     views = []
     for view in VIEWS:
         last = islice(read_view(folder / record.views[view].file), item.begun - frames, None)

@@ -22,7 +22,7 @@ def full_picture(frame: Picture) -> Picture:
     if height > PICTURE_HEIGHT:
         raise MagicDriveError(
             f"frames of {frame.shape[0]}x{frame.shape[1]} are taller than {PICTURE_HEIGHT} rows at full width",
-            "choose a generate.size of 16:9 or wider",
+            "choose a generate.resolution of 16:9 or wider",
         )
     out = np.zeros((PICTURE_HEIGHT, PICTURE_WIDTH, 3), dtype=np.uint8)
     resized = Image.fromarray(frame).resize((PICTURE_WIDTH, height), Image.Resampling.BICUBIC)

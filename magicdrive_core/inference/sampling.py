@@ -73,7 +73,7 @@ class Sampler:
 
     def conditions(self, window: Window) -> ClipConditions:
         """What the network is told about a window's frames."""
-        size = self.config.generate.size
+        size = self.config.generate.resolution
         clip = Clip(self.item.clip.scene, self.item.clip.start + window.start, window.frames)
         bits = self.maps.of_clip(self.scene, clip, size, draw=self.edits.moves_lidar(self.scene.name))
         return clip_conditions(self.scene, clip, size, bits, published=self.config.published)
@@ -124,7 +124,7 @@ class Sampler:
         models.make_room_for(models.network)
         generator = torch.Generator().manual_seed(item_seed(self.config, self.item, f"window {number}"))
         conditions = self._with_objects(collate([told], [features], self.config.text.max_tokens), told.box_ids)
-        shape = latent_shape(window.frames, *parse_size(settings.size))
+        shape = latent_shape(window.frames, *parse_size(settings.resolution))
         x_0 = x_mask = None
         if given is not None:
             x_0 = torch.zeros(1, *given.shape[:2], *shape)

@@ -77,7 +77,7 @@ class ItemWriter:
         """One view's file, and the quality that its encoder came out at; notes frames for the sheet in ``shown``."""
         video, kept = self.config.video, self.item.kept
         given = self.given(v) if self.given else iter(())
-        width = min(SHEET_VIEW, parse_size(self.config.generate.size)[1])
+        width = min(SHEET_VIEW, parse_size(self.config.generate.resolution)[1])
         pictures = _noted(islice(chain(given, map(full_picture, frames)), kept), _moments(kept), width, shown)
         path = folder / video_name(self.scene.first_sample, VIEWS[v])
         if kept == 1:
@@ -112,7 +112,7 @@ class ItemWriter:
             generation=self.item.generation,
             caption=self.caption,
             seed=item_seed(self.config, self.item),
-            size=self.config.generate.size,
+            size=self.config.generate.resolution,
             lineage=self.lineage,
             seconds={
                 "sample": round(sampled - began, 2),

@@ -73,9 +73,9 @@ def plan_budget(config: Config, stage: Stage, project: Path = Path(), left: int 
 
 def batch_bytes(config: Config, bucket: Bucket, latent_channels: int, text_width: int) -> int:
     """Bytes of a micro-batch as ``loader.Batch`` holds it, with ``SLOTS`` box slots."""
-    height, width = (side // 8 for side in parse_size(bucket.size))
+    height, width = (side // 8 for side in parse_size(bucket.resolution))
     latent_frames = bucket.frames // 4 + bucket.frames % 2
-    cells, views = config.conditions.map_cells[bucket.size], len(VIEWS)
+    cells, views = config.conditions.map_cells[bucket.resolution], len(VIEWS)
     latents = 4 * views * latent_channels * latent_frames * height * width
     maps = 4 * bucket.frames * 8 * cells * cells
     text = 4 * config.text.max_tokens * text_width

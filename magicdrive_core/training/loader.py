@@ -119,7 +119,11 @@ class Loader:
             seed=self._settings.seed,
             costs=[
                 relative_cost(
-                    bucket.size, bucket.frames, bucket.batch, self._config.model.width, self._config.text.max_tokens
+                    bucket.resolution,
+                    bucket.frames,
+                    bucket.batch,
+                    self._config.model.width,
+                    self._config.text.max_tokens,
                 )
                 for bucket in self.buckets
             ],
@@ -158,7 +162,7 @@ class Loader:
     def _prepare(self, bucket: int, indices: list[int], micro_batch: int) -> Batch:
         rng = np.random.default_rng([self._settings.seed, STAGES.index(self._stage), micro_batch])
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        size = self.buckets[bucket].size
+        size = self.buckets[bucket].resolution
         clips = [self._clips[bucket][index] for index in indices]
         if self._shared is not None:
             moments = self._shared.moments(size, clips)

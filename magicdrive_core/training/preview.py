@@ -58,7 +58,7 @@ class Preview:
     """
 
     def __init__(self, config: Config, bucket: Bucket, clips: Sequence[tuple[Scene, Clip]], project: Path) -> None:
-        size, frames = parse_size(bucket.size), clips[0][1].frames
+        size, frames = parse_size(bucket.resolution), clips[0][1].frames
         self._middle = frames // 2
         self._latent_shape = latent_shape(frames, *size)
         self._guidance = config.generate.guidance
@@ -68,8 +68,8 @@ class Preview:
         maps, text = BevMaps(config, project), open_text(config, project)
         self._clips = []
         for scene, clip in clips:
-            bits = maps.of_clip(scene, clip, bucket.size)
-            told = clip_conditions(scene, clip, bucket.size, bits, published=config.published)
+            bits = maps.of_clip(scene, clip, bucket.resolution)
+            told = clip_conditions(scene, clip, bucket.resolution, bits, published=config.published)
             paths = scene.pictures[clip.start + self._middle]
             real = [read_picture(project / config.data.root / path, Framing(*size)) for path in paths]
             conditions = collate([told], [text.features(told.caption)], config.text.max_tokens)
@@ -85,7 +85,7 @@ class Preview:
         scenes = read_scenes(project / "artifacts/infos")
         by_token = {scene.token: scene for scene in scenes}
         buckets = config.training.stage(stage).buckets
-        for bucket in sorted(buckets, key=lambda b: (b.frames == 1, b.frames, parse_size(b.size))):
+        for bucket in sorted(buckets, key=lambda b: (b.frames == 1, b.frames, parse_size(b.resolution))):
             found = list_clips(scenes, "val", bucket.frames, 1, whole=bucket.whole)
             found = [clip for clip in found if clip.frames == found[0].frames]
             if found:

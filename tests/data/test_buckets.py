@@ -142,7 +142,7 @@ def test_groups_hold_like_with_like_and_every_clip(buckets: list[tuple[int, int]
 def test_paired_ranks_wait_less_on_the_published_buckets() -> None:
     """Stage 3 (golden notes, section 3), 70 scenes of 220 frames, eight data ranks."""
     stage = yaml.safe_load((PROJECT / "profiles/nuscenes.yaml").read_text())["training"]["stage3"]
-    buckets = [(b["size"], b["frames"], b["batch"]) for b in stage["buckets"]]
+    buckets = [(b["resolution"], b["frames"], b["batch"]) for b in stage["buckets"]]
     forty = [b["frames"] == 1 or b.get("whole", False) for b in stage["buckets"]]  # key frames, or repeats of a scene
     counts = [70 * (40 if few else 220 - frames) for few, (_, frames, _) in zip(forty, buckets, strict=True)]
     costs = [relative_cost(*bucket, width=1152, context=400) for bucket in buckets]

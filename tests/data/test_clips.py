@@ -60,7 +60,7 @@ def test_whole_scenes_are_cut_to_8n_plus_1(scenes: list[Scene], length: int, fra
 
 def test_a_bucket_of_whole_scenes_repeats_them_and_has_no_batch() -> None:
     with pytest.raises(ValueError, match="whole needs batch 1"):
-        Bucket(size="224x400", frames=241, batch=2, whole=True)
+        Bucket(resolution="224x400", frames=241, batch=2, whole=True)
     config = load_config(PROJECT / "profiles/nuscenes.yaml")
     (whole,) = (bucket for bucket in config.training.stage3.buckets if bucket.whole)
     outlines = [Outline(str(n), str(n), "train", "", "", np.ones(187 + 9 * n, bool)) for n in range(6)]

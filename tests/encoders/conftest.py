@@ -83,7 +83,7 @@ def make_config(root: Path, **changes: object) -> Config:
         "block_out_channels": [8, 12, 12, 16],
         "latent_channels": 4,
         "layers_per_block": 1,
-        "size": "56x104",
+        "resolution": "56x104",
         "steps": 2,
         "batch": 2,
         "crop": 32,
@@ -93,11 +93,11 @@ def make_config(root: Path, **changes: object) -> Config:
     }
     values["latents"] |= {"start_stride": 2, "scaled_decoding": False}
     training = values["training"]
-    training["stage1"]["buckets"] = [{"size": "56x104", "frames": 1, "batch": 1}]
-    training["stage2"]["buckets"] = [{"size": "56x104", "frames": n, "batch": 1} for n in (1, 9)]
+    training["stage1"]["buckets"] = [{"resolution": "56x104", "frames": 1, "batch": 1}]
+    training["stage2"]["buckets"] = [{"resolution": "56x104", "frames": n, "batch": 1} for n in (1, 9)]
     training["stage3"]["buckets"] = [
-        {"size": "56x104", "frames": 17, "batch": 1},
-        {"size": "112x200", "frames": 1, "batch": 1},
+        {"resolution": "56x104", "frames": 17, "batch": 1},
+        {"resolution": "112x200", "frames": 1, "batch": 1},
     ]
     for section, keys in changes.items():
         values[section] = {**values[section], **keys}  # type: ignore[dict-item]

@@ -319,7 +319,7 @@ def test_a_full_disk_is_told_before_the_work(project, tmp_path, monkeypatch) -> 
 
 def test_a_bucket_longer_than_every_scene_is_left_out(project) -> None:
     scenes = read_scenes(project.infos)
-    long, short = (Bucket(size="56x104", frames=frames, batch=1) for frames in (33, 9))
+    long, short = (Bucket(resolution="56x104", frames=frames, batch=1) for frames in (33, 9))
     works = plan_scenes(scenes, project.root, [long, short], 1)
     assert [sorted(work.starts) for work in works] == [[9]]
     with pytest.raises(MagicDriveError, match="no training scene is long enough for any bucket"):
@@ -329,15 +329,15 @@ def test_a_bucket_longer_than_every_scene_is_left_out(project) -> None:
 def test_whole_scenes_are_encoded_once_beside_clips_of_their_length(project) -> None:
     """19 frames give a whole clip of 17, from frame 0, where the bucket of 17 frames has one already."""
     scenes = read_scenes(project.infos)
-    clips = Bucket(size="56x104", frames=17, batch=1)
-    whole = Bucket(size="56x104", frames=241, batch=1, whole=True, repeat=40)
+    clips = Bucket(resolution="56x104", frames=17, batch=1)
+    whole = Bucket(resolution="56x104", frames=241, batch=1, whole=True, repeat=40)
     assert [work.starts for work in plan_scenes(scenes, project.root, [whole], 1)] == [{17: [0]}]
     assert [work.starts for work in plan_scenes(scenes, project.root, [clips, whole], 1)] == [{17: [0, 1, 2]}]
 
 
 def test_the_planned_size_is_the_written_size(project) -> None:
     kinds = (("56x104", 1), ("56x104", 9), ("56x104", 17), ("112x200", 1))
-    buckets = [Bucket(size=size, frames=frames, batch=1) for size, frames in kinds]
+    buckets = [Bucket(resolution=size, frames=frames, batch=1) for size, frames in kinds]
     works = plan_scenes(read_scenes(project.infos), project.root, buckets, 2)
     settings = EncoderSettings(str(project.encoders / "vae"), 1.0, 4, 8, "float16")
     written = sum(path.stat().st_size for path in (project.artifacts / "latents").rglob("*.safetensors"))

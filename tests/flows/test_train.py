@@ -71,7 +71,7 @@ def test_a_stage_is_trained_once_and_recorded(
     project = copy_project(reproduced_project, tmp_path / "project")
     monkeypatch.chdir(project)
     with pytest.raises(UsageError, match="no training clip"):
-        train("stage1", overrides=["training.stage1.buckets=[{size: 80x144, frames: 65, batch: 1}]"])
+        train("stage1", overrides=["training.stage1.buckets=[{resolution: 80x144, frames: 65, batch: 1}]"])
     assert not (project / "runs").exists()
     assert not (project / "tracking").exists()
     folder = Path(train("stage1"))

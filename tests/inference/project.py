@@ -26,7 +26,7 @@ SMALL = [
     "conditions.map_cells={80x144: 200, 96x176: 200, 32x64: 40}",
     "model={width: 32, depth: 1, heads: 2, control_depth: 1, temporal_heads: 2, box_widths: [32, 16, 16], "
     "map_channels: [4, 8, 8]}",
-    "generate={size: 32x64, frames: 9, steps: 2, guidance: 2.0, generations: 2, seed: 1024, workers: 2}",
+    "generate={resolution: 32x64, frames: 9, steps: 2, guidance: 2.0, generations: 2, seed: 1024, workers: 2}",
     "benchmark.frames=2",
     "text.max_tokens=8",
     "video.max_mbit_s=60",  # one pass: an untrained VAE's frames are noise
@@ -65,7 +65,7 @@ def make_project(folder: Path, config: Config, scene: Scene) -> None:
     artifacts = folder / "artifacts"
     (artifacts / "infos").mkdir(parents=True)
     write_infos([scene], {"version": "v1.0-test", "rule": "by hand", "unpaired": "leave_out"}, artifacts / "infos")
-    cells = config.conditions.map_cells[config.generate.size]
+    cells = config.conditions.map_cells[config.generate.resolution]
     bits = np.random.default_rng(0).integers(0, 256, (len(scene), cells, cells), dtype=np.uint8)
     write_map(artifacts / f"conditions/bev/{cells}/{scene.token}.npz", bits)
 

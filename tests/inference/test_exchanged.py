@@ -23,7 +23,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config, Sce
     make_project(folder, config, scene)
     boxes = np.array([[3.0, 9.0, -1.0, 0.7, 0.8, 1.8, 0.0], [-4.0, 20.0, -1.0, 2.5, 9.0, 3.0, 0.3]])
     other = replace(scene, token="other", boxes=[FrameBoxes(["p", "b"], ["pedestrian", "bus"], boxes)] * len(scene))
-    cells = config.conditions.map_cells[config.generate.size]
+    cells = config.conditions.map_cells[config.generate.resolution]
     bits = np.random.default_rng(1).integers(0, 256, (len(scene), cells, cells), dtype=np.uint8)
     write_map(folder / f"artifacts/conditions/bev/{cells}/other.npz", bits)
     return folder, config, scene, other

@@ -67,7 +67,7 @@ def test_help_loads_nothing_heavy() -> None:
         ("data.rot=/x", ["data.rot", "not a known key", "root"]),
         ("training.stage1.steps=many", ["training.stage1.steps", "'many'", "integer"]),
         ("generate.frames=16", ["generate.frames", "16", "8n+1"]),
-        ("generate.size=100x100", ["generate.size", "'100x100'", "multiples of 8"]),
+        ("generate.resolution=100x100", ["generate.resolution", "'100x100'", "multiples of 8"]),
         ("model.width=130", ["model", "130", "heads"]),
         ("benchmark.team=../x", ["benchmark.team", "'../x'"]),
     ],

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import csv
+import pydoc
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from dvc.repo import Repo
+from pydantic import BaseModel
 
+from magicdrive_core.config import Config
 from magicdrive_core.files import sha256_file
 from tests.projects import change, copy_project, run
 
@@ -51,7 +55,7 @@ def test_every_stage_runs_once(reproduced_project: Path) -> None:
         ("text.max_tokens=8", {"encoders", "text"}),
         ("vae.build.steps=3", {"encoders"}),
         ("data.val_scenes=[demo-2001]", {"infos", "conditions"}),
-        ("training.stage2.buckets=[{size: 80x144, frames: 17, batch: 1}]", {"conditions", "latents"}),
+        ("training.stage2.buckets=[{resolution: 80x144, frames: 17, batch: 1}]", {"conditions", "latents"}),
     ],
 )
 def test_a_changed_value_makes_only_its_stages_stale(project: Path, override: str, stale: set[str]) -> None:
@@ -64,6 +68,26 @@ def test_only_the_stale_stage_runs_again(project: Path) -> None:
     out = run(project, "dvc", "repro")
     assert [line for line in out.splitlines() if line.startswith("Running")] == ["Running stage 'conditions':"]
     assert status(project) == set()
+
+
+def test_an_earlier_run_with_another_resolution_is_not_taken(project: Path) -> None:
+    """DVC leaves every key called size out when it looks for an earlier run (its #10296)."""
+    change(project, "training.stage2.buckets=[{resolution: 96x176, frames: 9, batch: 1}]")
+    out = run(project, "dvc", "repro", "conditions")
+    assert "Running stage 'conditions':" in out
+    assert "96x176-9" in (project / "artifacts/conditions/clips.json").read_text()
+
+
+def test_no_setting_has_a_name_that_dvc_leaves_out() -> None:
+    def names(model: type[BaseModel]) -> Iterator[str]:
+        for name, field in model.model_fields.items():
+            yield name
+            for part in re.findall(r"magicdrive_core[\w.]+", str(field.annotation)):
+                yield from names(pydoc.locate(part))
+
+    found = set(names(Config))
+    assert {"resolution", "buckets", "block_out_channels"} <= found  # of sections, lists and optional ones
+    assert found.isdisjoint({"size", "nfiles"})
 
 
 def test_data_dvc_is_satisfied_by_the_same_bytes_without_a_cache(project: Path) -> None:

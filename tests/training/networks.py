@@ -44,7 +44,7 @@ def tiny_network(seed: int = 0) -> TinyNetwork:
 def stage(**changes: object) -> dict[str, object]:
     """Settings of a stage of small trainings."""
     return {
-        "buckets": [{"size": "16x16", "frames": 1, "batch": 2}, {"size": "16x16", "frames": 9, "batch": 1}],
+        "buckets": [{"resolution": "16x16", "frames": 1, "batch": 2}, {"resolution": "16x16", "frames": 9, "batch": 1}],
         "steps": 8,
         "learning_rate": 0.01,
         "warmup": 2,

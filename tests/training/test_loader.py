@@ -20,7 +20,7 @@ def settings(share: int = 1, live: bool = False) -> Config:
     """For ranks that share clips in groups of ``share``."""
     config = load_config(PROFILE, ["text.max_tokens=6", f"latents.live={live}"])
     cluster = config.cluster.model_copy(update={"ranks": 2, "sequence_parallel": share})
-    buckets = [Bucket(size="16x32", frames=frames, batch=batch) for frames, batch in ((1, 3), (33, 2), (65, 1))]
+    buckets = [Bucket(resolution="16x32", frames=frames, batch=batch) for frames, batch in ((1, 3), (33, 2), (65, 1))]
     changes = {"buckets": buckets, "mask_ratios": {"image_head": 0.5}, "simulate_sizes": [1, 2, 8][: 3 * share - 3]}
     stage = config.training.stage2.model_copy(update=changes)
     training = config.training.model_copy(update={"stage2": stage, "stage1": stage, "drop_condition": 0.5})

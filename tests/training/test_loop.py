@@ -249,7 +249,7 @@ def test_after_a_killed_rank_the_last_checkpoint_goes_on(whole: Path, tmp_path: 
 def rates(warmup: int) -> list[float]:
     from magicdrive_core.training.loop import learning_rate
 
-    bucket = {"size": "16x16", "frames": 1, "batch": 1}
+    bucket = {"resolution": "16x16", "frames": 1, "batch": 1}
     stage = StageConfig.model_validate(
         {"buckets": [bucket], "steps": 9, "seed": 0, "learning_rate": 0.4, "warmup": warmup}
     )

@@ -44,7 +44,7 @@ def test_what_each_stage_has(stage: Stage, steps: int, warmup: int, seed: int) -
     later = stage != "stage1"
     assert (settings.freeze_text, settings.checkpoint_blocks) == (later, later)
     assert settings.balance == (stage == "stage3")
-    buckets = {(bucket.size, bucket.frames): bucket.batch for bucket in settings.buckets}
+    buckets = {(bucket.resolution, bucket.frames): bucket.batch for bucket in settings.buckets}
     assert buckets == {(size, frames): n for size, by in BATCHES[stage].items() for frames, n in by.items()}
 
 

@@ -19,7 +19,7 @@ from magicdrive_core.training.record import Recorder, StepFacts
 from magicdrive_core.training.resources import DeviceMemory, host_memory, peak_tflops
 from magicdrive_core.training.strategy import GradientCheck
 
-BUCKETS = [Bucket(size="16x16", frames=1, batch=2), Bucket(size="16x16", frames=9, batch=1)]
+BUCKETS = [Bucket(resolution="16x16", frames=1, batch=2), Bucket(resolution="16x16", frames=9, batch=1)]
 PROFILE = Path(__file__).resolve().parents[2] / "profiles/demo.yaml"
 
 

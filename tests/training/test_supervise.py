@@ -153,9 +153,9 @@ def test_the_run_of_the_stage_before_is_told(project: Path, train: Callable[...,
     ("override", "message"),
     [
         ("training.stage1.mask_ratios={middle: 0.5}", "middle is no kind of mask"),
-        ("training.stage1.buckets=[{size: 80x144, frames: 65, batch: 1}]", "no training clip for 80x144-65"),
+        ("training.stage1.buckets=[{resolution: 80x144, frames: 65, batch: 1}]", "no training clip for 80x144-65"),
         (
-            "training.stage1.buckets=[{size: 80x144, frames: 1, batch: 99}]",
+            "training.stage1.buckets=[{resolution: 80x144, frames: 1, batch: 99}]",
             r"a micro-batch of 80x144-1 has 99 clips, and the data has \d+ ",
         ),
     ],
@@ -169,7 +169,7 @@ def test_impossible_settings_start_nothing(
 
 
 def test_one_bucket_without_data_is_refused_unless_it_may_be_left_out(train: Callable[..., Any]) -> None:
-    buckets = "[{size: 80x144, frames: 9, batch: 1}, {size: 80x144, frames: 65, batch: 1}]"
+    buckets = "[{resolution: 80x144, frames: 9, batch: 1}, {resolution: 80x144, frames: 65, batch: 1}]"
     overrides = [f"training.stage1.buckets={buckets}", "training.skip_empty=false"]
     ranks = Ranks(0)
     with pytest.raises(UsageError, match="no training clip for 80x144-65") as caught:
@@ -216,7 +216,9 @@ def test_a_queue_is_asked_for_nothing_by_a_dry_run(project: Path, train: Callabl
     assert "#SBATCH --nodes=4" in script
     assert not (project / "runs").exists()
     with pytest.raises(UsageError, match="no training clip"):
-        show_launch(PROFILE, ["training.stage1.buckets=[{size: 80x144, frames: 65, batch: 1}]"], "stage1", project)
+        show_launch(
+            PROFILE, ["training.stage1.buckets=[{resolution: 80x144, frames: 65, batch: 1}]"], "stage1", project
+        )
 
 
 @pytest.mark.parametrize(("visible", "fits"), [(None, False), ("0", False), ("", True), ("-1", True)])

@@ -33,7 +33,7 @@ class MadeUpLoader:
     """Latents that depend on the clip, drawn again for each micro-batch, as the real loader's samples are."""
 
     def __init__(self, seed: int, trouble: str = "", order: Path | None = None) -> None:
-        self.buckets = [Bucket(size="16x16", frames=1, batch=2), Bucket(size="16x16", frames=9, batch=1)]
+        self.buckets = [Bucket(resolution="16x16", frames=1, batch=2), Bucket(resolution="16x16", frames=9, batch=1)]
         self._seed, self._trouble = seed, trouble.split(",")
         self._notes = order  # of micro-batches in the order in which they were asked for
 

@@ -24,7 +24,7 @@ WORDS = {
     "right": ("turn right at the intersection", "tight right turn"),
 }
 PREFIX = {"day": "", "night": "Night, ", "rain": "Rain, "}
-BEFORE_TURN, AFTER_TURN = 18.0, 30.0  # metres from the way's beginning, and behind the turn's: where moments lie
+FAR, NEAR = 25.0, 3.0  # metres before the junction within which single moments lie: its marks are in sight
 FIRST_TIME = 1_700_000_000_000_000  # microseconds: the first scene's first key frame
 SCENE_PITCH = 60_000_000  # microseconds from scene to scene
 
@@ -62,8 +62,8 @@ def plan_scene(synth: Synth, index: int) -> Plan:
     streets = city(location)
     route, turn_at = _route(streets, move, speed * seconds, rng)
     start = max(6.0, turn_at - 0.45 * speed * seconds - 4.0)
-    if key_frames == 1:  # one moment of such a drive: the caption does not tell where on it
-        start = float(rng.uniform(BEFORE_TURN, turn_at + AFTER_TURN))
+    if key_frames == 1:  # one moment of such a drive: the caption does not tell how far the junction is
+        start = turn_at - float(rng.uniform(NEAR, FAR))
     traffic = populate(streets, route, start, speed, seconds, rng)
     words = [WORDS[move][rng.integers(len(WORDS[move]))], *_sights(traffic, rng)]
     text = PREFIX[light] + ", ".join(words)
