@@ -81,8 +81,8 @@ class Data(Section):
 class Conditions(Section):
     """What the network is told about a frame."""
 
-    # BEV map cells per side (100 m), by size of the video. model.map_channels with n numbers halves them n - 2 times: best
-    # where that leaves the latents' columns, an eighth of the video's
+    # BEV map cells per side (100 m), by size of the video. model.map_channels of n numbers halves them n - 2 times,
+    # best to the columns of the latents, an eighth of the video's
     map_cells: dict[Size, Positive]
     # cached: drawn once for all frames; live: when a clip is read, a millisecond a frame. The same bits
     maps: Literal["cached", "live"] = "cached"
