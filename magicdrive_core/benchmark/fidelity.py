@@ -21,7 +21,8 @@ from magicdrive_core.data.synthetic.light import Light
 from magicdrive_core.data.synthetic.regions import Region
 from magicdrive_core.video.colour import Picture
 
-RING = 5  # pixels a side of the kernel that widens a vehicle to its surroundings
+# What stands out from its surroundings wherever it is, and pixels a side of the kernel that widens it to them.
+STANDS_OUT, RING = (Region.MARK, Region.VEHICLE), 5
 
 
 @dataclass(frozen=True)
@@ -30,19 +31,21 @@ class Fidelity:
 
     Attributes:
         iou: by region, intersection over union, both summed over all pictures; NaN where neither shows the region.
-        contrast: how much likelier than its immediate surroundings a vehicle's place looks like a vehicle, by its
-            colours: 1 at best, 0 where vehicles are drawn regardless of their places. NaN without vehicles.
+        contrast: of marks and of vehicles, how much likelier than its surroundings the place of one looks like one, by
+            its colours: 1 at best, 0 where they are drawn regardless of their places, NaN where there are none. It sees
+            faint marks, too, which IoU does not count.
         psnr: dB against the rendered pictures.
     """
 
     iou: dict[Region, float]
-    contrast: float
+    contrast: dict[Region, float]
     psnr: float
 
     def row(self) -> dict[str, float]:
         """All figures by name."""
         values = {region.name.lower(): value for region, value in self.iou.items()}
-        return {**values, "contrast": self.contrast, "psnr": self.psnr}
+        contrasts = {f"{region.name.lower()}_contrast": value for region, value in self.contrast.items()}
+        return {**values, **contrasts, "psnr": self.psnr}
 
 
 def measure(rule: ColourRule, pictures: Sequence[Picture], truth: Sequence[Frame]) -> Fidelity:
@@ -52,8 +55,8 @@ def measure(rule: ColourRule, pictures: Sequence[Picture], truth: Sequence[Frame
         ValueError: another number or size of pictures than of truths.
     """
     hits, either = np.zeros(len(Region)), np.zeros(len(Region))
-    inside: list[NDArray[np.float32]] = []
-    around: list[NDArray[np.float32]] = []
+    inside: dict[Region, list[NDArray[np.float32]]] = {region: [] for region in STANDS_OUT}
+    around: dict[Region, list[NDArray[np.float32]]] = {region: [] for region in STANDS_OUT}
     squares = 0.0
     for picture, frame in zip(pictures, truth, strict=True):
         if picture.shape != frame.picture.shape:
@@ -64,17 +67,22 @@ def measure(rule: ColourRule, pictures: Sequence[Picture], truth: Sequence[Frame
             mine, true = found == region, frame.regions == region
             hits[region] += (mine & true).sum()
             either[region] += (mine | true).sum()
-        vehicle = frame.regions == Region.VEHICLE
-        widened = cv2.dilate(vehicle.astype(np.uint8), np.ones((RING, RING), np.uint8)) > 0
-        inside.append(shares[vehicle, Region.VEHICLE])
-        around.append(shares[widened & ~vehicle, Region.VEHICLE])
+        for region in STANDS_OUT:
+            place = frame.regions == region
+            widened = cv2.dilate(place.astype(np.uint8), np.ones((RING, RING), np.uint8)) > 0
+            inside[region].append(shares[place, region])
+            around[region].append(shares[widened & ~place, region])
         squares += float(np.square(picture.astype(np.float64) - frame.picture).mean())
     with np.errstate(invalid="ignore", divide="ignore"):
         iou = hits / either
         psnr = 10 * np.log10(255**2 * len(pictures) / squares) if squares else np.inf
-    places, surroundings = np.concatenate(inside), np.concatenate(around)
-    contrast = float(places.mean() - surroundings.mean()) if len(places) else float("nan")
+    contrast = {region: _mean(inside[region]) - _mean(around[region]) for region in STANDS_OUT}
     return Fidelity({region: float(iou[region]) for region in Region}, contrast, float(psnr))
+
+
+def _mean(shares: Sequence[NDArray[np.float32]]) -> float:
+    joined = np.concatenate(shares)
+    return float(joined.mean()) if len(joined) else float("nan")
 
 
 def next_of_light(lights: Sequence[Light]) -> list[int]:
@@ -95,10 +103,10 @@ def next_of_light(lights: Sequence[Light]) -> list[int]:
 def table_lines(rows: dict[str, Fidelity]) -> list[str]:
     """The comparison as lines of text: IoU of each region in percent, contrast in percent, PSNR in dB."""
     names = list(next(iter(rows.values())).row())
-    width = max(map(len, rows))
-    lines = [" " * width + "".join(f"{name:>10}" for name in names)]
+    label_width, widths = max(map(len, rows)), {name: max(10, len(name) + 2) for name in names}
+    lines = [" " * label_width + "".join(f"{name:>{widths[name]}}" for name in names)]
     for label, fidelity in rows.items():
         values = fidelity.row()
-        cells = (f"{values[name] * (1 if name == 'psnr' else 100):>10.1f}" for name in names)
-        lines.append(f"{label:{width}}" + "".join(cells))
+        cells = (f"{values[name] * (1 if name == 'psnr' else 100):>{widths[name]}.1f}" for name in names)
+        lines.append(f"{label:{label_width}}" + "".join(cells))
     return lines

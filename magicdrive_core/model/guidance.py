@@ -55,13 +55,19 @@ def guided_velocity(
 
         return both
     passes = one_pass(conditions), one_pass(null)
-    call = Together(2) if conditions.cameras.device.type == "cpu" and torch.get_num_threads() % 2 == 0 else in_turn
+    call = Together(2) if _at_once(network) else in_turn
 
     def guided(x: Tensor, t: Tensor, x_mask: Tensor | None) -> Tensor:
         with_conditions, without = call(*(partial(one, x, t, x_mask) for one in passes))
         return guide(with_conditions, without, guidance)
 
     return guided
+
+
+def _at_once(network: MagicDrive) -> bool:
+    """Whether a CPU's threads can be halved. Devices that share a clip have to call each other in one order."""
+    own_cpu = network.base_token.device.type == "cpu" and network.devices.size == 1
+    return own_cpu and torch.get_num_threads() % 2 == 0
 
 
 def unconditional(

@@ -52,7 +52,8 @@ def test_exact_pictures_score_high(rule: ColourRule, by_day: list[list[Frame]]) 
     for region in (Region.SKY, Region.ROAD, Region.SCENERY):
         assert found.iou[region] > 0.8, region
     assert found.iou[Region.VEHICLE] > 0.5
-    assert found.contrast > 0.5
+    assert found.contrast[Region.VEHICLE] > 0.5
+    assert found.contrast[Region.MARK] > 0.25
     assert found.psnr == float("inf")
 
 
@@ -62,7 +63,8 @@ def test_pictures_of_other_places_score_low(rule: ColourRule, by_day: list[list[
     other = measure(rule, [frame.picture for frame in judged[1:] + judged[:1]], judged)
     for region in (Region.ROAD, Region.VEHICLE, Region.SCENERY):
         assert other.iou[region] < 0.75 * own.iou[region], region
-    assert other.contrast < 0.3 * own.contrast
+    for region in (Region.MARK, Region.VEHICLE):
+        assert other.contrast[region] < 0.3 * own.contrast[region], region
     assert other.psnr < 20
 
 
@@ -70,7 +72,7 @@ def test_a_picture_without_vehicles_has_none(rule: ColourRule, by_day: list[list
     asphalt = [np.full_like(frame.picture, (98, 99, 103)) for frame in by_day[1]]
     found = measure(rule, asphalt, by_day[1])
     assert found.iou[Region.VEHICLE] < 0.02
-    assert abs(found.contrast) < 0.02
+    assert abs(found.contrast[Region.VEHICLE]) < 0.02
 
 
 def test_where_a_pixel_lies_does_not_enter(rule: ColourRule, by_day: list[list[Frame]]) -> None:
@@ -125,5 +127,5 @@ def test_conditions_are_exchanged_within_a_light() -> None:
 
 
 def test_the_table_shows_percent_and_decibel() -> None:
-    lines = table_lines({"drawn": Fidelity(dict.fromkeys(Region, 0.5), 0.25, 20.0)})
+    lines = table_lines({"drawn": Fidelity(dict.fromkeys(Region, 0.5), {Region.MARK: 0.25}, 20.0)})
     assert lines[1].split() == ["drawn", *["50.0"] * len(Region), "25.0", "20.0"]

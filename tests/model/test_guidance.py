@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from magicdrive_core.model.guidance import sample_latents, unconditional
+from magicdrive_core.model.parallel import OneDevice
 from magicdrive_core.rectified_flow import RectifiedFlow
 from tests.model.networks import conditions, network
 
@@ -43,6 +44,12 @@ def test_guidance_of_one_is_the_conditional_pass_alone() -> None:
     torch.testing.assert_close(plain, close, rtol=1e-4, atol=1e-4)
 
 
+class SharedByTwo(OneDevice):
+    """As if another device had its part in each call."""
+
+    size = 2
+
+
 @pytest.fixture
 def two_threads() -> Iterator[None]:
     before = torch.get_num_threads()
@@ -64,6 +71,15 @@ def test_two_threads_make_both_passes_at_once_with_an_equal_result(two_threads: 
     hook.remove()
     torch.set_num_threads(1)
     assert torch.equal(sample_latents(net, told, SHAPE, generator=generators(1)[0], **settings), together)
+
+
+def test_devices_that_share_a_clip_make_the_passes_in_turn(two_threads: None) -> None:
+    net, told = network(), conditions()
+    threads: set[int] = set()
+    net.final_layer.register_forward_hook(lambda *_: threads.add(threading.get_ident()))
+    net.devices = SharedByTwo()
+    sample_latents(net, told, SHAPE, steps=2, guidance=2.0, flow=FLOW, generator=generators(1)[0])
+    assert threads == {threading.get_ident()}
 
 
 def test_given_frames_are_kept() -> None:
