@@ -40,6 +40,7 @@ def log(tmp_path: Path) -> Path:
 def config(log: Path) -> Config:
     values = yaml.safe_load((PROJECT / "profiles/demo.yaml").read_text())
     values["data"] = {"format": "argoverse2", "root": str(log.parents[1]), "version": "val"}
+    values["conditions"] = {"map_cells": {"80x144": 100, "96x176": 100}}  # of one metre
     return parse_config(values)
 
 
@@ -117,7 +118,7 @@ def test_the_verbs_prepare_a_log(log: Path, tmp_path: Path, monkeypatch: pytest.
         assert result.exit_code == 0, result.output
     (scene,) = read_scenes("artifacts/infos")
     assert scene.name == LOG
-    assert read_map("artifacts/conditions", scene.token, 100).shape == (37, 100, 100)
+    assert read_map("artifacts/conditions", scene.token, 72).shape == (37, 72, 72)
     assert json.loads(Path("artifacts/conditions/clips.json").read_text())["train"]["80x144"]["17"] == 2
 
 

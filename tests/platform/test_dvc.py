@@ -15,7 +15,7 @@ from dvc.repo import Repo
 from pydantic import BaseModel
 
 from magicdrive_core.config import Config
-from magicdrive_core.files import sha256_file
+from magicdrive_core.files import read_json, sha256_file
 from tests.projects import change, copy_project, run
 
 pytestmark = pytest.mark.timeout(900)  # the first one waits for all stages, and other workers need the cores, too
@@ -75,7 +75,7 @@ def test_an_earlier_run_with_another_resolution_is_not_taken(project: Path) -> N
     change(project, "training.stage2.buckets=[{resolution: 96x176, frames: 9, batch: 1}]")
     out = run(project, "dvc", "repro", "conditions")
     assert "Running stage 'conditions':" in out
-    assert "96x176-9" in (project / "artifacts/conditions/clips.json").read_text()
+    assert set(read_json(project / "artifacts/conditions/clips.json")["train"]) == {"80x144", "96x176"}
 
 
 def test_no_setting_has_a_name_that_dvc_leaves_out() -> None:
