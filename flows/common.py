@@ -63,12 +63,16 @@ def run_child(
         bin_folder = str(Path(sys.executable).parent)  # dvc.yaml's commands are found there
         path = os.pathsep.join([bin_folder, os.environ.get("PATH", "")])
         environment = {**(variables or {}), **os.environ} | {"PATH": path, ERROR_NOTE: str(note)}
+        before = _interrupted.is_set()  # long ago: then this child has nothing to do with it
         child = subprocess.Popen(
             command, env=environment, cwd=folder, stdout=output, stderr=output, start_new_session=True
         )
-        with _children_lock:
-            _children.add(child)
         try:
+            with _children_lock:
+                _children.add(child)
+                late = _interrupted.is_set() and not before  # `no_orphans` has looked for children already
+            if late:
+                stop_child(child)
             code = child.wait()
         except BaseException:
             stop_child(child)

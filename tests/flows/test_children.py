@@ -108,6 +108,27 @@ def test_children_of_other_threads_end_with_the_body(tmp_path: Path) -> None:
     assert len(failures) == 1  # the thread sees a failed child, no silence
 
 
+def test_a_child_that_begins_while_the_flow_is_interrupted_ends_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be there before its thread has noted it, and then nobody else stops it."""
+    file, start = tmp_path / "pids", subprocess.Popen
+
+    def interrupted(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
+        child: subprocess.Popen[bytes] = start(*arguments, **options)
+        family(file)
+        with suppress(KeyboardInterrupt), common.no_orphans():
+            raise KeyboardInterrupt
+        return child
+
+    with common.no_orphans():  # whatever was interrupted before
+        pass
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    with pytest.raises(MagicDriveError, match="ended with"):
+        common.run_child([*FAMILY, str(file)])
+    assert_gone(family(file))
+
+
 def test_a_terminated_flow_takes_its_children_along(prefect_api: str, tmp_path: Path) -> None:
     """The real shard task has a retry, which a child that was stopped must not get."""
     called, submitted, program = tmp_path / "called", tmp_path / "submitted", tmp_path / "magicdrive"
