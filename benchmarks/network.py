@@ -147,10 +147,13 @@ def count(run: Callable[[], object]) -> float:
     return counter.get_total_flops()
 
 
-def measure(part: str, run: Callable[[], object], repeat: int, dtype: torch.dtype, flop: float) -> Timing:
+def measure(
+    part: str, run: Callable[[], object], repeat: int, dtype: torch.dtype, flop: float, *, warm: bool = False
+) -> Timing:
+    """``warm``: as it is; else it is run once before, which compiles it where it is to be."""
     before = product_time(dtype)
-    if repeat > 1:
-        run()  # where it is compiled, now
+    if not warm:
+        run()
     gc.collect()
     memory = PeakMemory()
     seconds = least(run, repeat)
@@ -173,15 +176,18 @@ def timings(parts: list[str], dtype: torch.dtype, compiled: bool, repeat: int, s
     keep_freed()  # as generation does on a CPU
     context = network.encode(conditions, LATENTS)
     forward_flop = count(lambda: network(x, t, conditions))
-    denoise_flop = count(lambda: network.denoise(x, t, context))
+    denoise = partial(network.denoise, x, t, context)
+    denoise_flop = count(denoise)
     if "forward" in parts:
         yield measure("forward", lambda: forward(x, t, conditions), repeat, dtype, forward_flop)
-        yield measure("denoise only", lambda: network.denoise(x, t, context), repeat, dtype, denoise_flop)
+        yield measure("denoise only", denoise, repeat, dtype, denoise_flop)
+    del context, denoise
     if "sampling" in parts:
         settings = {"steps": steps, "guidance": 2.0, "flow": RectifiedFlow()}
         draw = torch.Generator().manual_seed(0)
         sampling = partial(sample_latents, network, conditions, LATENTS, generator=draw, **settings)
-        yield measure(f"{steps} guided steps", sampling, 1, dtype, 2 * (forward_flop + (steps - 1) * denoise_flop))
+        flop = 2 * (forward_flop + (steps - 1) * denoise_flop)
+        yield measure(f"{steps} guided steps", sampling, 1, dtype, flop, warm=True)
     network.requires_grad_(True)
     if "backward" in parts:
         for part, checkpointed in (("forward + backward", 0), ("the same, checkpointed", 1)):

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import ast
 import re
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from tests.conftest import PROJECT
+
 PACKAGES = ("flows", "magicdrive_core", "benchmarks")
 
 
 def listed() -> dict[str, str]:
     """Descriptions by path, from the README."""
-    house = (ROOT / "README.md").read_text().split("## The house", 1)[1].split("```", 2)[1]
+    house = (PROJECT / "README.md").read_text().split("## The house", 1)[1].split("```", 2)[1]
     found, folder = {}, ""
     for line in house.splitlines():
         name, _, description = line.strip().partition(" ")
@@ -29,9 +29,9 @@ def plain(text: str) -> str:
 
 def test_every_file_of_the_packages_is_listed() -> None:
     files = {
-        path.relative_to(ROOT).as_posix()
+        path.relative_to(PROJECT).as_posix()
         for package in PACKAGES
-        for path in (ROOT / package).rglob("*")
+        for path in (PROJECT / package).rglob("*")
         if re.fullmatch(r"(?!__).*\.(py|j2)", path.name)
     }
     assert set(listed()) == files
@@ -39,5 +39,5 @@ def test_every_file_of_the_packages_is_listed() -> None:
 
 def test_each_line_is_the_beginning_of_the_files_own_docstring() -> None:
     modules = {path: description for path, description in listed().items() if path.endswith(".py")}
-    own = {path: plain(ast.get_docstring(ast.parse((ROOT / path).read_text())) or "") for path in modules}
+    own = {path: plain(ast.get_docstring(ast.parse((PROJECT / path).read_text())) or "") for path in modules}
     assert {path: line for path, line in modules.items() if not own[path].startswith(plain(line))} == {}
