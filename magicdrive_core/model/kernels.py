@@ -17,6 +17,8 @@ NORM_EPS = 1e-6
 GELU_SCALE = 1.5957691216057308  # 2 sqrt(2 / pi)
 GELU_CUBE = 0.044715 * GELU_SCALE
 ROWS = 512
+# Whether oneDNN's linear map with GELU in it is the faster way: its tanh is slow without AVX-512 (docs/log.md).
+ONEDNN_GELU = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 aten = torch.ops.aten
 
@@ -47,6 +49,13 @@ def modulated_mlp(
 def gelu(x: Tensor) -> Tensor:
     """GELU's tanh form, x sigmoid(2 u) with u = sqrt(2/pi) (x + 0.044715 x^3): half the time of tanh on a CPU."""
     return _gelu_gate(x).mul_(x) if x.device.type == "cpu" else functional.gelu(x, approximate="tanh")
+
+
+def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """GELU(Linear(x)): (R, C) -> (R, D)."""
+    if x.device.type == "cpu" and ONEDNN_GELU:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "tanh")
+    return gelu(functional.linear(x, weight, bias))
 
 
 def _gelu_gate(x: Tensor) -> Tensor:
@@ -103,10 +112,12 @@ class _ModulatedMlp(torch.autograd.Function):
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         hidden = []
         for z, result in zip(pieces, out.flatten(0, -2).split(_rows_at_once(x)), strict=True):
-            activation = functional.linear(z, up, up_bias)
             if any(ctx.needs_input_grad) and _keeps_hidden(x):
-                hidden.append(activation)
-            torch.addmm(down_bias, gelu(activation), down.t(), out=result)
+                hidden.append(functional.linear(z, up, up_bias))
+                value = gelu(hidden[-1])
+            else:
+                value = gelu_linear(z, up, up_bias)
+            torch.addmm(down_bias, value, down.t(), out=result)
         ctx.save_for_backward(x, shift, scale, up, up_bias, down, *hidden)
         return out
 

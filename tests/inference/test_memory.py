@@ -57,6 +57,7 @@ def test_the_plan_is_within_a_tenth_of_a_real_run(limit: int | None, monkeypatch
     """The network on meta tensors against the same on real ones, on a CPU that takes a GPU's paths."""
     monkeypatch.setattr(network_module, "TOKENS_AT_ONCE", {"cpu": 65536, "gpu": 65536})
     monkeypatch.setattr(kernels, "ROWS", 65536)
+    monkeypatch.setattr(kernels, "ONEDNN_GELU", False)
     monkeypatch.setattr(kernels, "gelu", partial(functional.gelu, approximate="tanh"))
     real = network(width=128, heads=4, ego_heads=4, box_heads=4).requires_grad_(False)
     real.slice_tokens = limit

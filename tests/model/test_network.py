@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 from magicdrive_core.model.inputs import Conditions
+from magicdrive_core.model.kernels import gelu_linear
 from magicdrive_core.model.network import MagicDrive
 from tests.model.networks import conditions, network, noisy
 
@@ -205,6 +206,16 @@ def gradients_of(net: MagicDrive, *, stage1: bool = False, every: int = 0) -> di
     net(x, T.expand(2), told, mask).square().mean().backward()
     assert [name for name, p in net.named_parameters() if p.requires_grad and p.grad is None] == []
     return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("onednn", [False, True])
+def test_gelu_within_its_linear_map_or_behind_it(onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways on every CPU: which one a processor takes is a matter of speed."""
+    monkeypatch.setattr("magicdrive_core.model.kernels.ONEDNN_GELU", onednn)
+    x, weight, bias = 3 * torch.randn(700, 48), torch.randn(96, 48), torch.randn(96)
+    expected = functional.gelu(functional.linear(x, weight, bias).double(), approximate="tanh").float()
+    torch.testing.assert_close(gelu_linear(x, weight, bias), expected, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize(("every", "recomputed"), [(0, 0), (1, 6), (2, 4)])
