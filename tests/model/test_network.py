@@ -216,6 +216,7 @@ def test_gelu_within_its_linear_map_or_behind_it(onednn: bool, monkeypatch: pyte
     x, weight, bias = 3 * torch.randn(700, 48), torch.randn(96, 48), torch.randn(96)
     expected = functional.gelu(functional.linear(x, weight, bias).double(), approximate="tanh").float()
     torch.testing.assert_close(gelu_linear(x, weight, bias), expected, rtol=1e-5, atol=2e-5)
+    assert gelu_linear(x.double(), weight.double(), bias.double()).dtype == torch.float64
 
 
 @pytest.mark.parametrize(("every", "recomputed"), [(0, 0), (1, 6), (2, 4)])
