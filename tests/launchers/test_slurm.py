@@ -88,7 +88,6 @@ def job(folder: Path, mode: str, hosts: int = 2) -> Job:
 
 def test_ranks_that_saved_are_started_again_by_the_queue(queue: SlurmQueue, tmp_path: Path) -> None:
     this = job(tmp_path, "saves once")
-
     hurried = False
 
     def hurry() -> None:
