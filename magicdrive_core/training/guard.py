@@ -64,14 +64,17 @@ class Guard:
     def give_up(self) -> MagicDriveError:
         """Writes the report; returns the error that ends the training. On all ranks, when no checkpoint is pending."""
         first, last = self._row[0], self._row[-1]
-        saved = [path.name for path in checkpoints(self._plan.folder / "checkpoints")]
-        good = saved[-1] if saved else None
         report = self._plan.folder / "nonfinite.json"
+        newest: list[str | None] = [None]
         if dist.get_rank() == 0:
-            write_json(report, {"stage": self._plan.stage, "skipped": self._row, "goes_on_from": good})
+            saved = checkpoints(self._plan.folder / "checkpoints")
+            newest = [saved[-1].name if saved else None]
+            write_json(report, {"stage": self._plan.stage, "skipped": self._row, "goes_on_from": newest[0]})
+        # Other hosts may not see the newest folder yet, and a rank that ends earlier would have the writer ended too.
+        dist.broadcast_object_list(newest, src=0)
+        good = newest[0] or "the start"
         where = f"step {first['step']}: {first['faults'][0]}"
         return MagicDriveError(
-            f"no finite step from {first['step']} to {last['step']}, rolled back to {good or 'the start'} ({where});"
-            f" report: {report}",
+            f"no finite step from {first['step']} to {last['step']}, rolled back to {good} ({where}); report: {report}",
             "run again to go on from there; if that ends alike, the settings are to blame: try a lower learning rate",
         )

@@ -127,13 +127,14 @@ class Saver:
 
     def finish(self) -> None:
         """Waits until a checkpoint that was begun is in place, or dropped, on all ranks."""
-        if self._written is None:  # on all ranks
-            return
-        self._written.exception()  # waits
-        states: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(states, int(self.state))
-        self.settle(states)
-        dist.barrier()  # rank 0 puts it in place; a rank that ended before would have that one ended too
+        if self._written is not None:  # on all ranks
+            self._written.exception()  # waits
+            states: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(states, int(self.state))
+            self.settle(states)
+        # Rank 0 may still be putting in place what was settled here or at the last step: others would look for it in
+        # vain, and a rank that ended before would have that one ended too.
+        dist.barrier()
 
     @property
     def _partial(self) -> Path:

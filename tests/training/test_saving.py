@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -135,6 +136,41 @@ def test_one_rank_reads_what_two_wrote_and_the_other_way_round(whole: Path, tmp_
             assert not tensor[size:].any()  # filling
             assert not state[name][size:].any()
     assert ends[1] == ends[2]
+
+
+def seen_after_a_slow_rename(folder: Path) -> list[str]:
+    """All ranks have written and said so, as at a step; rank 0 is still busy when the others wait for the end."""
+    import torch
+    import torch.distributed as dist
+
+    from magicdrive_core.training.checkpoint import Progress
+    from magicdrive_core.training.ema import Ema
+    from magicdrive_core.training.saving import Saver, Writing
+    from magicdrive_core.training.strategy import boost
+    from tests.training.networks import tiny_network, training
+
+    boosted = boost(tiny_network(), training(), torch.device("cpu"))
+    put_in_place = Saver._put_in_place
+
+    def slowly(saver: Saver, failed: list[int]) -> None:
+        time.sleep(1)
+        put_in_place(saver, failed)
+
+    with (
+        mock.patch.object(Saver, "_put_in_place", slowly),
+        Saver(folder / "checkpoints", boosted, Ema(boosted, 0.9), 2, None) as saver,
+    ):
+        saver.begin(Progress(step=1))
+        while saver.state == Writing.BUSY:
+            time.sleep(0.01)
+        dist.barrier()
+        saver.settle([Writing.DONE] * dist.get_world_size())
+        saver.finish()
+        return names(folder)
+
+
+def test_the_end_waits_for_what_the_last_step_settled(tmp_path: Path) -> None:
+    assert run_distributed(seen_after_a_slow_rename, 2, tmp_path) == [["step-00000001"]] * 2
 
 
 def resave(folder: Path) -> dict[str, Any]:
