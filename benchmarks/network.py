@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import gc
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,17 +32,43 @@ from magicdrive_core.model.inputs import Conditions
 from magicdrive_core.model.network import MagicDrive, NetworkConfig
 from magicdrive_core.rectified_flow import RectifiedFlow
 
-aten = torch.ops.aten
+aten, own = torch.ops.aten, torch.ops.magicdrive
 PRODUCT = 2048
 PRODUCT_FLOP = 2 * PRODUCT**3
 PUBLISHED = {"forward": 8.4 * 308e9 / PRODUCT_FLOP, "forward + backward": 35 * 308e9 / PRODUCT_FLOP}
 LATENTS = (5, 28, 50)
+
+def attention_flop(queries: int, keys: int, width: int, products: int = 2) -> int:
+    """Of so many products of queries and keys; a backward pass makes five."""
+    return products * 2 * queries * keys * width
+
+
+def packed_flop(packed: Sequence[int], count: int, products: int) -> int:
+    outer, inner, tokens, _, heads, d = packed
+    return outer * inner * attention_flop(tokens, count, heads * d, products)
+
+
+def context_flop(q: Sequence[int], kv: Sequence[int], products: int) -> int:
+    rows, tokens, heads, d = q
+    return rows * attention_flop(tokens, kv[1], heads * d, products)
+
+
 # What torch's own count leaves out: attention on a CPU, sums into a product's result, and GELU with its linear map.
 UNCOUNTED = {
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda gradient, q, k, v, *_, **__: (
         sdpa_backward_flop_count(gradient, q, k, v)
     ),
+    own.attend_packed: lambda packed, norm, count, *_, **__: packed_flop(packed, count, 2),
+    own.attend_packed_backward: lambda gradient, packed, norm, count, *_, **__: packed_flop(packed, count, 5),
+    own.attend_neighbours: lambda views, norm, count, neighbours, **_: (
+        len(neighbours) * packed_flop(views[0], count, 2)
+    ),
+    own.attend_neighbours_backward: lambda gradients, views, norm, count, neighbours, **_: (
+        len(neighbours) * packed_flop(views[0], count, 5)
+    ),
+    own.attend_context: lambda q, kv, *_, **__: context_flop(q, kv, 2),
+    own.attend_context_backward: lambda gradient, q, kv, *_, **__: context_flop(q, kv, 5),
     aten.addmm_: lambda _, a, b, *__, **___: 2 * a[0] * a[1] * b[1],
     torch.ops.mkldnn._linear_pointwise: lambda x, weight, *_, **__: 2 * x[0] * weight[0] * weight[1],
 }

@@ -33,9 +33,7 @@ class Surroundings:
     """What every block of one pass shares beside its tokens and modulation. None: nothing to hide."""
 
     angles: Tensor  # T, d/2, 2: rotary angles of the latent frames
-    context_bias: (
-        list[Tensor] | list[None]
-    )  # for each group G*B*T, 1, 1, L: -inf at context tokens that stand for nothing
+    context_bias: list[Tensor] | list[None]  # for each group G*B*T, L: -inf at context tokens that stand for nothing
     places: Places  # of a frame, S of which are this device's
 
 

@@ -92,7 +92,7 @@ class Context:
             hidden: list[Tensor] | list[None] = [None] * len(range(-(-self.tokens.views // self.views_at_once))[groups])
         else:
             parts = self.context_bias[self._views(groups), :, frames].split(self.views_at_once)
-            hidden = [part.flatten(0, 2)[:, None, None] for part in parts]
+            hidden = [part.flatten(0, 2) for part in parts]
         return Surroundings(self.angles, hidden, self.places)
 
     def _views(self, groups: slice) -> slice:

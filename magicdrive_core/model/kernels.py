@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from magicdrive_core.native import ops as native
+
 NORM_EPS = 1e-6
 GELU_SCALE = 1.5957691216057308  # 2 sqrt(2 / pi)
 GELU_CUBE = 0.044715 * GELU_SCALE
@@ -24,7 +26,9 @@ aten = torch.ops.aten
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LN(x) * (1 + scale) + shift; ``shift`` and ``scale`` broadcast against ``x`` (..., C)."""
+    """LN(x) * (1 + scale) + shift of ``x`` (..., B, T, S, C); ``shift`` and ``scale`` (C) or (B, T or 1, 1, C)."""
+    if native.usable(x):
+        return native.modulate(x, shift, scale)
     return torch.addcmul(shift, functional.layer_norm(x, x.shape[-1:], eps=NORM_EPS), 1 + scale)
 
 
@@ -32,8 +36,8 @@ def modulated_linear(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bi
     """Linear(LN(x) * (1 + scale) + shift): (R, C) -> (R, D).
 
     Args:
-        x: (R, C).
-        shift: broadcastable against x; scale alike.
+        x: (R, C), R = (..., B, T, S).
+        shift: (C) or (B, T or 1, 1, C); scale alike.
         weight: (D, C); bias: (D) or None.
     """
     return _ModulatedLinear.apply(x, shift, scale, weight, bias)
@@ -63,7 +67,10 @@ def _gelu_gate(x: Tensor) -> Tensor:
 
 
 def _gelu_backward(x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """GELU(x), and the gradient at x."""
+    """GELU(x), and the gradient at x; both may take the place of what was given."""
+    if native.usable(x):
+        native.gelu_backward(x, gradient)
+        return x, gradient
     gate = _gelu_gate(x)
     value = x * gate
     slope = torch.addcmul(x.new_tensor(GELU_SCALE), x, x, value=3 * GELU_CUBE).mul_(value)
@@ -72,6 +79,8 @@ def _gelu_backward(x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
 
 def _modulate_backward(gradient: Tensor, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients at x, shift and scale of ``modulate``."""
+    if native.usable(x):
+        return native.modulate_backward(gradient, x, scale)
     normed, mean, deviation = aten.native_layer_norm(x, x.shape[-1:], None, None, NORM_EPS)
     inner = gradient * (1 + scale)
     outer = aten.native_layer_norm_backward(inner, x, x.shape[-1:], mean, deviation, None, None, [True, False, False])[

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from magicdrive_core.model.attention import attend, attend_neighbours, attend_packed, neighbour_pairs
+from magicdrive_core.model.attention import attend_context, attend_neighbours, attend_packed, neighbour_pairs
 from magicdrive_core.model.kernels import modulated_linear, modulated_mlp
 from magicdrive_core.model.parallel import Places
 
@@ -80,7 +80,7 @@ class SpatialAttention(PackedAttention):
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor, places: Places) -> Tensor:
         """(..., S, C) -> (..., S, C)."""
         packed = places.by_heads(self.project(x, shift, scale).flatten(0, -5))
-        seen = attend_packed(packed, self.norm, places.count)
+        seen = attend_packed(packed[None], self.norm, places.count)[0]
         return self.proj(places.by_places(seen).flatten(-2)).view(x.shape)
 
 
@@ -89,9 +89,9 @@ class TemporalAttention(PackedAttention):
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor, angles: Tensor) -> Tensor:
         """(..., T, S, C) -> (..., T, S, C), ``angles`` (T, d/2, 2)."""
-        by_place = self.project(x, shift, scale).transpose(-5, -4)
-        seen = attend_packed(by_place.flatten(0, -5), self.norm, x.shape[-3], angles)
-        return self.proj(seen.flatten(-2).view(x.transpose(-3, -2).shape).transpose(-3, -2))
+        by_place = self.project(x, shift, scale).flatten(0, -6).transpose(1, 2)
+        seen = attend_packed(by_place, self.norm, x.shape[-3], angles)
+        return self.proj(seen.transpose(1, 2).flatten(-2)).unflatten(0, x.shape[:-3])
 
 
 class CrossAttention(nn.Module):
@@ -111,10 +111,10 @@ class CrossAttention(nn.Module):
         return functional.linear(rows, *(part.flatten(0, 2) for part in parts))
 
     def forward(self, x: Tensor, kv: Tensor, bias: Tensor | None, places: Places) -> Tensor:
-        """Attention of ``x`` (..., S, C) to ``kv`` (..., L, 2c) under ``bias`` (R, 1, 1, L), R all of '...'."""
+        """Attention of ``x`` (..., S, C) to ``kv`` (..., L, 2c) under ``bias`` (R, L), R all of '...'."""
         q = places.by_heads(self.q_linear(x.flatten(0, -3)).unflatten(-1, (self.heads, -1)))
-        k, v = kv.flatten(0, -3).unflatten(-1, (2, *q.shape[2:])).unbind(-3)
-        return self.proj(places.by_places(attend(q, k, v, bias)).flatten(-2)).view(x.shape)
+        seen = attend_context(q, kv.flatten(0, -3).unflatten(-1, (2, *q.shape[2:])), bias)
+        return self.proj(places.by_places(seen).flatten(-2)).view(x.shape)
 
 
 class CrossViewAttention(PackedAttention):

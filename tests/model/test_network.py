@@ -188,10 +188,10 @@ def test_every_trainable_parameter_gets_a_gradient_and_checkpointing_the_same(st
 
 
 def test_gradients_are_those_of_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Elsewhere than on a CPU torch chooses the kernel of attention, and the MLP keeps its hidden activations."""
+    """Elsewhere than on a CPU torch's kernels do it, and the MLP keeps its hidden activations."""
     net = network()
     here = gradients_of(net)
-    monkeypatch.setattr("magicdrive_core.model.attention._trains_on_cpu", lambda _: False)
+    monkeypatch.setattr("magicdrive_core.native.ops.usable", lambda _: False)
     monkeypatch.setattr("magicdrive_core.model.kernels._keeps_hidden", lambda _: True)
     for name, gradient in gradients_of(net).items():
         torch.testing.assert_close(here[name], gradient, rtol=1e-5, atol=1e-6 * float(gradient.abs().max()) + 1e-9)
