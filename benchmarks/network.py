@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 
 import torch
@@ -38,6 +39,7 @@ PRODUCT_FLOP = 2 * PRODUCT**3
 PUBLISHED = {"forward": 8.4 * 308e9 / PRODUCT_FLOP, "forward + backward": 35 * 308e9 / PRODUCT_FLOP}
 LATENTS = (5, 28, 50)
 
+
 def attention_flop(queries: int, keys: int, width: int, products: int = 2) -> int:
     """Of so many products of queries and keys; a backward pass makes five."""
     return products * 2 * queries * keys * width
@@ -53,7 +55,7 @@ def context_flop(q: Sequence[int], kv: Sequence[int], products: int) -> int:
     return rows * attention_flop(tokens, kv[1], heads * d, products)
 
 
-# What torch's own count leaves out: attention on a CPU, sums into a product's result, and GELU with its linear map.
+# What torch's own count leaves out: attention on a CPU, our own kernels, and sums into a product's result.
 UNCOUNTED = {
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda gradient, q, k, v, *_, **__: (
@@ -70,7 +72,8 @@ UNCOUNTED = {
     own.attend_context: lambda q, kv, *_, **__: context_flop(q, kv, 2),
     own.attend_context_backward: lambda gradient, q, kv, *_, **__: context_flop(q, kv, 5),
     aten.addmm_: lambda _, a, b, *__, **___: 2 * a[0] * a[1] * b[1],
-    torch.ops.mkldnn._linear_pointwise: lambda x, weight, *_, **__: 2 * x[0] * weight[0] * weight[1],
+    own.modulated_linear: lambda x, shift, scale, weight, *_, **__: 2 * prod(x[:-1]) * weight[0] * weight[1],
+    own.mlp: lambda x, shift, scale, up, *_, **__: 4 * prod(x[:-1]) * up[0] * up[1],
 }
 FRAMES, SLOTS, TOKENS, KEPT = 17, 32, 64, 41
 

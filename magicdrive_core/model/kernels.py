@@ -1,7 +1,7 @@
 """The costly steps of a block as single autograd functions, so that a training step keeps little and copies little.
 
-Plain autograd would keep the modulated input of every linear map and the MLP's activations. Here the cheap ones are
-computed again in the backward pass. R stands for all leading dimensions but the last.
+Plain autograd would keep the modulated input of every linear map and what GELU gives. Here these are computed again in
+the backward pass. In fp32 on a CPU the kernels are our own (native/). R stands for all leading dimensions but the last.
 """
 
 from __future__ import annotations
@@ -16,11 +16,7 @@ from torch.nn import functional
 from magicdrive_core.native import ops as native
 
 NORM_EPS = 1e-6
-GELU_SCALE = 1.5957691216057308  # 2 sqrt(2 / pi)
-GELU_CUBE = 0.044715 * GELU_SCALE
 ROWS = 512
-# Whether oneDNN's linear map with GELU in it is the faster way: its tanh is slow without AVX-512 (docs/log.md).
-ONEDNN_GELU = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 aten = torch.ops.aten
 
@@ -47,34 +43,15 @@ def modulated_mlp(
     x: Tensor, shift: Tensor, scale: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor
 ) -> Tensor:
     """Linear(GELU(Linear(LN(x) * (1 + scale) + shift))), GELU in its tanh form: (R, C) -> (R, C)."""
-    return _ModulatedMlp.apply(x, shift, scale, up, up_bias, down, down_bias)
-
-
-def gelu(x: Tensor) -> Tensor:
-    """GELU's tanh form, x sigmoid(2 u) with u = sqrt(2/pi) (x + 0.044715 x^3): half the time of tanh on a CPU."""
-    return _gelu_gate(x).mul_(x) if x.device.type == "cpu" else functional.gelu(x, approximate="tanh")
-
-
-def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """GELU(Linear(x)): (R, C) -> (R, D)."""
-    if ONEDNN_GELU and x.device.type == "cpu" and x.dtype != torch.float64:  # which oneDNN does not know
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "tanh")
-    return gelu(functional.linear(x, weight, bias))
-
-
-def _gelu_gate(x: Tensor) -> Tensor:
-    return torch.addcmul(x.new_tensor(GELU_SCALE), x, x, value=GELU_CUBE).mul_(x).sigmoid_()
+    trains = torch.is_grad_enabled() and any(each.requires_grad for each in (x, shift, up))
+    return _ModulatedMlp.apply(x, shift, scale, up, up_bias, down, down_bias, trains)
 
 
 def _gelu_backward(x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """GELU(x), and the gradient at x; both may take the place of what was given."""
+    """GELU(x), and the gradient at x; ``gradient`` is used up."""
     if native.usable(x):
-        native.gelu_backward(x, gradient)
-        return x, gradient
-    gate = _gelu_gate(x)
-    value = x * gate
-    slope = torch.addcmul(x.new_tensor(GELU_SCALE), x, x, value=3 * GELU_CUBE).mul_(value)
-    return value, torch.addcmul(slope, slope, gate, value=-1).add_(gate).mul_(gradient)
+        return native.gelu_backward(x, gradient), gradient
+    return functional.gelu(x, approximate="tanh"), aten.gelu_backward(gradient, x, approximate="tanh")
 
 
 def _modulate_backward(gradient: Tensor, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,6 +71,8 @@ class _ModulatedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, shift, scale, weight)
         ctx.has_bias = bias is not None
+        if native.usable(x) and native.serves(weight):
+            return native.modulated_linear(x, shift, scale, weight, bias)
         return functional.linear(modulate(x, shift, scale), weight, bias)
 
     @staticmethod
@@ -107,53 +86,45 @@ class _ModulatedLinear(torch.autograd.Function):
 
 
 class _ModulatedMlp(torch.autograd.Function):
-    """In pieces of rows: activations that are made, used and dropped in cache cost a third of the time.
-
-    On a CPU the backward pass makes the hidden activations, four times the tokens, again: a sixth of what a training
-    step keeps, for a twentieth of its time. Elsewhere blocks are checkpointed where memory is short.
-    """
-
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor
+        ctx: Any,
+        x: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        up: Tensor,
+        up_bias: Tensor,
+        down: Tensor,
+        down_bias: Tensor,
+        trains: bool,
     ) -> Tensor:
-        pieces = modulate(x, shift, scale).flatten(0, -2).split(_rows_at_once(x))
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        hidden = []
-        for z, result in zip(pieces, out.flatten(0, -2).split(_rows_at_once(x)), strict=True):
-            if any(ctx.needs_input_grad) and _keeps_hidden(x):
-                hidden.append(functional.linear(z, up, up_bias))
-                value = gelu(hidden[-1])
-            else:
-                value = gelu_linear(z, up, up_bias)
-            torch.addmm(down_bias, value, down.t(), out=result)
-        ctx.save_for_backward(x, shift, scale, up, up_bias, down, *hidden)
+        if native.usable(x) and native.serves(up):
+            out, hidden = native.mlp(x, shift, scale, up, up_bias, down, down_bias, keep=trains)
+        else:
+            hidden = functional.linear(modulate(x, shift, scale).flatten(0, -2), up, up_bias)
+            out = functional.linear(functional.gelu(hidden, approximate="tanh"), down, down_bias).view(x.shape)
+        ctx.save_for_backward(x, shift, scale, up, down, hidden)
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
-        x, shift, scale, up, up_bias, down, *hidden = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, shift, scale, up, down, hidden = ctx.saved_tensors
         rows = _rows_at_once(x)
-        pieces = modulate(x, shift, scale).flatten(0, -2).split(rows)
+        inputs, d_z = modulate(x, shift, scale).flatten(0, -2), x.new_empty(x[..., 0].numel(), x.shape[-1])
         d_up, d_down, d_up_bias = torch.zeros_like(up), torch.zeros_like(down), up.new_zeros(len(up))
-        d_z = x.new_empty(x.shape).flatten(0, -2)
-        activations = hidden or (functional.linear(z, up, up_bias) for z in pieces)
-        parts = zip(pieces, activations, gradient.flatten(0, -2).split(rows), d_z.split(rows), strict=True)
-        for z, activation, d_out, result in parts:
-            value, d_hidden = _gelu_backward(activation, d_out @ down)
+        for z, some, d_out, result in zip(
+            *(tensor.split(rows) for tensor in (inputs, hidden, gradient.flatten(0, -2), d_z)), strict=True
+        ):
+            value, d_hidden = _gelu_backward(some, d_out @ down)
             d_down.addmm_(d_out.t(), value)
             d_up.addmm_(d_hidden.t(), z)
             d_up_bias.add_(d_hidden.sum(0))
             torch.mm(d_hidden, up, out=result)
         dx, d_shift, d_scale = _modulate_backward(d_z.view(x.shape), x, shift, scale)
-        return dx, d_shift, d_scale, d_up, d_up_bias, d_down, gradient.flatten(0, -2).sum(0)
-
-
-def _keeps_hidden(x: Tensor) -> bool:
-    return x.device.type != "cpu"
+        return dx, d_shift, d_scale, d_up, d_up_bias, d_down, gradient.flatten(0, -2).sum(0), None
 
 
 def _rows_at_once(x: Tensor) -> int:
-    """Rows of an MLP in one piece: on a CPU so few that the hidden activations stay in its cache."""
+    """Rows of an MLP whose gradients are made in one piece: on a CPU so few that these stay in its cache."""
     return ROWS if x.device.type == "cpu" else max(1, x[..., 0].numel())

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from magicdrive_core.model.step_cache import StepCache
 
 PATCH = 2
-TOKENS_AT_ONCE = {"cpu": 2048, "gpu": 65536}  # in a group of views, unless one view has more
+TOKENS_AT_ONCE = {"cpu": 16384, "gpu": 65536}  # in a group of views, unless one view has more
 SLICE_TOKENS = 65536
 KEPT_BYTES = (
     1 << 30

@@ -7,15 +7,14 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <vector>
 
+#include "formulas.h"
 #include "product.h"
+#include "scratch.h"
 
 namespace {
 
-constexpr float NORM_EPS = 1e-6f;
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
-constexpr int64_t AHEAD = 8;  // rows
 constexpr int64_t SCORES = 1 << 15;  // of a block of queries, at most: 128 KB
 
 }  // namespace
@@ -41,33 +40,6 @@ namespace {
 
 float* at(const Heads& of, int64_t outer, int64_t inner, int64_t head) {
     return of.data + outer * of.outer + inner * of.inner + head * of.head;
-}
-
-// Memory of one thread that stays for its next call: fresh pages cost more than what is computed on them.
-class Scratch {
-   public:
-    float* take(int64_t floats) {
-        float* taken = memory() + used_;
-        used_ += round_up(floats, LANES);
-        return taken;
-    }
-    static void reserve(int64_t floats) {
-        if (int64_t(store_.size()) < floats + LANES) store_.resize(floats + LANES);
-    }
-
-   private:
-    static float* memory() {
-        return reinterpret_cast<float*>(round_up(reinterpret_cast<int64_t>(store_.data()), LANES * 4));
-    }
-    int64_t used_ = 0;
-    static thread_local std::vector<float> store_;
-};
-
-thread_local std::vector<float> Scratch::store_;
-
-// Asks for a row of d floats that is needed soon: rows lie so far apart that no processor guesses them by itself.
-void prefetch(const float* row, int64_t d) {
-    for (int64_t c = 0; c < d; c += 16) __builtin_prefetch(row + c);
 }
 
 // Of one token and head: x * inverse * norm, turned, times `scale`. Without norm x itself is turned and scaled.
@@ -161,18 +133,6 @@ void softmax_backward(float* row, float* slopes, float inverse, int64_t columns)
     for (int64_t j = 0; j < columns; j += LANES) store(slopes + j, load(row + j) * (load(slopes + j) - mean));
 }
 
-// Of (rows, columns) with rows `from_row` apart makes (columns, rows) with rows `to_row` apart; the latter is also to
-// which number rows are made up, with zeros. Columns are made up to whole vectors.
-void turn(const float* from, int64_t rows, int64_t from_row, int64_t columns, int64_t to_row, float* to) {
-    for (int64_t i = 0; i < to_row; i += LANES)
-        for (int64_t j = 0; j < columns; j += LANES) {
-            Vec square[LANES];
-            for (int64_t r = 0; r < LANES; ++r) square[r] = i + r < rows ? load(from + (i + r) * from_row + j) : Vec{};
-            transpose(square);
-            for (int64_t c = 0; c < LANES; ++c) store(to + (j + c) * to_row + i, square[c]);
-        }
-}
-
 // One head's keys and values, packed.
 struct Packed {
     int64_t keys, columns, d, width;  // columns and width: keys and d made up to whole vectors
@@ -194,8 +154,6 @@ struct Packed {
     void fill(const Attention& a, int64_t outer, int64_t inner, int64_t head) {
         const float *from_k = at(a.k, outer, inner, head), *from_v = at(a.v, outer, inner, head);
         for (int64_t j = 0; j < keys; ++j) {
-            prefetch(from_k + (j + AHEAD) * a.k.token, d);
-            prefetch(from_v + (j + AHEAD) * a.v.token, d);
             const float* angles = a.angles ? a.angles + j * d : nullptr;
             prepare(from_k + j * a.k.token, a.k_norm, angles, 1, d, k + j * width);
             std::memcpy(v + j * width, from_v + j * a.v.token, d * sizeof(float));
@@ -226,7 +184,6 @@ void fill_queries(const Attention& a, int64_t outer, int64_t inner, int64_t head
     std::memset(q, 0, round_up(rows.count, TALL) * width * sizeof(float));
     for (int64_t i = 0; i < rows.count; ++i) {
         const int64_t token = rows.begin + i;
-        prefetch(from + (token + AHEAD) * a.q.token, a.d);
         prepare(from + token * a.q.token, a.q_norm, a.angles ? a.angles + token * a.d : nullptr, scale, a.d,
                 q + i * width);
     }
@@ -246,8 +203,7 @@ void attention(const Attention* of, Heads out, int add, int threads) {
     const int64_t columns = round_up(a.keys, LANES), width = round_up(a.d, LANES);
 #pragma omp parallel num_threads(threads)
     {
-        Scratch::reserve(Packed::floats(a) + block * (columns + 2 * width) + 8 * LANES);
-        Scratch scratch;
+        Scratch scratch(Packed::floats(a) + block * (columns + 2 * width) + 8 * LANES);
         Packed packed(a, scratch, false);
         float* q = scratch.take(block * width);
         float* scores = scratch.take(block * columns);
@@ -287,8 +243,7 @@ void attention_backward(const Attention* of, Heads gradient, Heads at_q, Heads a
     const float scale = 1 / std::sqrt(float(a.d));
 #pragma omp parallel num_threads(threads)
     {
-        Scratch::reserve(Packed::floats(a) + (2 * block + 2 * (width + TALL)) * columns + (3 * block + 2 * columns + 3) * width + 16 * LANES);
-        Scratch scratch;
+        Scratch scratch(Packed::floats(a) + (2 * block + 2 * (width + TALL)) * columns + (3 * block + 2 * columns + 3) * width + 16 * LANES);
         Packed packed(a, scratch, true);
         float* q = scratch.take(block * width);
         float* from = scratch.take(block * width);

@@ -10,6 +10,7 @@ from torch import Tensor
 from magicdrive_core.native.library import library
 
 _LONG, _FLOATS = ctypes.c_int64, ctypes.c_void_p
+WIDTHS = 16  # sizes of linear maps are multiples of it: no processor has longer vectors of floats
 
 
 class _Heads(ctypes.Structure):
@@ -73,7 +74,7 @@ class Attention:
             add: whether to add at q, and at k and v, instead of writing.
         """
         places = (_Heads.of(each) for each in at)
-        norms_at = None if norms is None else ctypes.c_void_p(norms.data_ptr())
+        norms_at = None if norms is None else _floats(norms)
         flags = (int(each) for each in add)
         _call("attention_backward", ctypes.byref(self._given), _Heads.of(gradient), *places, norms_at, *flags)
 
@@ -83,26 +84,71 @@ def new_norms(norm: Tensor) -> Tensor:
     return norm.new_zeros(torch.get_num_threads(), *norm.shape)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, period: int, out: Tensor) -> None:
-    """LN(x) * (1 + scale) + shift of contiguous rows (R, C): row r has that of r / period % groups (groups, C)."""
-    addresses = (ctypes.c_void_p(each.data_ptr()) for each in (x, shift, scale))
-    sizes = (_LONG(size) for size in (*x.shape, period, len(shift)))
-    _call("modulate", *addresses, *sizes, ctypes.c_void_p(out.data_ptr()))
+class _Weights(ctypes.Structure):
+    _fields_ = (("weight", _FLOATS), ("bias", _FLOATS), ("inputs", _LONG), ("outputs", _LONG))
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None) -> _Weights:
+        return cls(weight.data_ptr(), None if bias is None else bias.data_ptr(), weight.shape[1], weight.shape[0])
 
 
-def modulate_backward(gradient: Tensor, x: Tensor, scale: Tensor, period: int, at_x: Tensor) -> tuple[Tensor, Tensor]:
-    """Writes the gradient at ``x`` and returns those at shift and scale."""
-    sums = x.new_zeros(torch.get_num_threads(), len(scale), 2, x.shape[1])
-    addresses = (ctypes.c_void_p(each.data_ptr()) for each in (gradient, x, scale))
-    sizes = (_LONG(size) for size in (*x.shape, period, len(scale)))
-    _call("modulate_backward", *addresses, *sizes, *(ctypes.c_void_p(each.data_ptr()) for each in (at_x, sums)))
-    return sums[:, :, 0].sum(0), sums[:, :, 1].sum(0)
+class _Modulation(ctypes.Structure):
+    _fields_ = (("shift", _FLOATS), ("scale", _FLOATS), ("period", _LONG), ("groups", _LONG))
 
 
-def gelu_backward(x: Tensor, gradient: Tensor) -> None:
-    """Makes of contiguous ``x`` GELU(x), and of the gradient there that at x."""
-    addresses = (ctypes.c_void_p(each.data_ptr()) for each in (x, gradient))
-    _call("gelu_backward", *addresses, _LONG(x.numel()))
+class Modulation:
+    """LN(x) * (1 + scale) + shift of contiguous rows: row r has that of r / period % groups.
+
+    Args:
+        shift: (groups, C), contiguous; scale alike.
+        period: rows.
+    """
+
+    def __init__(self, shift: Tensor, scale: Tensor, period: int) -> None:
+        self._held = shift, scale
+        self._given = _Modulation(shift.data_ptr(), scale.data_ptr(), period, len(shift))
+
+    def forward(self, x: Tensor, out: Tensor) -> None:
+        """(R, C), in and out."""
+        _call("modulate", _floats(x), _LONG(len(x)), _LONG(x.shape[1]), ctypes.byref(self._given), _floats(out))
+
+    def backward(self, gradient: Tensor, x: Tensor, at_x: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes the gradient at ``x`` and returns those at shift and scale."""
+        sums = x.new_zeros(torch.get_num_threads(), *self._held[0].shape[:1], 2, x.shape[1])
+        sizes = _LONG(len(x)), _LONG(x.shape[1])
+        given = ctypes.byref(self._given)
+        _call("modulate_backward", _floats(gradient), _floats(x), *sizes, given, _floats(at_x), _floats(sums))
+        return sums[:, :, 0].sum(0), sums[:, :, 1].sum(0)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        """Linear(x modulated): ``x`` (R, C), ``weight`` (D, C), both in multiples of ``WIDTHS``, ``out`` (R, D)."""
+        weights = ctypes.byref(_Weights.of(weight, bias))
+        _call("linear", _floats(x), _LONG(len(x)), weights, ctypes.byref(self._given), _floats(out))
+
+    def mlp(
+        self, x: Tensor, up: tuple[Tensor, Tensor], down: tuple[Tensor, Tensor], hidden: Tensor | None, out: Tensor
+    ) -> None:
+        """Linear(GELU(Linear(x modulated))), contiguous.
+
+        Args:
+            x: (R, C).
+            up: weight (D, C) and bias (D), both sizes in multiples of ``WIDTHS``.
+            down: weight (C, D) and bias (C).
+            hidden: (R, D) for what GELU is given; or None.
+            out: (R, C).
+        """
+        maps = (ctypes.byref(_Weights.of(*each)) for each in (up, down))
+        kept = None if hidden is None else _floats(hidden)
+        _call("mlp", _floats(x), _LONG(len(x)), *maps, ctypes.byref(self._given), kept, _floats(out))
+
+
+def gelu_backward(x: Tensor, gradient: Tensor, value: Tensor) -> None:
+    """Writes GELU(x) to ``value``, and makes of the gradient there that at x; all contiguous."""
+    _call("gelu_backward", _floats(x), _floats(gradient), _LONG(x.numel()), _floats(value))
+
+
+def _floats(x: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(x.data_ptr())
 
 
 def _call(name: str, *arguments: object) -> None:

@@ -23,7 +23,7 @@ from magicdrive_core.files import atomic_file
 logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
-SOURCES = ("attention.cpp", "pointwise.cpp")
+SOURCES = ("attention.cpp", "linear.cpp", "pointwise.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")  # torch has the same OpenMP loaded
 
 

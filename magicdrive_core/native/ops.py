@@ -12,10 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from magicdrive_core.native.calls import Attention, new_norms
+from magicdrive_core.native.calls import WIDTHS, Attention, Modulation, new_norms
 from magicdrive_core.native.calls import gelu_backward as call_gelu_backward
-from magicdrive_core.native.calls import modulate as call_modulate
-from magicdrive_core.native.calls import modulate_backward as call_modulate_backward
 from magicdrive_core.native.library import library
 
 
@@ -62,9 +60,7 @@ def _(packed: Tensor, norm: Tensor, count: int, angles: Tensor | None) -> Tensor
 
 
 @_attend_packed_backward.register_fake
-def _(
-    gradient: Tensor, packed: Tensor, norm: Tensor, count: int, angles: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _(gradient: Tensor, packed: Tensor, norm: Tensor, count: int, angles: Tensor | None) -> tuple[Tensor, Tensor]:
     return torch.empty_like(packed), torch.empty_like(norm)
 
 
@@ -166,9 +162,7 @@ def attend_context(q: Tensor, kv: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @torch.library.custom_op("magicdrive::attend_context_backward", mutates_args=(), device_types="cpu")
-def _attend_context_backward(
-    gradient: Tensor, q: Tensor, kv: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _attend_context_backward(gradient: Tensor, q: Tensor, kv: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     at_q, at_kv = q.new_empty(q.shape), kv.new_empty(kv.shape)
     at = at_q[None], at_kv[None, :, :, 0], at_kv[None, :, :, 1]
     _to_context(q, kv, bias).backward(_with_channels_together(gradient)[None], at, None, (False, False))
@@ -196,7 +190,7 @@ def _from_context(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 attend_context.register_autograd(_from_context, setup_context=_keep_context)
 
 
-# Norm, modulation, GELU -----------------------------------------------------------------------------------------------
+# Norm, modulation, MLP ------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("magicdrive::modulate", mutates_args=(), device_types="cpu")
@@ -210,7 +204,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """
     x = x.contiguous()
     out = torch.empty_like(x)
-    call_modulate(x.view(-1, x.shape[-1]), _rows(shift), _rows(scale), _period(x, shift), out)
+    _modulation(x, shift, scale).forward(_rows(x), out)
     return out
 
 
@@ -218,15 +212,67 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def modulate_backward(gradient: Tensor, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """From the gradient at what ``modulate`` gave those at x, shift and scale."""
     gradient, x = gradient.contiguous(), x.contiguous()
-    at_x, rows = torch.empty_like(x), x.view(-1, x.shape[-1])
-    at_shift, at_scale = call_modulate_backward(gradient, rows, _rows(scale), _period(x, scale), at_x)
-    return at_x, at_shift.reshape(scale.shape), at_scale.reshape(scale.shape)
+    at_x = torch.empty_like(x)
+    at_shift, at_scale = _modulation(x, scale, scale).backward(gradient, _rows(x), at_x)
+    return at_x, at_shift.view(scale.shape), at_scale.view(scale.shape)
 
 
-@torch.library.custom_op("magicdrive::gelu_backward", mutates_args=("x", "gradient"), device_types="cpu")
-def gelu_backward(x: Tensor, gradient: Tensor) -> None:
-    """Makes of ``x`` GELU(x) in its tanh form, and of the gradient there that at x; both contiguous."""
-    call_gelu_backward(x, gradient)
+@torch.library.custom_op("magicdrive::modulated_linear", mutates_args=(), device_types="cpu")
+def modulated_linear(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Linear(LN(x) * (1 + scale) + shift).
+
+    Args:
+        x: (..., C); shift and scale as of ``modulate``.
+        weight: (D, C); bias (D) or None.
+
+    Returns:
+        (..., D).
+    """
+    out = x.new_empty(*x.shape[:-1], len(weight))
+    x = x.contiguous()
+    _modulation(x, shift, scale).linear(_rows(x), weight.contiguous(), bias, out)
+    return out
+
+
+@torch.library.custom_op("magicdrive::mlp", mutates_args=(), device_types="cpu")
+def mlp(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    up: Tensor,
+    up_bias: Tensor,
+    down: Tensor,
+    down_bias: Tensor,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """Linear(GELU(Linear(LN(x) * (1 + scale) + shift))), GELU in its tanh form.
+
+    Args:
+        x: (..., C); shift and scale as of ``modulate``.
+        up: (D, C), up_bias (D), down (C, D), down_bias (C).
+        keep: whether to give what GELU was given.
+
+    Returns:
+        (..., C), and (R, D) or nothing, R all of '...'.
+    """
+    x = x.contiguous()
+    out, hidden = torch.empty_like(x), x.new_empty(_hidden_shape(x, up, keep))
+    maps = (up.contiguous(), up_bias), (down.contiguous(), down_bias)
+    _modulation(x, shift, scale).mlp(_rows(x), *maps, hidden if keep else None, out)
+    return out, hidden
+
+
+def serves(weight: Tensor) -> bool:
+    """Whether ``modulated_linear`` and ``mlp`` know linear maps of these sizes (D, C)."""
+    return weight.shape[0] % WIDTHS == 0 and weight.shape[1] % WIDTHS == 0
+
+
+@torch.library.custom_op("magicdrive::gelu_backward", mutates_args=("gradient",), device_types="cpu")
+def gelu_backward(x: Tensor, gradient: Tensor) -> Tensor:
+    """GELU(x), and makes of the gradient there that at x; both contiguous."""
+    value = torch.empty_like(x)
+    call_gelu_backward(x, gradient, value)
+    return value
 
 
 @modulate.register_fake
@@ -239,8 +285,21 @@ def _(gradient: Tensor, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tenso
     return x.new_empty(x.shape), scale.new_empty(scale.shape), scale.new_empty(scale.shape)
 
 
+@modulated_linear.register_fake
+def _(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(weight))
+
+
+@mlp.register_fake
+def _(
+    x: Tensor, shift: Tensor, scale: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor, keep: bool
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(_hidden_shape(x, up, keep))
+
+
 @gelu_backward.register_fake
-def _(x: Tensor, gradient: Tensor) -> None: ...
+def _(x: Tensor, gradient: Tensor) -> Tensor:
+    return torch.empty_like(x)
 
 
 def _keep_modulated(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -292,9 +351,17 @@ def _with_channels_together(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _rows(modulation: Tensor) -> Tensor:
-    """(..., C) -> (groups, C)."""
-    return modulation.reshape(-1, modulation.shape[-1]).contiguous()
+def _rows(x: Tensor) -> Tensor:
+    """(..., C) -> (R, C), contiguous."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def _hidden_shape(x: Tensor, up: Tensor, keep: bool) -> tuple[int, int]:
+    return x[..., 0].numel() if keep else 0, up.shape[0]
+
+
+def _modulation(x: Tensor, shift: Tensor, scale: Tensor) -> Modulation:
+    return Modulation(_rows(shift), _rows(scale), _period(x, shift))
 
 
 def _period(x: Tensor, modulation: Tensor) -> int:

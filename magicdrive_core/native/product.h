@@ -9,7 +9,7 @@ constexpr int WIDE = 4;  // vectors of its rows: 6 x 4 sums leave 8 of 32 regist
 #else
 constexpr int WIDE = 2;  // 6 x 2 sums leave 4 of 16 registers
 #endif
-constexpr int64_t DEPTH = 128;  // of a product at a time: its right side, 128 x 64 floats, stays in the first cache
+constexpr int64_t DEPTH = 384;  // of a product at a time: what of the right side is in use stays in the second cache
 
 // A matrix read by its rows' and columns' distances.
 struct Matrix {
@@ -19,8 +19,8 @@ struct Matrix {
 
 // TALL rows and N vectors of columns of `result` (+)= left right; the right side's columns lie side by side.
 template <int N>
-static inline void tile(int64_t depth, Matrix left, const float* right, int64_t right_row, float* result,
-                        int64_t result_row, bool add) {
+__attribute__((always_inline)) static inline void tile(int64_t depth, Matrix left, const float* right,
+                                                       int64_t right_row, float* result, int64_t result_row, bool add) {
     Vec sums[TALL][N] = {};
     for (int64_t k = 0; k < depth; ++k) {
         Vec b[N];
@@ -43,20 +43,29 @@ static inline void tile(int64_t depth, Matrix left, const float* right, int64_t 
 }
 
 // result (+)= left right. Rows are made up to a multiple of TALL, columns of LANES: memory must be there for them.
-static inline void product(int64_t rows, int64_t columns, int64_t depth, Matrix left, const float* right, int64_t right_row,
-                    float* result, int64_t result_row, bool add) {
+// With `Stream` the right side is one of many panels, WIDE vectors wide, on the way through far memory: what follows is
+// asked for while a part is in use.
+template <bool Stream = false>
+static inline void product(int64_t rows, int64_t columns, int64_t depth, Matrix left, const float* right,
+                           int64_t right_row, float* result, int64_t result_row, bool add) {
     for (int64_t begin = 0; begin < depth; begin += DEPTH) {
         const int64_t part = depth - begin < DEPTH ? depth - begin : DEPTH;
+        const bool onto = add || begin > 0;
         for (int64_t j = 0; j < columns; j += WIDE * LANES) {
             const int64_t vectors = round_up(columns - j, LANES) / LANES;
             const float* b = right + begin * right_row + j;
+            const float* next = b + part * right_row;
+            const int64_t share = round_up(part * right_row * TALL / rows, 16);
             for (int64_t i = 0; i < rows; i += TALL) {
+                if (Stream) {
+                    for (int64_t c = 0; c < share; c += 16) __builtin_prefetch(next + c, 0, 2);
+                    next += share;
+                }
                 const Matrix a = {left.data + i * left.row + begin * left.column, left.row, left.column};
                 float* c = result + i * result_row + j;
-                const bool onto = add || begin > 0;
                 if (vectors >= WIDE)
                     tile<WIDE>(part, a, b, right_row, c, result_row, onto);
-#if defined(__AVX512F__)
+#ifdef __AVX512F__
                 else if (vectors == 3)
                     tile<3>(part, a, b, right_row, c, result_row, onto);
                 else if (vectors == 2)

@@ -88,3 +88,15 @@ static inline void transpose(Vec (&square)[LANES]) {
     exchange<4>(square);
     if (LANES == 16) exchange<8 % LANES>(square);
 }
+
+// Of (rows, columns) with rows `from_row` apart makes (columns, rows) with rows `to_row` apart; the latter is also to
+// which number rows are made up, with zeros. Columns are made up to whole vectors.
+static inline void turn(const float* from, int64_t rows, int64_t from_row, int64_t columns, int64_t to_row, float* to) {
+    for (int64_t i = 0; i < to_row; i += LANES)
+        for (int64_t j = 0; j < columns; j += LANES) {
+            Vec square[LANES];
+            for (int64_t r = 0; r < LANES; ++r) square[r] = i + r < rows ? load(from + (i + r) * from_row + j) : Vec{};
+            transpose(square);
+            for (int64_t c = 0; c < LANES; ++c) store(to + (j + c) * to_row + i, square[c]);
+        }
+}

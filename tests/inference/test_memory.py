@@ -5,12 +5,10 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
 from magicdrive_core import cli
@@ -18,7 +16,6 @@ from magicdrive_core.inference import memory_table
 from magicdrive_core.inference.live_memory import FusedAttention, LiveMemory
 from magicdrive_core.inference.memory import Peaks, Planner, Setting
 from magicdrive_core.inference.memory_table import PUBLISHED, SP_SIZES
-from magicdrive_core.model import kernels
 from magicdrive_core.model import network as network_module
 from tests.model.networks import conditions, config, network, noisy
 
@@ -57,9 +54,6 @@ def test_the_plan_is_within_a_tenth_of_a_real_run(limit: int | None, monkeypatch
     """The network on meta tensors against the same on real ones, on a CPU that takes a GPU's paths."""
     monkeypatch.setattr(network_module, "TOKENS_AT_ONCE", {"cpu": 65536, "gpu": 65536})
     monkeypatch.setattr("magicdrive_core.native.ops.usable", lambda _: False)
-    monkeypatch.setattr(kernels, "ROWS", 65536)
-    monkeypatch.setattr(kernels, "ONEDNN_GELU", False)
-    monkeypatch.setattr(kernels, "gelu", partial(functional.gelu, approximate="tanh"))
     real = network(width=128, heads=4, ego_heads=4, box_heads=4).requires_grad_(False)
     real.slice_tokens = limit
     told, x, t = replace(conditions(slots=5), box_latent=torch.zeros(1, 5, 128)), noisy(size=(24, 40)), torch.zeros(1)
