@@ -40,22 +40,38 @@ class Panels {
             turn(of_.weight + j * of_.inputs, columns(j), of_.inputs, of_.inputs, PANEL, panels_ + j * of_.inputs);
     }
 
-    // Calls `use(row, column, x weight' + bias)` for every vector of the results of `rows` rows; `tile` (rows, PANEL) is
-    // for work.
-    template <class Use>
-    void multiply(const float* x, int64_t rows, float* tile, Use use) const {
+    // `to` = x weight' + bias, of `rows` rows, which are made up to a multiple of TALL in x; `tile` (TALL, PANEL) is for work.
+    void multiply(const float* x, int64_t rows, float* tile, float* to) const {
+        const int64_t whole = rows / TALL * TALL;
         for (int64_t j = 0; j < of_.outputs; j += PANEL) {
-            product<true>(rows, columns(j), of_.inputs, {x, of_.inputs, 1}, panels_ + j * of_.inputs, PANEL, tile, PANEL,
-                          false);
+            if (whole > 0) product_of(x, whole, j, to + j, of_.outputs);
+            if (whole == rows) continue;
+            product_of(x + whole * of_.inputs, TALL, j, tile, PANEL);
+            for (int64_t i = whole; i < rows; ++i)
+                std::memcpy(to + i * of_.outputs + j, tile + (i - whole) * PANEL, columns(j) * sizeof(float));
+        }
+    }
+
+    // GELU(x weight' + bias) of rows that are made up to a multiple of TALL in `to` too; `hidden` gets what GELU is given, or
+    // is null; `tile` (rows, PANEL).
+    void multiply_gelu(const float* x, int64_t rows, float* tile, float* hidden, float* to) const {
+        for (int64_t j = 0; j < of_.outputs; j += PANEL) {
+            product_of(x, rows, j, tile, PANEL);
             for (int64_t i = 0; i < rows; ++i)
                 for (int64_t c = 0; c < columns(j); c += LANES) {
-                    const Vec bias = of_.bias ? load(of_.bias + j + c) : Vec{};
-                    use(i, j + c, load(tile + i * PANEL + c) + bias);
+                    const Vec y = load(tile + i * PANEL + c);
+                    if (hidden) store(hidden + i * of_.outputs + j + c, y);
+                    store(to + i * of_.outputs + j + c, y * gelu_gate(y));
                 }
         }
     }
 
    private:
+    void product_of(const float* x, int64_t rows, int64_t j, float* to, int64_t to_row) const {
+        product<true>(rows, columns(j), of_.inputs, {x, of_.inputs, 1}, panels_ + j * of_.inputs, PANEL, to, to_row, false,
+                      of_.bias ? of_.bias + j : nullptr);
+    }
+
     int64_t columns(int64_t begin) const {
         const int64_t left = of_.outputs - begin;
         return left < PANEL ? left : PANEL;
@@ -99,9 +115,7 @@ void linear(const float* x, int64_t rows, const Weights* weights, const Modulati
         for (int64_t begin = 0; begin < rows; begin += block) {
             const int64_t count = rows - begin < block ? rows - begin : block;
             fill_rows(x, begin, count, of.inputs, *by, some);
-            panels.multiply(some, count, tile, [&](int64_t i, int64_t c, Vec y) {
-                store(out + (begin + i) * of.outputs + c, y);
-            });
+            panels.multiply(some, count, tile, out + begin * of.outputs);
         }
     }
 }
@@ -127,14 +141,9 @@ void mlp(const float* x, int64_t rows, const Weights* up, const Weights* down, c
         for (int64_t begin = 0; begin < rows; begin += block) {
             const int64_t count = rows - begin < block ? rows - begin : block;
             fill_rows(x, begin, count, width, *by, some);
-            ups.multiply(some, count, tile, [&](int64_t i, int64_t c, Vec y) {
-                if (hidden) store(hidden + (begin + i) * wide + c, y);
-                store(active + i * wide + c, y * gelu_gate(y));
-            });
+            ups.multiply_gelu(some, count, tile, hidden ? hidden + begin * wide : nullptr, active);
             std::memset(active + count * wide, 0, (round_up(count, TALL) - count) * wide * sizeof(float));
-            downs.multiply(active, count, tile, [&](int64_t i, int64_t c, Vec y) {
-                store(out + (begin + i) * width + c, y);
-            });
+            downs.multiply(active, count, tile, out + begin * width);
         }
     }
 }

@@ -17,11 +17,16 @@ struct Matrix {
     int64_t row, column;
 };
 
-// TALL rows and N vectors of columns of `result` (+)= left right; the right side's columns lie side by side.
+// TALL rows and N vectors of columns of `result` = left right + `start`, a row of which every row begins; null: what is
+// there for `add`, else zero. The right side's columns lie side by side.
 template <int N>
 __attribute__((always_inline)) static inline void tile(int64_t depth, Matrix left, const float* right,
-                                                       int64_t right_row, float* result, int64_t result_row, bool add) {
+                                                       int64_t right_row, float* result, int64_t result_row, bool add,
+                                                       const float* start) {
     Vec sums[TALL][N] = {};
+    if (start)
+        for (int i = 0; i < TALL; ++i)
+            for (int j = 0; j < N; ++j) sums[i][j] = load(start + j * LANES);
     for (int64_t k = 0; k < depth; ++k) {
         Vec b[N];
         for (int j = 0; j < N; ++j) b[j] = load(right + k * right_row + j * LANES);
@@ -42,18 +47,20 @@ __attribute__((always_inline)) static inline void tile(int64_t depth, Matrix lef
         }
 }
 
-// result (+)= left right. Rows are made up to a multiple of TALL, columns of LANES: memory must be there for them.
+// result (+)= left right, or left right + `start`, a row. Rows are made up to a multiple of TALL, columns of LANES: memory must be there for them.
 // With `Stream` the right side is one of many panels, WIDE vectors wide, on the way through far memory: what follows is
 // asked for while a part is in use.
 template <bool Stream = false>
 static inline void product(int64_t rows, int64_t columns, int64_t depth, Matrix left, const float* right,
-                           int64_t right_row, float* result, int64_t result_row, bool add) {
+                           int64_t right_row, float* result, int64_t result_row, bool add,
+                           const float* start = nullptr) {
     for (int64_t begin = 0; begin < depth; begin += DEPTH) {
         const int64_t part = depth - begin < DEPTH ? depth - begin : DEPTH;
         const bool onto = add || begin > 0;
         for (int64_t j = 0; j < columns; j += WIDE * LANES) {
             const int64_t vectors = round_up(columns - j, LANES) / LANES;
             const float* b = right + begin * right_row + j;
+            const float* first = start && !onto ? start + j : nullptr;
             const float* next = b + part * right_row;
             const int64_t share = round_up(part * right_row * TALL / rows, 16);
             for (int64_t i = 0; i < rows; i += TALL) {
@@ -64,15 +71,15 @@ static inline void product(int64_t rows, int64_t columns, int64_t depth, Matrix 
                 const Matrix a = {left.data + i * left.row + begin * left.column, left.row, left.column};
                 float* c = result + i * result_row + j;
                 if (vectors >= WIDE)
-                    tile<WIDE>(part, a, b, right_row, c, result_row, onto);
+                    tile<WIDE>(part, a, b, right_row, c, result_row, onto, first);
 #ifdef __AVX512F__
                 else if (vectors == 3)
-                    tile<3>(part, a, b, right_row, c, result_row, onto);
+                    tile<3>(part, a, b, right_row, c, result_row, onto, first);
                 else if (vectors == 2)
-                    tile<2>(part, a, b, right_row, c, result_row, onto);
+                    tile<2>(part, a, b, right_row, c, result_row, onto, first);
 #endif
                 else
-                    tile<1>(part, a, b, right_row, c, result_row, onto);
+                    tile<1>(part, a, b, right_row, c, result_row, onto, first);
             }
         }
     }
