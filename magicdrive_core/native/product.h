@@ -23,6 +23,8 @@ template <int N>
 __attribute__((always_inline)) static inline void tile(int64_t depth, Matrix left, const float* right,
                                                        int64_t right_row, float* result, int64_t result_row, bool add,
                                                        const float* start) {
+    for (int i = 0; i < TALL; ++i)  // so that its lines are there when the sums are
+        for (int j = 0; j < N; ++j) __builtin_prefetch(result + i * result_row + j * LANES, 1);
     Vec sums[TALL][N] = {};
     if (start)
         for (int i = 0; i < TALL; ++i)
