@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from magicdrive_core.model.kernels import NORM_EPS
-from magicdrive_core.native import ops as native
+from magicdrive_core.native import attention_ops, library
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -47,9 +47,10 @@ def attend_context(q: Tensor, kv: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         (R, n, h, d).
     """
-    if native.usable(q):
-        return native.attend_context(q, kv, bias)
-    return attend(q, *kv.unbind(2), None if bias is None else bias[:, None, None])
+    if library.usable(q):
+        return attention_ops.attend_context(q, kv, bias)
+    k, v = kv.unbind(2)
+    return attend(q, k, v, None if bias is None else bias[:, None, None])
 
 
 def attend_packed(packed: Tensor, norm: Tensor, count: int, angles: Tensor | None = None) -> Tensor:
@@ -64,8 +65,8 @@ def attend_packed(packed: Tensor, norm: Tensor, count: int, angles: Tensor | Non
     Returns:
         (R, r, n, h, d).
     """
-    if native.usable(packed):
-        return native.attend_packed(packed, norm, count, angles)
+    if library.usable(packed):
+        return attention_ops.attend_packed(packed, norm, count, angles)
     q, k, v = normed_heads(packed.flatten(0, 1), norm)
     if angles is not None:
         q, k = rotate(q, angles), rotate(k, angles)
@@ -85,8 +86,8 @@ def attend_neighbours(
     Returns:
         For each view (R, n, h, d).
     """
-    if native.usable(views[0]):
-        sums = native.attend_neighbours([view[None] for view in views], norm, count, list(chain(*neighbours)))
+    if library.usable(views[0]):
+        sums = attention_ops.attend_neighbours([view[None] for view in views], norm, count, list(chain(*neighbours)))
         return [each[0] for each in sums]
     return [sum(outputs[1:], outputs[0]) for outputs in neighbour_pairs(views, norm, count, neighbours)]
 

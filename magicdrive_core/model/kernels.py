@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from magicdrive_core.native import ops as native
+from magicdrive_core.native import library, row_ops
 
 NORM_EPS = 1e-6
 ROWS = 512
@@ -23,8 +23,8 @@ aten = torch.ops.aten
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LN(x) * (1 + scale) + shift of ``x`` (..., B, T, S, C); ``shift`` and ``scale`` (C) or (B, T or 1, 1, C)."""
-    if native.usable(x):
-        return native.modulate(x, shift, scale)
+    if library.usable(x):
+        return row_ops.modulate(x, shift, scale)
     return torch.addcmul(shift, functional.layer_norm(x, x.shape[-1:], eps=NORM_EPS), 1 + scale)
 
 
@@ -43,21 +43,22 @@ def modulated_mlp(
     x: Tensor, shift: Tensor, scale: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor
 ) -> Tensor:
     """Linear(GELU(Linear(LN(x) * (1 + scale) + shift))), GELU in its tanh form: (R, C) -> (R, C)."""
-    trains = torch.is_grad_enabled() and any(each.requires_grad for each in (x, shift, up))
-    return _ModulatedMlp.apply(x, shift, scale, up, up_bias, down, down_bias, trains)
+    given = x, shift, scale, up, up_bias, down, down_bias
+    trains = torch.is_grad_enabled() and any(each.requires_grad for each in given)
+    return _ModulatedMlp.apply(*given, trains)
 
 
 def _gelu_backward(x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """GELU(x), and the gradient at x; ``gradient`` is used up."""
-    if native.usable(x):
-        return native.gelu_backward(x, gradient), gradient
+    if library.usable(x):
+        return row_ops.gelu_backward(x, gradient), gradient
     return functional.gelu(x, approximate="tanh"), aten.gelu_backward(gradient, x, approximate="tanh")
 
 
 def _modulate_backward(gradient: Tensor, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients at x, shift and scale of ``modulate``."""
-    if native.usable(x):
-        return native.modulate_backward(gradient, x, scale)
+    if library.usable(x):
+        return row_ops.modulate_backward(gradient, x, scale)
     normed, mean, deviation = aten.native_layer_norm(x, x.shape[-1:], None, None, NORM_EPS)
     inner = gradient * (1 + scale)
     outer = aten.native_layer_norm_backward(inner, x, x.shape[-1:], mean, deviation, None, None, [True, False, False])[
@@ -71,8 +72,8 @@ class _ModulatedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, shift, scale, weight)
         ctx.has_bias = bias is not None
-        if native.usable(x) and native.serves(weight):
-            return native.modulated_linear(x, shift, scale, weight, bias)
+        if library.usable(x) and row_ops.serves(weight):
+            return row_ops.modulated_linear(x, shift, scale, weight, bias)
         return functional.linear(modulate(x, shift, scale), weight, bias)
 
     @staticmethod
@@ -98,8 +99,8 @@ class _ModulatedMlp(torch.autograd.Function):
         down_bias: Tensor,
         trains: bool,
     ) -> Tensor:
-        if native.usable(x) and native.serves(up):
-            out, hidden = native.mlp(x, shift, scale, up, up_bias, down, down_bias, keep=trains)
+        if library.usable(x) and row_ops.serves(up):
+            out, hidden = row_ops.mlp(x, shift, scale, up, up_bias, down, down_bias, keep=trains)
         else:
             hidden = functional.linear(modulate(x, shift, scale).flatten(0, -2), up, up_bias)
             out = functional.linear(functional.gelu(hidden, approximate="tanh"), down, down_bias).view(x.shape)

@@ -37,7 +37,7 @@ class Attention:
     Args:
         q: of any strides, the channels side by side; k and v alike.
         norm: (2, d), weights of RMS norms of q and k; None: neither has one.
-        angles: (n, d / 2, 2), cosines and sines by which the channel pairs of q and k are turned after the norm; or None.
+        angles: (n, d / 2, 2), cosines and sines that turn the channel pairs of q and k after the norm; or None.
         bias: (outer * inner, m), added to the scores of every query; or None.
     """
 

@@ -44,9 +44,14 @@ static inline void modulate_row(const float* x, int64_t r, int64_t width, const 
     for (int64_t c = 0; c < width; ++c) out[c] = (from[c] - norm.mean) * norm.inverse * (1 + scale[c]) + shift[c];
 }
 
-// sigmoid(GELU_SCALE x + GELU_CUBE x^3), which is (1 + tanh(half of it)) / 2: GELU is x times that. At least 2^-64, so
-// that no product with it is denormal.
-static inline Vec gelu_gate(Vec x) {
-    const Vec power = x * (x * x * GELU_CUBE + GELU_SCALE) * -LOG2_E;
-    return 1 / (1 + power_of_two(power > all(64.0f) ? all(64.0f) : power));
-}
+// sigmoid(u) with u = GELU_SCALE x + GELU_CUBE x^3, which is (1 + tanh(u / 2)) / 2: GELU is x times that.
+struct GeluGate {
+    Vec open, shut;  // sigmoid(u), at least 2^-64, so that no product with it is denormal, and sigmoid(-u)
+
+    explicit GeluGate(Vec x) {
+        const Vec power = x * (x * x * GELU_CUBE + GELU_SCALE) * -LOG2_E;
+        const Vec e = power_of_two(power > all(64.0f) ? all(64.0f) : power);
+        open = 1 / (1 + e);
+        shut = e * open;  // 1 - open would be as exact as 1, which it is near
+    }
+};

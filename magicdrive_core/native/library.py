@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.files import atomic_file
@@ -42,6 +43,11 @@ def library() -> ctypes.CDLL | None:
     except (OSError, MagicDriveError) as error:
         logger.warning("the kernels of %s cannot be used, torch's slower ones are: %s", FOLDER, error)
     return None
+
+
+def usable(x: Tensor) -> bool:
+    """Whether the kernels serve ``x``."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and library() is not None
 
 
 def _compiled(compiler: str) -> Path:

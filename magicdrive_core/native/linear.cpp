@@ -61,7 +61,7 @@ class Panels {
                 for (int64_t c = 0; c < columns(j); c += LANES) {
                     const Vec y = load(tile + i * PANEL + c);
                     if (hidden) store(hidden + i * of_.outputs + j + c, y);
-                    store(to + i * of_.outputs + j + c, y * gelu_gate(y));
+                    store(to + i * of_.outputs + j + c, y * GeluGate(y).open);
                 }
         }
     }

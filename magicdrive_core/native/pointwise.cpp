@@ -55,8 +55,10 @@ void gelu_backward(const float* x, float* gradient, int64_t count, float* value,
         float work[2][LANES] = {};
         std::memcpy(work[0], x + i * LANES, bytes);
         std::memcpy(work[1], gradient + i * LANES, bytes);
-        const Vec v = load(work[0]), gate = gelu_gate(v), result = v * gate;
-        const Vec slope = gate + result * (1 - gate) * (v * v * (3 * GELU_CUBE) + GELU_SCALE);
+        const Vec v = load(work[0]);
+        const GeluGate gate(v);
+        const Vec result = v * gate.open;
+        const Vec slope = gate.open + result * gate.shut * (v * v * (3 * GELU_CUBE) + GELU_SCALE);
         store(work[0], result);
         store(work[1], load(work[1]) * slope);
         std::memcpy(value + i * LANES, work[0], bytes);

@@ -53,7 +53,7 @@ def allocated(work: Callable[[], Any]) -> int:
 def test_the_plan_is_within_a_tenth_of_a_real_run(limit: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The network on meta tensors against the same on real ones, on a CPU that takes a GPU's paths."""
     monkeypatch.setattr(network_module, "TOKENS_AT_ONCE", {"cpu": 65536, "gpu": 65536})
-    monkeypatch.setattr("magicdrive_core.native.ops.usable", lambda _: False)
+    monkeypatch.setattr("magicdrive_core.native.library.usable", lambda _: False)
     real = network(width=128, heads=4, ego_heads=4, box_heads=4).requires_grad_(False)
     real.slice_tokens = limit
     told, x, t = replace(conditions(slots=5), box_latent=torch.zeros(1, 5, 128)), noisy(size=(24, 40)), torch.zeros(1)

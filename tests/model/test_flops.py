@@ -70,7 +70,7 @@ def test_the_formula_is_what_the_network_does(
 
     The formula leaves out small parts, and must not say more than there is.
     """
-    monkeypatch.setattr("magicdrive_core.native.ops.usable", lambda _: False)
+    monkeypatch.setattr("magicdrive_core.native.library.usable", lambda _: False)
     network = MagicDrive(config).requires_grad_(False)
     x = torch.randn(batch, len(config.neighbours), config.latent_channels, *latents)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

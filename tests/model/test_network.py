@@ -190,7 +190,7 @@ def test_gradients_are_those_of_other_devices(monkeypatch: pytest.MonkeyPatch) -
     """Elsewhere than on a CPU torch's kernels do it."""
     net = network()
     here = gradients_of(net)
-    monkeypatch.setattr("magicdrive_core.native.ops.usable", lambda _: False)
+    monkeypatch.setattr("magicdrive_core.native.library.usable", lambda _: False)
     for name, gradient in gradients_of(net).items():
         torch.testing.assert_close(here[name], gradient, rtol=1e-5, atol=1e-6 * float(gradient.abs().max()) + 1e-9)
 
