@@ -32,7 +32,7 @@ def test_every_file_of_the_packages_is_listed() -> None:
         path.relative_to(PROJECT).as_posix()
         for package in PACKAGES
         for path in (PROJECT / package).rglob("*")
-        if re.fullmatch(r"(?!__).*\.(py|j2)", path.name)
+        if re.fullmatch(r"(?!__).*\.(py|j2|cpp|h)", path.name)
     }
     assert set(listed()) == files
 

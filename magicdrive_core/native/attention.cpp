@@ -15,8 +15,9 @@
 namespace {
 
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
-constexpr int64_t AHEAD = 16;  // rows
-constexpr int64_t SCORES = 1 << 15;  // of a block of queries, at most: 128 KB
+constexpr int64_t AHEAD = 16;                           // rows
+constexpr int64_t SCORES = 1 << 15;                     // of a block of queries: 128 KB stay in the second cache
+constexpr int64_t FEWEST = 8 * TALL, MOST = 16 * TALL;  // queries of a block; few read all keys from far memory again
 
 }  // namespace
 
@@ -154,7 +155,7 @@ struct Packed {
     }
 
     static int64_t floats(const Attention& a) {
-        return 2 * (a.keys + LANES) * round_up(a.d, LANES) + 2 * round_up(a.d, LANES) * round_up(a.keys, LANES) + 5 * LANES;
+        return 2 * round_up(a.d, LANES) * (a.keys + round_up(a.keys, LANES));
     }
 
     void fill(const Attention& a, int64_t outer, int64_t inner, int64_t head) {
@@ -175,7 +176,7 @@ struct Packed {
 
 int64_t rows_at_once(const Attention& a) {
     const int64_t fitting = SCORES / round_up(a.keys, LANES) / TALL * TALL;
-    const int64_t some = fitting < TALL ? TALL : fitting > 96 ? 96 : fitting;
+    const int64_t some = fitting < FEWEST ? FEWEST : fitting > MOST ? MOST : fitting;
     const int64_t whole = round_up(a.queries, TALL);
     return some < whole ? some : whole;
 }
@@ -212,7 +213,7 @@ void attention(const Attention* of, Heads out, int add, int threads) {
     const int64_t columns = round_up(a.keys, LANES), width = round_up(a.d, LANES);
 #pragma omp parallel num_threads(threads)
     {
-        Scratch scratch(Packed::floats(a) + block * (columns + 2 * width) + 8 * LANES);
+        Scratch scratch(Packed::floats(a) + block * (columns + 2 * width + 1) + 4 * LANES);
         Packed packed(a, scratch, false);
         float* q = scratch.take(block * width);
         float* scores = scratch.take(block * columns);
@@ -253,7 +254,8 @@ void attention_backward(const Attention* of, Heads gradient, Heads at_q, Heads a
     const float scale = 1 / std::sqrt(float(a.d));
 #pragma omp parallel num_threads(threads)
     {
-        Scratch scratch(Packed::floats(a) + (2 * block + 2 * (width + TALL)) * columns + (3 * block + 2 * columns + 3) * width + 16 * LANES);
+        Scratch scratch(Packed::floats(a) + block * (3 * width + 2 * columns + 1) + 2 * columns * (2 * width + TALL) +
+                        width + 13 * LANES);
         Packed packed(a, scratch, true);
         float* q = scratch.take(block * width);
         float* from = scratch.take(block * width);

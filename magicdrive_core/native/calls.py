@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from math import prod
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from torch import Tensor
 from magicdrive_core.native.library import library
 
 _LONG, _FLOATS = ctypes.c_int64, ctypes.c_void_p
+MULTIPLY_ADDS = 32  # take as long as one number that is read and written
+WORK = 1 << 15  # numbers for a thread, at least, as torch's kernels have it
 WIDTHS = 16  # sizes of linear maps are multiples of it: no processor has longer vectors of floats
 
 
@@ -57,10 +60,11 @@ class Attention:
         others = (None if given is None else given.data_ptr() for given in (angles, bias))
         sizes = outer, inner, queries, k.shape[2], heads, d
         self._given = _Attention(*sizes, *map(_Heads.of, (q, k, v)), *norms, *others)
+        self._work = prod(sizes) // MULTIPLY_ADDS
 
     def forward(self, out: Tensor, *, add: bool = False) -> None:
         """Writes to ``out`` (outer, inner, n, h, d), or adds."""
-        _call("attention", ctypes.byref(self._given), _Heads.of(out), int(add))
+        _call("attention", self._work, ctypes.byref(self._given), _Heads.of(out), int(add))
 
     def backward(
         self, gradient: Tensor, at: tuple[Tensor, Tensor, Tensor], norms: Tensor | None, add: tuple[bool, bool]
@@ -76,7 +80,9 @@ class Attention:
         places = (_Heads.of(each) for each in at)
         norms_at = None if norms is None else _floats(norms)
         flags = (int(each) for each in add)
-        _call("attention_backward", ctypes.byref(self._given), _Heads.of(gradient), *places, norms_at, *flags)
+        _call(
+            "attention_backward", self._work, ctypes.byref(self._given), _Heads.of(gradient), *places, norms_at, *flags
+        )
 
 
 def new_norms(norm: Tensor) -> Tensor:
@@ -110,20 +116,25 @@ class Modulation:
 
     def forward(self, x: Tensor, out: Tensor) -> None:
         """(R, C), in and out."""
-        _call("modulate", _floats(x), _LONG(len(x)), _LONG(x.shape[1]), ctypes.byref(self._given), _floats(out))
+        _call(
+            "modulate", x.numel(), _floats(x), _LONG(len(x)), _LONG(x.shape[1]), ctypes.byref(self._given), _floats(out)
+        )
 
     def backward(self, gradient: Tensor, x: Tensor, at_x: Tensor) -> tuple[Tensor, Tensor]:
         """Writes the gradient at ``x`` and returns those at shift and scale."""
         sums = x.new_zeros(torch.get_num_threads(), *self._held[0].shape[:1], 2, x.shape[1])
         sizes = _LONG(len(x)), _LONG(x.shape[1])
         given = ctypes.byref(self._given)
-        _call("modulate_backward", _floats(gradient), _floats(x), *sizes, given, _floats(at_x), _floats(sums))
+        _call(
+            "modulate_backward", x.numel(), _floats(gradient), _floats(x), *sizes, given, _floats(at_x), _floats(sums)
+        )
         return sums[:, :, 0].sum(0), sums[:, :, 1].sum(0)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """Linear(x modulated): ``x`` (R, C), ``weight`` (D, C), both in multiples of ``WIDTHS``, ``out`` (R, D)."""
         weights = ctypes.byref(_Weights.of(weight, bias))
-        _call("linear", _floats(x), _LONG(len(x)), weights, ctypes.byref(self._given), _floats(out))
+        work = len(x) * weight.numel() // MULTIPLY_ADDS
+        _call("linear", work, _floats(x), _LONG(len(x)), weights, ctypes.byref(self._given), _floats(out))
 
     def mlp(
         self, x: Tensor, up: tuple[Tensor, Tensor], down: tuple[Tensor, Tensor], hidden: Tensor | None, out: Tensor
@@ -139,19 +150,22 @@ class Modulation:
         """
         maps = (ctypes.byref(_Weights.of(*each)) for each in (up, down))
         kept = None if hidden is None else _floats(hidden)
-        _call("mlp", _floats(x), _LONG(len(x)), *maps, ctypes.byref(self._given), kept, _floats(out))
+        work = len(x) * up[0].numel() // MULTIPLY_ADDS
+        _call("mlp", work, _floats(x), _LONG(len(x)), *maps, ctypes.byref(self._given), kept, _floats(out))
 
 
 def gelu_backward(x: Tensor, gradient: Tensor, value: Tensor) -> None:
     """Writes GELU(x) to ``value``, and makes of the gradient there that at x; all contiguous."""
-    _call("gelu_backward", _floats(x), _floats(gradient), _LONG(x.numel()), _floats(value))
+    _call("gelu_backward", x.numel(), _floats(x), _floats(gradient), _LONG(x.numel()), _floats(value))
 
 
 def _floats(x: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(x.data_ptr())
 
 
-def _call(name: str, *arguments: object) -> None:
+def _call(name: str, work: int, *arguments: object) -> None:
+    """With as many threads as ``work``, in numbers that are read and written, is worth."""
     functions = library()
     assert functions is not None, "the callers ask before"
-    getattr(functions, name)(*arguments, ctypes.c_int(torch.get_num_threads()))
+    threads = max(1, min(torch.get_num_threads(), work // WORK))
+    getattr(functions, name)(*arguments, ctypes.c_int(threads))

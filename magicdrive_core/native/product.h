@@ -49,7 +49,8 @@ __attribute__((always_inline)) static inline void tile(int64_t depth, Matrix lef
         }
 }
 
-// result (+)= left right, or left right + `start`, a row. Rows are made up to a multiple of TALL, columns of LANES: memory must be there for them.
+// result (+)= left right, or left right + `start`, a row. There must be rows. They are made up to a multiple of TALL,
+// columns of LANES: memory must be there for them.
 // With `Stream` the right side is one of many panels, WIDE vectors wide, on the way through far memory: what follows is
 // asked for while a part is in use.
 template <bool Stream = false>
