@@ -207,6 +207,7 @@ extern "C" {
 void attention(const Attention* of, Heads out, int add, int threads) {
     const Attention& a = *of;
     const int64_t items = a.outer * a.inner * a.heads, block = rows_at_once(a);
+    if (items == 0 || a.queries == 0) return;
     // Where heads are fewer than threads, each is shared: keys are packed anew for every share.
     const int64_t blocks = (a.queries + block - 1) / block;
     const int64_t wanted = (threads + items - 1) / items, shares = wanted < blocks ? wanted : blocks;

@@ -21,7 +21,7 @@ class _Heads(ctypes.Structure):
 
     @classmethod
     def of(cls, x: Tensor) -> _Heads:
-        if x.stride(4) != 1:
+        if x.numel() and x.stride(4) != 1:
             raise ValueError("the channels of a head must lie side by side")
         return cls(x.data_ptr(), *x.stride()[:4])
 
@@ -42,6 +42,9 @@ class Attention:
         norm: (2, d), weights of RMS norms of q and k; None: neither has one.
         angles: (n, d / 2, 2), cosines and sines that turn the channel pairs of q and k after the norm; or None.
         bias: (outer * inner, m), added to the scores of every query; or None.
+
+    Raises:
+        ValueError: there are no keys, or a head's channels do not lie side by side.
     """
 
     def __init__(
@@ -56,6 +59,8 @@ class Attention:
         norm, angles, bias = (None if given is None else given.contiguous() for given in (norm, angles, bias))
         self._held = q, k, v, norm, angles, bias  # alive as long as their addresses are
         outer, inner, queries, heads, d = q.shape
+        if not k.shape[2]:
+            raise ValueError("attention to nothing")
         norms = (None, None) if norm is None else (norm.data_ptr(), norm.data_ptr() + d * norm.element_size())
         others = (None if given is None else given.data_ptr() for given in (angles, bias))
         sizes = outer, inner, queries, k.shape[2], heads, d

@@ -40,7 +40,8 @@ class Panels {
             turn(of_.weight + j * of_.inputs, columns(j), of_.inputs, of_.inputs, PANEL, panels_ + j * of_.inputs);
     }
 
-    // `to` = x weight' + bias, of `rows` rows, which are made up to a multiple of TALL in x; `tile` (TALL, PANEL) is for work.
+    // `to` = x weight' + bias, of `rows` rows, which are made up to a multiple of TALL in x; `tile` (TALL, PANEL) is for
+    // work.
     void multiply(const float* x, int64_t rows, float* tile, float* to) const {
         const int64_t whole = rows / TALL * TALL;
         for (int64_t j = 0; j < of_.outputs; j += PANEL) {
@@ -52,8 +53,7 @@ class Panels {
         }
     }
 
-    // GELU(x weight' + bias) of rows that are made up to a multiple of TALL in `to` too; `hidden` gets what GELU is given, or
-    // is null; `tile` (rows, PANEL).
+    // `to` = GELU(x weight' + bias), alike; `hidden` gets what GELU is given, or is null; `tile` (rows, PANEL).
     void multiply_gelu(const float* x, int64_t rows, float* tile, float* hidden, float* to) const {
         for (int64_t j = 0; j < of_.outputs; j += PANEL) {
             product_of(x, rows, j, tile, PANEL);
@@ -99,6 +99,7 @@ extern "C" {
 
 // out (rows, outputs) = the linear map of x (rows, inputs), modulated.
 void linear(const float* x, int64_t rows, const Weights* weights, const Modulation* by, float* out, int threads) {
+    if (rows == 0) return;
     const Weights& of = *weights;
     const int64_t block = block_of(rows, threads), own_floats = block * (of.inputs + PANEL) + 3 * LANES;
     Scratch shared(Panels::floats(of) + own_floats);
@@ -123,6 +124,7 @@ void linear(const float* x, int64_t rows, const Weights* weights, const Modulati
 // out (rows, width) = down(GELU(up(x modulated))); `hidden` (rows, hidden width) gets what GELU was given, unless null.
 void mlp(const float* x, int64_t rows, const Weights* up, const Weights* down, const Modulation* by, float* hidden,
          float* out, int threads) {
+    if (rows == 0) return;
     const int64_t width = up->inputs, wide = up->outputs, block = block_of(rows, threads);
     const int64_t own_floats = block * (width + wide + PANEL) + 4 * LANES;
     Scratch shared(Panels::floats(*up) + Panels::floats(*down) + own_floats);

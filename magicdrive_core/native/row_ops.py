@@ -153,10 +153,18 @@ def _modulation(x: Tensor, shift: Tensor, scale: Tensor) -> Modulation:
 
 
 def _period(x: Tensor, modulation: Tensor) -> int:
-    """Rows of ``x`` in a row with one modulation."""
+    """Rows of ``x`` in a row with one modulation.
+
+    Raises:
+        ValueError: rows with one modulation do not follow each other.
+    """
+    given, sizes = list(modulation.shape[:-1]), list(x.shape[:-1])
     period = 1
-    for place in range(2, x.ndim + 1):
-        if place <= modulation.ndim and modulation.shape[-place] > 1:
-            break
-        period *= x.shape[-place]
+    while sizes and (not given or given[-1] == 1):
+        period *= sizes.pop()
+        given = given[:-1]
+    while given and given[0] == 1:  # the same for all that is further out
+        given = given[1:]
+    if given != sizes[len(sizes) - len(given) :]:
+        raise ValueError(f"a modulation of {tuple(modulation.shape)} is not of rows in a row of {tuple(x.shape)}")
     return period

@@ -108,6 +108,15 @@ def test_what_is_hidden_has_no_part() -> None:
     assert attend_context(q, kv.detach(), torch.full((1, 9), float("-inf"))).isnan().all()  # as torch has it
 
 
+def test_no_sequences_and_no_keys() -> None:
+    norm = torch.ones(2, 16)
+    assert attend_packed(torch.randn(0, 2, 5, 3, 2, 16), norm, 5, None).shape == (0, 2, 5, 2, 16)
+    q = torch.randn(1, 0, 2, 16, requires_grad=True)
+    attend_context(q, torch.randn(1, 3, 2, 2, 16), None).sum().backward()
+    with pytest.raises(ValueError, match="attention to nothing"):
+        attend_context(torch.randn(1, 3, 2, 16), torch.randn(1, 0, 2, 2, 16), None)
+
+
 def test_large_scores_and_nan() -> None:
     q, kv = 1e3 * torch.randn(1, 3, 1, 16), torch.randn(1, 9, 2, 1, 16)
     formulas.close(attend_context(q, kv, None), formulas.attention(q.double(), *kv.double().unbind(2)), 1e-4)

@@ -83,6 +83,20 @@ def test_gelu_and_its_slope(count: int, spread: float) -> None:
     formulas.close(got, slope, 1e-6)
 
 
+def test_rows_with_one_modulation_follow_each_other() -> None:
+    with pytest.raises(ValueError, match="not of rows in a row"):
+        row_ops.modulate(torch.randn(2, 3, 5, 16), *torch.randn(2, 2, 1, 5, 16))
+
+
+def test_no_rows_at_all() -> None:
+    nothing, zero = torch.randn(3, 0, 16), torch.zeros(16)
+    maps = torch.randn(32, 16), torch.randn(32), torch.randn(16, 32), torch.randn(16)
+    assert row_ops.modulate(nothing, zero, zero).shape == (3, 0, 16)
+    assert row_ops.modulated_linear(nothing, zero, zero, *maps[:2]).shape == (3, 0, 32)
+    assert row_ops.mlp(nothing, zero, zero, *maps, keep=True)[0].shape == (3, 0, 16)
+    assert row_ops.gelu_backward(nothing, nothing).shape == (3, 0, 16)
+
+
 def test_nan_stays_in_its_row() -> None:
     x = torch.randn(5, 32)
     x[2, 3] = float("nan")
