@@ -103,7 +103,10 @@ class _ModulatedMlp(torch.autograd.Function):
             out, hidden = row_ops.mlp(x, shift, scale, up, up_bias, down, down_bias, keep=trains)
         else:
             hidden = functional.linear(modulate(x, shift, scale).flatten(0, -2), up, up_bias)
-            out = functional.linear(functional.gelu(hidden, approximate="tanh"), down, down_bias).view(x.shape)
+            value = functional.gelu(hidden, approximate="tanh")
+            if not trains:
+                hidden = hidden.new_empty(0)  # frees what is four times the tokens
+            out = functional.linear(value, down, down_bias).view(x.shape)
         ctx.save_for_backward(x, shift, scale, up, down, hidden)
         return out
 

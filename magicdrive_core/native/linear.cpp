@@ -40,8 +40,7 @@ class Panels {
             turn(of_.weight + j * of_.inputs, columns(j), of_.inputs, of_.inputs, PANEL, panels_ + j * of_.inputs);
     }
 
-    // `to` = x weight' + bias, of `rows` rows, which are made up to a multiple of TALL in x; `tile` (TALL, PANEL) is for
-    // work.
+    // `to` = x weight' + bias, of `rows` rows, made up to a multiple of TALL in x; `tile` (TALL, PANEL) is for work.
     void multiply(const float* x, int64_t rows, float* tile, float* to) const {
         const int64_t whole = rows / TALL * TALL;
         for (int64_t j = 0; j < of_.outputs; j += PANEL) {
@@ -68,8 +67,8 @@ class Panels {
 
    private:
     void product_of(const float* x, int64_t rows, int64_t j, float* to, int64_t to_row) const {
-        product<true>(rows, columns(j), of_.inputs, {x, of_.inputs, 1}, panels_ + j * of_.inputs, PANEL, to, to_row, false,
-                      of_.bias ? of_.bias + j : nullptr);
+        product<true>(rows, columns(j), of_.inputs, {x, of_.inputs, 1}, panels_ + j * of_.inputs, PANEL, to, to_row,
+                      false, of_.bias ? of_.bias + j : nullptr);
     }
 
     int64_t columns(int64_t begin) const {

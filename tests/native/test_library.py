@@ -53,7 +53,7 @@ def test_without_a_compiler_torchs_kernels_do_it(
     assert modulated_mlp(x, zero, zero, *maps).shape == x.shape
 
 
-def test_without_a_place_for_them_torchs_kernels_do_it(
+def test_no_place_for_them_and_torchs_kernels_do_it(
     anew: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("no folder")
