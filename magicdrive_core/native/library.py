@@ -28,7 +28,6 @@ SOURCES = ("attention.cpp", "linear.cpp", "pointwise.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")  # torch has the same OpenMP loaded
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled functions; None where they cannot be compiled."""
@@ -47,7 +46,12 @@ def library() -> ctypes.CDLL | None:
 
 def usable(x: Tensor) -> bool:
     """Whether the kernels serve ``x``."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and library() is not None
+    return x.device.type == "cpu" and x.dtype == torch.float32 and _compiles()
+
+
+@torch.compiler.assume_constant_result
+def _compiles() -> bool:
+    return library() is not None
 
 
 def _compiled(compiler: str) -> Path:

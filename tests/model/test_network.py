@@ -176,6 +176,14 @@ def test_the_network_exports_with_equal_results() -> None:
     torch.testing.assert_close(exported(*arguments), run(net, told, x))
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_network_is_one_graph_with_equal_results() -> None:
+    net, told, x = network(depth=1), conditions(), noisy()
+    one = torch.compile(net, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(one(x, T, told), run(net, told, x))
+
+
 @pytest.mark.parametrize("stage1", [True, False])
 def test_every_trainable_parameter_gets_a_gradient_and_checkpointing_the_same(stage1: bool) -> None:
     kind = {"temporal": not stage1, "instance_latent": not stage1, "mean_over_frames": stage1}
