@@ -1,6 +1,6 @@
 // Vectors of floats, and what is made of them: sums, maxima, powers of two, squares with rows and columns exchanged.
 //
-// Written with GCC's vector types, so that one text serves AVX-512, AVX2 and NEON.
+// Written with GCC's vector types, so that one text serves AVX-512 and AVX2; nothing else was tried.
 #pragma once
 
 #include <cstdint>
