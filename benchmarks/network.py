@@ -40,19 +40,15 @@ PUBLISHED = {"forward": 8.4 * 308e9 / PRODUCT_FLOP, "forward + backward": 35 * 3
 LATENTS = (5, 28, 50)
 
 
-def attention_flop(queries: int, keys: int, width: int, products: int = 2) -> int:
-    """Of so many products of queries and keys; a backward pass makes five."""
-    return products * 2 * queries * keys * width
-
-
 def packed_flop(packed: Sequence[int], count: int, products: int) -> int:
+    """Of ``products`` products of queries and keys: attention makes two, its backward pass five."""
     outer, inner, tokens, _, heads, d = packed
-    return outer * inner * attention_flop(tokens, count, heads * d, products)
+    return products * 2 * outer * inner * tokens * count * heads * d
 
 
 def context_flop(q: Sequence[int], kv: Sequence[int], products: int) -> int:
-    rows, tokens, heads, d = q
-    return rows * attention_flop(tokens, kv[1], heads * d, products)
+    """Alike."""
+    return products * 2 * prod(q) * kv[1]
 
 
 # What torch's own count leaves out: attention on a CPU, our own kernels, and sums into a product's result.

@@ -39,13 +39,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
 def attend_context(q: Tensor, kv: Tensor, bias: Tensor | None) -> Tensor:
     """Attention to other tokens, whose keys and values lie side by side.
 
-    Args:
-        q: (R, n, h, d).
-        kv: (R, m, 2, h, d).
-        bias: (R, m), 0 or -inf: what must not be attended to; or None.
-
-    Returns:
-        (R, n, h, d).
+    Of q (R, n, h, d) to kv (R, m, 2, h, d) under bias (R, m), 0 or -inf, or None: (R, n, h, d).
     """
     if library.usable(q):
         return attention_ops.attend_context(q, kv, bias)

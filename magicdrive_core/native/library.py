@@ -38,7 +38,8 @@ def library() -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(str(_compiled(compiler)))
     except subprocess.CalledProcessError as error:
-        logger.warning("%s cannot compile %s, torch's slower kernels are used: %s", compiler, FOLDER, error.stderr)
+        why = (error.stderr.strip() or str(error)).splitlines()[0]
+        logger.warning("%s cannot compile %s, torch's slower kernels are used: %s", compiler, FOLDER, why)
     except (OSError, MagicDriveError) as error:
         logger.warning("the kernels of %s cannot be used, torch's slower ones are: %s", FOLDER, error)
     return None
@@ -55,8 +56,8 @@ def _compiles() -> bool:
 
 
 def _compiled(compiler: str) -> Path:
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    digest = hashlib.sha256(b"\0".join([version, repr(FLAGS).encode(), *_processor()]))
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, text=True).stdout
+    digest = hashlib.sha256(b"\0".join([version.encode(), repr(FLAGS).encode(), *_processor()]))
     for file in sorted([*FOLDER.glob("*.cpp"), *FOLDER.glob("*.h")]):
         digest.update(file.read_bytes())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "magicdrive"

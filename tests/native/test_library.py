@@ -48,6 +48,7 @@ def test_without_a_compiler_torchs_kernels_do_it(
         assert not usable(torch.ones(1))
     (line,) = caplog.messages
     assert said in line
+    assert "\n" not in line
     x, zero = torch.randn(5, 32), torch.zeros(32)
     maps = torch.randn(64, 32), torch.randn(64), torch.randn(32, 64), torch.randn(32)
     assert modulated_mlp(x, zero, zero, *maps).shape == x.shape
