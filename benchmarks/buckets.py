@@ -16,10 +16,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from magicdrive_core.config import STAGES, Bucket
+from magicdrive_core.config.load import load_config
+from magicdrive_core.config.schema import STAGES, Bucket
 from magicdrive_core.data.buckets import BucketSampler, idle_share, relative_cost
-from magicdrive_core.files import read_json
-from magicdrive_core.settings import load_config
+from magicdrive_core.utils.files import read_json
 
 PROFILE = Path(__file__).resolve().parents[1] / "profiles/nuscenes.yaml"
 FRAMES, KEY_FRAMES = 220, 40

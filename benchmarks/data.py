@@ -23,13 +23,13 @@ import numpy as np
 import shapely
 from nuscenes.map_expansion.map_api import NuScenesMap, NuScenesMapExplorer
 
-from magicdrive_core.data.bev import rasterise, write_map
+from magicdrive_core.data.bev_maps import rasterise, write_map
 from magicdrive_core.data.infos import InfosWriter, check_pictures
-from magicdrive_core.data.maps import load_map
-from magicdrive_core.data.nuscenes import load_tables
+from magicdrive_core.data.nuscenes_scenes import build_scene
+from magicdrive_core.data.nuscenes_tables import load_tables
 from magicdrive_core.data.records import MAP_LAYERS, Scene
-from magicdrive_core.data.scene_files import read_scene, scene_path, write_scene
-from magicdrive_core.data.scenes import build_scene
+from magicdrive_core.data.scene_store import read_scene, scene_path, write_scene
+from magicdrive_core.data.vector_maps import load_map
 from magicdrive_core.geometry import poses
 
 SCENES, FRAMES, CORES, VIEWS = 850, 220, 16, 6

@@ -22,15 +22,15 @@ from pathlib import Path
 
 import numpy as np
 
+from magicdrive_core.config.load import load_config
 from magicdrive_core.data.records import Scene
-from magicdrive_core.files import atomic_folder, sha256_file
 from magicdrive_core.geometry.cameras import PICTURE_HEIGHT, PICTURE_WIDTH, VIEWS
 from magicdrive_core.inference.claims import Claim
-from magicdrive_core.inference.fanout import Summary, share_items
+from magicdrive_core.inference.fan_out import Summary, share_items
 from magicdrive_core.inference.items import Item, item_fingerprint, item_seed, list_items
-from magicdrive_core.settings import load_config
+from magicdrive_core.utils.files import atomic_folder, sha256_file
 from magicdrive_core.video.encoder import EncodedVideo, encode_video
-from magicdrive_core.video.record import ItemRecord, ViewFile, video_name
+from magicdrive_core.video.item_record import ItemRecord, ViewFile, video_name
 
 SCENES, FRAMES = 150, 41
 VIDEO_FRAMES = 16

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from magicdrive_core.data.nuscenes import Record, Tables, load_tables
-from magicdrive_core.data.objects import Objects, carry_on, interpolate, read_objects
+from magicdrive_core.data.nuscenes_tables import Record, Tables, load_tables
 from magicdrive_core.data.records import CLASSES
+from magicdrive_core.data.timeline import Objects, carry_on, interpolate, read_objects
 
 PAIRED, CARRIED = "in both", "in one"
 

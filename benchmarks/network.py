@@ -27,11 +27,11 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from magicdrive_core.memory import keep_freed
-from magicdrive_core.model.guidance import sample_latents
+from magicdrive_core.diffusion.guidance import sample_latents
+from magicdrive_core.diffusion.rectified_flow import RectifiedFlow
 from magicdrive_core.model.inputs import Conditions
-from magicdrive_core.model.network import MagicDrive, NetworkConfig
-from magicdrive_core.rectified_flow import RectifiedFlow
+from magicdrive_core.model.transformer import MagicDrive, NetworkConfig
+from magicdrive_core.utils.memory import keep_freed
 
 aten, own = torch.ops.aten, torch.ops.magicdrive
 PRODUCT = 2048

@@ -24,15 +24,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from magicdrive_core.benchmark.package import pack
-from magicdrive_core.benchmark.submission import Expected
-from magicdrive_core.benchmark.validate import validate
-from magicdrive_core.files import sha256_file
+from magicdrive_core.config.load import load_config
 from magicdrive_core.geometry.cameras import PICTURE_HEIGHT, PICTURE_WIDTH, VIEWS
-from magicdrive_core.settings import load_config
+from magicdrive_core.utils.files import sha256_file
 from magicdrive_core.video.colour import Picture
 from magicdrive_core.video.encoder import EncodedVideo, encode_video
-from magicdrive_core.video.record import ItemRecord, ViewFile, video_name
+from magicdrive_core.video.item_record import ItemRecord, ViewFile, video_name
+from magicdrive_core.wcoda.package import pack
+from magicdrive_core.wcoda.submission import Expected
+from magicdrive_core.wcoda.validator import validate
 
 DISTINCT, FRAMES, FPS, GENERATIONS = 12, 16, 12, 4
 GRAIN = 24  # of 256

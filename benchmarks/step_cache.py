@@ -17,16 +17,16 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from magicdrive_core.config import Config
+from magicdrive_core.config.load import load_config
+from magicdrive_core.config.schema import Config
 from magicdrive_core.data.bev_maps import BevMaps
 from magicdrive_core.data.edits import chosen_edits
 from magicdrive_core.data.infos import read_scenes
+from magicdrive_core.experiment.run_paths import find_places
 from magicdrive_core.inference.items import list_items
 from magicdrive_core.inference.models import Models
-from magicdrive_core.inference.sampling import Sampler
-from magicdrive_core.inference.team import Alone
-from magicdrive_core.places import find_places
-from magicdrive_core.settings import load_config
+from magicdrive_core.inference.process_group import Alone
+from magicdrive_core.inference.sampler import Sampler
 
 
 def main() -> None:

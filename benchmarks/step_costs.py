@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from magicdrive_core.config import STAGES, parse_size
-from magicdrive_core.files import read_json, write_json
+from magicdrive_core.config.load import load_config
+from magicdrive_core.config.schema import STAGES, parse_size
 from magicdrive_core.model.inputs import Conditions
-from magicdrive_core.model.network import MagicDrive, NetworkConfig
-from magicdrive_core.settings import load_config
+from magicdrive_core.model.transformer import MagicDrive, NetworkConfig
+from magicdrive_core.utils.files import read_json, write_json
 
 PROFILE = Path(__file__).resolve().parents[1] / "profiles/nuscenes.yaml"
 SHRINK = 4  # of what is squared in a length: places, width, text

@@ -78,13 +78,13 @@ def steps(options: argparse.Namespace, caches: str) -> dict[str, float]:
     """On a rank: seconds of each part of a step, and clips a step."""
     import torch
 
+    from magicdrive_core.diffusion.rectified_flow import RectifiedFlow
     from magicdrive_core.model.build import build_network
-    from magicdrive_core.rectified_flow import RectifiedFlow
+    from magicdrive_core.parallel.mesh import Mesh
     from magicdrive_core.training import loader as loading
-    from magicdrive_core.training.ema import Ema
+    from magicdrive_core.training.engine import boost
     from magicdrive_core.training.loop import flow_loss
-    from magicdrive_core.training.mesh import Mesh
-    from magicdrive_core.training.strategy import boost
+    from magicdrive_core.training.state import Ema
 
     config, mesh, device = settings(options, CACHES[caches]), Mesh.of(1), options.device
     torch.manual_seed(0)
@@ -129,11 +129,10 @@ def timed(clock: Clock, name: str, function: Callable[..., Any]) -> Callable[...
 def checkpoints(options: argparse.Namespace, width: int) -> dict[str, float]:
     """On a rank: what a checkpoint of a network of that width takes. Moments are there after one made-up step."""
     from magicdrive_core.model.build import build_network
-    from magicdrive_core.training import checkpoint
-    from magicdrive_core.training.checkpoint import Progress
-    from magicdrive_core.training.ema import Ema
-    from magicdrive_core.training.saving import Saver
-    from magicdrive_core.training.strategy import boost
+    from magicdrive_core.training import checkpoints as checkpoint
+    from magicdrive_core.training.checkpoints import Progress, Saver
+    from magicdrive_core.training.engine import boost
+    from magicdrive_core.training.state import Ema
 
     config = settings(options, [f"model.width={width}"])
     network = build_network(config, options.stage, options.project)
@@ -168,7 +167,7 @@ def checkpoints(options: argparse.Namespace, width: int) -> dict[str, float]:
 
 
 def settings(options: argparse.Namespace, overrides: list[str]) -> Any:
-    from magicdrive_core.settings import load_config
+    from magicdrive_core.config.load import load_config
 
     return load_config(options.params, [*overrides, *options.overrides])
 
@@ -178,7 +177,7 @@ def rank_main(options: argparse.Namespace) -> None:
     import torch
     import torch.distributed as dist
 
-    from magicdrive_core.training.strategy import join_group
+    from magicdrive_core.training.engine import join_group
 
     torch.set_num_threads(1)
     options.device = join_group()

@@ -25,11 +25,11 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from magicdrive_core.inference.framing import full_picture
+from magicdrive_core.inference.writer import full_picture
 from magicdrive_core.video import encoder
 from magicdrive_core.video.colour import Picture
-from magicdrive_core.video.rate_search import START
-from magicdrive_core.video.spool import Spool
+from magicdrive_core.video.encoder import START
+from magicdrive_core.video.frames import Spool
 
 FRAMES, FPS, CAP = 16, 12, 4.0
 PARTS = ("convert", "passes", "measure")

@@ -11,12 +11,12 @@ from prefect import flow, get_run_logger
 
 from flows.common import flow_command, main, run_verb, setting_words
 from flows.generate import generate
-from magicdrive_core.benchmark.verdict import VERDICT
+from magicdrive_core.config.load import load_config
 from magicdrive_core.data.infos import read_scenes
+from magicdrive_core.experiment.run_paths import find_places, pinned
 from magicdrive_core.inference.items import list_items
-from magicdrive_core.places import find_places, pinned
-from magicdrive_core.settings import load_config
-from magicdrive_core.video.record import RECORD
+from magicdrive_core.video.item_record import RECORD
+from magicdrive_core.wcoda.validator import VERDICT
 
 
 @flow(name="benchmark", validate_parameters=False)

@@ -25,7 +25,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.settings import PREFECT_API_URL
 
 from magicdrive_core.errors import ERROR_NOTE, MagicDriveError, UsageError, report_error
-from magicdrive_core.files import read_json
+from magicdrive_core.utils.files import read_json
 
 # SIGINT first: `dvc repro` leaves its stage running on SIGTERM. All of it fits into the 30 s that Prefect gives.
 STOP = ((signal.SIGINT, 10.0), (signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0))

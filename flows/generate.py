@@ -22,14 +22,13 @@ from prefect.cache_policies import NO_CACHE
 from prefect.task_runners import TaskRunner
 
 from flows.common import flow_command, main, no_orphans, run_child, setting_words, tool, unless_interrupted
+from magicdrive_core.config.load import load_config
 from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.errors import UsageError
-from magicdrive_core.inference.done import is_done
-from magicdrive_core.inference.items import input_digests, item_fingerprint, list_items
-from magicdrive_core.places import find_places, pinned
-from magicdrive_core.progress import progress_bar
-from magicdrive_core.settings import load_config
-from magicdrive_core.video.record import RECORD
+from magicdrive_core.experiment.run_paths import find_places, pinned
+from magicdrive_core.inference.items import input_digests, is_done, item_fingerprint, list_items
+from magicdrive_core.utils.progress import progress_bar
+from magicdrive_core.video.item_record import RECORD
 
 # Prefect's task runners for many hosts: module and class. Extras of this project: pip install 'magicdrive[dask]'.
 RUNNERS = {"dask": ("prefect_dask", "DaskTaskRunner"), "ray": ("prefect_ray", "RayTaskRunner")}

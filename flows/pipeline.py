@@ -11,9 +11,9 @@ from flows.benchmark import benchmark
 from flows.common import main
 from flows.prepare import prepare
 from flows.train import train
-from magicdrive_core.benchmark.package import ZIP
-from magicdrive_core.places import find_places
-from magicdrive_core.settings import load_config
+from magicdrive_core.config.load import load_config
+from magicdrive_core.experiment.run_paths import find_places
+from magicdrive_core.wcoda.package import ZIP
 
 
 @flow(name="pipeline", validate_parameters=False)

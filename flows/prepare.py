@@ -14,9 +14,9 @@ from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from flows.common import main, run_child, run_verb, tool
+from magicdrive_core.config.load import load_config
 from magicdrive_core.data.infos import pictures_changed
 from magicdrive_core.data.roots import check_root
-from magicdrive_core.settings import load_config
 
 DATA_VERSION, INFOS = Path("data.dvc"), Path("artifacts/infos")
 

@@ -26,7 +26,7 @@ import typer
 
 from flows.common import main, tool
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.files import atomic_file, read_json, write_json
+from magicdrive_core.utils.files import atomic_file, read_json, write_json
 
 HOME = Path(".prefect")
 PROFILE = HOME / "profiles.toml"

@@ -16,9 +16,9 @@ from prefect import flow, get_run_logger, runtime, task
 from prefect.cache_policies import NO_CACHE
 
 from flows.common import main
-from magicdrive_core.config import Config, Stage
-from magicdrive_core.places import Places, find_places
-from magicdrive_core.settings import load_config
+from magicdrive_core.config.load import load_config
+from magicdrive_core.config.schema import Config, Stage
+from magicdrive_core.experiment.run_paths import Places, find_places
 from magicdrive_core.tracking.runs import Status, close_parent, open_parent
 from magicdrive_core.training.supervise import StageResult, train_stage
 

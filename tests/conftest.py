@@ -8,8 +8,8 @@ import pytest
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
-from magicdrive_core.config import Synth
-from magicdrive_core.data.synthetic.write import synthesize
+from magicdrive_core.config.schema import Synth
+from magicdrive_core.synthetic.dataset import synthesize
 
 PROJECT = Path(__file__).resolve().parents[1]
 

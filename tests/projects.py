@@ -11,8 +11,8 @@ from pathlib import Path
 import yaml
 from filelock import FileLock
 
-from magicdrive_core.profiles import use_profile
-from magicdrive_core.settings import apply_override
+from magicdrive_core.config.load import apply_override
+from magicdrive_core.config.profiles import use_profile
 from tests.conftest import PROJECT
 
 TINY = [

@@ -1,1 +1,1 @@
-"""From nuScenes tables to the conditions of a clip. NumPy only: nothing here imports torch."""
+"""From recordings (nuScenes, Argoverse 2) to the conditions of a clip. NumPy only."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from magicdrive_core.config import Config
-from magicdrive_core.data.maps import VectorMap
+from magicdrive_core.config.schema import Config
 from magicdrive_core.data.records import Scene
+from magicdrive_core.data.vector_maps import VectorMap
 
 
 class Adapter(Protocol):
@@ -65,6 +65,6 @@ def open_adapter(config: Config, project: Path = Path()) -> Adapter:
         from magicdrive_core.data.argoverse import Argoverse
 
         return Argoverse(config, project)
-    from magicdrive_core.data.scenes import NuScenesScenes
+    from magicdrive_core.data.nuscenes_scenes import NuScenesScenes
 
     return NuScenesScenes(config, project)

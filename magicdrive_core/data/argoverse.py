@@ -17,18 +17,17 @@ import pyarrow as pa
 import pyarrow.feather as feather
 from numpy.typing import NDArray
 
-from magicdrive_core.config import fingerprint
-from magicdrive_core.data.maps import VectorMap
-from magicdrive_core.data.objects import Objects, interpolate
+from magicdrive_core.config.schema import fingerprint
 from magicdrive_core.data.records import MAP_LAYERS, Scene
-from magicdrive_core.data.timeline import SUFFIXES, Grid, Track
+from magicdrive_core.data.timeline import SUFFIXES, Grid, Objects, Track, interpolate
+from magicdrive_core.data.vector_maps import VectorMap
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.files import read_json, sha256_file
 from magicdrive_core.geometry import poses
 from magicdrive_core.geometry.cameras import PICTURE_WIDTH, full_window
+from magicdrive_core.utils.files import read_json, sha256_file
 
 if TYPE_CHECKING:
-    from magicdrive_core.config import Config
+    from magicdrive_core.config.schema import Config
 
 Floats = NDArray[np.float64]
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from magicdrive_core.config import parse_size
+from magicdrive_core.config.schema import parse_size
 from magicdrive_core.errors import UsageError
 
 MicroBatch = tuple[int, list[int]]  # bucket, clips of it

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from magicdrive_core.data.plain_pickle import read_plain_pickle
 from magicdrive_core.data.records import CLASSES, FrameBoxes, Scene
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.files import atomic_file
 from magicdrive_core.geometry import poses
 from magicdrive_core.geometry.cameras import VIEWS
+from magicdrive_core.utils.files import atomic_file
 
 Record = dict[str, Any]
 Floats = NDArray[np.float64]

@@ -17,17 +17,16 @@ import pyarrow.parquet as pq
 from PIL import Image
 from rich.console import Console
 
-from magicdrive_core.config import Config, fingerprint
+from magicdrive_core.config.schema import Config, fingerprint
 from magicdrive_core.data.adapters import Adapter, open_adapter
 from magicdrive_core.data.exchange import read_published
+from magicdrive_core.data.nuscenes_scenes import choose_splits
 from magicdrive_core.data.records import CLASSES, Scene
 from magicdrive_core.data.roots import Pictures
-from magicdrive_core.data.scene_files import Scenes, read_scene, scene_path, write_scene
-from magicdrive_core.data.scene_pool import for_each_scene
-from magicdrive_core.data.scenes import choose_splits
-from magicdrive_core.data.table import SCHEMA, to_table
+from magicdrive_core.data.scene_store import SCHEMA, Scenes, read_scene, scene_path, to_table, write_scene
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.files import atomic_folder, read_json, resumable_folder, sha256_file, write_json
+from magicdrive_core.utils.files import atomic_folder, read_json, resumable_folder, sha256_file, write_json
+from magicdrive_core.utils.process_pool import for_each_scene
 
 FRAMES = "frames.parquet"
 SUMMARY = "infos.json"

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from magicdrive_core.config import parse_size
+from magicdrive_core.config.schema import parse_size
 from magicdrive_core.data.records import Clip, Scene
 from magicdrive_core.errors import MagicDriveError, UsageError
 from magicdrive_core.geometry.cameras import VIEWS, Framing, full_window

@@ -1,1 +1,1 @@
-"""Video and text encoders, and the caches of what they computed."""
+"""Video and text encoders, and caches of what they computed."""

@@ -16,16 +16,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from magicdrive_core.config import STAGES, Config, bucket_name, fingerprint
+from magicdrive_core.config.schema import STAGES, Config, bucket_name, fingerprint
 from magicdrive_core.data.clips import caption, weathers
 from magicdrive_core.data.infos import infos_digest, read_scenes
 from magicdrive_core.data.records import CLASSES, Clip, Outline
 from magicdrive_core.device import this_device
-from magicdrive_core.encoders.encode import encode_scenes
-from magicdrive_core.encoders.scene_work import EncoderSettings, SceneWork, plan_scenes
+from magicdrive_core.encoders.encode_latents import EncoderSettings, SceneWork, encode_scenes, plan_scenes
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.files import atomic_folder, check_space, read_json, resumable_folder, write_json
-from magicdrive_core.progress import announce, track
+from magicdrive_core.utils.files import atomic_folder, check_space, read_json, resumable_folder, write_json
+from magicdrive_core.utils.progress import announce, track
 
 if TYPE_CHECKING:
     from magicdrive_core.encoders.text import TextEncoder

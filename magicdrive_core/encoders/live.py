@@ -8,15 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from magicdrive_core.config import Config, parse_size
+from magicdrive_core.config.schema import Config, parse_size
 from magicdrive_core.data.pictures import read_clip
 from magicdrive_core.data.records import Clip, Scene
 from magicdrive_core.device import this_device
 from magicdrive_core.encoders.caches import TextCache
-from magicdrive_core.encoders.scene_work import DTYPES
+from magicdrive_core.encoders.encode_latents import DTYPES
 from magicdrive_core.encoders.vae import Vae, latent_shape, to_video
-from magicdrive_core.files import read_json
 from magicdrive_core.geometry.cameras import VIEWS
+from magicdrive_core.utils.files import read_json
 
 HINT = "run `dvc repro encoders`"
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.memory import keep_freed
+from magicdrive_core.utils.memory import keep_freed
 
 TIME_STRIDE, SPACE_STRIDE = 4, 8
 PUBLISHED_SCALING = 1.15258426
@@ -78,7 +78,7 @@ class Vae:
         chunk_frames: int | None = 8,
         stripe_rows: int | None = None,
     ) -> None:
-        from magicdrive_core.encoders.spatial_norm import use_lean_norms  # imports diffusers, which takes seconds
+        from magicdrive_core.encoders.vae_layers import use_lean_norms  # imports diffusers, which takes seconds
 
         self.model = model.eval().requires_grad_(False)
         use_lean_norms(self.model)
@@ -117,7 +117,7 @@ class Vae:
         # Imported here: diffusers takes seconds, and readers of cached latents need none of it.
         from diffusers import AutoencoderKLCogVideoX
 
-        from magicdrive_core.encoders.planes import use_planes
+        from magicdrive_core.encoders.vae_layers import use_planes
 
         try:
             model = AutoencoderKLCogVideoX.from_pretrained(
@@ -178,9 +178,9 @@ class Vae:
     def _decoder(self) -> Callable[[Tensor], Tensor]:
         """Decodes the groups of one video in their order."""
         if self.stripe_rows is not None:
-            from magicdrive_core.encoders.stripes import StripedDecoder  # imports diffusers
+            from magicdrive_core.encoders.striped_decode import StripedDecoder  # imports diffusers
 
-            return StripedDecoder(self.model.decoder, self.stripe_rows)
+            return StripedDecoder(self.model.decoder, self.stripe_rows, SPACE_STRIDE)
         cache = None
 
         @torch.no_grad()

@@ -1,1 +1,1 @@
-"""Coordinate frames: poses, cameras and boxes."""
+"""Poses, cameras and oriented boxes as NumPy arrays."""

@@ -1,1 +1,1 @@
-"""Generation of clips, one item at a time."""
+"""Generation: items, sampling, writing, and the plan of its memory."""

@@ -11,21 +11,19 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from magicdrive_core.config import Config
+from magicdrive_core.config.schema import Config
 from magicdrive_core.data.bev_maps import BevMaps
-from magicdrive_core.data.edit_scene import edit_scene
-from magicdrive_core.data.edits import Edits, chosen_edits
+from magicdrive_core.data.edits import Edits, chosen_edits, edit_scene
 from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.data.records import Scene
 from magicdrive_core.inference.claims import Claim
-from magicdrive_core.inference.fanout import Summary, share_items
-from magicdrive_core.inference.handover import FrameFile, Handover
+from magicdrive_core.inference.fan_out import Summary, share_items
 from magicdrive_core.inference.items import Item, input_digests, item_fingerprint
 from magicdrive_core.inference.models import Models
-from magicdrive_core.inference.sampling import Sampler
-from magicdrive_core.inference.team import Alone, Team
-from magicdrive_core.inference.writing import ItemWriter
-from magicdrive_core.progress import progress_bar
+from magicdrive_core.inference.process_group import Alone, Team
+from magicdrive_core.inference.sampler import Sampler
+from magicdrive_core.inference.writer import FrameFile, Handover, ItemWriter
+from magicdrive_core.utils.progress import progress_bar
 
 
 def generate_items(

@@ -1,44 +1,91 @@
-"""Which clips are generated, and what decides their pixels. No torch."""
+"""How a clip that is longer than what the network samples at once is cut into windows. No torch."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import magicdrive_core
-from magicdrive_core.config import Config, fingerprint
+from magicdrive_core.config.schema import Config, fingerprint
 from magicdrive_core.data.edits import chosen_edits
 from magicdrive_core.data.records import Clip, Scene
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.files import read_json, sha256_file
-from magicdrive_core.inference.windows import Window, given_frames, plan_windows
+from magicdrive_core.experiment.run_paths import HOW
+from magicdrive_core.geometry.cameras import PICTURE_HEIGHT, PICTURE_WIDTH
 from magicdrive_core.tracking import lineage
-from magicdrive_core.video.record import ItemRecord, item_name
+from magicdrive_core.utils.files import read_json, sha256_file
+from magicdrive_core.video.decoder import probe
+from magicdrive_core.video.frames import frame_files, read_frame
+from magicdrive_core.video.item_record import RECORD, ItemRecord, item_name
+
+STRIDE = 4  # frames of a latent frame, the first excepted (the VAE's TIME_STRIDE, whose module needs torch)
+
+
+@dataclass(frozen=True)
+class Window:
+    """Frames that are sampled at once."""
+
+    start: int  # in the clip
+    frames: int  # 8n+1
+    given: int  # latent frames at its beginning that are there already: of the window before, or first frames
+
+    @property
+    def given_frames(self) -> int:
+        """Pictures that the given latent frames stand for."""
+        return given_frames(self.given)
+
+
+def given_frames(latents: int) -> int:
+    """Pictures of so many latent frames at the beginning of a window: the first one stands for one, others for four."""
+    return STRIDE * (latents - 1) + 1 if latents else 0
+
+
+def plan_windows(frames: int, longest: int, overlap: int, *, begun: bool = False) -> list[Window]:
+    """Cuts a clip into windows of the longest length that overlap by at least ``overlap`` latent frames, evenly.
+
+    None is shorter than the others: a network makes what it was trained on.
+
+    Args:
+        frames: of the clip, 8n+1.
+        longest: frames of a window, 8n+1.
+        overlap: latent frames, fewer than a window has.
+        begun: whether the first window's ``overlap`` is given too.
+    """
+    first = overlap if begun else 0
+    if frames <= longest:
+        return [Window(0, frames, first)]
+    count = 1 + -(-(frames - longest) // (longest - given_frames(overlap)))
+    places = [(frames - longest) * n // (count - 1) for n in range(count)]
+    starts = [start - start % STRIDE for start in places]
+    shared = [(before + longest - start - 1) // STRIDE + 1 for before, start in pairwise(starts)]
+    return [Window(start, longest, given) for start, given in zip(starts, [first, *shared], strict=True)]
+
+
+# Which clips are generated, and what decides their pixels. No torch.
 
 # Source that turns params and weights into pixels; all other inputs enter an item's fingerprint by their digests.
 _CODE = (
     "data/conditions.py",
+    "diffusion",
     "encoders",
     "geometry",
     "inference",
+    "kernels",
     "model",
-    "rectified_flow.py",
+    "parallel",
     "video/colour.py",
     "video/decoder.py",
     "video/encoder.py",
     "video/frames.py",
-    "video/rate_search.py",
-    "video/spool.py",
 )
 
-
-# Settings that say how the work is done and change no pixel.
-HOW = {"workers", "task_runner", "scheduler", "sequence_parallel", "guidance_parallel", "offload", "compile"}
 REAL = "real"  # generate.first_frames: the scene's own pictures
 
 
@@ -165,3 +212,41 @@ def _settings(config: Config) -> dict[str, Any]:
     return {"sampling": sampling, "published": config.published} | {
         name: section.model_dump(mode="json") for name, section in others.items()
     }
+
+
+# Which items are done: their fingerprint, their bytes and a look into each of their files agree. No torch.
+#
+# Every video was decoded whole when it was written (its PSNR is measured so), and its digest taken then. Equal bytes
+# decode equally; the look into the files is for records that came by wrong digests, and for another host's decoder.
+
+_SIZE = (PICTURE_HEIGHT, PICTURE_WIDTH)
+
+
+def is_done(folder: Path, wanted: str) -> bool:
+    """Whether the item's folder holds files of exactly this fingerprint, as they were written, that can be decoded."""
+    if not (folder / RECORD).is_file():
+        return False
+    try:
+        record = ItemRecord.read(folder)
+        return record.fingerprint == wanted and not record.faults(folder) and _opens(record, folder)
+    except MagicDriveError:
+        return False
+
+
+def _opens(record: ItemRecord, folder: Path) -> bool:
+    """Whether each view has the record's frames, at its rate and in full size, and its first frame can be decoded.
+
+    Raises:
+        MagicDriveError: a file cannot be read.
+    """
+    paths = [folder / entry.file for entry in record.views.values()]
+    with ThreadPoolExecutor(len(paths)) as pool:  # decoding leaves the interpreter to the others
+        return all(pool.map(partial(_view_opens, record), paths))
+
+
+def _view_opens(record: ItemRecord, path: Path) -> bool:
+    if path.suffix == ".mp4":
+        info = probe(path, first_frame=True)
+        return (info.frames, info.fps, (info.height, info.width)) == (record.frames, record.fps, _SIZE)
+    files = frame_files(path) if path.is_dir() else [path]
+    return len(files) == record.frames and read_frame(files[0]).shape == (*_SIZE, 3)

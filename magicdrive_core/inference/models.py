@@ -8,18 +8,18 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from magicdrive_core.config import Config
+from magicdrive_core.config.schema import Config, Stage
 from magicdrive_core.device import this_device
 from magicdrive_core.encoders.caches import TextCache
 from magicdrive_core.encoders.text import TextEncoder
 from magicdrive_core.encoders.vae import Vae
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.files import read_json, sha256_file
 from magicdrive_core.model.build import build_network
-from magicdrive_core.model.network import MagicDrive
+from magicdrive_core.model.transformer import MagicDrive
+from magicdrive_core.utils.files import atomic_file, read_json, sha256_file, write_json
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -112,3 +112,22 @@ def _load_network(config: Config, stage_folder: Path, project: Path) -> MagicDri
             "use the model section that the stage was trained with",
         ) from None
     return network.eval().requires_grad_(False)
+
+
+# The network before its first step, in the place of a finished training: what generation makes without learning.
+
+
+def write_untrained(config: Config, stage: Stage, folder: Path, project: Path = Path()) -> None:
+    """Writes initial weights of a stage's network and their ``run.json``, as a finished training leaves them.
+
+    Raises:
+        MagicDriveError: the project's encoders are not made yet.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.training.stage(stage).seed)
+        state = build_network(config, stage, project).state_dict()
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_file(folder / "ema.safetensors") as partial:
+        save_file(state, partial)
+    facts = {"stage": stage, "published": config.published, "weights_sha256": sha256_file(folder / "ema.safetensors")}
+    write_json(folder / "run.json", facts)

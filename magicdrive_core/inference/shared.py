@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from magicdrive_core.config import Config
-from magicdrive_core.files import write_json
-from magicdrive_core.launch import run_group
+from magicdrive_core.config.schema import Config
+from magicdrive_core.launch.process_group import run_group
+from magicdrive_core.utils.files import write_json
 
 
 def generate_shared(config: Config, model: Path, out: Path, shard: tuple[int, int]) -> None:
@@ -28,7 +28,7 @@ def generate_shared(config: Config, model: Path, out: Path, shard: tuple[int, in
         },
     )
     run_group(
-        ["-m", "magicdrive_core.inference.rank", str(job)],
+        ["-m", "magicdrive_core.inference.worker", str(job)],
         config.generate.devices,
         log=out / f"{name}.ranks.log",
         status=status,

@@ -1,1 +1,1 @@
-"""The network, exactly."""
+"""The diffusion transformer: blocks, attention, embedders of the conditions."""

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from magicdrive_core.model.kernels import NORM_EPS
-from magicdrive_core.native import attention_ops, library
+from magicdrive_core.kernels import attention_ops, library
+from magicdrive_core.kernels.functions import NORM_EPS
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from magicdrive_core.model.kernels import modulate
+from magicdrive_core.kernels.functions import modulate
 from magicdrive_core.model.layers import (
     CrossAttention,
     CrossViewAttention,
@@ -22,10 +22,10 @@ from magicdrive_core.model.layers import (
     SpatialAttention,
     TemporalAttention,
 )
-from magicdrive_core.model.parallel import Places
+from magicdrive_core.parallel.sequence_parallel import Places
 
 if TYPE_CHECKING:
-    from magicdrive_core.model.network import NetworkConfig
+    from magicdrive_core.model.transformer import NetworkConfig
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from magicdrive_core.config import Config, Stage
-from magicdrive_core.files import read_json
-from magicdrive_core.model.network import MagicDrive, NetworkConfig
+from magicdrive_core.config.schema import Config, Stage
+from magicdrive_core.model.transformer import MagicDrive, NetworkConfig
+from magicdrive_core.utils.files import read_json
 
 
 def build_network(config: Config, stage: Stage, project: Path = Path()) -> MagicDrive:

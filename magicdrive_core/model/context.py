@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from magicdrive_core.model.blocks import Surroundings
-from magicdrive_core.model.parallel import Places
-from magicdrive_core.model.slices import ALL
+from magicdrive_core.parallel.sequence_parallel import Places
+from magicdrive_core.parallel.slicing import ALL
 
 
 @dataclass(frozen=True)

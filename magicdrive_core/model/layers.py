@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from magicdrive_core.kernels.functions import modulated_linear, modulated_mlp
 from magicdrive_core.model.attention import attend_context, attend_neighbours, attend_packed, neighbour_pairs
-from magicdrive_core.model.kernels import modulated_linear, modulated_mlp
-from magicdrive_core.model.parallel import Places
+from magicdrive_core.parallel.sequence_parallel import Places
 
 ROTARY_BASE = 10000.0
 

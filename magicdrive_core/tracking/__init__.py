@@ -1,1 +1,1 @@
-"""What happened, in MLflow."""
+"""Runs, models and lineage in MLflow."""

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import yaml
 
-from magicdrive_core.config import Config, fingerprint
+from magicdrive_core.config.schema import Config, fingerprint
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.files import sha256_file
+from magicdrive_core.utils.files import sha256_file
 
 # What a run reads, and the small file in it that tells its content where DVC does not.
 INPUTS = {

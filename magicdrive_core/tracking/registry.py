@@ -13,10 +13,10 @@ from urllib.parse import unquote, urlparse
 
 from mlflow.exceptions import MlflowException
 
-from magicdrive_core.config import Tracking
+from magicdrive_core.config.schema import Tracking
 from magicdrive_core.errors import MagicDriveError, UsageError
-from magicdrive_core.files import read_json
 from magicdrive_core.tracking.runs import SHA256, Store
+from magicdrive_core.utils.files import read_json
 
 SCHEME = "models:/"
 _NAME = re.compile(rf"{SCHEME}(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")

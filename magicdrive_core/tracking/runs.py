@@ -20,7 +20,7 @@ from mlflow.entities import Metric, Param, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
-from magicdrive_core.config import Config, Tracking
+from magicdrive_core.config.schema import Config, Tracking
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.tracking.lineage import lineage_tags
 

@@ -1,1 +1,1 @@
-"""Training: one readable loop, and what it stands on."""
+"""Training: the loop, its engine (ColossalAI), state, loader and records."""

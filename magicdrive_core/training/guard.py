@@ -18,11 +18,11 @@ from typing import Any
 import torch.distributed as dist
 
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.files import write_json
-from magicdrive_core.training.checkpoint import checkpoints
-from magicdrive_core.training.facts import RankFacts, faults_of
-from magicdrive_core.training.loss_scale import LossScale
-from magicdrive_core.training.plan import StagePlan
+from magicdrive_core.experiment.stages import StagePlan
+from magicdrive_core.training.checkpoints import checkpoints
+from magicdrive_core.training.engine import LossScale
+from magicdrive_core.training.statistics import RankFacts, faults_of
+from magicdrive_core.utils.files import write_json
 
 logger = logging.getLogger(__name__)
 

@@ -1,44 +1,119 @@
-"""Micro-batches for a group of ranks: conditions, latents and masks of clips of one bucket, prepared ahead.
-
-Every random number of a micro-batch comes from generators seeded with (seed, stage, index of the micro-batch among all
-groups'). So a resumed training draws what an uninterrupted one would, on any number of ranks, no two groups draw the
-same (golden notes, oddity 12), and the ranks that share a clip draw all the same.
-"""
+"""Work that is done ahead by a thread, in order, as far as a number of bytes allows."""
 
 from __future__ import annotations
 
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from types import TracebackType
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from magicdrive_core.config import STAGES, Bucket, Config, Stage, parse_size
-from magicdrive_core.data.augment import add_boxes, anchors, drop_frames, hide_boxes
+from magicdrive_core.config.schema import STAGES, Bucket, Config, Stage, parse_size
 from magicdrive_core.data.bev_maps import BevMaps
 from magicdrive_core.data.buckets import BucketSampler, relative_cost
 from magicdrive_core.data.clips import caption, weathers
-from magicdrive_core.data.conditions import clip_conditions
+from magicdrive_core.data.conditions import add_boxes, anchors, clip_conditions, drop_frames, hide_boxes
 from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.data.records import Clip, ClipConditions, Outline
-from magicdrive_core.data.scene_files import ScenesByToken
+from magicdrive_core.data.scene_store import ScenesByToken
+from magicdrive_core.diffusion.frame_masks import draw_masks
 from magicdrive_core.encoders.caches import LatentCache
 from magicdrive_core.encoders.live import LiveLatents, open_text
 from magicdrive_core.encoders.vae import sample_moments
-from magicdrive_core.files import read_json
+from magicdrive_core.experiment.stages import bucket_clips
 from magicdrive_core.model.flops import training_flops
 from magicdrive_core.model.inputs import Conditions, collate
-from magicdrive_core.model.network import NetworkConfig
-from magicdrive_core.model.parallel import DeviceGroup, OneDevice
-from magicdrive_core.training.ahead import Ahead
+from magicdrive_core.model.transformer import NetworkConfig
+from magicdrive_core.parallel.sequence_parallel import DeviceGroup, OneDevice
 from magicdrive_core.training.budget import plan_budget
-from magicdrive_core.training.masks import draw_masks
-from magicdrive_core.training.plan import bucket_clips
-from magicdrive_core.training.shared_encoding import SharedEncoding
+from magicdrive_core.training.live_encoding import SharedEncoding
+from magicdrive_core.utils.files import read_json
+
+T = TypeVar("T")
+
+
+class Ahead(Generic[T]):
+    """Results of jobs in their order; the next ones are made while the last one is used.
+
+    One job is always done ahead, however large; more as long as all that waits stays within the budget.
+
+    Args:
+        jobs: (bytes of the result, the job).
+        budget: bytes of results that may wait.
+    """
+
+    def __init__(self, jobs: Iterator[tuple[int, Callable[[], T]]], budget: int) -> None:
+        self._jobs, self._budget = jobs, budget
+        self._done: deque[tuple[int, T | BaseException]] = deque()
+        self._held = 0
+        self._stopped = False
+        self._change = threading.Condition()
+        self._thread = threading.Thread(target=self._work, name="loader", daemon=True)
+        self._thread.start()
+
+    @property
+    def held(self) -> int:
+        """Bytes of the results that wait, and of the one that is being made."""
+        with self._change:
+            return self._held
+
+    def next(self) -> T:
+        """The next result; raises what its job raised, and StopIteration after the last one."""
+        with self._change:
+            self._change.wait_for(lambda: self._done)
+            size, result = self._done.popleft()
+            self._held -= size
+            self._change.notify_all()
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    def stop(self) -> None:
+        """Ends the thread after the job that it is at; what waits is dropped."""
+        with self._change:
+            self._stopped = True
+            self._done.clear()
+            self._change.notify_all()
+        self._thread.join()
+
+    def _may_begin(self, size: int) -> bool:
+        return self._stopped or not self._held or self._held + size <= self._budget
+
+    def _work(self) -> None:
+        for size, job in self._jobs:
+            with self._change:
+                self._change.wait_for(partial(self._may_begin, size))
+                if self._stopped:
+                    return
+                self._held += size
+            result: T | BaseException
+            try:
+                result = job()
+            except BaseException as error:  # noqa: BLE001 - it is raised where the result is asked for
+                result = error
+            with self._change:
+                self._done.append((size, result))
+                self._change.notify_all()
+            if isinstance(result, BaseException):
+                return
+        with self._change:
+            self._done.append((0, StopIteration()))
+            self._change.notify_all()
+
+
+# Micro-batches for a group of ranks: conditions, latents and masks of clips of one bucket, prepared ahead.
+#
+# Every random number of a micro-batch comes from generators seeded with (seed, stage, index of the micro-batch among
+# all groups'). So a resumed training draws what an uninterrupted one would, on any number of ranks, no two groups
+# draw the same (golden notes, oddity 12), and the ranks that share a clip draw all the same.
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from magicdrive_core.config import Config, Stage
-from magicdrive_core.memory import memory_left, memory_limit, resident
+from magicdrive_core.config.schema import Config, Stage
 from magicdrive_core.training.budget import Budget
 from magicdrive_core.training.loader import Batch, Loader
+from magicdrive_core.utils.memory import memory_left, memory_limit, resident
 
 
 @dataclass(frozen=True)

@@ -11,25 +11,30 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from magicdrive_core.config import Config, StageConfig
-from magicdrive_core.files import atomic_file, sha256_file, write_json
-from magicdrive_core.launch import RESUMABLE
-from magicdrive_core.model.network import MagicDrive
-from magicdrive_core.rectified_flow import RectifiedFlow, keep_given
+from magicdrive_core.config.schema import Config, StageConfig
+from magicdrive_core.diffusion.rectified_flow import RectifiedFlow, keep_given
+from magicdrive_core.experiment.stages import StagePlan
+from magicdrive_core.launch.process_group import RESUMABLE
+from magicdrive_core.model.transformer import MagicDrive
+from magicdrive_core.parallel.mesh import Mesh
 from magicdrive_core.tracking.summary import first_and_last
-from magicdrive_core.training import checkpoint
-from magicdrive_core.training.checkpoint import Progress
-from magicdrive_core.training.ema import Ema
-from magicdrive_core.training.facts import MicroBatchFacts, RankFacts, Stop, any_rank_asked, of_groups, share
+from magicdrive_core.training.checkpoints import Progress, Saver, resume
+from magicdrive_core.training.engine import Boosted, boost
 from magicdrive_core.training.guard import Guard
 from magicdrive_core.training.loader import Batch, Loader
-from magicdrive_core.training.mesh import Mesh
-from magicdrive_core.training.plan import StagePlan
 from magicdrive_core.training.preview import Preview
-from magicdrive_core.training.record import Recorder, StepFacts
-from magicdrive_core.training.resources import device_memory
-from magicdrive_core.training.saving import Saver
-from magicdrive_core.training.strategy import Boosted, boost
+from magicdrive_core.training.recorder import Recorder, StepFacts
+from magicdrive_core.training.state import Ema
+from magicdrive_core.training.statistics import (
+    MicroBatchFacts,
+    RankFacts,
+    Stop,
+    any_rank_asked,
+    device_memory,
+    of_groups,
+    share,
+)
+from magicdrive_core.utils.files import atomic_file, sha256_file, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +71,7 @@ def train(
     boosted = boost(network, training, device)
     ema = Ema(boosted, training.ema)
     folder = plan.folder / "checkpoints"
-    progress = checkpoint.resume(folder, boosted, ema) or Progress()
+    progress = resume(folder, boosted, ema) or Progress()
     logger.info("%s: from step %d of %d, %d ranks", plan.stage, progress.step, stage.steps, dist.get_world_size())
     left = stage.accumulate * (stage.steps - progress.step)
     loader.start(progress.micro_batches, mesh.groups, mesh.group, left, mesh.devices)

@@ -14,22 +14,22 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from magicdrive_core.config import Bucket, Config, Stage, parse_size
+from magicdrive_core.config.schema import Bucket, Config, Stage, parse_size
 from magicdrive_core.data.bev_maps import BevMaps
 from magicdrive_core.data.clips import list_clips
 from magicdrive_core.data.conditions import clip_conditions
 from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.data.pictures import read_picture
 from magicdrive_core.data.records import Clip, Scene
+from magicdrive_core.diffusion.guidance import sample_latents
+from magicdrive_core.diffusion.rectified_flow import RectifiedFlow
 from magicdrive_core.encoders.live import open_text
 from magicdrive_core.encoders.vae import Vae, latent_shape
-from magicdrive_core.files import atomic_file, read_json
 from magicdrive_core.geometry.cameras import Framing
-from magicdrive_core.model.guidance import sample_latents
 from magicdrive_core.model.inputs import Conditions, collate
-from magicdrive_core.model.network import MagicDrive
-from magicdrive_core.rectified_flow import RectifiedFlow
-from magicdrive_core.training.facts import Stop, any_device_asked
+from magicdrive_core.model.transformer import MagicDrive
+from magicdrive_core.training.statistics import Stop, any_device_asked
+from magicdrive_core.utils.files import atomic_file, read_json
 from magicdrive_core.video.colour import Picture
 from magicdrive_core.video.sheets import contact_sheet, six_views
 

@@ -12,21 +12,20 @@ from typing import Any
 
 from rich.progress import Progress, TaskID
 
-from magicdrive_core.config import Config, Stage
+from magicdrive_core.config.load import load_config
+from magicdrive_core.config.schema import Config, Stage
+from magicdrive_core.diffusion.frame_masks import check_ratios
 from magicdrive_core.errors import MagicDriveError, UsageError
-from magicdrive_core.files import read_json, write_json
-from magicdrive_core.launch import RESUMABLE
-from magicdrive_core.launchers.devices import check_ranks
-from magicdrive_core.launchers.job import Job
-from magicdrive_core.launchers.run import run_job, show_job
-from magicdrive_core.progress import progress_bar
-from magicdrive_core.settings import load_config
+from magicdrive_core.experiment.stages import StagePlan, feasibility, plan_stage, write_job
+from magicdrive_core.launch.devices import check_ranks
+from magicdrive_core.launch.job import Job
+from magicdrive_core.launch.launcher import run_job, show_job
+from magicdrive_core.launch.process_group import RESUMABLE
 from magicdrive_core.tracking.lineage import lineage_tags
 from magicdrive_core.tracking.runs import SHA256, Store
-from magicdrive_core.training.architecture import check_architecture
-from magicdrive_core.training.budget import plan_budget
-from magicdrive_core.training.masks import check_ratios
-from magicdrive_core.training.plan import StagePlan, feasibility, plan_stage, write_job
+from magicdrive_core.training.budget import check_architecture, plan_budget
+from magicdrive_core.utils.files import read_json, write_json
+from magicdrive_core.utils.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -176,7 +175,7 @@ def _job(config: Config, plan: StagePlan, environment: dict[str, str]) -> Job:
     return Job.of(
         config.cluster,
         f"magicdrive-{plan.folder.name}",
-        ["-m", "magicdrive_core.training.rank", str(plan.folder)],
+        ["-m", "magicdrive_core.training.worker", str(plan.folder)],
         folder=plan.folder / "launch",
         log=plan.folder / "log.txt",
         status=plan.folder / "status.json",

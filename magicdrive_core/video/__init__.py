@@ -1,1 +1,1 @@
-"""Pictures and videos for people: encoding, contact sheets, overlays."""
+"""H.264 encoding and decoding, frames, overlays and contact sheets."""

@@ -12,7 +12,7 @@ from av.packet import Packet
 from av.stream import Stream
 
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.files import atomic_file
+from magicdrive_core.utils.files import atomic_file
 
 
 def join_videos(parts: Sequence[Path], path: Path) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from magicdrive_core.config import Config
+from magicdrive_core.config.load import parse_config
+from magicdrive_core.config.schema import Config
 from magicdrive_core.data.infos import build_infos, read_scenes
 from magicdrive_core.data.records import Scene
-from magicdrive_core.settings import parse_config
 
 PROFILES = Path(__file__).resolve().parents[2] / "profiles"
 

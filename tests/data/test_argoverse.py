@@ -14,11 +14,12 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from magicdrive_core.cli import app
-from magicdrive_core.config import Config
+from magicdrive_core.cli.main import app
+from magicdrive_core.config.load import parse_config
+from magicdrive_core.config.schema import Config
 from magicdrive_core.data.adapters import open_adapter
 from magicdrive_core.data.argoverse import CAMERAS
-from magicdrive_core.data.bev import read_map
+from magicdrive_core.data.bev_maps import read_map
 from magicdrive_core.data.conditions import build_conditions
 from magicdrive_core.data.infos import build_infos, read_scenes
 from magicdrive_core.data.pictures import read_clip
@@ -26,7 +27,6 @@ from magicdrive_core.data.records import MAP_LAYERS, Clip, Scene
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.geometry import poses
 from magicdrive_core.geometry.cameras import full_window, project
-from magicdrive_core.settings import parse_config
 from tests.conftest import PROJECT
 from tests.data.argoverse_log import FOCAL, LOG, PARKED, WALK, WALKER, camera_pose, ego_pose, size_of, write_log
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from magicdrive_core.data.infos import build_infos, read_scenes
-from magicdrive_core.data.nuscenes import load_tables
+from magicdrive_core.data.nuscenes_tables import load_tables
 from magicdrive_core.data.records import Scene
 from magicdrive_core.errors import MagicDriveError
 

@@ -12,17 +12,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from magicdrive_core.config import Bucket
-from magicdrive_core.data.augment import add_boxes, anchors, drop_frames, hide_boxes
-from magicdrive_core.data.bev import read_map
-from magicdrive_core.data.bev_maps import BevMaps
+from magicdrive_core.config.load import load_config
+from magicdrive_core.config.schema import Bucket
+from magicdrive_core.data.bev_maps import BevMaps, read_map
 from magicdrive_core.data.clips import balanced, caption, list_clips, weathers
-from magicdrive_core.data.conditions import build_conditions, clip_conditions
+from magicdrive_core.data.conditions import (
+    add_boxes,
+    anchors,
+    build_conditions,
+    clip_conditions,
+    drop_frames,
+    hide_boxes,
+)
 from magicdrive_core.data.records import Clip, ClipConditions, FrameBoxes, Outline, Scene
 from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.experiment.stages import bucket_clips
 from magicdrive_core.geometry import poses
-from magicdrive_core.settings import load_config
-from magicdrive_core.training.plan import bucket_clips
 from tests.conftest import PROJECT
 
 

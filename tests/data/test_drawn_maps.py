@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from magicdrive_core.data import drawn_maps
-from magicdrive_core.data.bev import map_path
+from magicdrive_core.data import bev_maps as drawn_maps
+from magicdrive_core.data.bev_maps import map_path
 from magicdrive_core.data.conditions import build_conditions
 from magicdrive_core.data.records import Scene
 from magicdrive_core.errors import MagicDriveError

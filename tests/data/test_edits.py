@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from magicdrive_core.data.edit_scene import edit_scene, under, way
-from magicdrive_core.data.edits import Edits, Point, load_edits
+from magicdrive_core.data.edits import Edits, Point, edit_scene, load_edits, under, way
 from magicdrive_core.data.records import FrameBoxes, Scene
 from magicdrive_core.errors import UsageError
 from magicdrive_core.geometry import poses

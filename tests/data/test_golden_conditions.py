@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 from pyquaternion import Quaternion
 
-from magicdrive_core.data.bev import rasterise, unpack
+from magicdrive_core.data.bev_maps import rasterise, unpack
 from magicdrive_core.data.conditions import clip_conditions
-from magicdrive_core.data.maps import VectorMap
 from magicdrive_core.data.pictures import read_picture
 from magicdrive_core.data.records import CLASSES, MAP_LAYERS, Clip, FrameBoxes, Scene
+from magicdrive_core.data.vector_maps import VectorMap
 from magicdrive_core.geometry import poses
 from magicdrive_core.geometry.cameras import VIEWS, Framing
 

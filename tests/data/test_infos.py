@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 
 from magicdrive_core.data.infos import build_infos, pictures_changed, read_scenes
-from magicdrive_core.data.nuscenes import LIDAR, Tables, load_tables
-from magicdrive_core.data.objects import interpolate, read_objects
+from magicdrive_core.data.nuscenes_scenes import build_scene, choose_splits
+from magicdrive_core.data.nuscenes_tables import LIDAR, Tables, load_tables
 from magicdrive_core.data.records import CLASSES, Scene
-from magicdrive_core.data.scenes import build_scene, choose_splits
-from magicdrive_core.data.table import SCHEMA
+from magicdrive_core.data.scene_store import SCHEMA
+from magicdrive_core.data.timeline import interpolate, read_objects
 from magicdrive_core.errors import MagicDriveError, UsageError
 from magicdrive_core.geometry import cameras, poses
 from tests.conftest import PROJECT

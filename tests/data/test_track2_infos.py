@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from magicdrive_core.cli import app
+from magicdrive_core.cli.main import app
 from magicdrive_core.data.clips import list_clips
 from magicdrive_core.data.exchange import CAMERA_ORDER
 from magicdrive_core.data.infos import read_scenes

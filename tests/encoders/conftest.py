@@ -11,11 +11,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from magicdrive_core.config import Config
+from magicdrive_core.config.load import parse_config
+from magicdrive_core.config.schema import Config
 from magicdrive_core.data import infos
 from magicdrive_core.data.records import FrameBoxes, Scene
 from magicdrive_core.geometry.cameras import VIEWS
-from magicdrive_core.settings import parse_config
 
 PROFILE = Path(__file__).resolve().parents[2] / "profiles/demo.yaml"
 LENGTH = 19  # frames of a scene: clips of 17 from frames 0 and 2

@@ -16,17 +16,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from magicdrive_core.config import Bucket
-from magicdrive_core.data.bev import write_map
+from magicdrive_core.config.schema import Bucket
+from magicdrive_core.data.bev_maps import write_map
 from magicdrive_core.data.clips import caption
 from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.data.pictures import read_clip
 from magicdrive_core.data.records import CLASSES, Clip
-from magicdrive_core.encoders import encode
-from magicdrive_core.encoders.build import build_encoders
+from magicdrive_core.encoders import encode_latents as encode
+from magicdrive_core.encoders.build_encoders import build_encoders
 from magicdrive_core.encoders.caches import LatentCache, TextCache, write_latents, write_text
+from magicdrive_core.encoders.encode_latents import EncoderSettings, SceneWork, begins_as, plan_scenes
 from magicdrive_core.encoders.live import LiveLatents, open_text
-from magicdrive_core.encoders.scene_work import EncoderSettings, SceneWork, begins_as, plan_scenes
 from magicdrive_core.encoders.text import TextEncoder
 from magicdrive_core.encoders.vae import Vae, to_video
 from magicdrive_core.errors import MagicDriveError

@@ -10,8 +10,8 @@ from diffusers import AutoencoderKLCogVideoX
 from torch import Tensor
 from torch.nn import functional
 
-from magicdrive_core.encoders.linear_start import WHITENING, start_linear
-from magicdrive_core.encoders.planes import use_planes
+from magicdrive_core.encoders.small_vae import WHITENING, start_linear
+from magicdrive_core.encoders.vae_layers import use_planes
 from magicdrive_core.errors import MagicDriveError
 
 LATENTS = 9

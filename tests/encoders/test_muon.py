@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magicdrive_core.encoders.muon import Muon, orthogonalised
+from magicdrive_core.encoders.small_vae import Muon, orthogonalised
 
 
 @settings(max_examples=25, deadline=None)

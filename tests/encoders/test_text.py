@@ -13,12 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
-from magicdrive_core.config import TextBuild
+from magicdrive_core.config.schema import TextBuild
 from magicdrive_core.data.records import CLASSES
-from magicdrive_core.encoders.small_text import build_text, make_tokenizer
-from magicdrive_core.encoders.text import TextEncoder
+from magicdrive_core.encoders.text import TextEncoder, build_text, make_tokenizer
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.files import sha256_folder
+from magicdrive_core.utils.files import sha256_folder
 
 CAPTIONS = [
     "A driving scene image at singapore-onenorth. Parked truck, construction, turn left, following a van.",

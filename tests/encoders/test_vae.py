@@ -12,8 +12,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX
 
-from magicdrive_core.encoders.spatial_norm import use_lean_norms
 from magicdrive_core.encoders.vae import PUBLISHED_SCALING, Vae, latent_shape, sample_moments, to_video
+from magicdrive_core.encoders.vae_layers import use_lean_norms
 from magicdrive_core.errors import MagicDriveError
 
 CASES = (1, 8, 9, 16, 17, 25, 33)

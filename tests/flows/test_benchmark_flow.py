@@ -15,10 +15,10 @@ from PIL import Image
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 
-from magicdrive_core.config import Tracking
-from magicdrive_core.files import read_json
+from magicdrive_core.config.schema import Tracking
 from magicdrive_core.geometry.cameras import VIEWS
 from magicdrive_core.tracking.runs import Store
+from magicdrive_core.utils.files import read_json
 from tests.conftest import PROJECT
 from tests.inference.project import STAGE, make_project, small_config, small_scene
 

@@ -13,9 +13,9 @@ import yaml
 from prefect.logging import disable_run_logger
 
 from flows import prepare
+from magicdrive_core.config.load import load_config
 from magicdrive_core.data.infos import build_infos
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.settings import load_config
 from tests.conftest import PROJECT
 
 REPRO = ["repro"]

@@ -17,7 +17,7 @@ from prefect.states import Running
 
 from flows import server
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.files import write_json
+from magicdrive_core.utils.files import write_json
 from tests.flows.test_children import assert_gone, family
 
 

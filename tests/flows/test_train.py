@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from flows.train import train
-from magicdrive_core.config import Tracking
+from magicdrive_core.config.load import load_config
+from magicdrive_core.config.schema import Tracking
 from magicdrive_core.data.infos import build_infos
 from magicdrive_core.errors import UsageError
-from magicdrive_core.files import write_json
-from magicdrive_core.places import find_places
-from magicdrive_core.settings import load_config
+from magicdrive_core.experiment.run_paths import find_places
 from magicdrive_core.tracking.runs import PARENT, Store
+from magicdrive_core.utils.files import write_json
 from tests.conftest import PROJECT
 from tests.flows.test_children import assert_gone, family
 from tests.projects import copy_project
@@ -24,7 +24,7 @@ from tests.projects import copy_project
 # The flow and torchrun are real; a rank notes its process and its agent's, then does what the test says.
 FLOW = """
 from flows.train import train
-from magicdrive_core.launchers import run
+from magicdrive_core.launch import run
 run_group = run.run_group
 run.run_group = lambda command, ranks, **options: run_group(["rank.py"], 1, **options)
 train("stage1")

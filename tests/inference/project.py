@@ -9,17 +9,17 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 from safetensors.torch import save_file
 
-from magicdrive_core.config import Config
-from magicdrive_core.data.bev import write_map
+from magicdrive_core.config.load import load_config
+from magicdrive_core.config.schema import Config
+from magicdrive_core.data.bev_maps import write_map
 from magicdrive_core.data.clips import caption
 from magicdrive_core.data.infos import infos_digest, write_infos
 from magicdrive_core.data.records import CLASSES, FrameBoxes, Scene
 from magicdrive_core.encoders.caches import CAPTIONS, FEATURES, FORMAT, INDEX
-from magicdrive_core.files import sha256_file, write_json
 from magicdrive_core.geometry.cameras import VIEWS
 from magicdrive_core.geometry.poses import pose
 from magicdrive_core.model.build import build_network
-from magicdrive_core.settings import load_config
+from magicdrive_core.utils.files import sha256_file, write_json
 
 PROFILE = Path(__file__).resolve().parents[2] / "profiles/demo.yaml"
 SMALL = [

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from magicdrive_core.files import sha256_file
 from magicdrive_core.geometry.cameras import PICTURE_HEIGHT, PICTURE_WIDTH
-from magicdrive_core.inference.done import is_done
+from magicdrive_core.inference.items import is_done
+from magicdrive_core.utils.files import sha256_file
 from magicdrive_core.video.encoder import encode_video
 from magicdrive_core.video.frames import write_frames
-from magicdrive_core.video.record import RECORD, ItemRecord, ViewFile
-from tests.benchmark.stand_in import write_item
+from magicdrive_core.video.item_record import RECORD, ItemRecord, ViewFile
+from tests.evaluation.stand_in import write_item
 
 SIZE = (PICTURE_HEIGHT, PICTURE_WIDTH)
 

@@ -10,17 +10,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from magicdrive_core.config import Config
+from magicdrive_core.config.schema import Config
 from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.geometry.cameras import VIEWS
-from magicdrive_core.inference import generate, writing
-from magicdrive_core.inference.framing import full_picture
+from magicdrive_core.inference import generate
+from magicdrive_core.inference import writer as writing
 from magicdrive_core.inference.generate import generate_items
 from magicdrive_core.inference.items import Item, list_items
+from magicdrive_core.inference.writer import full_picture
 from magicdrive_core.video.decoder import decode_video, probe
 from magicdrive_core.video.frames import read_view
-from magicdrive_core.video.record import ItemRecord
+from magicdrive_core.video.item_record import ItemRecord
 from tests.inference.project import STAGE, make_project, small_config, small_scene
 
 

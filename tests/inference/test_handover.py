@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.inference.handover import FrameFile, Handover
+from magicdrive_core.inference.writer import FrameFile, Handover
 from magicdrive_core.video.colour import Picture
 
 SECONDS = 60.0

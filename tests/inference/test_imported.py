@@ -9,12 +9,12 @@ import torch
 
 from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.experiment.run_paths import find_places
 from magicdrive_core.inference.generate import generate_items
 from magicdrive_core.inference.items import list_items
 from magicdrive_core.inference.models import Models
-from magicdrive_core.model.importing import import_checkpoint
-from magicdrive_core.model.network import MagicDrive, NetworkConfig
-from magicdrive_core.places import find_places
+from magicdrive_core.model.published.checkpoint import import_checkpoint
+from magicdrive_core.model.transformer import MagicDrive, NetworkConfig
 from tests.inference.project import make_project, small_config, small_scene
 
 IMPORTED = "generate.weights=runs/published-stage3"

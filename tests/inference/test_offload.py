@@ -22,7 +22,7 @@ from magicdrive_core.encoders.text import TextEncoder
 from magicdrive_core.inference.generate import generate_items
 from magicdrive_core.inference.items import list_items
 from magicdrive_core.inference.models import Models
-from magicdrive_core.video.record import ItemRecord
+from magicdrive_core.video.item_record import ItemRecord
 from tests.inference.project import STAGE, make_project, small_config, small_scene
 
 OFFLOAD = small_config("generate.offload=true")

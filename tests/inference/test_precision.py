@@ -10,12 +10,12 @@ import torch
 from numpy.typing import NDArray
 
 from magicdrive_core.data.infos import read_scenes
-from magicdrive_core.inference import writing
+from magicdrive_core.inference import writer as writing
 from magicdrive_core.inference.generate import generate_items
 from magicdrive_core.inference.items import list_items
 from magicdrive_core.inference.models import Models
 from magicdrive_core.video.frames import read_view
-from magicdrive_core.video.record import ItemRecord
+from magicdrive_core.video.item_record import ItemRecord
 from tests.inference.project import STAGE, make_project, small_config, small_scene
 
 

@@ -9,19 +9,20 @@ import pytest
 import torch
 from PIL import Image
 
-from magicdrive_core.config import Config
+from magicdrive_core.config.schema import Config
 from magicdrive_core.data.bev_maps import BevMaps
 from magicdrive_core.data.edits import chosen_edits
 from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.geometry.cameras import VIEWS
-from magicdrive_core.inference import beginnings, writing
+from magicdrive_core.inference import initial_frames as beginnings
+from magicdrive_core.inference import writer as writing
 from magicdrive_core.inference.generate import generate_items
 from magicdrive_core.inference.items import Item, list_items
 from magicdrive_core.inference.models import Models
-from magicdrive_core.inference.sampling import Sampler
-from magicdrive_core.inference.team import Alone
+from magicdrive_core.inference.process_group import Alone
+from magicdrive_core.inference.sampler import Sampler
 from magicdrive_core.video.frames import read_view
-from magicdrive_core.video.record import ItemRecord
+from magicdrive_core.video.item_record import ItemRecord
 from tests.inference.project import STAGE, make_project, small_config, small_scene
 
 LONG = ("generate.frames=25", "generate.window=17", "generate.generations=1", "generate.steps=1", "video.format=png")

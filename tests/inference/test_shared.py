@@ -10,12 +10,11 @@ import pytest
 
 from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.geometry.cameras import VIEWS
-from magicdrive_core.inference.done import is_done
 from magicdrive_core.inference.generate import generate_items
-from magicdrive_core.inference.items import input_digests, item_fingerprint, list_items
+from magicdrive_core.inference.items import input_digests, is_done, item_fingerprint, list_items
 from magicdrive_core.inference.shared import generate_shared
 from magicdrive_core.video.frames import read_view
-from magicdrive_core.video.record import ItemRecord
+from magicdrive_core.video.item_record import ItemRecord
 from tests.conftest import PROJECT
 from tests.inference.project import STAGE, make_project, small_config, small_scene
 

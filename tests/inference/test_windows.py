@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.inference.items import item_windows, list_items
-from magicdrive_core.inference.windows import Window, given_frames, plan_windows
-from tests.benchmark.stand_in import write_item
+from magicdrive_core.inference.items import Window, given_frames, item_windows, list_items, plan_windows
+from tests.evaluation.stand_in import write_item
 from tests.inference.project import small_config, small_scene
 
 

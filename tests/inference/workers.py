@@ -12,12 +12,12 @@ from zlib import crc32
 from PIL import Image
 
 from magicdrive_core.data.records import Clip
-from magicdrive_core.files import atomic_folder
 from magicdrive_core.geometry.cameras import PICTURE_HEIGHT, PICTURE_WIDTH
 from magicdrive_core.inference.claims import Claim
-from magicdrive_core.inference.fanout import Summary, share_items
+from magicdrive_core.inference.fan_out import Summary, share_items
 from magicdrive_core.inference.items import Item
-from magicdrive_core.video.record import ItemRecord, ViewFile, item_name
+from magicdrive_core.utils.files import atomic_folder
+from magicdrive_core.video.item_record import ItemRecord, ViewFile, item_name
 
 VIEW = "CAM_FRONT"
 

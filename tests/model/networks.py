@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from magicdrive_core.model.inputs import Conditions
-from magicdrive_core.model.network import MagicDrive, NetworkConfig
+from magicdrive_core.model.transformer import MagicDrive, NetworkConfig
 
 
 def config(**changes: Any) -> NetworkConfig:

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from magicdrive_core.model.flops import FORWARD_AND_BACKWARD, training_flops
 from magicdrive_core.model.inputs import Conditions
-from magicdrive_core.model.network import MagicDrive, NetworkConfig
+from magicdrive_core.model.transformer import MagicDrive, NetworkConfig
 
 SIZES = NetworkConfig(
     width=64,
@@ -70,7 +70,7 @@ def test_the_formula_is_what_the_network_does(
 
     The formula leaves out small parts, and must not say more than there is.
     """
-    monkeypatch.setattr("magicdrive_core.native.library.usable", lambda _: False)
+    monkeypatch.setattr("magicdrive_core.kernels.library.usable", lambda _: False)
     network = MagicDrive(config).requires_grad_(False)
     x = torch.randn(batch, len(config.neighbours), config.latent_channels, *latents)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

@@ -8,20 +8,20 @@ import numpy as np
 import pytest
 import torch
 
-from magicdrive_core import cli
+from magicdrive_core.cli.main import main as cli
+from magicdrive_core.diffusion.guidance import guided_velocity, published_null
+from magicdrive_core.diffusion.rectified_flow import RectifiedFlow, keep_given, sample
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.model.golden import (
+from magicdrive_core.model.published.golden import (
     channels_from_views,
+    check_golden,
     golden_config,
     load_golden_network,
     read_conditions,
     read_npz,
     views_from_channels,
 )
-from magicdrive_core.model.guidance import guided_velocity, published_null
-from magicdrive_core.model.network import MagicDrive
-from magicdrive_core.model.published import check_golden
-from magicdrive_core.rectified_flow import RectifiedFlow, keep_given, sample
+from magicdrive_core.model.transformer import MagicDrive
 
 CASES = ["stage1_keep", "stage3_f1", "stage3_f17", "stage3_f17_xmask_drop", "stage3_pad4"]
 

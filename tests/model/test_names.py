@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from magicdrive_core.model.importing import PUBLISHED_XL
-from magicdrive_core.model.network import MagicDrive
+from magicdrive_core.model.published.checkpoint import PUBLISHED_XL
+from magicdrive_core.model.transformer import MagicDrive
 
 
 @pytest.fixture(scope="module")

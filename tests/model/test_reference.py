@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from magicdrive_core import cli
-from magicdrive_core.model.golden import golden_config, read_npz
-from magicdrive_core.model.network import MagicDrive
-from magicdrive_core.model.published import TOLERANCE, check_golden
+from magicdrive_core.cli.main import main as cli
+from magicdrive_core.model.published.golden import TOLERANCE, check_golden, golden_config, read_npz
+from magicdrive_core.model.transformer import MagicDrive
 from tests.model.reference import Reference
 
 RING4 = {"0": [3, 1], "1": [0, 2], "2": [1, 3], "3": [2, 0]}

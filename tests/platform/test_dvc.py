@@ -14,8 +14,8 @@ import pytest
 from dvc.repo import Repo
 from pydantic import BaseModel
 
-from magicdrive_core.config import Config
-from magicdrive_core.files import read_json, sha256_file
+from magicdrive_core.config.schema import Config
+from magicdrive_core.utils.files import read_json, sha256_file
 from tests.projects import change, copy_project, run
 
 pytestmark = pytest.mark.timeout(900)  # the first one waits for all stages, and other workers need the cores, too

@@ -9,9 +9,9 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from magicdrive_core import cli
-from magicdrive_core.config import Config, Section
-from magicdrive_core.settings import load_config
+from magicdrive_core.cli.main import main as cli
+from magicdrive_core.config.load import load_config
+from magicdrive_core.config.schema import Config, Section
 from tests.conftest import PROJECT
 from tests.projects import copy_project
 
@@ -58,7 +58,7 @@ def test_params_are_those_that_are_read(
     project = copy_project(reproduced_project, tmp_path / "project")
     monkeypatch.chdir(project)
     config = load_config()
-    monkeypatch.setattr("magicdrive_core.settings.load_config", lambda *_: config)
+    monkeypatch.setattr("magicdrive_core.config.load.load_config", lambda *_: config)
     with monkeypatch.context() as patch:
         reads = Reads(config, patch)
         getattr(cli, stage)()

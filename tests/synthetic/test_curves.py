@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from magicdrive_core.data.synthetic.curves import Curve
+from magicdrive_core.synthetic.city import Curve
 
 pieces = st.lists(st.tuples(st.floats(0.5, 80), st.sampled_from([0.0, 0.05, -0.1, 1e-9])), min_size=1, max_size=4)
 curves = st.builds(

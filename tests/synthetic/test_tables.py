@@ -14,11 +14,10 @@ from nuscenes.utils.data_classes import LidarPointCloud
 from nuscenes.utils.geometry_utils import points_in_box
 from shapely.geometry import Point
 
-from magicdrive_core.config import Synth
+from magicdrive_core.config.schema import Synth
 from magicdrive_core.data.records import MAP_LAYERS
-from magicdrive_core.data.synthetic.rig import SENSORS
-from magicdrive_core.data.synthetic.scenes import plan_scene
-from magicdrive_core.data.synthetic.traffic import SIZES, _touch
+from magicdrive_core.synthetic.rig import SENSORS
+from magicdrive_core.synthetic.traffic import SIZES, _touch, plan_scene
 
 
 @pytest.fixture(scope="module")

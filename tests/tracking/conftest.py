@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from magicdrive_core.config import Tracking
+from magicdrive_core.config.schema import Tracking
 from magicdrive_core.tracking.runs import Store
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from magicdrive_core.settings import load_config
-from magicdrive_core.tracking.benchmark import record_benchmark
+from magicdrive_core.config.load import load_config
+from magicdrive_core.tracking.benchmark_run import record_benchmark
 from magicdrive_core.tracking.runs import Store
 
 PROFILE = Path(__file__).resolve().parents[2] / "profiles/demo.yaml"

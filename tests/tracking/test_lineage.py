@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from magicdrive_core.config.load import load_config
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.settings import load_config
 from magicdrive_core.tracking.lineage import INPUTS, input_digests, lineage_tags
 
 PROFILE = Path(__file__).resolve().parents[2] / "profiles/demo.yaml"

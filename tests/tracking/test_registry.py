@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from magicdrive_core.config import Tracking
+from magicdrive_core.config.schema import Tracking
 from magicdrive_core.errors import MagicDriveError, UsageError
-from magicdrive_core.files import sha256_file, write_json
-from magicdrive_core.places import find_places, pinned
+from magicdrive_core.experiment.run_paths import find_places, pinned
 from magicdrive_core.tracking.registry import find_registered
 from magicdrive_core.tracking.runs import Store
+from magicdrive_core.utils.files import sha256_file, write_json
 from tests.inference.project import small_config
 
 CHAMPION = "models:/magicdrive-demo@champion"

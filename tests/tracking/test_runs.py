@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from magicdrive_core.config import Config, Tracking
+from magicdrive_core.config.load import load_config
+from magicdrive_core.config.schema import Config, Tracking
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.settings import load_config
 from magicdrive_core.tracking.runs import PARENT, MetricLog, Store, close_parent, flatten, open_parent
 
 PROFILE = Path(__file__).resolve().parents[2] / "profiles/demo.yaml"
@@ -114,7 +114,7 @@ def test_models_have_the_stage_as_alias(project: Path) -> None:
 
 def test_two_processes_may_use_a_new_database_at_once(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from magicdrive_core.config import Tracking;"
+        "import sys; from pathlib import Path; from magicdrive_core.config.schema import Tracking;"
         "from magicdrive_core.tracking.runs import Store; print(Store(Tracking(), Path(sys.argv[1])).open('a', {}))"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]

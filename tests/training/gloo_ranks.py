@@ -25,7 +25,7 @@ PATIENCE = 20.0  # seconds for the other ranks once one has failed
 
 def join_training() -> None:
     """As a rank of a training does."""
-    from magicdrive_core.training.strategy import join_group
+    from magicdrive_core.training.engine import join_group
 
     join_group()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from magicdrive_core.config import Training
+from magicdrive_core.config.schema import Training
 
 
 class TinyNetwork(nn.Module):

@@ -13,12 +13,12 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.files import read_json
+from magicdrive_core.utils.files import read_json
 from tests.training.gloo_ranks import run_distributed
 from tests.training.networks import tiny_network, training
+from tests.training.test_checkpoints import names
+from tests.training.test_engine import loss_of, sample
 from tests.training.test_loop import assert_equal_ends, job, train_once, whole
-from tests.training.test_saving import names
-from tests.training.test_strategy import loss_of, sample
 from tests.training.tiny_rank import NeverStop, train_tiny
 
 __all__ = ["whole"]
@@ -70,8 +70,8 @@ def faulty_step(rank: int, where: str, precision: str) -> tuple[list[str], list[
     """One step with a NaN on ``rank``: what is found, and whether weights stay and the next step is good."""
     from colossalai.zero.low_level import low_level_optim
 
-    from magicdrive_core.training.facts import faults_of
-    from magicdrive_core.training.strategy import boost
+    from magicdrive_core.training.engine import boost
+    from magicdrive_core.training.statistics import faults_of
 
     boosted = boost(tiny_network(), training(precision=precision), torch.device("cpu"))
     before = {n: p.detach().clone() for n, p in boosted.network.named_parameters()}
@@ -132,7 +132,7 @@ def test_a_gradient_that_is_not_finite_is_found_where_it_arises(
 
 
 def unheeded() -> tuple[str, bool]:
-    from magicdrive_core.training.strategy import boost
+    from magicdrive_core.training.engine import boost
 
     boosted = boost(tiny_network(), training(), torch.device("cpu"))
     before = {n: p.detach().clone() for n, p in boosted.network.named_parameters()}
@@ -156,7 +156,7 @@ class Still(torch.nn.Module):
 
 
 def test_loss_target_and_noise_level_are_fp32() -> None:
-    from magicdrive_core.rectified_flow import RectifiedFlow
+    from magicdrive_core.diffusion.rectified_flow import RectifiedFlow
     from magicdrive_core.training.loader import Batch
     from magicdrive_core.training.loop import flow_loss
     from tests.training.tiny_rank import NoConditions

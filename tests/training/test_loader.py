@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from magicdrive_core.config import Bucket, Config
-from magicdrive_core.config import Conditions as ConditionSettings
-from magicdrive_core.files import write_json
-from magicdrive_core.settings import load_config
+from magicdrive_core.config.load import load_config
+from magicdrive_core.config.schema import Bucket, Config
+from magicdrive_core.config.schema import Conditions as ConditionSettings
+from magicdrive_core.utils.files import write_json
 from tests.training.gloo_ranks import run_distributed
 
 PROFILE = Path(__file__).resolve().parents[2] / "profiles/demo.yaml"
@@ -32,8 +32,8 @@ def batches(project: Path, stage: Any, start: int, count: int, share: int = 1, l
     """The first micro-batches of this rank, by real threads, then its buckets' frames and how many views it encoded."""
     from unittest import mock
 
+    from magicdrive_core.parallel.mesh import Mesh
     from magicdrive_core.training import loader
-    from magicdrive_core.training.mesh import Mesh
     from tests.training.scenes import FakeLatents, FakeLive, FakeMaps, FakeText, make_scene
 
     FakeLive.encoded = 0

@@ -13,12 +13,12 @@ import pytest
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from magicdrive_core.config import Conditions, Config, StageConfig
+from magicdrive_core.config.load import load_config
+from magicdrive_core.config.schema import Conditions, Config, StageConfig
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.files import read_json
-from magicdrive_core.launch import RESUMABLE
-from magicdrive_core.settings import load_config
-from magicdrive_core.training.plan import StagePlan, write_job
+from magicdrive_core.experiment.stages import StagePlan, write_job
+from magicdrive_core.launch.process_group import RESUMABLE
+from magicdrive_core.utils.files import read_json
 from tests.training.gloo_ranks import RankError, run_distributed
 from tests.training.networks import stage, training
 from tests.training.tiny_rank import NeverStop, train_tiny
@@ -180,9 +180,9 @@ def test_a_checkpoint_of_another_network_is_refused(whole: Path, tmp_path: Path)
 def resume_other_network(folder: Path) -> str:
     import torch
 
-    from magicdrive_core.training import checkpoint
-    from magicdrive_core.training.ema import Ema
-    from magicdrive_core.training.strategy import boost
+    from magicdrive_core.training import checkpoints as checkpoint
+    from magicdrive_core.training.engine import boost
+    from magicdrive_core.training.state import Ema
     from tests.training.networks import TinyNetwork
 
     boosted = boost(TinyNetwork(width=9), training(), torch.device("cpu"))
@@ -200,7 +200,7 @@ class SlowPreview:
 
 
 def train_until_signal(folder: Path, trouble: str) -> int:
-    from magicdrive_core.training.rank import StopRequest
+    from magicdrive_core.training.worker import StopRequest
 
     numbers = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
     before = [signal.getsignal(number) for number in numbers]
@@ -262,7 +262,7 @@ def test_the_learning_rate_warms_up_and_stays() -> None:
 
 
 def test_jobs_are_read_as_they_were_written(tmp_path: Path) -> None:
-    from magicdrive_core.training.plan import read_job
+    from magicdrive_core.experiment.stages import read_job
 
     first = StagePlan("stage1", tmp_path / "a", "1" * 64, {"artifacts/infos": "x"}, None)
     second = StagePlan("stage2", tmp_path / "b", "2" * 64, {}, first)

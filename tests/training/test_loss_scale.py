@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 from safetensors.torch import load_file
 
-from magicdrive_core.files import read_json
+from magicdrive_core.utils.files import read_json
 from tests.training.gloo_ranks import run_distributed
 from tests.training.test_guard import train_in_trouble
 from tests.training.test_loop import job, train_once
@@ -19,7 +19,7 @@ from tests.training.test_loop import job, train_once
 
 def train_with_quick_growth(folder: Path) -> int:
     """The scale doubles after two good steps, not after a thousand: at 2^16 the output's gradients overflow."""
-    from magicdrive_core.training import loss_scale
+    from magicdrive_core.training import engine as loss_scale
 
     with mock.patch.object(loss_scale, "GROWTH_INTERVAL", 2):
         return train_once(folder)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from magicdrive_core.settings import load_config
+from magicdrive_core.config.load import load_config
 from magicdrive_core.training import preview
 from magicdrive_core.training.preview import Preview
 from tests.training.scenes import FakeText, make_scene

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from magicdrive_core.config import Stage
-from magicdrive_core.settings import load_config
+from magicdrive_core.config.load import load_config
+from magicdrive_core.config.schema import Stage
 
 CONFIG = load_config(Path(__file__).resolve().parents[2] / "profiles/nuscenes.yaml")
 MASKS = {"random": 0.01, "quarter_head": 0.002, "quarter_tail": 0.002, "image_head": 0.22, "image_tail": 0.005}

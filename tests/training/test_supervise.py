@@ -12,17 +12,18 @@ import pytest
 from mlflow.entities import Run
 from safetensors.numpy import save
 
-from magicdrive_core.config import Cluster, Stage, Tracking
+from magicdrive_core.config.load import load_config
+from magicdrive_core.config.schema import Cluster, Stage, Tracking
 from magicdrive_core.errors import MagicDriveError, UsageError
-from magicdrive_core.files import read_json, sha256_file, write_json
-from magicdrive_core.launch import RESUMABLE
-from magicdrive_core.launchers.devices import check_ranks
-from magicdrive_core.launchers.job import Job
-from magicdrive_core.settings import load_config
+from magicdrive_core.experiment import stages as plan
+from magicdrive_core.experiment.stages import read_job
+from magicdrive_core.launch.devices import check_ranks
+from magicdrive_core.launch.job import Job
+from magicdrive_core.launch.process_group import RESUMABLE
 from magicdrive_core.tracking.runs import PARENT, Store
-from magicdrive_core.training import plan, supervise
-from magicdrive_core.training.plan import read_job
+from magicdrive_core.training import supervise
 from magicdrive_core.training.supervise import show_launch, train_stage
+from magicdrive_core.utils.files import read_json, sha256_file, write_json
 from tests.training.scenes import make_scene
 
 PROFILE = Path(__file__).resolve().parents[2] / "profiles/demo.yaml"
@@ -227,7 +228,7 @@ def test_ranks_beyond_the_devices_of_the_host(
 ) -> None:
     for name in ("nvidia0", "nvidia1", "nvidia2", "nvidiactl", "null"):
         (tmp_path / name).touch()
-    monkeypatch.setattr("magicdrive_core.launchers.devices.version", lambda _: "2.13.0+cu130")
+    monkeypatch.setattr("magicdrive_core.launch.devices.version", lambda _: "2.13.0+cu130")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from magicdrive_core.config import Bucket
+from magicdrive_core.config.schema import Bucket
 from magicdrive_core.data.buckets import BucketSampler
+from magicdrive_core.experiment.stages import read_job
 from magicdrive_core.training.loader import Batch
-from magicdrive_core.training.plan import read_job
 from tests.training.networks import tiny_network
 
 

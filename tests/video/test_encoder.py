@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from magicdrive_core.errors import MagicDriveError, UsageError
-from magicdrive_core.files import sha256_file
-from magicdrive_core.video import spool
+from magicdrive_core.utils.files import sha256_file
+from magicdrive_core.video import frames as spool
 from magicdrive_core.video.colour import Colours
 from magicdrive_core.video.decoder import decode_video, probe
 from magicdrive_core.video.encoder import encode_video

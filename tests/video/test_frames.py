@@ -10,7 +10,7 @@ import pytest
 from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image
 
-from magicdrive_core import cli
+from magicdrive_core.cli.main import main as cli
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.video.decoder import decode_video, probe
 from magicdrive_core.video.frames import frame_files, read_frame, read_view, write_frames

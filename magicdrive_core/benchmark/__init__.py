@@ -1,1 +1,0 @@
-"""The W-CODA 2024 benchmark: package, validation, report."""

@@ -1,0 +1,1 @@
+"""The command line: groups of verbs, no work in them."""

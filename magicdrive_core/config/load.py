@@ -1,0 +1,108 @@
+"""Files of settings (params.yaml, edits): read, overridden from the command line, validated.
+
+A wrong file is refused with one line that names the key, its value and what would be right.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from magicdrive_core.config.schema import Config
+from magicdrive_core.errors import UsageError
+
+
+def load_config(path: Path | str = "params.yaml", overrides: list[str] | None = None) -> Config:
+    """Reads and validates params.yaml.
+
+    Args:
+        path: the file.
+        overrides: ``key.key=value`` texts of the command line's ``-S``; values are YAML.
+
+    Raises:
+        UsageError: unreadable file, unknown key, wrong type or impossible value, all in one line.
+    """
+    values = read_yaml(path, "run in the project's folder, or name the file with --params")
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} must hold a mapping of sections", "copy one of profiles/ to start with")
+    for override in overrides or []:
+        apply_override(values, override)
+    return parse_config(values, source=str(path))
+
+
+def parse_config(values: dict[str, Any], source: str = "params.yaml") -> Config:
+    """Validates a mapping as params.yaml.
+
+    Raises:
+        UsageError: the first fault, in one line that names the key, its value and what would be right.
+    """
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(f"{source}: {first_fault(error, Config)}") from None
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Puts ``key.key=value`` into nested ``values``; the value is YAML.
+
+    Raises:
+        UsageError: not of that form, or no such section.
+    """
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UsageError(f"-S {override}: not of the form key.key=value", "for example -S training.stage1.steps=100")
+    *parents, last = key.split(".")
+    target: Any = values
+    for parent in parents:
+        target = target.get(parent) if isinstance(target, dict) else None
+        if not isinstance(target, dict):
+            raise UsageError(f"-S {override}: there is no section {parent!r}")
+    try:
+        target[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UsageError(f"-S {override}: the value is not valid YAML") from None
+
+
+def read_yaml(path: Path | str, hint: str) -> Any:
+    """What a YAML file holds; ``hint`` says what to do where there is none.
+
+    Raises:
+        UsageError: the file is missing or not YAML.
+    """
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path} is missing", hint) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def first_fault(error: ValidationError, model: type[BaseModel]) -> str:
+    """One line for what was found wrong in values of ``model``: the key, its value, what would be right."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"]) or "the file"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        return f"{key} is not a known key{_suggestion(first['loc'], model)}{more}"
+    if first["type"] == "missing":
+        return f"{key} is missing{more}"
+    if first["loc"] and isinstance(first["input"], str | int | float | None):
+        return f"{key} is {first['input']!r}: {message}{more}"
+    return f"{key}: {message}{more}"
+
+
+def _suggestion(location: tuple[int | str, ...], model: Any) -> str:
+    """The known keys beside an unknown one."""
+    for part in location[:-1]:
+        field = model.model_fields.get(part) if isinstance(part, str) and hasattr(model, "model_fields") else None
+        if field is None:
+            return ""
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        if model is None:
+            return ""
+    return f"; known here: {', '.join(field.alias or name for name, field in model.model_fields.items())}"

@@ -1,0 +1,203 @@
+"""A scene as rows of ``frames.parquet``, a row a frame.
+
+``SCHEMA`` documents the columns. Matrices are flattened row by row; poses are ``a_to_b`` and 4x4; views come in the
+order of ``cameras.VIEWS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+import pyarrow as pa
+
+from magicdrive_core.data.records import FrameBoxes, Outline, Scene
+from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.geometry.cameras import VIEWS
+from magicdrive_core.utils.files import atomic_file
+
+_V = len(VIEWS)
+_WORD = pa.dictionary(pa.int32(), pa.string())
+_POSE = pa.list_(pa.float64(), 16)
+SCHEMA = pa.schema(
+    [
+        ("scene", _WORD),  # scene token
+        ("name", _WORD),  # scene name
+        ("split", _WORD),  # "train", "val" or "both"
+        ("location", _WORD),  # of the map
+        ("description", _WORD),
+        ("token", pa.string()),  # of the sample; between key frames that of the key frame before and a digit
+        ("key_frame", pa.bool_()),
+        ("timestamp", pa.int64()),  # microseconds
+        ("lidar_to_ego", _POSE),
+        ("ego_to_global", _POSE),  # at the lidar's time
+        ("pictures", pa.list_(pa.string(), _V)),  # paths below the data root
+        ("intrinsics", pa.list_(pa.float64(), _V * 9)),  # V, 3, 3 pixels of the full picture
+        ("camera_to_lidar", pa.list_(pa.float64(), _V * 16)),  # V, 4, 4
+        ("box_ids", pa.list_(_WORD)),  # N instance tokens
+        ("box_names", pa.list_(_WORD)),  # N of CLASSES
+        ("boxes", pa.list_(pa.list_(pa.float64(), 7))),  # N of x, y, z (centre, lidar frame), w, l, h, yaw'
+    ]
+)
+
+
+def to_table(scene: Scene) -> pa.Table:
+    """A scene as rows of ``SCHEMA``."""
+    F = len(scene)
+    offsets = np.cumsum([0, *(len(frame.ids) for frame in scene.boxes)]).astype(np.int32)
+    boxes = np.concatenate([frame.boxes for frame in scene.boxes])
+    ids = [token for frame in scene.boxes for token in frame.ids]
+    names = [name for frame in scene.boxes for name in frame.names]
+    columns = {
+        **{
+            field: pa.array([value] * F).dictionary_encode()
+            for field, value in (
+                ("scene", scene.token),
+                ("name", scene.name),
+                ("split", scene.split),
+                ("location", scene.location),
+                ("description", scene.description),
+            )
+        },
+        "token": pa.array(scene.tokens, pa.string()),
+        "key_frame": pa.array(scene.key_frames),
+        "timestamp": pa.array(scene.timestamps),
+        "lidar_to_ego": _fixed(scene.lidar_to_ego, 16),
+        "ego_to_global": _fixed(scene.ego_to_global, 16),
+        "pictures": pa.array(scene.pictures, pa.list_(pa.string(), _V)),
+        "intrinsics": _fixed(scene.intrinsics, _V * 9),
+        "camera_to_lidar": _fixed(scene.camera_to_lidar, _V * 16),
+        "box_ids": pa.ListArray.from_arrays(offsets, pa.array(ids, pa.string()).dictionary_encode()),
+        "box_names": pa.ListArray.from_arrays(offsets, pa.array(names, pa.string()).dictionary_encode()),
+        "boxes": pa.ListArray.from_arrays(offsets, _fixed(boxes, 7)),
+    }
+    return pa.table(columns, schema=SCHEMA)
+
+
+def from_table(table: pa.Table) -> Scene:
+    """The scene whose rows these are; its arrays are views of the table's memory."""
+    columns = {name: _one(table.column(name)) for name in SCHEMA.names}
+    F = table.num_rows
+    offsets = columns["boxes"].offsets.to_numpy()
+    boxes = _array(columns["boxes"].flatten(), 7)
+    ids, names = _words(columns["box_ids"].flatten()), _words(columns["box_names"].flatten())
+    spans = [slice(*span) for span in pairwise(offsets - offsets[0])]
+    return Scene(
+        token=columns["scene"][0].as_py(),
+        name=columns["name"][0].as_py(),
+        split=columns["split"][0].as_py(),
+        location=columns["location"][0].as_py(),
+        description=columns["description"][0].as_py(),
+        tokens=columns["token"].to_pylist(),
+        key_frames=columns["key_frame"].to_numpy(zero_copy_only=False),
+        timestamps=columns["timestamp"].to_numpy(),
+        lidar_to_ego=_array(columns["lidar_to_ego"], F, 4, 4),
+        ego_to_global=_array(columns["ego_to_global"], F, 4, 4),
+        pictures=columns["pictures"].to_pylist(),
+        intrinsics=_array(columns["intrinsics"], F, _V, 3, 3),
+        camera_to_lidar=_array(columns["camera_to_lidar"], F, _V, 4, 4),
+        boxes=[FrameBoxes(ids[span], names[span], boxes[span]) for span in spans],
+    )
+
+
+def _one(column: pa.ChunkedArray) -> pa.Array:
+    """A column in one piece, copied only where it has several."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def _fixed(values: np.ndarray, width: int) -> pa.FixedSizeListArray:
+    return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(values).reshape(-1)), width)
+
+
+def _array(column: pa.FixedSizeListArray, *shape: int) -> np.ndarray:
+    """The values of a fixed-size list column, a read-only view of its memory."""
+    values = column.flatten().to_numpy()
+    return values.reshape(shape if len(shape) > 1 else (-1, *shape))
+
+
+def _words(column: pa.DictionaryArray) -> list[str]:
+    """The words of a dictionary column; equal words are one object."""
+    words = column.dictionary.to_pylist()
+    return [words[index] for index in column.indices.to_pylist()]
+
+
+# The scenes of an infos folder as processes read them: an Arrow file a scene, mapped and not copied.
+#
+# The pages of a mapped file are the kernel's: all ranks and workers of a host share them, and they count as memory that
+# can be had back. What a process holds of its own is what it is working on.
+
+SCENES = "scenes"
+_REMAKE = "run `dvc repro infos` to make it again"
+
+
+def scene_path(folder: Path, name: str) -> Path:
+    """The file of a scene in an infos folder."""
+    return folder / SCENES / f"{name}.arrow"
+
+
+def write_scene(folder: Path, scene: Scene) -> None:
+    """Writes the file of a scene, whole or not at all, with the rows of ``table.SCHEMA``."""
+    with atomic_file(scene_path(folder, scene.name)) as partial, pa.ipc.new_file(str(partial), SCHEMA) as file:
+        file.write_table(to_table(scene).combine_chunks())
+
+
+def read_scene(path: Path) -> Scene:
+    """One scene; its arrays are read-only views of the mapped file.
+
+    Raises:
+        MagicDriveError: missing, broken, or of another version.
+    """
+    try:
+        file = pa.ipc.open_file(pa.memory_map(str(path)))
+        if not file.schema.equals(SCHEMA):
+            raise MagicDriveError(f"{path} was written by another version of this program", _REMAKE)
+        return from_table(file.read_all())
+    except FileNotFoundError:
+        raise MagicDriveError(f"{path} is missing", _REMAKE) from None
+    except (pa.ArrowException, OSError) as error:
+        raise MagicDriveError(f"{path} cannot be read: {' '.join(str(error).split())}", _REMAKE) from None
+
+
+class Scenes(Sequence[Scene]):
+    """The scenes of an infos folder in the order of their names; each is read again whenever it is asked for.
+
+    Raises:
+        MagicDriveError: there are none.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self._paths = sorted((Path(folder) / SCENES).glob("*.arrow"))
+        if not self._paths:
+            raise MagicDriveError(f"{Path(folder) / SCENES} is missing: no scenes there", _REMAKE)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    @overload
+    def __getitem__(self, index: int) -> Scene: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Scene]: ...
+    def __getitem__(self, index: int | slice) -> Scene | list[Scene]:
+        if isinstance(index, slice):
+            return [read_scene(path) for path in self._paths[index]]
+        return read_scene(self._paths[index])
+
+
+class ScenesByToken(Mapping[str, Scene]):
+    """Scenes by token, without holding those of a ``Scenes``."""
+
+    def __init__(self, scenes: Sequence[Scene], outlines: Sequence[Outline]) -> None:
+        self._scenes = scenes
+        self._places = {outline.token: place for place, outline in enumerate(outlines)}
+
+    def __getitem__(self, token: str) -> Scene:
+        return self._scenes[self._places[token]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)

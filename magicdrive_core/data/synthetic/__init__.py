@@ -1,1 +1,0 @@
-"""A small world, written and drawn as a nuScenes data root."""

@@ -1,0 +1,280 @@
+"""What there is to encode: the clips of each training scene, at each size and length."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from magicdrive_core.config.schema import Bucket, bucket_name, parse_size
+from magicdrive_core.data.clips import list_clips
+from magicdrive_core.data.pictures import read_picture
+from magicdrive_core.data.records import Outline, Scene
+from magicdrive_core.device import kind
+from magicdrive_core.encoders.vae import Vae, latent_shape, to_video
+from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.geometry.cameras import Framing
+from magicdrive_core.utils.files import atomic_file
+from magicdrive_core.utils.process_pool import end_with_parent
+from magicdrive_core.utils.progress import announce, track
+
+DTYPES = {"float16": torch.float16, "float32": torch.float32}
+
+
+def begins_as(frames: int, longer: int, chunk_frames: int | None) -> bool:
+    """Whether a clip's latents are the first ones of a longer clip from the same frame.
+
+    The encoder is causal, and its norms see one chunk at a time: so it is if the chunks have the same lengths. The
+    first chunk takes the frames that do not fill one.
+    """
+    return chunk_frames is not None and chunk_frames <= frames and (longer - frames) % chunk_frames == 0
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    """The VAE and how it is used."""
+
+    folder: str
+    scaling_factor: float
+    latent_channels: int
+    chunk_frames: int | None
+    dtype: str  # of the stored moments
+
+
+@dataclass(frozen=True)
+class SceneWork:
+    """All clips of one scene at one size. Pictures are read once for all lengths."""
+
+    scene: str
+    pictures: list[list[Path]]  # F, V
+    size: str
+    starts: dict[int, list[int]]  # by frames of the clip
+
+    def encoded(self, chunk_frames: int | None) -> dict[int, list[int]]:
+        """The clips that the encoder must see: the others are the first chunks of a longer clip from the same frame."""
+        left: dict[int, list[int]] = {}
+        for frames, starts in sorted(self.starts.items(), reverse=True):
+            longer = {start for n in left if begins_as(frames, n, chunk_frames) for start in left[n]}
+            left[frames] = [start for start in starts if start not in longer]
+        return left
+
+    def frames(self, chunk_frames: int | None) -> int:
+        """Frames that the encoder must see, all views."""
+        views = len(self.pictures[0])
+        return views * sum(frames * len(starts) for frames, starts in self.encoded(chunk_frames).items())
+
+    def bytes(self, settings: EncoderSettings) -> int:
+        """Size of the moments."""
+        views, width = len(self.pictures[0]), DTYPES[settings.dtype].itemsize
+        values = [
+            len(starts)
+            * views
+            * 2
+            * settings.latent_channels
+            * int(np.prod(latent_shape(frames, *parse_size(self.size))))
+            for frames, starts in self.starts.items()
+        ]
+        return width * sum(values)
+
+
+def plan_scenes(scenes: Sequence[Scene], root: Path, buckets: Sequence[Bucket], stride: int) -> list[SceneWork]:
+    """What is to be encoded of the training scenes; what several buckets have in common is there once.
+
+    A bucket that is longer than every scene has no clips: training leaves it out and says so (``training/plan.py``).
+
+    Raises:
+        MagicDriveError: no bucket has a clip.
+    """
+    starts: dict[tuple[str, str], dict[int, set[int]]] = {}
+    outlines = [Outline.of(scene) for scene in scenes]
+    for bucket in buckets:
+        for clip in list_clips(outlines, "train", bucket.frames, stride, whole=bucket.whole):
+            starts.setdefault((clip.scene, bucket.resolution), {}).setdefault(clip.frames, set()).add(clip.start)
+    if not starts:
+        raise MagicDriveError(
+            "no training scene is long enough for any bucket", "add a bucket of 1 frame, or longer scenes"
+        )
+    pictures = {scene.token: [[root / path for path in views] for views in scene.pictures] for scene in scenes}
+    return [
+        SceneWork(
+            token, pictures[token], size, {frames: sorted(chosen) for frames, chosen in sorted(by_frames.items())}
+        )
+        for (token, size), by_frames in sorted(starts.items())
+    ]
+
+
+# Encoding the clips of scenes on the GPU, or in a process on each core.
+
+FRAMES_AT_ONCE = 8  # single frames are encoded in batches of so many
+
+
+def encode_scenes(
+    works: list[SceneWork], settings: EncoderSettings, folder: Path, *, scaled: bool = False
+) -> dict[str, float]:
+    """Writes the moments of every clip below ``folder``, on the GPU if there is one, else on all cores.
+
+    ``scaled``: JPEG's scaled decoding, see ``read_picture``.
+
+    Returns:
+        The standard deviation of each bucket's scaled latents (means over channels; 1 is right for diffusion).
+
+    Raises:
+        MagicDriveError: a picture is missing or broken, or a process was killed.
+    """
+    device = kind()
+    workers = min(len(os.sched_getaffinity(0)), len(works)) if device == "cpu" else 1
+    if workers == 1:
+        _load_vae(settings, device)
+        _tell_estimate(works, settings, folder, _seconds_per_pixel(works[0], scaled))
+        with closing(track(works, "VAE moments")) as rest:  # or an error would be told before the bar ends
+            parts = [_encode_scene(work, settings.dtype, folder, scaled) for work in rest]
+    else:
+        parts = _encode_in_processes(works, settings, folder, workers, scaled)
+    sums: dict[str, np.ndarray] = {}
+    for part in parts:  # in the order of the works, so that rounding is the same every time
+        for bucket, values in part.items():
+            sums[bucket] = sums.get(bucket, np.zeros(3)) + values
+    factor = settings.scaling_factor
+    return {name: factor * float(np.sqrt(s / n - (m / n) ** 2)) for name, (n, m, s) in sorted(sums.items())}
+
+
+def _encode_in_processes(
+    works: list[SceneWork], settings: EncoderSettings, folder: Path, workers: int, scaled: bool
+) -> list[dict[str, np.ndarray]]:
+    """One process of one thread a core: measured on 2 cores, faster than one process of two threads."""
+    context = multiprocessing.get_context("spawn")
+    others = multiprocessing.active_children()
+    try:
+        with ProcessPoolExecutor(workers, context, initializer=_load_vae, initargs=(settings, "cpu")) as pool:
+            seconds_per_pixel = pool.submit(_seconds_per_pixel, works[0], scaled).result()
+            _tell_estimate(works, settings, folder, seconds_per_pixel / workers)
+            futures = [pool.submit(_encode_scene, work, settings.dtype, folder, scaled) for work in works]
+            try:
+                with closing(track(as_completed(futures), "VAE moments", len(futures))) as done:
+                    for future in done:
+                        future.result()
+            except BaseException:
+                # Leaving the pool would wait for scenes that are being encoded, minutes each; their files appear whole
+                # or not at all.
+                for process in set(multiprocessing.active_children()) - set(others):
+                    process.terminate()
+                raise
+            return [future.result() for future in futures]
+    except BrokenProcessPool:
+        raise MagicDriveError(
+            "a process that encoded clips was killed", "most likely the memory is full: close other programs"
+        ) from None
+
+
+_vae: Vae  # of this process
+
+
+def _load_vae(settings: EncoderSettings, device: str) -> None:
+    global _vae
+    if multiprocessing.parent_process() is not None:
+        end_with_parent()
+        torch.set_num_threads(1)
+    _vae = Vae.load(
+        settings.folder,
+        scaling_factor=settings.scaling_factor,
+        chunk_frames=settings.chunk_frames,
+        device=device,
+    )
+
+
+def _paths(work: SceneWork, folder: Path) -> dict[int, Path]:
+    """The file of a scene's clips, by their frames."""
+    return {frames: folder / bucket_name(work.size, frames) / f"{work.scene}.safetensors" for frames in work.starts}
+
+
+def _is_done(work: SceneWork, folder: Path) -> bool:
+    """Whether an interrupted run encoded it."""
+    return all(path.is_file() for path in _paths(work, folder).values())
+
+
+def _encode_scene(work: SceneWork, dtype: str, folder: Path, scaled: bool) -> dict[str, np.ndarray]:
+    """Writes the moments of one scene at one size, unless they are there.
+
+    Returns:
+        count, sum and sum of squares of each bucket's latents.
+    """
+    paths = _paths(work, folder)
+    if _is_done(work, folder):
+        return {path.parent.name: _sums(load_file(path)["moments"]) for path in paths.values()}
+    framing = Framing(*parse_size(work.size))
+    views = []
+    for view in range(len(work.pictures[0])):  # memory holds one view's pictures
+
+        @cache
+        def read(frame: int, view: int = view) -> np.ndarray:
+            return read_picture(work.pictures[frame][view], framing, scaled=scaled)
+
+        views.append(_encode_view(work, read))
+    sums = {}
+    for frames, starts in work.starts.items():
+        clips = [torch.stack([moments[frames, start] for moments in views]) for start in starts]
+        stacked = torch.stack(clips).to(DTYPES[dtype])  # n, V, 2C, T, h, w
+        with atomic_file(paths[frames]) as partial:
+            save_file({"moments": stacked, "starts": torch.tensor(starts)}, partial)
+        sums[paths[frames].parent.name] = _sums(stacked)
+    return sums
+
+
+def _sums(moments: Tensor) -> np.ndarray:
+    """Count, sum and sum of squares of the latents whose moments are (n, V, 2C, T, h, w)."""
+    mean, log_variance = moments.double().chunk(2, dim=2)
+    squares = mean.square().sum() + log_variance.exp().sum()
+    return np.array([mean.numel(), mean.sum().item(), squares.item()])
+
+
+def _encode_view(work: SceneWork, read: Callable[[int], np.ndarray]) -> dict[tuple[int, int], Tensor]:
+    """Moments (2C, T, h, w) of one view's clips by frames and start; ``read`` gives the picture of a frame."""
+    chunk = _vae.chunk_frames
+    moments: dict[tuple[int, int], Tensor] = {}
+    for frames, starts in work.encoded(chunk).items():
+        batch = max(1, FRAMES_AT_ONCE // frames)
+        for first in range(0, len(starts), batch):
+            now = starts[first : first + batch]
+            clips = np.array([[read(start + frame) for frame in range(frames)] for start in now])
+            encoded = _vae.moments(to_video(clips), micro_batch=batch)
+            moments |= {(frames, start): one for start, one in zip(now, encoded, strict=True)}
+    for frames, starts in work.starts.items():
+        length = latent_shape(frames, *parse_size(work.size))[0]
+        for start in starts:
+            if (frames, start) not in moments:
+                longer = next(n for n, s in moments if s == start and n > frames and begins_as(frames, n, chunk))
+                moments[frames, start] = moments[longer, start][:, :length]
+    return moments
+
+
+def _seconds_per_pixel(work: SceneWork, scaled: bool) -> float:
+    """Time to read and encode one clip of the work's shortest length, after one to warm up."""
+    framing = Framing(*parse_size(work.size))
+    frames = min(work.starts)
+    for _ in range(2):
+        begin = time.perf_counter()
+        clip = np.array([[read_picture(work.pictures[frame][0], framing, scaled=scaled) for frame in range(frames)]])
+        _vae.moments(to_video(clip))
+        seconds = time.perf_counter() - begin
+    return seconds / (frames * framing.height * framing.width)
+
+
+def _tell_estimate(works: list[SceneWork], settings: EncoderSettings, folder: Path, seconds_per_pixel: float) -> None:
+    """Of what an interrupted run left to do."""
+    left = [work for work in works if not _is_done(work, folder)]
+    frames = [work.frames(settings.chunk_frames) for work in left]
+    pixels = sum(n * int(np.prod(parse_size(work.size))) for n, work in zip(frames, left, strict=True))
+    amount = f"{sum(frames):,} frames of {len({work.scene for work in left})} scenes"
+    announce("latents", amount, sum(work.bytes(settings) for work in left), seconds_per_pixel * pixels)

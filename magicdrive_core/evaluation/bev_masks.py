@@ -1,0 +1,131 @@
+"""mIoU of BEV masks that a model predicted from generated key frames.
+
+A file of masks is an npz of ``tokens`` (N sample tokens), ``classes`` (K names) and ``masks`` (N, K, h, w) of 0 and 1.
+What the true masks are, the evaluator's model decides: its own, in a file of the same form, or, where none is given,
+the project's BEV maps (100 m a side; index i along the lidar's x, j along its y), under another name.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from magicdrive_core.config.schema import Config
+from magicdrive_core.data.adapters import open_adapter
+from magicdrive_core.data.bev_maps import rasterise, unpack
+from magicdrive_core.data.records import MAP_LAYERS, Scene
+from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.evaluation.protocol import KEY_FRAMES
+
+Bits = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Masks:
+    """BEV masks of samples."""
+
+    classes: list[str]
+    by_sample: dict[str, Bits]  # (K, h, w)
+
+    @classmethod
+    def read(cls, path: Path) -> Masks:
+        """Reads an npz.
+
+        Raises:
+            MagicDriveError: it is missing, no npz, or of another form.
+        """
+        hint = "an npz with tokens (N), classes (K) and masks (N, K, h, w) of 0 and 1"
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                tokens, classes, masks = archive["tokens"], archive["classes"], archive["masks"]
+        except FileNotFoundError:
+            raise MagicDriveError(f"{path} is missing", hint) from None
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise MagicDriveError(f"{path} cannot be read as BEV masks: {error}", hint) from None
+        if masks.ndim != 4 or masks.shape[:2] != (len(tokens), len(classes)) or not np.isin(masks, (0, 1)).all():
+            raise MagicDriveError(f"{path}: masks {masks.dtype} {masks.shape} are not of 0 and 1, N, K, h, w", hint)
+        names = [str(token) for token in tokens]
+        return cls([str(name) for name in classes], dict(zip(names, masks.astype(np.bool_), strict=True)))
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """Intersections over unions, in percent."""
+
+    mean_iou: float
+    class_iou: dict[str, float]  # without classes that are nowhere, neither predicted nor true
+    scene_iou: dict[str, float]  # by scene token
+
+
+def map_masks(config: Config, scenes: Sequence[Scene], predicted: Masks, project: Path = Path()) -> Masks:
+    """The project's own BEV maps as the truth of predicted masks, at their size.
+
+    Raises:
+        MagicDriveError: a class is no layer of the map, or the masks are not square.
+    """
+    unknown = [name for name in predicted.classes if name not in MAP_LAYERS]
+    if unknown:
+        raise MagicDriveError(
+            f"BEV masks of {unknown[0]}: no layer of the map", f"name scores.bev_truth, or use {', '.join(MAP_LAYERS)}"
+        )
+    height, width = next(iter(predicted.by_sample.values())).shape[1:]
+    if height != width:
+        raise MagicDriveError(
+            f"BEV masks of {height}x{width} cells: the project's maps are square", "name scores.bev_truth"
+        )
+    layers = [MAP_LAYERS.index(name) for name in predicted.classes]
+    adapter, out = open_adapter(config, project), {}
+    for scene in scenes:
+        frames = list(KEY_FRAMES)
+        bits = rasterise(adapter.vector_map(scene), scene.ego_to_global[frames] @ scene.lidar_to_ego[frames], height)
+        for frame, mask in zip(frames, unpack(bits)[:, layers].astype(np.bool_), strict=True):
+            out[scene.tokens[frame]] = mask
+    return Masks(predicted.classes, out)
+
+
+def evaluate_masks(predicted: Masks, truth: Masks, samples: Mapping[str, Sequence[str]]) -> Segmentation:
+    """Intersection over union of each class over all samples together, and its mean over the classes.
+
+    Args:
+        predicted: by the model, from generated frames.
+        truth: of the same classes.
+        samples: tokens of the samples that are scored, by scene token.
+
+    Raises:
+        MagicDriveError: other classes, another size, a sample without masks, or no class that is anywhere.
+    """
+    if predicted.classes != truth.classes:
+        raise MagicDriveError(f"predicted masks are of {predicted.classes}, true ones of {truth.classes}")
+    counts = {
+        scene: np.sum([_counts(predicted, truth, token) for token in tokens], axis=0)
+        for scene, tokens in samples.items()
+    }
+    whole = _ious(np.sum(list(counts.values()), axis=0), predicted.classes)
+    if not whole:
+        raise MagicDriveError("BEV masks: no class is true or predicted in any sample")
+    scenes = {scene: _ious(count, predicted.classes) for scene, count in counts.items()}
+    return Segmentation(_mean(whole), whole, {scene: _mean(ious) for scene, ious in scenes.items() if ious})
+
+
+def _counts(predicted: Masks, truth: Masks, token: str) -> NDArray[np.int64]:
+    """(K, 2): cells of intersection and of union."""
+    for masks, whose in ((predicted, "predicted"), (truth, "true")):
+        if token not in masks.by_sample:
+            raise MagicDriveError(f"the {whose} BEV masks lack sample {token}")
+    ours, theirs = predicted.by_sample[token], truth.by_sample[token]
+    if ours.shape != theirs.shape:
+        raise MagicDriveError(f"sample {token}: predicted masks are {ours.shape}, true ones {theirs.shape}")
+    return np.stack([(ours & theirs).sum(axis=(1, 2)), (ours | theirs).sum(axis=(1, 2))], axis=1)
+
+
+def _ious(counts: NDArray[np.int64], classes: Sequence[str]) -> dict[str, float]:
+    return {name: 100 * float(i) / float(u) for name, (i, u) in zip(classes, counts, strict=True) if u}
+
+
+def _mean(values: Mapping[str, float]) -> float:
+    return sum(values.values()) / len(values)

@@ -1,0 +1,100 @@
+"""Generated key frames under nuScenes' own file names: a data root on which a detector runs as it is.
+
+One root a generation. Its tables are those of the data set, cut to the key frames that the evaluator looks at; camera
+pictures are the videos' frames, lidar and radar files the real ones. Pictures hold PNG data, nothing lost, whatever
+their name ends in: readers of pictures (PIL, OpenCV) go by what a file holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from os import cpu_count
+from pathlib import Path
+
+from PIL import Image
+
+from magicdrive_core.config.schema import Config
+from magicdrive_core.data.records import Scene
+from magicdrive_core.data.table_subset import Tables, cut_tables, link_or_copy, read_tables, write_cut
+from magicdrive_core.errors import MagicDriveError, UsageError
+from magicdrive_core.evaluation.protocol import FRAMES, KEY_FRAMES
+from magicdrive_core.geometry.cameras import VIEWS
+from magicdrive_core.utils.files import atomic_folder
+from magicdrive_core.utils.progress import track
+from magicdrive_core.video.decoder import scan_video
+from magicdrive_core.video.frames import LEVEL
+from magicdrive_core.video.item_record import item_name, video_name
+
+
+def key_samples(scene: Scene) -> list[str]:
+    """Tokens of the samples that frames 0, 6 and 12 of a clip from the scene's first frame on show.
+
+    Raises:
+        MagicDriveError: one of these frames is no key frame of the scene.
+    """
+    for frame in KEY_FRAMES:
+        if frame >= len(scene) or not scene.key_frames[frame]:
+            raise MagicDriveError(
+                f"{scene.name}: frame {frame} is no key frame of the data set", "leave the scene out of data.val_scenes"
+            )
+    return [scene.tokens[frame] for frame in KEY_FRAMES]
+
+
+def cut_to_clips(config: Config, scenes: Sequence[Scene], project: Path = Path()) -> Tables:
+    """The tables of the data set, cut to the key frames that the evaluator looks at.
+
+    Raises:
+        UsageError: the data are not nuScenes tables.
+        MagicDriveError: the tables lack something, or the scenes' frames do not fit the protocol.
+    """
+    if config.data.format != "nuscenes":
+        raise UsageError(f"data.format {config.data.format} has no nuScenes tables", "detectors read those alone")
+    samples = [token for scene in scenes for token in key_samples(scene)]
+    return cut_tables(read_tables(project / config.data.root, config.data.version), samples)
+
+
+def export_frames(
+    config: Config, videos: Path, scenes: Sequence[Scene], generation: int, out: Path, project: Path = Path()
+) -> int:
+    """Writes the data root ``out`` for one generation, whole or not at all; returns how many pictures were written.
+
+    Args:
+        config: names the real data.
+        videos: the folder ``{team}_standard`` of a package.
+        scenes: that the package holds.
+        generation: which of the package's.
+        out: the new data root.
+        project: the project's folder.
+
+    Raises:
+        UsageError: the data are not nuScenes tables.
+        MagicDriveError: a video or a real file is missing or broken.
+    """
+    root = project / config.data.root
+    tables = cut_to_clips(config, scenes, project)
+    pictures = {(r["sample_token"], Path(r["filename"]).parts[-2]): r["filename"] for r in tables["sample_data"]}
+    with atomic_folder(out) as folder:
+        write_cut(tables, root, config.data.version, folder)
+        for (_, channel), name in pictures.items():
+            if channel not in VIEWS and (root / name).is_file():  # lidar and radar, where they are on the disk
+                link_or_copy(root / name, folder / name)
+        work = [(scene, view) for scene in scenes for view in VIEWS]
+        with ThreadPoolExecutor(cpu_count()) as pool:
+            done = pool.map(lambda pair: _write_keys(videos, pair[0], pair[1], generation, pictures, folder), work)
+            return sum(track(done, f"generation {generation}", len(work)))
+
+
+def _write_keys(
+    videos: Path, scene: Scene, view: str, generation: int, names: Mapping[tuple[str, str], str], folder: Path
+) -> int:
+    """The key frames of one video as pictures."""
+    video = videos / item_name(scene.first_sample, generation) / video_name(scene.first_sample, view)
+    _, kept = scan_video(video, KEY_FRAMES, most=FRAMES)
+    for frame, token in zip(KEY_FRAMES, key_samples(scene), strict=True):
+        if frame not in kept:
+            raise MagicDriveError(f"{video} has no frame {frame}", "run magicdrive package again")
+        path = folder / names[token, view]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(kept[frame]).save(path, format="PNG", compress_level=LEVEL)
+    return len(kept)

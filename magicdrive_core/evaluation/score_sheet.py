@@ -1,0 +1,164 @@
+"""The score sheet of a package, ``scores.json``: what was measured, by which protocol, and what could not be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean
+
+from magicdrive_core.config.schema import Config, fingerprint
+from magicdrive_core.data.records import Scene
+from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.evaluation.bev_masks import Masks, evaluate_masks, map_masks
+from magicdrive_core.evaluation.detection import evaluate_detections
+from magicdrive_core.evaluation.frechet import Figure, measure
+from magicdrive_core.evaluation.key_frames import cut_to_clips, key_samples
+from magicdrive_core.evaluation.protocol import CROPS, score
+from magicdrive_core.utils.files import read_json, sha256_file, write_json
+
+SHEET = "scores.json"
+
+# What each figure is, as the page and the sheet explain it. Figures of different names are never compared.
+MEANINGS = {
+    "fvd_224": "FVD as the evaluator computes it: I3D logits, the lowest 224 of 225 rows",
+    "fvd_212": "FVD without the black band of 848-row videos: I3D logits, the lowest 212 of 225 rows",
+    "small_224": "Fréchet distance of the built-in extractor, 224 rows; not FVD",
+    "small_212": "Fréchet distance of the built-in extractor, 212 rows; not FVD",
+    "map": "mAP in percent, nuScenes' DetectionEval on key frames 0, 6 and 12, mean over the generations",
+    "nds": "nuScenes detection score in percent, likewise",
+    "miou": "mIoU in percent of BEV masks against the masks of scores.bev_truth, mean over the generations",
+    "miou_maps": "mIoU in percent of BEV masks against the project's own BEV maps; not the track's mIoU",
+    "score": "the track's score: fvd_224, map and miou against the baseline's; higher is better",
+}
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Everything that is said of a package's quality."""
+
+    question: str  # fingerprint of all that decides the figures
+    package: str  # SHA-256 of results.zip
+    figures: dict[str, float]  # by the names of ``MEANINGS``
+    missing: list[str]  # one line on each thing that was not scored, and why
+    scenes: dict[str, dict[str, float]]  # by scene token: squared distance of feature means, map, miou
+    classes: dict[str, dict[str, float]]  # "map", "miou": by class
+    clips: dict[str, int]  # real, generated
+    inputs: dict[str, str] = field(default_factory=dict)  # SHA-256 of each file that was scored with, by path
+
+    def write(self, folder: Path) -> None:
+        """Writes ``scores.json`` into ``folder``."""
+        write_json(folder / SHEET, asdict(self))
+
+    @classmethod
+    def read(cls, folder: Path) -> Sheet:
+        """Reads ``scores.json``.
+
+        Raises:
+            MagicDriveError: it is missing or of another form.
+        """
+        try:
+            return cls(**read_json(folder / SHEET, "magicdrive score"))
+        except TypeError as error:
+            raise MagicDriveError(
+                f"{folder / SHEET} is no score sheet: {error}", "delete it, then magicdrive score"
+            ) from None
+
+
+def score_package(config: Config, videos: Path, package: str, scenes: Sequence[Scene], project: Path = Path()) -> Sheet:
+    """Scores the standard set of a package with all that ``config.scores`` names; what it does not name is listed.
+
+    Args:
+        config: what to score with.
+        videos: the folder ``{team}_standard``.
+        package: SHA-256 of its zip.
+        scenes: that it holds.
+        project: the project's folder.
+
+    Raises:
+        MagicDriveError: a file that is named is missing or wrong, or the real pictures are not there.
+    """
+    from magicdrive_core.evaluation.extractors import SmallExtractor, TorchScriptI3D  # torch
+
+    settings, generations = config.scores, config.generate.generations
+    small = SmallExtractor()
+    wanted = {f"small_{rows}": Figure(small, rows) for rows in CROPS.values()}
+    missing, inputs = [], {}
+    if settings.i3d is None:
+        missing.append("FVD: no I3D; name a TorchScript file and its SHA-256 in scores.i3d")
+    else:
+        i3d = TorchScriptI3D(settings.i3d, project)
+        wanted |= {name: Figure(i3d, rows) for name, rows in CROPS.items()}
+        inputs[settings.i3d.path] = settings.i3d.sha256
+    distances = measure(wanted, videos, project / config.data.root, scenes, generations)
+    figures, per_scene = dict(distances.values), {token: dict(row) for token, row in distances.scenes.items()}
+    classes: dict[str, dict[str, float]] = {}
+    for name, files, work in (
+        ("scores.detections", settings.detections, _detections),
+        ("scores.bev_masks", settings.bev_masks, _masks),
+    ):
+        if not files:
+            what = "mAP: no detector's results" if work is _detections else "mIoU: no predicted BEV masks"
+            missing.append(f"{what}; name a file for each generation in {name}")
+            continue
+        if len(files) != generations:
+            raise MagicDriveError(
+                f"{name} names {len(files)} files for {generations} generations", "one each, in order"
+            )
+        inputs |= {file: sha256_file(project / file) for file in files if (project / file).is_file()}
+        found = work(config, [project / file for file in files], scenes, project)
+        figures |= found.figures
+        classes |= found.classes
+        for token, row in found.scenes.items():
+            per_scene[token] |= row
+    if {"fvd_224", "map", "miou"} <= set(figures):
+        figures["score"] = score(figures["fvd_224"], figures["map"], figures["miou"])
+    else:
+        missing.append("score: it takes fvd_224, mAP and mIoU against the track's own masks (scores.bev_truth)")
+    clips = {"real": distances.real_clips, "generated": distances.generated_clips}
+    return Sheet(question(config, package, project), package, figures, missing, per_scene, classes, clips, inputs)
+
+
+def question(config: Config, package: str, project: Path = Path()) -> str:
+    """Changes with the package and with everything that it is scored with: a sheet that carries it is up to date."""
+    settings = config.scores
+    named = [*settings.detections, *settings.bev_masks, *([settings.bev_truth] if settings.bev_truth else [])]
+    digests = {file: sha256_file(project / file) for file in named if (project / file).is_file()}
+    return fingerprint(settings, config.generate.generations, package, digests)
+
+
+@dataclass(frozen=True)
+class _Found:
+    figures: dict[str, float]
+    classes: dict[str, dict[str, float]]
+    scenes: dict[str, dict[str, float]]
+
+
+def _detections(config: Config, files: Sequence[Path], scenes: Sequence[Scene], project: Path) -> _Found:
+    tables, root = cut_to_clips(config, scenes, project), project / config.data.root
+    results = [evaluate_detections(file, tables, root, config.data.version) for file in files]
+    return _Found(
+        {"map": fmean(r.mean_ap for r in results), "nds": fmean(r.nds for r in results)},
+        {"map": _means([r.class_ap for r in results])},
+        {token: {"map": value} for token, value in _means([r.scene_ap for r in results]).items()},
+    )
+
+
+def _masks(config: Config, files: Sequence[Path], scenes: Sequence[Scene], project: Path) -> _Found:
+    samples = {scene.token: key_samples(scene) for scene in scenes}
+    given, results = config.scores.bev_truth, []
+    truth = Masks.read(project / given) if given else None
+    for file in files:
+        predicted = Masks.read(file)
+        results.append(evaluate_masks(predicted, truth or map_masks(config, scenes, predicted, project), samples))
+    name = "miou" if given else "miou_maps"
+    return _Found(
+        {name: fmean(r.mean_iou for r in results)},
+        {name: _means([r.class_iou for r in results])},
+        {token: {name: value} for token, value in _means([r.scene_iou for r in results]).items()},
+    )
+
+
+def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Over the rows that have a key."""
+    return {key: fmean(row[key] for row in rows if key in row) for key in sorted({key for row in rows for key in row})}

@@ -1,0 +1,1 @@
+"""What an experiment consists of: training stages with their fingerprints, and where results lie. No torch."""

@@ -1,0 +1,108 @@
+"""What params.yaml leads to, and where it lies: the stages that the data can feed, weights, videos, package.
+
+Folders are named by what decides their content, so that results of other settings stay beside them. No torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from magicdrive_core.config.schema import STAGES, Config, Stage, fingerprint
+from magicdrive_core.data.edits import chosen_edits
+from magicdrive_core.errors import UsageError
+from magicdrive_core.experiment.stages import StagePlan, feasibility, plan_stage
+from magicdrive_core.utils.files import read_json
+
+# Settings that say how the work is done and change no pixel.
+HOW = {"workers", "task_runner", "scheduler", "sequence_parallel", "guidance_parallel", "offload", "compile"}
+REGISTERED = "models:/"  # what names of registered models begin with
+
+
+@dataclass(frozen=True)
+class Places:
+    """The road of one configuration."""
+
+    stages: list[StagePlan]  # that can be trained, in order; or the one that generate.weights names
+    notes: list[str]  # one line for each stage that the data cannot feed
+    generated: Path  # folder of items
+    benchmark: Path  # package and report
+
+    @property
+    def model(self) -> StagePlan:
+        """The last stage: its weights generate."""
+        return self.stages[-1]
+
+    def model_tags(self, config: Config) -> dict[str, str]:
+        """What generated, for MLflow and manifests: the model's name or folder, its digest, the run that made it."""
+        facts = read_json(self.model.result)
+        tags = {"model": config.generate.weights or self.model.folder.name, "model.sha256": facts["weights_sha256"]}
+        return tags | ({"model.run": facts["run"]} if facts.get("run") else {})
+
+
+def find_places(config: Config, last: Stage = "stage3", project: Path = Path()) -> Places:
+    """The stages up to ``last``, ended before the first one that has no training clip in any bucket.
+
+    Where ``generate.weights`` names a network, it stands in their place and nothing is trained.
+
+    Raises:
+        UsageError: not even stage 1 has a clip, or the registry knows no such model.
+        MagicDriveError: the named network is missing.
+    """
+    notes: list[str] = []
+    if config.generate.weights is not None:
+        stages = [_named(config, config.generate.weights, project)]
+    else:
+        stages = _chain(plan_stage(config, _last_possible(config, last, project, notes), project))
+    others = HOW - {"sequence_parallel"} | {"generations", "weights", "edits"}
+    sampling = config.generate.model_dump(mode="json", exclude=others)
+    sampling["edits"] = chosen_edits(config, project).digest
+    generated = fingerprint(stages[-1].fingerprint, sampling, config.video, config.benchmark.frames)[:12]
+    benchmark = fingerprint(generated, config.generate.generations, config.benchmark)[:12]
+    outputs = project / "outputs"
+    return Places(stages, notes, outputs / f"generate-{generated}", outputs / f"benchmark-{benchmark}")
+
+
+def pinned(config: Config, project: Path = Path()) -> list[str]:
+    """The override that makes ``generate.weights`` mean the same model in every process, whatever becomes of aliases.
+
+    Raises:
+        UsageError, MagicDriveError: as ``find_places``.
+    """
+    weights = config.generate.weights
+    if weights is None or not weights.startswith(REGISTERED):
+        return []
+    from magicdrive_core.tracking.registry import find_registered  # seconds to import, needed here alone
+
+    return [f"generate.weights={find_registered(config.tracking, weights, project).uri}"]
+
+
+def _named(config: Config, weights: str, project: Path) -> StagePlan:
+    """A registered model, or the folder of an imported network."""
+    if weights.startswith(REGISTERED):
+        from magicdrive_core.tracking.registry import find_registered  # seconds to import, needed here alone
+
+        folder = find_registered(config.tracking, weights, project).folder
+    else:
+        folder = project / weights
+    run = read_json(folder / "run.json", "magicdrive import-checkpoint, or set generate.weights to null")
+    return StagePlan(run["stage"], folder, fingerprint(run["weights_sha256"], config.flow), inputs={}, previous=None)
+
+
+def _last_possible(config: Config, last: Stage, project: Path, notes: list[str]) -> Stage:
+    """The last stage with clips; a line is added to ``notes`` where that is not ``last``."""
+    names: list[Stage] = []
+    for stage in STAGES[: STAGES.index(last) + 1]:
+        clips = feasibility(config, stage, project)
+        if not clips.possible:
+            wanted = ", ".join(clips.empty)
+            if not names:
+                raise UsageError(f"{stage}: the data has no training clip for {wanted}", "use longer scenes, or more")
+            notes.append(f"{stage} is left out: the data has no training clip for {wanted}; {names[-1]} is the last")
+            break
+        names.append(stage)
+    return names[-1]
+
+
+def _chain(plan: StagePlan) -> list[StagePlan]:
+    return [*(_chain(plan.previous) if plan.previous else []), plan]

@@ -1,0 +1,288 @@
+"""How many bytes of tensors are alive, counted operation by operation; on fake tensors too, which take none."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from magicdrive_core.config.schema import parse_size
+from magicdrive_core.diffusion.rectified_flow import guide
+from magicdrive_core.encoders.vae import PUBLISHED_SCALING, Vae, latent_shape
+from magicdrive_core.errors import UsageError
+from magicdrive_core.geometry.cameras import VIEWS
+from magicdrive_core.model.inputs import Conditions
+from magicdrive_core.model.published.checkpoint import PUBLISHED_XL
+from magicdrive_core.model.transformer import SLICE_TOKENS, MagicDrive, NetworkConfig
+from magicdrive_core.parallel.sequence_parallel import DeviceGroup, OneDevice
+
+
+class LiveMemory(TorchDispatchMode):
+    """While active, follows every storage that an operation returns until it is freed.
+
+    Storages count once, whatever views there are of them. What an operation takes and gives back inside itself (a
+    convolution's workspace) is not seen.
+
+    Args:
+        device: only storages on a device of this type count; None: all.
+
+    Attributes:
+        live: bytes now.
+        peak: most bytes so far.
+    """
+
+    def __init__(self, device: str | None = None) -> None:
+        super().__init__()
+        self._device = device
+        self.live = 0
+        self.peak = 0
+        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def hold(self, tensors: Iterable[Tensor]) -> None:
+        """Counts tensors that were made before: weights, inputs."""
+        for tensor in tensors:
+            self._count(tensor)
+
+    def __torch_dispatch__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._count(leaf)
+        return result
+
+    def _count(self, tensor: Tensor) -> None:
+        if self._device not in (None, tensor.device.type):
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._alive:
+            return
+        size = storage.nbytes()
+        self._alive[key] = weakref.ref(storage, partial(self._freed, key, size))
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+    def _freed(self, key: int, size: int, _storage: object) -> None:
+        del self._alive[key]
+        self.live -= size
+
+
+class FusedAttention(TorchFunctionMode):
+    """Attention as a GPU computes it, without the matrix of scores, also where torch is built without one.
+
+    Such a build would choose the plain form for meta tensors, which materialises the scores.
+    """
+
+    def __torch_function__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is functional.scaled_dot_product_attention and args[0].is_meta:
+            q, k, v = args
+            mask = kwargs.get("attn_mask")
+            if mask is not None:
+                mask = mask.expand(*q.shape[:3], k.shape[2])
+            return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, mask, False)[0]
+        return function(*args, **kwargs)
+
+
+# What generation will need of a GPU's memory, planned without one: the real network and VAE run on fake tensors.
+#
+# These are torch's meta tensors: every operation gives storages of the right size that hold nothing. The network takes
+# the same paths on them as on a GPU.
+
+GIB = 1 << 30
+BLOCKS = 2  # of each kind that are passed: later ones take the same storages again. Weights, keys, values count of all
+GROUPS = 3  # of latent frames that are decoded: all later ones repeat the third
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Most bytes of tensors on one device."""
+
+    encoding: int  # of the conditions, with and without guidance's null state
+    sampling: int  # one guided step
+    decoding: int  # one view
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How generation runs.
+
+    Attributes:
+        slots: boxes of a clip; every instance of it has one.
+        sp: devices that share the tokens of a clip.
+        offload: whether the model that is not at work waits in main memory.
+        slice_tokens: ``MagicDrive.slice_tokens``.
+        map_cells: BEV cells a side.
+        stripe_rows: ``Vae.stripe_rows``; what waits in main memory is not counted.
+    """
+
+    slots: int = 100
+    sp: int = 1
+    offload: bool = True
+    slice_tokens: int | None = SLICE_TOKENS
+    map_cells: int = 400
+    stripe_rows: int | None = None
+
+
+class Planner:
+    """Holds the models, so that many sizes can be planned with them.
+
+    Args:
+        config: the network; it is planned with attention masks, which published weights do without.
+        vae: settings of diffusers' ``AutoencoderKLCogVideoX``; None: its defaults, which are CogVideoX-2b's.
+        device: "meta"; any other really runs.
+        dtype: of weights and activations.
+    """
+
+    def __init__(
+        self,
+        config: NetworkConfig = PUBLISHED_XL,
+        vae: dict[str, Any] | None = None,
+        device: str = "meta",
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        from diffusers import AutoencoderKLCogVideoX  # takes seconds to import
+
+        self._device, self._dtype = torch.device(device), dtype
+        with self._device:
+            self._network = MagicDrive(replace(config, published=False)).to(device, dtype).requires_grad_(False)
+            model: Any = AutoencoderKLCogVideoX(**vae or {})
+            model = nn.Module.to(model, device, dtype)
+            self._vae = Vae(model, scaling_factor=PUBLISHED_SCALING)
+
+    def peaks(self, size: str, frames: int, setting: Setting) -> Peaks:
+        """Plans one clip of six views.
+
+        With ``sp`` devices each has its share of the places of every frame; what they send each other counts too.
+
+        Raises:
+            UsageError: ``sp`` does not divide the network's heads.
+        """
+        if self._network.config.heads % setting.sp:
+            raise UsageError(
+                f"{setting.sp} devices cannot share {self._network.config.heads} heads", "choose a divisor"
+            )
+        self._network.devices = _ImaginedGroup(setting.sp) if setting.sp > 1 else OneDevice()
+        self._network.slice_tokens = setting.slice_tokens
+        self._network.config = replace(self._network.config, depth=min(BLOCKS, self._network.config.depth))
+        shape = latent_shape(frames, *parse_size(size))
+        network, vae = self._network, self._vae.model
+        other = [] if setting.offload else [network, vae]
+        with self._tracked([network, *other]) as memory:
+            conditions = self._conditions(frames, setting)
+            wanted, unwanted = (network.encode(told, shape) for told in (conditions, conditions.dropped()))
+            encoding, memory.peak = memory.peak, memory.live
+            x = torch.zeros(1, len(VIEWS), network.config.latent_channels, *shape, device=self._device)
+            t = torch.zeros(1, device=self._device)
+            x = x + 0.1 * guide(network.denoise(x, t, wanted), network.denoise(x, t, unwanted), 2.0)
+            del x
+            sampling = memory.peak
+        with self._tracked([vae, *other]) as memory:
+            self._vae.stripe_rows = setting.stripe_rows
+            latents = torch.zeros(1, self._vae.latent_channels, *shape, device=self._device)
+            for _ in islice(self._vae.decode_groups(latents), GROUPS):
+                pass
+            decoding = memory.peak
+        return Peaks(encoding, sampling, decoding)
+
+    @contextmanager
+    def _tracked(self, models: list[nn.Module]) -> Iterator[LiveMemory]:
+        memory = LiveMemory(self._device.type)
+        for model in models:
+            memory.hold([*model.parameters(), *model.buffers()])
+        with torch.no_grad(), FusedAttention(), memory:
+            yield memory
+
+    def _conditions(self, frames: int, setting: Setting) -> Conditions:
+        config, cells = self._network.config, setting.map_cells
+        V, N, L = len(VIEWS), setting.slots, config.text_tokens
+
+        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=self._device)
+
+        return Conditions(
+            text=empty(1, L, config.text_width),
+            text_mask=empty(1, L, dtype=torch.bool),
+            cameras=empty(1, V, frames, 3, 7),
+            ego_motion=empty(1, frames, 4, 4),
+            box_corners=empty(1, V, frames, N, 8, 3),
+            box_classes=empty(1, V, frames, N, dtype=torch.int64),
+            box_masks=empty(1, V, frames, N, dtype=torch.int64),
+            bev_map=empty(1, frames, config.map_layers, cells, cells),
+            height=empty(1),
+            width=empty(1),
+            fps=empty(1),
+            keep=empty(1, dtype=torch.bool),
+            keep_frame=empty(1, frames, dtype=torch.bool),
+            box_latent=empty(1, N, config.class_width or config.width),
+        )
+
+
+class _ImaginedGroup(DeviceGroup):
+    """One device of a group whose others are not there: what they would send is made up."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.rank = size, 0
+
+    def exchange(self, x: Tensor) -> Tensor:
+        return torch.empty_like(x.contiguous())
+
+    def collect(self, x: Tensor) -> Tensor:
+        return x.new_empty(self.size, *x.shape)
+
+
+# The published system's table of GPU memory, and what is planned here beside it.
+
+SP_SIZES = (1, 2, 4, 8)
+FULL = 241  # frames of a whole scene
+
+# GiB by (size, frames): encoding of the conditions and sampling with CPU offload, at each of SP_SIZES; then decoding.
+# Measured figures of the published system on a GPU of 96 GB: its FAQ, question 2.1. None: out of memory.
+PUBLISHED: dict[tuple[str, int], tuple[tuple[float | None, ...], float]] = {
+    ("224x400", 17): ((17.91, 17.91, 17.91, 17.91), 3.87),
+    ("224x400", FULL): ((21.93, 18.51, 18.51, 18.51), 4.82),
+    ("424x800", 17): ((17.97, 17.97, 17.97, 17.97), 12.43),
+    ("424x800", FULL): ((40.69, 25.70, 19.80, 19.80), 16.24),
+    ("848x1600", 17): ((18.08, 18.08, 18.08, 18.08), 51.33),
+    ("848x1600", 33): ((24.89, 18.33, 18.33, 18.33), 52.08),
+    ("848x1600", 65): ((43.62, 26.67, 18.83, 18.83), 53.59),
+    ("848x1600", 129): ((81.14, 48.24, 29.66, 23.83), 56.84),
+    ("848x1600", FULL): ((None, 83.40, 50.19, 39.76), 58.20),
+}
+
+
+def table_lines(planner: Planner, setting: Setting) -> Iterator[str]:
+    """The table, each cell as "planned / published" in GiB, line by line as it is planned."""
+    yield "GiB, planned / published (its FAQ, question 2.1). Text features come from their cache: no T5 here."
+    heads = ["no sp", *(f"sp={sp}" for sp in SP_SIZES[1:]), "decoding"]
+    yield f"{'clip':14}" + "".join(f"{head:>16}" for head in heads)
+    for (size, frames), (sampling, decoding) in PUBLISHED.items():
+        peaks = [planner.peaks(size, frames, replace(setting, sp=sp)) for sp in SP_SIZES]
+        cells = [_cell(_sampling(mine), theirs) for mine, theirs in zip(peaks, sampling, strict=True)]
+        yield f"{size} {frames:4} " + "".join(f"{cell:>16}" for cell in [*cells, _cell(peaks[0].decoding, decoding)])
+
+
+def cell_lines(planner: Planner, size: str, frames: int, setting: Setting) -> Iterator[str]:
+    """One clip, phase by phase."""
+    peaks = planner.peaks(size, frames, setting)
+    for name in ("encoding", "sampling", "decoding"):
+        yield f"{name:10} {getattr(peaks, name) / GIB:7.2f} GiB"
+
+
+def _sampling(peaks: Peaks) -> int:
+    return max(peaks.encoding, peaks.sampling)
+
+
+def _cell(planned: int, published: float | None) -> str:
+    return f"{planned / GIB:.2f} / {'> 96' if published is None else f'{published:.2f}'}"

@@ -1,0 +1,1 @@
+"""C++ kernels for CPUs behind a few functions that the layers call."""

@@ -1,0 +1,1 @@
+"""What only the released weights and the published golden files need."""

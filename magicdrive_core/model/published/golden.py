@@ -1,0 +1,247 @@
+"""The reference files of the published system: cases of the network as arrays, with their settings.
+
+Their layout: README of the reference data, section 1.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.kernels.functions import NORM_EPS
+from magicdrive_core.model.inputs import Conditions
+from magicdrive_core.model.transformer import MagicDrive, NetworkConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from magicdrive_core.model.context import Context
+    from magicdrive_core.model.transformer import MagicDrive
+
+_PER_VIEW = ("cams", "rel_pos", "bbox_bboxes", "bbox_classes", "bbox_masks")  # rows are B*V
+
+
+def read_npz(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The arrays of a reference file as tensors, and its settings.
+
+    Raises:
+        MagicDriveError: missing or not such a file.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: torch.from_numpy(file[name]) for name in file.files if name != "__meta_json__"}
+            return arrays, json.loads(bytes(file["__meta_json__"]))
+    except FileNotFoundError:
+        raise MagicDriveError(f"{path} is missing", "name a golden_*.npz of the reference data") from None
+    except (ValueError, KeyError, OSError) as error:
+        raise MagicDriveError(f"{path} is no reference file: {error}", "name a golden_*.npz") from None
+
+
+def load_golden_network(path: Path, meta: Mapping[str, Any]) -> MagicDrive:
+    """The network that a case's settings describe, with the weights of the file that it names beside it."""
+    weights, weights_meta = read_npz(path.parent / meta["weights_file"])
+    network = MagicDrive(golden_config({**weights_meta, **meta}))
+    network.load_state_dict(weights, strict=True)
+    return network.eval()
+
+
+def golden_config(meta: Mapping[str, Any]) -> NetworkConfig:
+    """Sizes from a reference file's settings."""
+    config = meta["config"]
+    box, ego = config["bbox_embedder_param"], config["frame_emb_param"]
+    order = meta.get("mv_order_map", {})
+    neighbours = {} if not order else {"neighbours": tuple(tuple(order[str(view)]) for view in range(len(order)))}
+    return NetworkConfig(
+        width=config["hidden_size"],
+        depth=config["depth"],
+        heads=config["num_heads"],
+        control_depth=config["control_depth"],
+        ego_heads=ego["num_heads"],
+        box_heads=box["num_heads"],
+        box_widths=tuple(box["proj_dims"][:-1]),
+        map_channels=tuple(config["map_embedder_param"]["block_out_channels"]),
+        latent_channels=config["in_channels"],
+        text_width=config["caption_channels"],
+        text_tokens=config["model_max_length"],
+        temporal=config["with_temp_block"],
+        control_temporal=not config.get("control_skip_temporal", False),
+        instance_latent=box["sample_id"],
+        mean_over_frames="time_downsample_factor" not in box,
+        published=True,
+        class_width=box["class_token_dim"],
+        map_layers=config["map_embedder_param"]["conditioning_size"][0],
+        classes=box["n_classes"],
+        mlp_ratio=int(config["mlp_ratio"]),
+        pad_patches=meta.get("force_pad_h_for_sp_size") or config.get("force_pad_h_for_sp_size"),
+        **neighbours,
+    )
+
+
+def read_conditions(arrays: Mapping[str, Tensor]) -> Conditions:
+    """The ``in/`` arrays of a case as conditions; per-view rows become (B, V, ...), view fastest."""
+    maps = arrays["in/maps"]
+    batch, frames = maps.shape[:2]
+    rows = {name: arrays[f"in/{name}"].unflatten(0, (batch, -1)) for name in _PER_VIEW}
+    latent = arrays.get("in/bbox_box_latent")
+    text = arrays["in/y"][:, 0]
+    return Conditions(
+        text=text,
+        text_mask=arrays.get("in/mask", torch.ones(text.shape[:2])).bool(),
+        cameras=rows["cams"][:, :, :, 0],
+        ego_motion=rows["rel_pos"][:, 0, :, 0],
+        box_corners=rows["bbox_bboxes"],
+        box_classes=rows["bbox_classes"].long(),
+        box_masks=rows["bbox_masks"].long(),
+        bev_map=maps,
+        height=arrays["in/height"],
+        width=arrays["in/width"],
+        fps=arrays["in/fps"],
+        keep=arrays.get("in/drop_cond_mask", torch.ones(batch)).bool(),
+        keep_frame=arrays.get("in/drop_frame_mask", torch.ones(batch, frames)).bool(),
+        box_latent=None if latent is None else latent.unflatten(0, (batch, -1))[:, 0, 0],
+    )
+
+
+def views_from_channels(x: Tensor, views: int) -> Tensor:
+    """(B, C*V, T, H, W) with the view fastest -> (B, V, C, T, H, W)."""
+    return x.unflatten(1, (-1, views)).transpose(1, 2)
+
+
+def channels_from_views(x: Tensor) -> Tensor:
+    """The inverse of ``views_from_channels``."""
+    return x.transpose(1, 2).flatten(1, 2)
+
+
+# Agreement with the published system: the check against its reference files.
+
+TOLERANCE = 5e-5  # largest difference of the output in fp32
+
+
+@dataclass(frozen=True)
+class GoldenResult:
+    """How far this network is from one reference case."""
+
+    rows: list[tuple[str, float]]  # name, largest absolute difference (NaN: no such thing here); the last is "out"
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the output is within the tolerance."""
+        return self.rows[-1][1] <= TOLERANCE
+
+
+def check_golden(path: Path | str) -> GoldenResult:
+    """Runs a ``golden_model_*.npz``: output, and every intermediate that the file holds.
+
+    Raises:
+        MagicDriveError: not such a file, or the weights that it names are missing beside it.
+    """
+    path = Path(path)
+    arrays, meta = read_npz(path)
+    if "out" not in arrays or "config" not in meta:
+        raise MagicDriveError(f"{path} is no golden model case", "name a golden_model_*.npz that is no weights file")
+    network = load_golden_network(path, meta)
+    network.slice_tokens = None  # every module sees all frames at once, as in the file
+    conditions = read_conditions(arrays)
+    views = conditions.cameras.shape[1]
+    latents = views_from_channels(arrays["in/x"], views)
+    with torch.no_grad(), _recorded(network) as found:
+        context = network.encode(conditions, tuple(latents.shape[3:]))
+        out = network.denoise(latents, arrays["in/timestep"], context, arrays.get("in/x_mask"))
+    found |= _of_context(context, conditions.height[0] * conditions.width[0])
+    rows = []
+    for name, expected in arrays.items():
+        if name.startswith("mid/"):
+            ours = found.get(name.removeprefix("mid/"))
+            rows.append((name, float("nan") if ours is None else _difference(name, ours, expected, views)))
+    return GoldenResult([*rows, ("out", float((channels_from_views(out) - arrays["out"]).abs().max()))])
+
+
+def _stacked(name: str, outputs: list[Any]) -> dict[str, Tensor]:
+    """The calls of a module as one tensor; in blocks and head a module is called once a group of views."""
+    first = outputs[0]
+    if isinstance(first, tuple):
+        return {f"{name}.{index}": torch.cat(part) for index, part in enumerate(first)}
+    if isinstance(first, list):
+        return {name: torch.cat(first)}
+    return {name: torch.cat(outputs) if "_blocks_" in name or name == "final_layer" else first}
+
+
+def _of_context(context: Context, pixels: Tensor) -> dict[str, Tensor]:
+    rows, columns = context.grid
+    return {
+        "pos_emb": context.position,
+        "pos_emb_args": torch.tensor([rows, columns, float(pixels) ** 0.5 / 512, round((rows * columns) ** 0.5)]),
+        "cond_sequence": context.tokens.spread(context.tokens.distinct, context.tokens.frames),
+    }
+
+
+def _difference(name: str, ours: Tensor, expected: Tensor, views: int) -> float:
+    """Largest absolute difference after ours is laid out like the file's: rows b*V+v, all views in full."""
+    if name.endswith("controlnet_cond_embedder_temp"):
+        ours = ours.transpose(1, 2)
+    elif name.endswith("cross_view_attn"):
+        pass  # rows are pairs of views already, then samples and frames
+    elif ours.ndim == 5 or name.endswith("camera_token"):
+        ours = ours.transpose(0, 1)
+    if "_t." in name and name.endswith(".attn"):
+        ours = ours.transpose(2, 3)
+    if expected.numel() == views * ours.numel():
+        ours = ours.repeat_interleave(views, dim=0)
+    return float((ours.reshape(expected.shape) - expected).abs().max())
+
+
+@contextmanager
+def _recorded(network: MagicDrive) -> Iterator[dict[str, Tensor]]:
+    """Collects the first output of every module that the reference files know, by their names for it."""
+    calls: dict[str, list[Any]] = {}
+    found: dict[str, Tensor] = {}
+    handles = []
+
+    def keep(module: nn.Module, name: str) -> None:
+        handles.append(
+            module.register_forward_hook(lambda _module, _inputs, output: calls.setdefault(name, []).append(output))
+        )
+
+    def keep_norm(block: nn.Module, name: str) -> None:
+        def hook(_module: nn.Module, inputs: Any) -> None:
+            found[name] = torch.cat([functional.layer_norm(x, x.shape[-1:], eps=NORM_EPS) for x in inputs[0]])
+
+        handles.append(block.register_forward_pre_hook(hook))
+
+    def keep_pairs(attention: nn.Module, name: str) -> None:
+        def hook(module: Any, inputs: Any, _output: list[Tensor]) -> None:
+            found[name] = torch.stack([module.proj(out.flatten(-2)) for view in module.pairs(*inputs) for out in view])
+
+        handles.append(attention.register_forward_hook(hook))
+
+    tokens = {"camera_embedder": "camera_token", "frame_embedder": "frame_token"}
+    groups = network.block_groups()
+    for name, module in network.named_children():
+        if name not in groups:
+            keep(module, tokens.get(name, name))
+    for group, blocks in groups.items():
+        for index, block in enumerate(blocks):
+            keep(block, f"{group}.{index}")
+        first = dict(blocks[0].named_children())
+        keep_norm(blocks[0], f"{group}.0.norm1")
+        for name in ("attn", "cross_attn", "mva_proj", "mlp"):
+            if name in first:
+                keep(first[name], f"{group}.0.{name}")
+        if "cross_view_attn" in first:
+            keep_pairs(first["cross_view_attn"], f"{group}.0.cross_view_attn")
+    try:
+        yield found
+        for name, outputs in calls.items():
+            found |= _stacked(name, outputs)
+    finally:
+        for handle in handles:
+            handle.remove()

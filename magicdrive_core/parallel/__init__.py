@@ -1,0 +1,1 @@
+"""What is applied to a model from outside: device mesh, sequence parallelism, slicing."""

@@ -1,0 +1,32 @@
+"""Which ranks share a clip: data-parallel groups x sequence-parallel groups, on ColossalAI's ProcessGroupMesh.
+
+Ranks that share a clip are neighbours, so that they are on one host. They prepare the same micro-batches with the same
+random numbers, and each computes the loss of the whole clip: the mean over all ranks of losses and gradients, which
+ZeRO takes anyway, is that over the groups (model/parallel.py). So ZeRO shards over all ranks, whatever they share.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from colossalai.cluster import ProcessGroupMesh
+
+from magicdrive_core.parallel.sequence_parallel import DeviceGroup, OneDevice
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place among all ranks."""
+
+    groups: int  # that each take a micro-batch a step
+    group: int  # this rank's
+    devices: OneDevice  # of that group
+
+    @classmethod
+    def of(cls, sequence_parallel: int) -> Mesh:
+        """All ranks in groups of ``sequence_parallel``, a divisor of their number. Collective."""
+        groups = dist.get_world_size() // sequence_parallel
+        mesh = ProcessGroupMesh(groups, sequence_parallel)
+        devices = OneDevice() if sequence_parallel == 1 else DeviceGroup(mesh.get_group_along_axis(1))
+        return cls(groups, int(mesh.coordinate(0)), devices)

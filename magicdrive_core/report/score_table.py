@@ -1,0 +1,96 @@
+"""The score sheet as the report shows it: ours beside the published results, figures by name, scenes by distance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from magicdrive_core.evaluation.protocol import RESULTS
+from magicdrive_core.evaluation.score_sheet import MEANINGS, Sheet
+
+COLUMNS = (
+    ("fvd_224", "FVD, 224 rows"),
+    ("fvd_212", "FVD, 212 rows"),
+    ("map", "mAP"),
+    ("miou", "mIoU"),
+    ("score", "score"),
+)
+_TITLES = {
+    "small_224": "built-in, 224 rows",
+    "small_212": "built-in, 212 rows",
+    "fvd_224": "I3D, 224 rows",
+    "fvd_212": "I3D, 212 rows",
+    "map": "mAP",
+    "miou": "mIoU",
+    "miou_maps": "mIoU, own maps",
+}
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """Rows of text, ready for the page."""
+
+    columns: list[str]
+    results: list[tuple[str, list[str], bool]]  # name, cells, whether it is ours
+    figures: list[tuple[str, str, str]]  # name, value, meaning
+    missing: list[str]
+    scene_columns: list[str]
+    scenes: list[tuple[str, list[str]]]  # name, cells; farthest from the real clips first
+    clips: dict[str, int]
+
+    @classmethod
+    def of(cls, sheet: Sheet, names: Mapping[str, str], ours: str) -> ScoreTable:
+        """The table of a sheet.
+
+        Args:
+            sheet: what was measured.
+            names: of scenes, by token.
+            ours: what our own line is called.
+        """
+        keys = [key for key in _TITLES if any(key in row for row in sheet.scenes.values())]
+        published = [
+            (
+                result.team,
+                [
+                    _cell(
+                        {result.crop: result.fvd, "map": result.mean_ap, "miou": result.mean_iou}
+                        | ({} if result.score is None else {"score": result.score}),
+                        key,
+                    )
+                    for key, _ in COLUMNS
+                ],
+                False,
+            )
+            for result in RESULTS
+        ]
+        return cls(
+            columns=[title for _, title in COLUMNS],
+            results=[(ours, [_cell(sheet.figures, key) for key, _ in COLUMNS], True), *published],
+            figures=[(name, f"{value:.4f}", MEANINGS[name]) for name, value in sheet.figures.items()],
+            missing=sheet.missing,
+            scene_columns=[_TITLES[key] for key in keys],
+            scenes=[
+                (names.get(token, token), [f"{row[key]:.4g}" if key in row else "–" for key in keys])
+                for token, row in farthest_first(sheet)
+            ],
+            clips=sheet.clips,
+        )
+
+
+def farthest_first(sheet: Sheet) -> list[tuple[str, dict[str, float]]]:
+    """Scene tokens and their figures, by the built-in extractor's distance, the largest first."""
+    return sorted(sheet.scenes.items(), key=lambda pair: (-pair[1].get("small_224", 0.0), pair[0]))
+
+
+def order_scenes(tokens: Sequence[str], sheet: Sheet | None) -> list[str]:
+    """Scenes as the page shows them: those that are farthest from the real ones first, where that is known."""
+    if sheet is None:
+        return list(tokens)
+    places = {token: place for place, (token, _) in enumerate(farthest_first(sheet))}
+    return sorted(tokens, key=lambda token: places.get(token, len(places)))
+
+
+def _cell(values: Mapping[str, float], key: str) -> str:
+    if key not in values:
+        return "–"
+    return f"{values[key]:.4f}" if key == "score" else f"{values[key]:.2f}"

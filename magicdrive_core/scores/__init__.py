@@ -1,1 +1,0 @@
-"""How good the generated videos are: Fréchet distances, a detector's mAP, BEV masks' mIoU, the W-CODA score."""

@@ -1,0 +1,348 @@
+"""Plane curves of straight lines and arcs: what lanes are made of and what traffic follows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from itertools import product
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+Pose = tuple[float, float, float]  # x, y in metres, heading in radians
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A start pose and pieces of constant curvature, joined without a kink."""
+
+    start: Pose
+    pieces: tuple[tuple[float, float], ...]  # length in metres, curvature in 1/m (left is positive)
+
+    @property
+    def length(self) -> float:
+        """Metres."""
+        return sum(length for length, _ in self.pieces)
+
+    @property
+    def end(self) -> Pose:
+        """The pose at the far end."""
+        x, y, heading = self.poses([self.length])[0]
+        return float(x), float(y), float(heading)
+
+    def joined(self, other: Curve) -> Curve:
+        """This curve, then ``other``, which starts where this one ends."""
+        return Curve(self.start, self.pieces + other.pieces)
+
+    def poses(self, distances: ArrayLike, offset: float = 0.0) -> Array:
+        """Poses at distances (N,) in metres from the start, ``offset`` metres to the right: (N, 3) x, y, heading.
+
+        Beyond either end the first or last piece goes on.
+        """
+        s = np.asarray(distances, dtype=np.float64)
+        starts, knots = self._knots
+        piece = np.clip(np.searchsorted(starts, s, side="right") - 1, 0, len(self.pieces) - 1)
+        curvature = np.array([curvature for _, curvature in self.pieces])[piece]
+        moved = _advance(knots[piece], s - starts[piece], curvature)
+        moved[:, 0] += offset * np.sin(moved[:, 2])
+        moved[:, 1] -= offset * np.cos(moved[:, 2])
+        return moved
+
+    def points(self, spacing: float, offset: float = 0.0) -> Array:
+        """Points (N, 2) at most ``spacing`` metres apart; a straight piece gives its ends only."""
+        starts, _ = self._knots
+        distances = [0.0]
+        for (length, curvature), start in zip(self.pieces, starts, strict=True):
+            steps = max(1, int(np.ceil(length / spacing))) if curvature else 1
+            distances += [start + length * step / steps for step in range(1, steps + 1)]
+        return self.poses(distances, offset)[:, :2]
+
+    def placed(self, mirror: bool, angle: float, shift: tuple[float, float]) -> Curve:
+        """The curve mirrored at the x axis if asked, then turned about the origin, then shifted."""
+        sign = -1.0 if mirror else 1.0
+        x, y = place(np.array([self.start[:2]]), mirror, angle, shift)[0]
+        pieces = tuple((length, sign * curvature) for length, curvature in self.pieces)
+        return Curve((float(x), float(y), sign * self.start[2] + angle), pieces)
+
+    @cached_property
+    def _knots(self) -> tuple[Array, Array]:
+        """Distance and pose at the start of each piece."""
+        starts, poses = [0.0], [np.array(self.start)]
+        for length, curvature in self.pieces[:-1]:
+            starts.append(starts[-1] + length)
+            poses.append(_advance(poses[-1][None], np.array([length]), np.array([curvature]))[0])
+        return np.array(starts), np.stack(poses)
+
+
+def place(points: Array, mirror: bool, angle: float, shift: tuple[float, float]) -> Array:
+    """Points (N, 2) mirrored at the x axis if asked, then turned about the origin, then shifted."""
+    x, y = points[:, 0], -points[:, 1] if mirror else points[:, 1]
+    c, s = np.cos(angle), np.sin(angle)
+    return np.stack([c * x - s * y + shift[0], s * x + c * y + shift[1]], axis=1)
+
+
+def _advance(poses: Array, distances: Array, curvatures: Array) -> Array:
+    """Poses (N, 3) moved along arcs: x += sin(k s / 2) / (k / 2) in the direction heading + k s / 2."""
+    half = curvatures * distances / 2
+    chord = distances * np.sinc(half / np.pi)  # sinc(x / pi) = sin(x) / x, 1 on straight lines
+    direction = poses[:, 2] + half
+    return np.stack(
+        [
+            poses[:, 0] + chord * np.cos(direction),
+            poses[:, 1] + chord * np.sin(direction),
+            poses[:, 2] + 2 * half,
+        ],
+        axis=1,
+    )
+
+
+# The streets of a generated city: a grid of junctions, two lanes each way, walkways round every block.
+#
+# Built in its own frame (junction (0, 0) at the origin, right-hand traffic), then mirrored where people drive on the
+# left, turned and shifted into the first quadrant of nuScenes' map frame.
+
+Frame = Callable[[Array], Array]  # points (N, 2) of a local frame to the city's
+
+GRID = 3  # junctions a side
+PITCH = 100.0  # metres from junction to junction
+STUB = 70.0  # metres from an outer junction to the end of the world
+LANE = 3.5  # lane width
+HALF = 2 * LANE  # half of a road
+CORNER = 15.0  # kerbs and turning lanes are concentric about (+-CORNER, +-CORNER) of a junction
+END = 20.5  # lanes end and junctions begin here
+CROSSING = (15.5, 19.0)  # of each arm, metres from the junction's centre
+STOP = (19.4, 20.1)
+WALKWAY = 3.5
+OFFSETS = (LANE / 2, 3 * LANE / 2)  # lane centres right of the road's centre line: inner, outer
+MOVES = {"straight": 0, "left": 1, "right": 3}  # quarter turns
+CARPARK = (24.0, 60.0, 12.5)  # along the block's edge from, to, and deep
+BAY = 2.9  # metres a parked car
+DRIVEWAY = (40.0, 46.0)
+MARGIN = 80.0  # metres of open land round the streets
+
+# Name: mirrored for left-hand traffic, angle of the grid in radians.
+CITIES = {"boston-seaport": (False, 0.19), "singapore-onenorth": (True, 0.47)}
+
+
+@dataclass(frozen=True)
+class Lane:
+    """A lane of a road, or a connector through a junction (with its move)."""
+
+    name: str
+    curve: Curve
+    index: int  # 0 inner, 1 outer
+    move: str = ""  # of MOVES, empty for the lanes of a road
+
+
+@dataclass(frozen=True)
+class Area:
+    """A polygon of the map: rings (N, 2), the outer one first."""
+
+    name: str
+    rings: list[Array]
+    road: str = ""  # of the road or junction that it belongs to
+
+
+@dataclass
+class City:
+    """Everything the map expansion and the traffic need to know."""
+
+    location: str
+    lanes: dict[str, Lane] = field(default_factory=dict)
+    connectors: dict[str, Lane] = field(default_factory=dict)
+    outgoing: dict[str, list[str]] = field(default_factory=dict)
+    areas: dict[str, list[Area]] = field(default_factory=dict)  # by layer
+    lines: dict[str, list[tuple[str, Array, str]]] = field(default_factory=dict)  # by layer: name, points, road
+    crossings: dict[str, Curve] = field(default_factory=dict)  # where people cross, by the name of the crossing
+    bays: list[Curve] = field(default_factory=list)  # where parked cars stand, one each
+
+    def lane(self, name: str) -> Lane:
+        """A lane or connector."""
+        return self.lanes.get(name) or self.connectors[name]
+
+    @property
+    def size(self) -> tuple[float, float]:
+        """Metres from the map's origin to the far edges of the city, its margin included."""
+        rings = [ring for areas in self.areas.values() for area in areas for ring in area.rings]
+        width, height = np.concatenate(rings).max(axis=0) + MARGIN
+        return float(width), float(height)
+
+
+@cache
+def city(location: str) -> City:
+    """The city of one of nuScenes' locations."""
+    mirror, angle = CITIES[location]
+    plain = _streets(location)
+    corners = place(np.array(list(product((-STUB, (GRID - 1) * PITCH + STUB), repeat=2))), mirror, angle, (0, 0))
+    x, y = np.round(MARGIN - corners.min(axis=0), 1)
+    placement = (mirror, angle, (float(x), float(y)))
+    return City(
+        location=location,
+        lanes={k: Lane(k, v.curve.placed(*placement), v.index, v.move) for k, v in plain.lanes.items()},
+        connectors={k: Lane(k, v.curve.placed(*placement), v.index, v.move) for k, v in plain.connectors.items()},
+        outgoing=plain.outgoing,
+        areas={
+            layer: [Area(area.name, [place(ring, *placement) for ring in area.rings], area.road) for area in areas]
+            for layer, areas in plain.areas.items()
+        },
+        lines={
+            layer: [(name, place(points, *placement), road) for name, points, road in lines]
+            for layer, lines in plain.lines.items()
+        },
+        crossings={name: curve.placed(*placement) for name, curve in plain.crossings.items()},
+        bays=[curve.placed(*placement) for curve in plain.bays],
+    )
+
+
+def _streets(location: str) -> City:
+    streets = City(location)
+    arriving: dict[tuple[int, int, int], list[str]] = {}  # junction i, j, arm: lanes that end there
+    leaving: dict[tuple[int, int, int], list[str]] = {}
+    for i, j, arm in product(range(GRID), range(GRID), range(4)):
+        other = (i + (1, 0, -1, 0)[arm], j + (0, 1, 0, -1)[arm])
+        inside = all(0 <= index < GRID for index in other)
+        if inside and arm >= 2:
+            continue  # the road is built from its other end
+        forward, backward = _road(streets, i, j, arm, PITCH - 2 * END if inside else STUB - END)
+        leaving[i, j, arm], arriving[i, j, arm] = forward, backward
+        if inside:
+            arriving[*other, (arm + 2) % 4], leaving[*other, (arm + 2) % 4] = forward, backward
+    for i, j in product(range(GRID), range(GRID)):
+        _junction(streets, i, j, arriving, leaving)
+    for i, j in product(range(-1, GRID), repeat=2):
+        _block(streets, i, j)
+    return streets
+
+
+def _road(streets: City, i: int, j: int, arm: int, length: float) -> tuple[list[str], list[str]]:
+    """Adds the road that leaves junction (i, j) by an arm; returns its lanes away from and towards it."""
+    name = f"road-{i}-{j}-{arm}"
+    to_map = _arm_frame(i, j, arm)
+    far = END + length
+    rectangle = _rectangle(END, far, -HALF, HALF)
+    _add_area(streets, "drivable_area", name, to_map, [rectangle], name)
+    _add_area(streets, "road_segment", name, to_map, [rectangle], name)
+    _add_line(streets, "road_divider", name, to_map, [(END, 0), (far, 0)], name)
+    names: tuple[list[str], list[str]] = ([], [])
+    for back, way in enumerate(("out", "in")):
+        side = 1 if back else -1  # traffic away from the junction keeps right, which is below the arm's axis
+        block = _rectangle(END, far, *sorted((0.0, side * HALF)))
+        _add_area(streets, "road_block", f"{name}-{way}", to_map, [block], name)
+        _add_line(streets, "lane_divider", f"{name}-{way}", to_map, [(END, side * LANE), (far, side * LANE)], name)
+        for index, offset in enumerate(OFFSETS):
+            lane = f"{name}-{way}-{index}"
+            x, y = to_map(np.array([[far if back else END, side * offset]]))[0]
+            heading = np.pi / 2 * ((arm + 2 * back) % 4)
+            streets.lanes[lane] = Lane(lane, Curve((float(x), float(y), heading), ((length, 0.0),)), index)
+            streets.outgoing[lane] = []
+            names[back].append(lane)
+    return names
+
+
+def _junction(
+    streets: City,
+    i: int,
+    j: int,
+    arriving: dict[tuple[int, int, int], list[str]],
+    leaving: dict[tuple[int, int, int], list[str]],
+) -> None:
+    name = f"junction-{i}-{j}"
+    angles = np.linspace(1.5 * np.pi, np.pi, 9)  # the kerb round a corner, seen from the corner's centre
+    kerb = CORNER + (CORNER - HALF) * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    quarter = np.concatenate([[[END, HALF]], kerb, [[HALF, END]]])
+    outline = np.concatenate([_turned(quarter, arm) for arm in range(4)])
+    to_map = _arm_frame(i, j, 0)
+    _add_area(streets, "drivable_area", name, to_map, [outline], name)
+    _add_area(streets, "road_segment", name, to_map, [outline], name)
+    for arm in range(4):
+        to_map = _arm_frame(i, j, arm)
+        crossing = f"{name}-{arm}"
+        _add_area(streets, "ped_crossing", crossing, to_map, [_rectangle(*CROSSING, -HALF, HALF)], name)
+        _add_area(streets, "stop_line", crossing, to_map, [_rectangle(*STOP, 0.0, HALF)], name)
+        x, y = to_map(np.array([[sum(CROSSING) / 2, -HALF - WALKWAY / 2]]))[0]
+        walk = Curve((float(x), float(y), np.pi / 2 * (arm + 1)), ((2 * HALF + WALKWAY, 0.0),))
+        streets.crossings[crossing] = walk
+        for (move, quarters), index in product(MOVES.items(), range(2)):
+            entry, leave = arriving[i, j, arm][index], leaving[i, j, (arm + 2 + quarters) % 4][index]
+            connector = f"{name}-{arm}-{move}-{index}"
+            curve = Curve(streets.lanes[entry].curve.end, _turn(move, OFFSETS[index]))
+            streets.connectors[connector] = Lane(connector, curve, index, move)
+            streets.outgoing[entry].append(connector)
+            streets.outgoing[connector] = [leave]
+
+
+def _turn(move: str, offset: float) -> tuple[tuple[float, float], ...]:
+    if move == "straight":
+        return ((2 * END, 0.0),)
+    radius = CORNER + offset if move == "left" else CORNER - offset
+    sign = 1.0 if move == "left" else -1.0
+    return (END - CORNER, 0.0), (radius * np.pi / 2, sign / radius), (END - CORNER, 0.0)
+
+
+def _block(streets: City, i: int, j: int) -> None:
+    """Adds the land between the junctions (i, j) and (i + 1, j + 1): its walkway, and a car park on every other."""
+    name = f"block-{i}-{j}"
+    low = [-STUB if index < 0 else index * PITCH + HALF for index in (i, j)]
+    high = [(GRID - 1) * PITCH + STUB if index == GRID - 1 else (index + 1) * PITCH - HALF for index in (i, j)]
+    rings = [
+        _rounded(low[0] + inset, high[0] - inset, low[1] + inset, high[1] - inset, CORNER - HALF - inset)
+        for inset in (0.0, WALKWAY)
+    ]
+    _add_area(streets, "walkway", name, _identity, rings)
+    if (i + j) % 2 or min(i, j) < 0 or max(i, j) == GRID - 1:
+        return
+    west, south = i * PITCH, j * PITCH + HALF
+    start, end, deep = CARPARK
+    lot = _rectangle(west + start, west + end, south + WALKWAY, south + WALKWAY + deep)
+    _add_area(streets, "carpark_area", name, _identity, [lot])
+    driveway = _rectangle(west + DRIVEWAY[0], west + DRIVEWAY[1], south, south + WALKWAY)
+    _add_area(streets, "drivable_area", f"{name}-driveway", _identity, [driveway])
+    _add_area(streets, "drivable_area", f"{name}-lot", _identity, [lot])
+    for bay in range(int((end - start) // BAY)):
+        x = west + start + (bay + 0.5) * BAY
+        streets.bays.append(Curve((x, south + WALKWAY + deep - 5.2, np.pi / 2), ((5.0, 0.0),)))
+
+
+def _arm_frame(i: int, j: int, arm: int) -> Frame:
+    """The map from an arm's frame (x away from the junction) to the city's."""
+
+    def to_map(points: Array) -> Array:
+        return _turned(points, arm) + np.array([i * PITCH, j * PITCH])
+
+    return to_map
+
+
+def _identity(points: Array) -> Array:
+    return points
+
+
+def _turned(points: Array, quarters: int) -> Array:
+    x, y = points[:, 0], points[:, 1]
+    return np.stack([(x, y), (-y, x), (-x, -y), (y, -x)][quarters % 4], axis=1)
+
+
+def _rectangle(left: float, right: float, low: float, high: float) -> Array:
+    return np.array([[left, low], [right, low], [right, high], [left, high]])
+
+
+def _rounded(left: float, right: float, low: float, high: float, radius: float) -> Array:
+    angles = np.linspace(0, np.pi / 2, 9)
+    corners = [(right, high), (left, high), (left, low), (right, low)]
+    rings = []
+    for quarter, corner in enumerate(corners):
+        sign = np.sign(np.array([left + right, low + high]) / 2 - corner)
+        turn = angles + quarter * np.pi / 2
+        rings.append(np.array(corner) + sign * radius + radius * np.stack([np.cos(turn), np.sin(turn)], axis=1))
+    return np.concatenate(rings)
+
+
+def _add_area(streets: City, layer: str, name: str, to_map: Frame, rings: list[Array], road: str = "") -> None:
+    streets.areas.setdefault(layer, []).append(Area(name, [to_map(ring) for ring in rings], road))
+
+
+def _add_line(
+    streets: City, layer: str, name: str, to_map: Frame, points: list[tuple[float, float]], road: str
+) -> None:
+    streets.lines.setdefault(layer, []).append((name, to_map(np.array(points, dtype=np.float64)), road))

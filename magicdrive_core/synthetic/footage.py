@@ -1,0 +1,185 @@
+"""What nuScenes tables say about pictures: cameras at their moments, and objects between key frames."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.geometry import poses
+from magicdrive_core.synthetic.lens import Lens
+from magicdrive_core.synthetic.solids import Things
+from magicdrive_core.utils.files import read_json
+
+Array = NDArray[np.float64]
+
+EARLY = 0.12e6  # microseconds for which objects are moved on before their first and after their last annotation
+CLASSES = {  # nuScenes' categories that are detection classes, by their beginnings
+    "vehicle.car": "car",
+    "vehicle.truck": "truck",
+    "vehicle.bus": "bus",
+    "vehicle.trailer": "trailer",
+    "vehicle.construction": "construction_vehicle",
+    "vehicle.motorcycle": "motorcycle",
+    "vehicle.bicycle": "bicycle",
+    "human.pedestrian.adult": "pedestrian",
+    "human.pedestrian.child": "pedestrian",
+    "human.pedestrian.construction_worker": "pedestrian",
+    "human.pedestrian.police_officer": "pedestrian",
+    "movable_object.trafficcone": "traffic_cone",
+    "movable_object.barrier": "barrier",
+}
+TINTS = (0.9, 1.0, 1.08)
+
+
+@dataclass(frozen=True)
+class Shot:
+    """A picture to be drawn."""
+
+    filename: str  # below the data root
+    timestamp: int  # microseconds
+    intrinsics: Array  # (3, 3)
+    camera_to_ego: Array  # (4, 4)
+    ego_to_global: Array  # (4, 4)
+
+    @property
+    def lens(self) -> Lens:
+        """The camera at its moment."""
+        return Lens(self.intrinsics, self.ego_to_global @ self.camera_to_ego, self.ego_to_global)
+
+
+@dataclass(frozen=True)
+class Track:
+    """One object over time. K annotations in order of time."""
+
+    name: str  # of shapes.shape
+    tint: float
+    size: Array  # (3,) w, l, h in metres
+    times: NDArray[np.int64]  # (K,) microseconds
+    centres: Array  # (K, 3)
+    rotations: Array  # (K, 4) w, x, y, z
+
+    def around(self, time: int) -> tuple[int, int, float] | None:
+        """The annotations before and after a time, and where between them it is; None where the object is not."""
+        if not self.times[0] - EARLY <= time <= self.times[-1] + EARLY:
+            return None
+        if len(self.times) == 1:
+            return 0, 0, 0.0
+        after = int(np.clip(np.searchsorted(self.times, time), 1, len(self.times) - 1))
+        start, end = self.times[after - 1], self.times[after]
+        return after - 1, after, float((time - start) / (end - start))
+
+
+@dataclass(frozen=True)
+class Footage:
+    """One scene's pictures and objects."""
+
+    location: str
+    description: str
+    shots: list[Shot]
+    tracks: list[Track]
+
+    def things(self, time: int) -> Things:
+        """All objects at a time: linear and slerp between their annotations."""
+        found = [(track, around) for track in self.tracks if (around := track.around(time)) is not None]
+        share = np.array([share for _, (_, _, share) in found])
+        (start, end), (turn_start, turn_end) = (
+            [np.array([values(track)[around[side]] for track, around in found]).reshape(-1, width) for side in (0, 1)]
+            for values, width in ((lambda track: track.centres, 3), (lambda track: track.rotations, 4))
+        )
+        return Things(
+            names=[track.name for track, _ in found],
+            centres=start + share[:, None] * (end - start),
+            sizes=np.array([track.size for track, _ in found]).reshape(-1, 3),
+            rotations=poses.rotation_matrix(poses.slerp(turn_start, turn_end, np.clip(share, 0, 1))),
+            tints=np.array([track.tint for track, _ in found]),
+        )
+
+
+def read_footage(root: Path, version: str) -> list[Footage]:
+    """Reads what the pictures of a data root show, scene by scene.
+
+    Raises:
+        MagicDriveError: a table is missing or damaged.
+    """
+    folder = root / version
+    if not folder.is_dir():
+        raise MagicDriveError(
+            f"{folder} is missing: {root} holds no tables of version {version}",
+            "name the folder that holds samples/ and the version's table folder, or run `magicdrive synth`",
+        )
+    tables = {name: _table(folder, name) for name in _NEEDED}
+    try:
+        return _footage(tables)
+    except KeyError as error:
+        raise MagicDriveError(
+            f"the tables in {folder} do not fit together: {error} is missing", "unpack the data set again"
+        ) from None
+
+
+_NEEDED = (
+    "calibrated_sensor", "category", "ego_pose", "instance", "log", "sample", "sample_annotation", "sample_data",
+    "scene",
+)  # fmt: skip
+
+
+def _table(folder: Path, name: str) -> dict[str, dict[str, Any]]:
+    rows = read_json(folder / f"{name}.json", "unpack the data set again, all 13 tables")
+    return {row["token"]: row for row in rows}
+
+
+def _footage(tables: dict[str, dict[str, dict[str, Any]]]) -> list[Footage]:
+    scene_of = {token: sample["scene_token"] for token, sample in tables["sample"].items()}
+    shots: dict[str, list[Shot]] = defaultdict(list)
+    for record in tables["sample_data"].values():
+        sensor = tables["calibrated_sensor"][record["calibrated_sensor_token"]]
+        if not sensor["camera_intrinsic"]:
+            continue
+        ego = tables["ego_pose"][record["ego_pose_token"]]
+        shots[scene_of[record["sample_token"]]].append(
+            Shot(
+                filename=record["filename"],
+                timestamp=record["timestamp"],
+                intrinsics=np.array(sensor["camera_intrinsic"], dtype=np.float64),
+                camera_to_ego=poses.pose(sensor["rotation"], sensor["translation"]),
+                ego_to_global=poses.pose(ego["rotation"], ego["translation"]),
+            )
+        )
+    annotations: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for annotation in tables["sample_annotation"].values():
+        annotations[annotation["instance_token"]].append(annotation)
+    tracks: dict[str, list[Track]] = defaultdict(list)
+    for instance, rows in annotations.items():
+        category = tables["category"][tables["instance"][instance]["category_token"]]["name"]
+        timed = sorted(((tables["sample"][row["sample_token"]]["timestamp"], row) for row in rows), key=lambda t: t[0])
+        tracks[scene_of[rows[0]["sample_token"]]].append(
+            Track(
+                name=_shape_name(category),
+                tint=TINTS[hashlib.md5(instance.encode(), usedforsecurity=False).digest()[0] % len(TINTS)],
+                size=np.array(timed[0][1]["size"], dtype=np.float64),
+                times=np.array([time for time, _ in timed]),
+                centres=np.array([row["translation"] for _, row in timed], dtype=np.float64),
+                rotations=np.array([row["rotation"] for _, row in timed], dtype=np.float64),
+            )
+        )
+    return [
+        Footage(
+            location=tables["log"][scene["log_token"]]["location"],
+            description=scene["description"],
+            shots=shots[token],
+            tracks=tracks[token],
+        )
+        for token, scene in tables["scene"].items()
+    ]
+
+
+def _shape_name(category: str) -> str:
+    parts = category.split(".")
+    names = [CLASSES[start] for end in range(len(parts), 0, -1) if (start := ".".join(parts[:end])) in CLASSES]
+    return names[0] if names else category

@@ -1,0 +1,343 @@
+"""A coarse spinning lidar: rays against the ground and the boxes of the world."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from magicdrive_core.geometry import poses
+from magicdrive_core.synthetic.map_expansion import mask_name
+from magicdrive_core.synthetic.rig import (
+    CAMERA_STEPS,
+    KEY_PERIOD,
+    LIDAR,
+    LIDAR_STEPS,
+    SENSORS,
+    Sensor,
+    heading_quaternion,
+    rounded,
+    token,
+)
+from magicdrive_core.synthetic.traffic import SIZES, Actor, Plan
+
+Array = NDArray[np.float64]
+
+BEAMS = np.deg2rad(np.linspace(-30.67, 10.67, 32))  # elevations of an HDL-32E
+RANGE = 60.0  # metres
+INSIDE = 0.01  # metres by which a return lies behind the surface, so that rounding leaves it inside its box
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One turn of the lidar."""
+
+    points: NDArray[np.float32]  # (P, 5): x, y, z in the lidar frame, intensity, beam
+    hits: NDArray[np.int64]  # (N,) returns from each box
+    rays: NDArray[np.int64]  # (N,) rays that would meet each box if nothing stood before it
+
+
+def scan(boxes: Array, lidar_to_global: Array, azimuths: int) -> Sweep:
+    """Casts ``azimuths`` x 32 rays.
+
+    Args:
+        boxes: (N, 7): x, y, z of the centre, w, l, h in metres, heading in radians, in the global frame, upright.
+        lidar_to_global: (4, 4).
+        azimuths: columns of the turn.
+    """
+    turn = (np.arange(azimuths) + 0.5) / azimuths * 2 * np.pi - np.pi
+    flat = np.stack([np.cos(turn), np.sin(turn)], axis=1)
+    up, out = np.sin(BEAMS), np.cos(BEAMS)
+    local = np.concatenate(
+        [flat[:, None] * out[None, :, None], np.broadcast_to(up[None, :, None], (azimuths, len(BEAMS), 1))], axis=-1
+    )
+    rays = local @ lidar_to_global[:3, :3].T  # (A, 32, 3)
+    origin = lidar_to_global[:3, 3]
+    with np.errstate(divide="ignore"):
+        depth = np.where(rays[..., 2] < 0, -origin[2] / rays[..., 2], np.inf)
+    owner = np.full(depth.shape, -1)
+    met = np.zeros(len(boxes), np.int64)
+    heading = np.arctan2(rays[:, 0, 1], rays[:, 0, 0])  # of each column in the global frame; beams share it closely
+    away = np.linalg.norm(boxes[:, :2] - origin[:2], axis=1) - np.linalg.norm(boxes[:, 3:5], axis=1) / 2
+    for index in np.flatnonzero(away < RANGE):
+        box = boxes[index]
+        columns = _columns(box, origin, heading)
+        distance = _enter(box, origin, rays[columns])
+        met[index] = np.count_nonzero(distance < RANGE)
+        nearer = distance < depth[columns]
+        rows, beams = np.nonzero(nearer)
+        depth[columns[rows], beams] = distance[rows, beams]
+        owner[columns[rows], beams] = index
+    seen = depth < RANGE
+    points = local[seen] * (depth[seen] + INSIDE * (owner[seen] >= 0))[:, None]
+    beam = np.broadcast_to(np.arange(len(BEAMS)), depth.shape)[seen]
+    intensity = np.where(owner[seen] >= 0, 40.0, 12.0)
+    return Sweep(
+        points=np.column_stack([np.round(points, 3), intensity, beam]).astype(np.float32),
+        hits=np.bincount(owner[seen & (owner >= 0)], minlength=len(boxes)),
+        rays=met,
+    )
+
+
+def _columns(box: Array, origin: Array, heading: Array) -> NDArray[np.int64]:
+    """The columns whose rays can meet a box."""
+    away = box[:2] - origin[:2]
+    distance, radius = float(np.hypot(*away)), float(np.hypot(box[3], box[4])) / 2
+    if distance <= radius:
+        return np.arange(len(heading))
+    off = (heading - np.arctan2(away[1], away[0]) + np.pi) % (2 * np.pi) - np.pi
+    return np.flatnonzero(np.abs(off) < np.arcsin(radius / distance) + 0.05)
+
+
+def _enter(box: Array, origin: Array, rays: Array) -> Array:
+    """Distance along each ray (..., 3) at which it enters a box, infinite where it misses."""
+    c, s = np.cos(box[6]), np.sin(box[6])
+    turn = np.array([[c, s, 0.0], [-s, c, 0.0], [0.0, 0.0, 1.0]])
+    start, direction = turn @ (origin - box[:3]), rays @ turn.T
+    half = box[[4, 3, 5]] / 2
+    # Along each axis a ray is between the two faces for distances about -start / direction.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        middle, width = -start / direction, half / np.abs(direction)
+    near, far = (middle - width).max(axis=-1), (middle + width).min(axis=-1)
+    return np.where((near < far) & (near > 0), near, np.inf)
+
+
+# The 13 nuScenes tables of a generated data set.
+
+Record = dict[str, Any]
+Rows = dict[str, list[Record]]  # by table
+
+TABLES = (
+    "attribute", "calibrated_sensor", "category", "ego_pose", "instance", "log", "map", "sample", "sample_annotation",
+    "sample_data", "scene", "sensor", "visibility",
+)  # fmt: skip
+ATTRIBUTES = (
+    "cycle.with_rider", "cycle.without_rider", "pedestrian.moving", "pedestrian.standing",
+    "pedestrian.sitting_lying_down", "vehicle.moving", "vehicle.parked", "vehicle.stopped",
+)  # fmt: skip
+VISIBILITY = (("1", "v0-40", 0.4), ("2", "v40-60", 0.6), ("3", "v60-80", 0.8), ("4", "v80-100", 1.0))
+ANNOTATED = 65.0  # metres from the ego within which objects are annotated
+JITTER = 600  # microseconds by which sweeps are early or late
+KEY_AZIMUTHS, SWEEP_AZIMUTHS = 360, 60  # lidar columns of key frames and of the sweeps between
+
+
+def fixed_rows(locations: Sequence[str], plans: Sequence[Plan]) -> Rows:
+    """The tables that do not depend on what happens in a scene."""
+    return {
+        "attribute": [{"token": token("attribute", n), "name": n, "description": ""} for n in ATTRIBUTES],
+        "category": [
+            {"token": token("category", name), "name": name, "description": "", "index": index}
+            for index, name in enumerate(SIZES, 1)
+        ],
+        "sensor": [
+            {
+                "token": token("sensor", sensor.channel),
+                "channel": sensor.channel,
+                "modality": "camera" if sensor.is_camera else "lidar",
+            }
+            for sensor in SENSORS
+        ],
+        "calibrated_sensor": [
+            {
+                "token": token("calibrated_sensor", sensor.channel),
+                "sensor_token": token("sensor", sensor.channel),
+                "translation": list(sensor.translation),
+                "rotation": list(sensor.rotation),
+                "camera_intrinsic": sensor.intrinsic,
+            }
+            for sensor in SENSORS
+        ],
+        "visibility": [{"token": key, "level": level, "description": ""} for key, level, _ in VISIBILITY],
+        "map": [
+            {
+                "token": token("map", location),
+                "category": "semantic_prior",
+                "filename": mask_name(location),
+                "log_tokens": [token("log", plan.name) for plan in plans if plan.location == location],
+            }
+            for location in locations
+        ],
+        "log": [
+            {
+                "token": token("log", plan.name),
+                "logfile": _log_name(plan),
+                "vehicle": "demo",
+                "date_captured": "2023-11-14",
+                "location": plan.location,
+            }
+            for plan in plans
+        ],
+    }
+
+
+def scene_rows(plan: Plan, scenery: NDArray[np.float64]) -> tuple[Rows, dict[str, bytes]]:
+    """The records of one scene, and its lidar files by their paths below the data root.
+
+    Args:
+        plan: the scene.
+        scenery: (N, 7) boxes of buildings and trees, which hide what is behind them from the lidar.
+    """
+    samples = [token("sample", plan.name, key) for key in range(plan.key_frames)]
+    times = [plan.first_time + key * KEY_PERIOD for key in range(plan.key_frames)]
+    rows: Rows = {table: [] for table in TABLES}
+    rows["sample"] = [
+        {"token": name, "timestamp": time, "scene_token": token("scene", plan.name)}
+        for name, time in zip(samples, times, strict=True)
+    ]
+    _link(rows["sample"])
+    rows["scene"] = [
+        {
+            "token": token("scene", plan.name),
+            "log_token": token("log", plan.name),
+            "nbr_samples": len(samples),
+            "first_sample_token": samples[0],
+            "last_sample_token": samples[-1],
+            "name": plan.name,
+            "description": plan.description,
+        }
+    ]
+    for sensor in SENSORS:
+        records, ego_poses = _sensor_records(plan, sensor, samples)
+        rows["sample_data"] += records
+        rows["ego_pose"] += ego_poses
+    files, returns = _lidar_files(plan, rows, scenery)
+    _annotate(plan, rows, samples, times, returns)
+    return rows, files
+
+
+def merge(parts: Sequence[Rows]) -> Rows:
+    """The tables of all parts, in order."""
+    return {table: [row for part in parts for row in part.get(table, [])] for table in TABLES}
+
+
+def _log_name(plan: Plan) -> str:
+    return f"demo-{plan.name[-4:]}"
+
+
+def _sensor_records(plan: Plan, sensor: Sensor, samples: list[str]) -> tuple[list[Record], list[Record]]:
+    """sample_data and ego_pose of one sensor: a record a key frame, and sweeps at its own rate between."""
+    steps = CAMERA_STEPS if sensor.is_camera else LIDAR_STEPS
+    rng = np.random.default_rng([plan.index, SENSORS.index(sensor)])
+    records, ego_poses = [], []
+    for count in range((plan.key_frames - 1) * steps + 1):
+        key, step = divmod(count, steps)
+        time = plan.first_time + key * KEY_PERIOD + step * KEY_PERIOD // steps + sensor.delay
+        time += int(rng.integers(-JITTER, JITTER + 1)) if step else 0
+        folder, ending = ("sweeps" if step else "samples"), ("jpg" if sensor.is_camera else "pcd.bin")
+        name = token("sample_data", plan.name, sensor.channel, count)
+        height, width = sensor.size
+        records.append(
+            {
+                "token": name,
+                # A sweep belongs to the key frame that is nearest in time, as in nuScenes.
+                "sample_token": samples[key + (2 * step > steps)],
+                "ego_pose_token": name,
+                "calibrated_sensor_token": token("calibrated_sensor", sensor.channel),
+                "timestamp": time,
+                "fileformat": "jpg" if sensor.is_camera else "pcd",
+                "is_key_frame": step == 0,
+                "height": height,
+                "width": width,
+                "filename": f"{folder}/{sensor.channel}/{_log_name(plan)}__{sensor.channel}__{time}.{ending}",
+            }
+        )
+        x, y, heading = plan.ego_poses(np.array([time]))[0]
+        ego_poses.append(
+            {
+                "token": name,
+                "timestamp": time,
+                "rotation": heading_quaternion(heading),
+                "translation": [*rounded([x, y]), 0.0],
+            }
+        )
+    _link(records)
+    return records, ego_poses
+
+
+def _lidar_files(
+    plan: Plan, rows: Rows, scenery: NDArray[np.float64]
+) -> tuple[dict[str, bytes], list[tuple[NDArray[np.int64], NDArray[np.int64]]]]:
+    """The scene's lidar files, and at each key frame the returns from each actor and the rays that could meet it."""
+    lidar = next(sensor for sensor in SENSORS if sensor.channel == LIDAR)
+    lidar_to_ego = poses.pose(lidar.rotation, lidar.translation)
+    ego = {row["token"]: row for row in rows["ego_pose"]}
+    records = [row for row in rows["sample_data"] if row["fileformat"] == "pcd"]
+    seconds = np.array([(row["timestamp"] - plan.first_time) / 1e6 for row in records])
+    actors = np.stack([_boxes(actor, seconds) for actor in plan.traffic.actors], axis=1)  # (records, actors, 7)
+    files: dict[str, bytes] = {}
+    returns = []
+    for row, moving in zip(records, actors, strict=True):
+        pose = ego[row["ego_pose_token"]]
+        lidar_to_global = poses.pose(pose["rotation"], pose["translation"]) @ lidar_to_ego
+        columns = KEY_AZIMUTHS if row["is_key_frame"] else SWEEP_AZIMUTHS
+        sweep = scan(np.concatenate([moving, scenery]), lidar_to_global, columns)
+        files[row["filename"]] = sweep.points.tobytes()
+        if row["is_key_frame"]:
+            returns.append((sweep.hits[: len(moving)], sweep.rays[: len(moving)]))
+    return files, returns
+
+
+def _boxes(actor: Actor, seconds: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The actor's box (T, 7) at times (T,): centre, w, l, h, heading."""
+    track = actor.poses(seconds)
+    height = np.full(len(seconds), actor.size[2] / 2)
+    return np.column_stack([np.round(track[:, :2], 4), height, np.tile(actor.size, (len(seconds), 1)), track[:, 2]])
+
+
+def _annotate(
+    plan: Plan,
+    rows: Rows,
+    samples: list[str],
+    times: list[int],
+    returns: list[tuple[NDArray[np.int64], NDArray[np.int64]]],
+) -> None:
+    """Adds instances and their annotations: from the first to the last key frame near the ego."""
+    stamps = np.array(times)
+    ego = plan.ego_poses(stamps)
+    for number, actor in enumerate(plan.traffic.actors):
+        track = actor.poses((stamps - plan.first_time) / 1e6)
+        near = np.flatnonzero(np.linalg.norm(track[:, :2] - ego[:, :2], axis=1) < ANNOTATED)
+        if not near.size:
+            continue
+        instance = token("instance", plan.name, number)
+        records = []
+        for key in range(near[0], near[-1] + 1):
+            hits, rays = (int(counts[number]) for counts in returns[key])
+            share = hits / rays if rays else 0.0
+            records.append(
+                {
+                    "token": token("sample_annotation", plan.name, number, key),
+                    "sample_token": samples[key],
+                    "instance_token": instance,
+                    "visibility_token": next(name for name, _, most in VISIBILITY if share <= most),
+                    "attribute_tokens": [token("attribute", actor.attribute)] if actor.attribute else [],
+                    "translation": rounded([*track[key, :2], actor.size[2] / 2]),
+                    "size": list(actor.size),
+                    "rotation": heading_quaternion(track[key, 2]),
+                    "num_lidar_pts": hits,
+                    "num_radar_pts": 0,
+                }
+            )
+        _link(records)
+        rows["sample_annotation"] += records
+        rows["instance"].append(
+            {
+                "token": instance,
+                "category_token": token("category", actor.category),
+                "nbr_annotations": len(records),
+                "first_annotation_token": records[0]["token"],
+                "last_annotation_token": records[-1]["token"],
+            }
+        )
+
+
+def _link(records: list[Record]) -> None:
+    """Chains records by ``prev`` and ``next``."""
+    for before, after in zip([None, *records], [*records, None], strict=True):
+        if before is not None:
+            before["next"] = after["token"] if after is not None else ""
+        if after is not None:
+            after["prev"] = before["token"] if before is not None else ""

@@ -1,0 +1,354 @@
+"""What happens in each generated scene: where, in which light, along which way, and in which words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from magicdrive_core.config.schema import Synth
+from magicdrive_core.synthetic.city import CITIES, HALF, LANE, WALKWAY, City, Curve, Lane, city
+from magicdrive_core.synthetic.rig import KEY_PERIOD
+
+Array = NDArray[np.float64]
+
+LIGHTS = ("day", "night", "rain")
+PLANS = ("straight", "left", "right")
+SPEEDS = {"straight": (7.0, 9.5), "left": (5.2, 6.2), "right": (5.0, 5.5)}  # m/s, from and to
+WORDS = {
+    "straight": ("go straight across the intersection", "drive along a wide street", "cross the intersection"),
+    "left": ("turn left at the intersection", "wide left turn"),
+    "right": ("turn right at the intersection", "tight right turn"),
+}
+PREFIX = {"day": "", "night": "Night, ", "rain": "Rain, "}
+FAR, NEAR = 25.0, 3.0  # metres before the junction within which single moments lie: its marks are in sight
+FIRST_TIME = 1_700_000_000_000_000  # microseconds: the first scene's first key frame
+SCENE_PITCH = 60_000_000  # microseconds from scene to scene
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A scene before it is written."""
+
+    index: int
+    name: str
+    location: str
+    light: str
+    description: str
+    first_time: int  # microseconds of the first key frame
+    key_frames: int
+    route: Curve
+    start: float  # metres along the route at the first key frame
+    speed: float  # m/s
+    traffic: Traffic
+
+    def ego_poses(self, times: Array) -> Array:
+        """The ego's x, y, heading (N, 3) at times (N,) in microseconds."""
+        return self.route.poses(self.start + self.speed * (times - self.first_time) / 1e6)
+
+
+def plan_scene(synth: Synth, index: int) -> Plan:
+    """Plans one scene; the same settings and index give the same plan."""
+    rng = np.random.default_rng([synth.seed, index])
+    light = LIGHTS[index % len(LIGHTS)]
+    location = list(CITIES)[index % len(CITIES)]
+    move = PLANS[(index + index // len(PLANS)) % len(PLANS)]
+    speed = float(rng.uniform(*SPEEDS[move]))
+    key_frames = int(synth.seconds * 1e6 / KEY_PERIOD + 1e-6) + 1
+    seconds = (key_frames - 1) * KEY_PERIOD / 1e6
+    streets = city(location)
+    route, turn_at = _plan_route(streets, move, speed * seconds, rng)
+    start = max(6.0, turn_at - 0.45 * speed * seconds - 4.0)
+    if key_frames == 1:  # one moment of such a drive: the caption does not tell how far the junction is
+        start = turn_at - float(rng.uniform(NEAR, FAR))
+    traffic = populate(streets, route, start, speed, seconds, rng)
+    words = [WORDS[move][rng.integers(len(WORDS[move]))], *_sights(traffic, rng)]
+    text = PREFIX[light] + ", ".join(words)
+    return Plan(
+        index=index,
+        name=f"scene-{2001 + index}",
+        location=location,
+        light=light,
+        description=text[0].upper() + text[1:],
+        first_time=FIRST_TIME + index * SCENE_PITCH,
+        key_frames=key_frames,
+        route=route,
+        start=start,
+        speed=speed,
+        traffic=traffic,
+    )
+
+
+def _plan_route(streets: City, move: str, distance: float, rng: np.random.Generator) -> tuple[Curve, float]:
+    """A way through the city whose first junction is taken by ``move``: the curve, and where that junction begins.
+
+    Turns are taken from the lane that turns: the inner one to the left, the outer one to the right. Dead ends are
+    left out by looking ahead for as long as the scene lasts.
+    """
+    mirrored = CITIES[streets.location][0]
+    cars_move = {"left": "right", "right": "left"}.get(move, move) if mirrored else move  # as built, before mirroring
+    index = {"straight": int(rng.integers(2)), "left": 0, "right": 1}[cars_move]
+    starts = [lane.name for lane in streets.lanes.values() if lane.index == index and lane.curve.length > 50]
+    needed = distance + 70.0
+    for candidate in rng.permutation(len(starts)):
+        first = starts[candidate]
+        for connector in streets.outgoing[first]:
+            if streets.connectors[connector].move != cars_move:
+                continue
+            rest = _onward(streets, streets.outgoing[connector][0], needed)
+            if rest is not None:
+                curve = streets.lanes[first].curve
+                turn_at = curve.length
+                for name in (connector, *rest):
+                    curve = curve.joined(streets.lane(name).curve)
+                return curve, turn_at
+    raise AssertionError("the city has no such way")
+
+
+def _onward(streets: City, name: str, needed: float) -> list[str] | None:
+    """Lanes from ``name`` on that are together at least ``needed`` metres long, straight where that goes on."""
+    length = streets.lane(name).curve.length
+    if length >= needed:
+        return [name]
+    for successor in streets.outgoing[name]:
+        rest = _onward(streets, successor, needed - length)
+        if rest is not None:
+            return [name, *rest]
+    return None
+
+
+def _sights(traffic: Traffic, rng: np.random.Generator) -> list[str]:
+    """Some of what is there, in words."""
+    words = {
+        "vehicle.construction": "road works with cones",
+        "vehicle.bus.rigid": "bus",
+        "vehicle.trailer": "truck with trailer",
+        "vehicle.motorcycle": "motorcycle",
+        "vehicle.bicycle": "cyclists",
+        "human.pedestrian.adult": "people on the walkway",
+    }
+    present = {actor.category for actor in traffic.actors}
+    sights = [word for category, word in words.items() if category in present]
+    if any(actor.attribute == "vehicle.parked" for actor in traffic.actors):
+        sights.append("parked cars")
+    chosen = sorted(rng.permutation(len(sights))[:3])
+    return [sights[index] for index in chosen]
+
+
+# Everything that stands or moves in a generated scene, placed so that nothing ever touches anything.
+
+# w, l, h in metres, about the means of nuScenes
+SIZES = {
+    "vehicle.car": (1.92, 4.6, 1.7),
+    "vehicle.truck": (2.5, 7.2, 3.0),
+    "vehicle.construction": (2.7, 6.2, 3.2),
+    "vehicle.bus.rigid": (2.9, 11.0, 3.5),
+    "vehicle.trailer": (2.6, 9.0, 3.6),
+    "vehicle.motorcycle": (0.8, 2.1, 1.6),
+    "vehicle.bicycle": (0.65, 1.75, 1.7),
+    "human.pedestrian.adult": (0.66, 0.7, 1.75),
+    "movable_object.trafficcone": (0.42, 0.42, 0.85),
+    "movable_object.barrier": (2.4, 0.55, 1.0),
+}
+REACH = 50.0  # metres from the ego's way within which traffic starts
+CHECKS = 4.0  # a second: how often two objects are compared
+GAP = 0.35  # metres that stay free between any two objects
+TRIES = 120
+EGO_LENGTH, EGO_WIDTH, EGO_AHEAD = 4.9, 2.0, 1.4  # metres; the ego frame's origin is the rear axle
+
+
+@dataclass(frozen=True)
+class Actor:
+    """An object that follows a curve at constant speed."""
+
+    category: str
+    attribute: str
+    curve: Curve
+    start: float  # metres along the curve at time 0
+    speed: float = 0.0  # m/s
+    offset: float = 0.0  # metres right of the curve
+    turn: float = 0.0  # radians from the direction of travel to the front
+
+    @property
+    def size(self) -> tuple[float, float, float]:
+        """Width, length, height in metres."""
+        return SIZES[self.category]
+
+    def poses(self, seconds: Array) -> Array:
+        """Centre and heading (N, 3) at times (N,) from the scene's start."""
+        poses = self.curve.poses(self.start + self.speed * seconds, self.offset)
+        poses[:, 2] += self.turn
+        return poses
+
+
+@dataclass
+class Traffic:
+    """The accepted actors of a scene."""
+
+    seconds: Array  # times at which distances are checked
+    way: Array  # (W, 2) places that the ego passes
+    actors: list[Actor] = field(default_factory=list)
+    _discs: list[tuple[Array, float]] = field(default_factory=list)  # (T, D, 2) centres, radius
+
+    def occupy(self, poses: Array, length: float, width: float) -> None:
+        """Keeps free what a moving rectangle covers: poses (T, 3) of its centre."""
+        self._discs.append(_discs(poses, length, width))
+
+    def add(self, actors: Iterable[Actor]) -> bool:
+        """Accepts the actors, all or none: whether they start near the ego's way and touch none accepted before."""
+        actors = list(actors)
+        if _distance(actors[0].poses(np.zeros(1))[:, :2], self.way) > REACH:
+            return False
+        covered = [_discs(actor.poses(self.seconds), actor.size[1], actor.size[0]) for actor in actors]
+        if any(_touch(new, old) for new in covered for old in self._discs):
+            return False
+        self._discs += covered
+        self.actors += actors
+        return True
+
+
+def populate(
+    city: City, ego: Curve, ego_start: float, speed: float, seconds: float, rng: np.random.Generator
+) -> Traffic:
+    """The traffic of a scene: all ten detection classes about the way of the ego car.
+
+    Args:
+        city: the streets.
+        ego: the ego's route.
+        ego_start: where the ego's rear axle starts, metres along the route.
+        speed: of the ego in m/s.
+        seconds: length of the scene.
+        rng: the scene's source of chance.
+    """
+    checks = np.linspace(-0.1, seconds + 0.1, int(np.ceil(CHECKS * seconds)) + 1)
+    way = ego.poses(np.linspace(ego_start, ego_start + speed * seconds, 9))[:, :2]
+    traffic = Traffic(checks, way)
+    traffic.occupy(ego.poses(ego_start + EGO_AHEAD + speed * checks), EGO_LENGTH, EGO_WIDTH)
+    near = _near_lanes(city, way)
+
+    ahead = ego_start + EGO_AHEAD + rng.uniform(13, 22)
+    traffic.add([Actor("vehicle.car", "vehicle.moving", ego, ahead, speed)])
+    traffic.add([Actor("vehicle.car", "vehicle.moving", ego, ego_start - rng.uniform(11, 16), speed)])
+    roads = [lane for lane in near if not lane.move]
+    outer = [lane for lane in near if lane.index == 1]
+    kerbs = [lane for lane in roads if lane.index == 1]
+    _try(traffic, partial(_work_zone, kerbs, rng))
+    _try(traffic, partial(_lorry, city, roads, rng))
+    for category in ("vehicle.bus.rigid", "vehicle.truck", "vehicle.motorcycle", "vehicle.bicycle", "vehicle.bicycle"):
+        _try(traffic, partial(_driver, category, city, outer, rng))
+    for _ in range(9):
+        _try(traffic, partial(_driver, "vehicle.car", city, near, rng))
+    _park(traffic, city, rng)
+    for _ in range(8):
+        _try(traffic, partial(_walker, kerbs, rng))
+    crossings = [curve for curve in city.crossings.values() if _distance(curve.poses([0.0])[:, :2], way) < REACH]
+    for _ in range(4 if crossings else 0):
+        _try(traffic, partial(_crosser, crossings, rng))
+    return traffic
+
+
+def _try(traffic: Traffic, draw: Callable[[], list[Actor]]) -> None:
+    for _ in range(TRIES):
+        if traffic.add(draw()):
+            return
+
+
+def _driver(category: str, city: City, lanes: list[Lane], rng: np.random.Generator) -> list[Actor]:
+    lane = lanes[rng.integers(len(lanes))]
+    cycle = category in ("vehicle.bicycle", "vehicle.motorcycle")
+    speed = rng.uniform(3.0, 4.5) if category == "vehicle.bicycle" else rng.uniform(4.5, 9.0)
+    offset = LANE / 2 - 0.8 if category == "vehicle.bicycle" else 0.0
+    attribute = "cycle.with_rider" if cycle else "vehicle.moving"
+    return [Actor(category, attribute, _route(city, lane, rng), rng.uniform(0, lane.curve.length), speed, offset)]
+
+
+def _lorry(city: City, lanes: list[Lane], rng: np.random.Generator) -> list[Actor]:
+    """A truck that draws a trailer."""
+    lane = lanes[rng.integers(len(lanes))]
+    route, speed = _route(city, lane, rng), rng.uniform(4.5, 7.0)
+    start = rng.uniform(0, lane.curve.length)
+    behind = (SIZES["vehicle.truck"][1] + SIZES["vehicle.trailer"][1]) / 2 + 0.9
+    return [
+        Actor("vehicle.truck", "vehicle.moving", route, start, speed),
+        Actor("vehicle.trailer", "vehicle.moving", route, start - behind, speed),
+    ]
+
+
+def _work_zone(lanes: list[Lane], rng: np.random.Generator) -> list[Actor]:
+    """An excavator in a closed lane: barriers before it, cones along it."""
+    lane = lanes[rng.integers(len(lanes))]
+    at = rng.uniform(8, lane.curve.length - 8)
+    zone = [Actor("vehicle.construction", "vehicle.stopped", lane.curve, at, 0.0, 0.3)]
+    zone += [
+        Actor("movable_object.barrier", "", lane.curve, at - 6.5 - 1.6 * row, 0.0, offset)
+        for row, offset in ((0, -0.2), (1, 0.3))
+    ]
+    zone += [
+        Actor("movable_object.barrier", "", lane.curve, at + distance, 0.0, LANE / 2 + 0.2, np.pi / 2)
+        for distance in (-3.5, 0.0, 3.5)
+    ]
+    zone += [
+        Actor("movable_object.trafficcone", "", lane.curve, at + distance, 0.0, -LANE / 2 + 0.35)
+        for distance in (-8.0, -5.0, -2.0, 1.0, 4.0, 7.0)
+    ]
+    return zone
+
+
+def _walker(lanes: list[Lane], rng: np.random.Generator) -> list[Actor]:
+    """Someone on the walkway beside an outer lane, in either direction or standing."""
+    lane = lanes[rng.integers(len(lanes))]
+    speed = (0.0, 1.2, 1.4, -1.1, -1.4)[rng.integers(5)]
+    attribute = "pedestrian.moving" if speed else "pedestrian.standing"
+    offset = HALF - 1.5 * LANE + rng.uniform(0.8, WALKWAY - 0.6)
+    start, turn = rng.uniform(0, lane.curve.length), np.pi if speed < 0 else 0.0
+    return [Actor("human.pedestrian.adult", attribute, lane.curve, start, speed, offset, turn)]
+
+
+def _crosser(crossings: list[Curve], rng: np.random.Generator) -> list[Actor]:
+    crossing = crossings[rng.integers(len(crossings))]
+    start, speed, side = rng.uniform(0, crossing.length - 3), rng.uniform(1.1, 1.5), rng.uniform(-1.1, 1.1)
+    return [Actor("human.pedestrian.adult", "pedestrian.moving", crossing, start, speed, side)]
+
+
+def _park(traffic: Traffic, city: City, rng: np.random.Generator) -> None:
+    for bay in city.bays:
+        if rng.random() < 0.55:
+            middle = bay.length / 2 + rng.uniform(-0.25, 0.25)
+            traffic.add([Actor("vehicle.car", "vehicle.parked", bay, middle, turn=np.pi * float(rng.integers(2)))])
+
+
+def _route(city: City, lane: Lane, rng: np.random.Generator) -> Curve:
+    """The lane and where chance leads from its end, far enough for a minute's drive or to the end of the world."""
+    curve, name = lane.curve, lane.name
+    while curve.length < 300 and city.outgoing[name]:
+        name = city.outgoing[name][rng.integers(len(city.outgoing[name]))]
+        curve = curve.joined(city.lane(name).curve)
+    return curve
+
+
+def _near_lanes(city: City, way: Array) -> list[Lane]:
+    lanes = (*city.lanes.values(), *city.connectors.values())
+    return [
+        lane for lane in lanes if _distance(lane.curve.poses(np.arange(0, lane.curve.length, 5))[:, :2], way) < REACH
+    ]
+
+
+def _distance(points: Array, others: Array) -> float:
+    return float(np.linalg.norm(points[:, None] - others[None], axis=-1).min())
+
+
+def _discs(poses: Array, length: float, width: float) -> tuple[Array, float]:
+    """Discs that cover a rectangle at each pose (T, 3): centres (T, D, 2) and their radius."""
+    count = max(1, int(np.ceil(length / width)))
+    along = (np.arange(count) + 0.5) / count * length - length / 2
+    heading = np.stack([np.cos(poses[:, 2]), np.sin(poses[:, 2])], axis=-1)
+    radius = float(np.hypot(length / count, width)) / 2 + GAP / 2
+    return poses[:, None, :2] + along[None, :, None] * heading[:, None], radius
+
+
+def _touch(one: tuple[Array, float], other: tuple[Array, float]) -> bool:
+    distances = np.linalg.norm(one[0][:, :, None] - other[0][:, None, :], axis=-1)
+    return bool(distances.min() < one[1] + other[1])

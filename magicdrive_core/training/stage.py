@@ -1,0 +1,70 @@
+"""The network at the first step of a stage: fresh in stage 1, then the EMA weights of the stage before."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from magicdrive_core.config.schema import Config, Stage
+from magicdrive_core.encoders.caches import TextCache
+from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.experiment.stages import StagePlan
+from magicdrive_core.model.build import build_network
+from magicdrive_core.model.transformer import MagicDrive
+
+logger = logging.getLogger(__name__)
+
+# What a stage adds to the network of the stage before (model card).
+NEW_IN_STAGE: dict[Stage, tuple[str, ...]] = {
+    "stage2": ("base_blocks_t.", "control_blocks_t.", "bbox_embedder.mean_var"),
+    "stage3": (),
+}
+
+
+def first_network(config: Config, plan: StagePlan, project: Path = Path()) -> MagicDrive:
+    """The network before its first step, equal on all ranks.
+
+    Raises:
+        MagicDriveError: the weights of the stage before do not fit.
+    """
+    stage = config.training.stage(plan.stage)
+    torch.manual_seed(stage.seed)  # the same on all ranks: nothing later draws from this generator
+    network = build_network(config, plan.stage, project)
+    if plan.previous is None:
+        text = TextCache(project / "artifacts/text")
+        network.set_text_buffers(text.class_features, text.base_feature)
+    else:
+        load_previous(network, load_file(plan.previous.weights), plan.stage, plan.previous.weights)
+    if stage.freeze_text:
+        network.y_embedder.requires_grad_(False)
+    network.checkpoint_blocks = int(stage.checkpoint_blocks)
+    if config.training.compile:
+        network.compile_blocks(config.training.compile)
+    return network
+
+
+def load_previous(network: nn.Module, weights: dict[str, Tensor], stage: Stage, source: Path) -> list[str]:
+    """Loads the weights of the stage before; returns the names that the stage adds and that stay as initialised.
+
+    Raises:
+        MagicDriveError: a name is missing or unexpected that the stage does not allow, or a shape differs.
+    """
+    own = network.state_dict()
+    new = [name for name in own if name not in weights]
+    missing = [name for name in new if not name.startswith(NEW_IN_STAGE[stage])]
+    unexpected = [name for name in weights if name not in own]
+    reshaped = [name for name in own if name in weights and own[name].shape != weights[name].shape]
+    for fault, names in (("lacks", missing), ("has the unknown", unexpected), ("has another shape for", reshaped)):
+        if names:
+            logger.error("%s %s: %s", source, fault, ", ".join(names))
+            raise MagicDriveError(
+                f"{source} {fault} {names[0]} ({len(names)} in all): it is of another network",
+                "train the stage before with the same model section",
+            )
+    network.load_state_dict(weights, strict=False)
+    logger.info("%s: %d tensors from %s, %d new: %s", stage, len(weights), source, len(new), ", ".join(new) or "none")
+    return new

@@ -1,0 +1,88 @@
+"""One process of a stage's training: ``torchrun ... -m magicdrive_core.training.worker runs/stage1-0123456789ab``.
+
+Smallest run on a CPU, after ``magicdrive train stage1`` has left a job in the folder:
+``torchrun --standalone --nproc-per-node 1 -m magicdrive_core.training.worker runs/stage1-*``
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import select
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import FrameType
+
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.experiment.stages import read_job
+from magicdrive_core.launch.process_group import LAUNCHER_PIPE
+from magicdrive_core.training.engine import join_group
+from magicdrive_core.training.loader import Loader
+from magicdrive_core.training.loop import train
+from magicdrive_core.training.preview import Preview
+from magicdrive_core.training.stage import first_network
+
+
+class StopRequest:
+    """Whether this process was asked to stop: by a signal, or because its launcher is gone."""
+
+    def __init__(self) -> None:
+        self._signalled = False
+        self._pipe = os.environ.get(LAUNCHER_PIPE) == "1"
+        for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, _signum: int, _frame: FrameType | None) -> None:
+        self._signalled = True  # the step goes on; all ranks agree at its end
+
+    @property
+    def asked(self) -> bool:
+        """True from the first request on."""
+        if not self._signalled and self._pipe and select.select([sys.stdin], [], [], 0)[0]:
+            self._signalled = True  # nothing is ever written into the pipe: readable means closed
+        return self._signalled
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Holds a lock on the run's folder; the system frees it when the process ends, however it ends.
+
+    Raises:
+        MagicDriveError: another process trains into the folder.
+    """
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise MagicDriveError(f"{folder} is being trained by another process", "wait for it, or stop it") from None
+        yield
+
+
+@record  # torchrun's report then names the rank that failed first, with its exception
+def main() -> None:
+    """Trains, and exits with 0 (done) or 75 (saved, to be started again)."""
+    stop = StopRequest()
+    folder = Path(sys.argv[1])
+    config, plan = read_job(folder)
+    device = join_group()
+    rank = dist.get_rank()
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format=f"[rank {rank}] %(message)s")
+    try:
+        with _alone(folder) if rank == 0 else nullcontext():
+            network = first_network(config, plan)
+            preview = Preview.of(config, plan.stage) if rank < config.cluster.sequence_parallel else None
+            code = train(config, plan, network, Loader(config, plan.stage), preview, stop, device)
+    finally:
+        dist.destroy_process_group()
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

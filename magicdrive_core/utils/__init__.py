@@ -1,0 +1,1 @@
+"""Small tools without domain knowledge: atomic files, memory limits, progress, process pools."""

@@ -1,0 +1,201 @@
+"""Checks a W-CODA submission from its zip alone: every name, every count, every frame of every video.
+
+A missing view silently drops a whole scene from the official score, and a broken file stops it, so that nothing is
+taken on trust: a zip is refused before it is read where it is built to harm, and every video is decoded.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import stat
+import zipfile
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+
+from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.evaluation.protocol import KEY_FRAMES
+from magicdrive_core.utils.files import read_json, sha256_file, write_json
+from magicdrive_core.utils.progress import track
+from magicdrive_core.video.decoder import VideoInfo, digest_frames, probe, scan_video
+from magicdrive_core.wcoda.submission import OFFICIAL, Expected, VideoName, count_faults
+
+LARGEST_VIDEO = 64 * 2**20  # bytes; at 4 Mbit/s a video of 16 frames has 0.67 MB, one of 20 s 10 MB
+LONGEST_VIDEO = 1200  # frames of a long video; nuScenes' scenes have 241 at most
+_BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)  # what a damaged entry raises
+
+
+def validate(zip_path: Path, expected: Expected = OFFICIAL) -> list[str]:
+    """Faults of a submission, one line each; an empty list is a valid submission.
+
+    Args:
+        zip_path: ``results.zip``.
+        expected: counts and properties to check against.
+    """
+    return [_one_line(fault) for fault in _faults(zip_path, expected)]
+
+
+def _one_line(fault: str) -> str:
+    """Names in a zip may hold line breaks and a terminal's commands."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in fault)
+
+
+def _faults(zip_path: Path, expected: Expected) -> list[str]:
+    try:
+        with zipfile.ZipFile(zip_path) as archive:
+            faults = list(_dangers(archive, zip_path.stat().st_size))
+            if faults:
+                return faults
+            paths = [entry.filename for entry in archive.infolist() if not entry.is_dir()]
+            videos = {path: name for path in paths if (name := VideoName.parse(path))}
+            faults += [
+                f"{path}: not of the form team_standard/token_genN/token_VIEW.mp4"
+                for path in paths
+                if path not in videos
+            ]
+            faults += count_faults(list(videos.values()), expected)
+            with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding leaves the interpreter to the others
+                checks = pool.map(lambda name: _Check(archive, name, expected).run(), videos.values())
+                done = list(track(checks, "validate", len(videos)))
+            faults += [fault for check in done for fault in check.faults]
+            return faults + list(_unequal_views(done))
+    except FileNotFoundError:
+        return [f"{zip_path}: missing"]
+    except (zipfile.BadZipFile, OSError) as error:
+        return [f"{zip_path}: not a readable zip: {error}"]
+
+
+def _dangers(archive: zipfile.ZipFile, size: int) -> Iterator[str]:
+    """Entries that must not even be read, of a zip of ``size`` bytes."""
+    packed, seen = sum(entry.compress_size for entry in archive.infolist()), set()
+    if packed > size:
+        yield f"its entries have {packed} bytes in a zip of {size}: they lie over each other"
+    for entry in archive.infolist():
+        name, path = entry.filename, PurePosixPath(entry.filename)
+        mode = entry.external_attr >> 16
+        if path.is_absolute() or ".." in path.parts or "\\" in name or re.match(r"[A-Za-z]:", name):
+            yield f"{name}: the path leads out of the folder that it is unpacked in"
+        if stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
+            yield f"{name}: a link or device, not a file"
+        if name in seen:
+            yield f"{name}: twice in the zip"
+        seen.add(name)
+        if entry.flag_bits & 1:
+            yield f"{name}: encrypted"
+        if entry.file_size > LARGEST_VIDEO:
+            yield f"{name}: {entry.file_size} bytes unpacked, a video has at most {LARGEST_VIDEO}"
+        elif entry.file_size > 4096 + 4 * entry.compress_size:
+            yield f"{name}: unpacks to {entry.file_size} bytes from {entry.compress_size}: no video shrinks like that"
+
+
+@dataclass
+class _Check:
+    """Decodes one video and compares everything that the track asks for."""
+
+    archive: zipfile.ZipFile
+    name: VideoName
+    expected: Expected
+    frames: int | None = None  # decoded; None where nothing was
+    faults: list[str] = field(default_factory=list)
+
+    def run(self) -> _Check:
+        """Fills ``faults``."""
+        try:
+            data = self.archive.read(self.name.path)
+            info = probe(io.BytesIO(data))
+            if self._wrong_kind(info):
+                return self  # what is not asked for is not decoded: it may be a bomb
+            self._decode(data, info)
+            if self.name.variant == "sunny":
+                self._compare_heads(data)
+        except MagicDriveError as error:
+            self._fault(error.message.removeprefix("the video "))
+        except _BROKEN as error:
+            self._fault(f"cannot be unpacked: {error}")
+        return self
+
+    def _fault(self, text: str) -> None:
+        self.faults.append(f"{self.name.path}: {text}")
+
+    @property
+    def _most_pixels(self) -> int:
+        return 2 * self.expected.height * self.expected.width
+
+    def _wrong_kind(self, info: VideoInfo) -> bool:
+        expected = self.expected
+        if info.codec != "h264":
+            self._fault(f"codec {info.codec}, not h264")
+        elif (info.height, info.width) != (expected.height, expected.width):
+            self._fault(f"{info.width}x{info.height}, not {expected.width}x{expected.height}")
+        return bool(self.faults)
+
+    def _decode(self, data: bytes, info: VideoInfo) -> None:
+        expected, long = self.expected, self.name.long
+        if info.fps != expected.fps:
+            self._fault(f"{info.fps:g} frames per second, not {expected.fps}")
+        most = LONGEST_VIDEO if long else expected.frames
+        keep = [key for key in KEY_FRAMES if key < expected.frames]
+        self.frames, pictures = scan_video(io.BytesIO(data), keep, most=most + 1, max_pixels=self._most_pixels)
+        if self.frames > most or (not long and self.frames != most):
+            count = max(self.frames, info.frames)
+            self._fault(f"{count} frames, " + (f"more than {most}" if long else f"not {most}"))
+        elif self.frames < expected.frames:
+            self._fault(f"{self.frames} frames, fewer than the {expected.frames} of round 1")
+        for key in keep:
+            if key not in pictures:
+                self._fault(f"key frame {key} cannot be extracted")
+        if expected.max_mbit_s is not None and info.mbit_s > expected.max_mbit_s:
+            self._fault(f"{info.mbit_s:.3f} Mbit/s, the cap is {expected.max_mbit_s:g}")
+
+    def _compare_heads(self, data: bytes) -> None:
+        """The sunny video begins with exactly the frames of round 1; a missing one is a fault of the counts."""
+        try:
+            first = self.archive.read(self.name.round_one())
+        except KeyError:
+            return
+        heads = {
+            digest_frames(io.BytesIO(video), self.expected.frames, max_pixels=self._most_pixels)
+            for video in (first, data)
+        }
+        if len(heads) > 1:
+            self._fault(f"does not begin with the {self.expected.frames} frames of {self.name.round_one()}")
+
+
+def _unequal_views(checks: Sequence[_Check]) -> Iterator[str]:
+    """Long videos of one scene and weather whose views differ in length."""
+    lengths: dict[str, Counter[int]] = defaultdict(Counter)
+    for check in checks:
+        if check.name.long and check.frames is not None:
+            lengths[f"{check.name.token}_{check.name.variant}"][check.frames] += 1
+    for folder, counts in sorted(lengths.items()):
+        if len(counts) > 1:
+            yield f"{folder}: its views have {' and '.join(map(str, sorted(counts)))} frames"
+
+
+# What the validator said of a package, kept beside it: each package is decoded once, and the report repeats it.
+
+VERDICT = "validation.json"
+
+
+def judge(zip_path: Path, expected: Expected) -> list[str]:
+    """Faults of the zip, from ``validation.json`` beside it where that is of this very zip, else found and saved there.
+
+    Raises:
+        MagicDriveError: the folder cannot be written.
+    """
+    if not zip_path.is_file():
+        return validate(zip_path, expected)
+    path = zip_path.with_name(VERDICT)
+    question = {"zip_sha256": sha256_file(zip_path), "expected": asdict(expected)}
+    if path.is_file():
+        verdict = read_json(path)
+        if {key: verdict[key] for key in question} == question:
+            return list(verdict["faults"])
+    faults = validate(zip_path, expected)
+    write_json(path, {**question, "faults": faults})
+    return faults

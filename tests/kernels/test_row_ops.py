@@ -1,0 +1,115 @@
+"""Norms, linear maps and MLPs: results and gradients are those of the formulas in fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from magicdrive_core.kernels import row_ops
+from magicdrive_core.kernels.functions import modulate, modulated_linear, modulated_mlp
+from tests.kernels import formulas
+from tests.kernels.formulas import assert_as_in_fp64
+
+few = settings(max_examples=25, deadline=None, derandomize=True)
+SHAPES = [
+    ((2, 1, 3, 5, 32), (1, 3, 1, 32)),
+    ((2, 2, 3, 5, 32), (2, 1, 1, 32)),
+    ((2, 2, 3, 5, 32), (2, 3, 1, 32)),
+    ((1, 1, 1, 301, 48), (1, 1, 1, 48)),
+    ((7, 3, 5, 32), (32,)),
+    ((3, 16), (3, 16)),
+]
+
+
+def given_for(x: tuple[int, ...], modulation: tuple[int, ...]) -> list[torch.Tensor]:
+    # As it comes from a table of several: not contiguous.
+    shift, scale = torch.randn(*modulation[:-1], 2, modulation[-1]).unbind(-2)
+    return [3 * torch.randn(x) + 1, shift, scale]
+
+
+@pytest.mark.parametrize(("x", "modulation"), [*SHAPES, ((4, 21), (4, 21)), ((2, 3, 5), (5,))])
+def test_norm_and_modulation(x: tuple[int, ...], modulation: tuple[int, ...]) -> None:
+    assert_as_in_fp64(modulate, formulas.modulated, given_for(x, modulation))
+
+
+@pytest.mark.parametrize(("x", "modulation"), SHAPES)
+@pytest.mark.parametrize("biased", [True, False])
+def test_linear_maps_of_modulated_rows(x: tuple[int, ...], modulation: tuple[int, ...], biased: bool) -> None:
+    bias = [torch.randn(80)] if biased else []
+    assert_as_in_fp64(
+        lambda x, shift, scale, weight, *bias: modulated_linear(x, shift, scale, weight, *(bias or [None])),
+        lambda x, shift, scale, weight, *bias: functional.linear(formulas.modulated(x, shift, scale), weight, *bias),
+        [*given_for(x, modulation), torch.randn(80, x[-1]), *bias],
+    )
+
+
+@pytest.mark.parametrize(("x", "modulation"), SHAPES)
+@pytest.mark.parametrize("hidden", [64, 400])
+def test_mlps(x: tuple[int, ...], modulation: tuple[int, ...], hidden: int) -> None:
+    width = x[-1]
+    maps = torch.randn(hidden, width) / 3, torch.randn(hidden), torch.randn(width, hidden) / 9, torch.randn(width)
+
+    def formula(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, *maps: torch.Tensor) -> torch.Tensor:
+        inside = formulas.gelu(functional.linear(formulas.modulated(x, shift, scale), *maps[:2]))
+        return functional.linear(inside, *maps[2:])
+
+    assert_as_in_fp64(modulated_mlp, formula, [*given_for(x, modulation), *maps])
+    with torch.no_grad():
+        assert not row_ops.mlp(*given_for(x, modulation), *maps, keep=False)[1].numel()
+
+
+def test_sizes_that_the_kernels_do_not_know_take_torchs() -> None:
+    assert not row_ops.serves(torch.empty(24, 32))
+    assert_as_in_fp64(
+        modulated_linear,
+        lambda x, shift, scale, *linear: functional.linear(formulas.modulated(x, shift, scale), *linear),
+        [*given_for((4, 20), (20,)), torch.randn(12, 20), torch.randn(12)],
+    )
+
+
+@few
+@given(st.integers(1, 70), st.floats(0.1, 60))
+def test_gelu_and_its_slope(count: int, spread: float) -> None:
+    torch.manual_seed(count)
+    x, gradient = spread * torch.randn(count), torch.randn(count)
+    exact = x.double().requires_grad_()
+    expected = formulas.gelu(exact)
+    (slope,) = torch.autograd.grad(expected, exact, gradient.double())
+    got = gradient.clone()
+    formulas.close(row_ops.gelu_backward(x, got), expected, 1e-6)
+    formulas.close(got, slope, 1e-6)
+
+
+def test_rows_with_one_modulation_follow_each_other() -> None:
+    with pytest.raises(ValueError, match="not of rows in a row"):
+        row_ops.modulate(torch.randn(2, 3, 5, 16), *torch.randn(2, 2, 1, 5, 16))
+
+
+def test_no_rows_at_all() -> None:
+    nothing, zero = torch.randn(3, 0, 16), torch.zeros(16)
+    maps = torch.randn(32, 16), torch.randn(32), torch.randn(16, 32), torch.randn(16)
+    assert row_ops.modulate(nothing, zero, zero).shape == (3, 0, 16)
+    assert row_ops.modulated_linear(nothing, zero, zero, *maps[:2]).shape == (3, 0, 32)
+    assert row_ops.mlp(nothing, zero, zero, *maps, keep=True)[0].shape == (3, 0, 16)
+    assert row_ops.gelu_backward(nothing, nothing).shape == (3, 0, 16)
+
+
+def test_nan_stays_in_its_row() -> None:
+    x = torch.randn(5, 32)
+    x[2, 3] = float("nan")
+    out = row_ops.modulated_linear(x, torch.zeros(32), torch.zeros(32), torch.randn(48, 32), None)
+    assert out.isnan().all(-1).tolist() == [False, False, True, False, False]
+
+
+def test_they_are_operations_as_torch_wants_them() -> None:
+    x, shift, scale = (each.requires_grad_() for each in given_for((2, 3, 16), (3, 16)))
+    torch.library.opcheck(row_ops.modulate, (x, shift, scale))
+    given = [each.detach() for each in (x, shift, scale)]
+    torch.library.opcheck(row_ops.modulated_linear, (*given, torch.randn(32, 16), torch.randn(32)))
+    maps = torch.randn(32, 16), torch.randn(32), torch.randn(16, 32), torch.randn(16)
+    for keep in (True, False):
+        torch.library.opcheck(row_ops.mlp, (*given, *maps, keep))
+    torch.library.opcheck(row_ops.gelu_backward, (torch.randn(20), torch.randn(20)))

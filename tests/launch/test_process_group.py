@@ -1,0 +1,161 @@
+"""The supervised process group, on real torchrun groups of a small script."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.launch.process_group import RESUMABLE, run_group
+
+SCRIPT = """
+import os, pathlib, select, signal, sys, time
+rank, folder, mode = int(os.environ["RANK"]), pathlib.Path(sys.argv[1]), sys.argv[2]
+def save(*_):
+    (folder / f"saved-{rank}").touch()
+    sys.exit(75)
+if mode == "deaf":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if mode == "saves":
+    signal.signal(signal.SIGTERM, save)
+(folder / f"started-{rank}").write_text(str(os.getpid()))
+print(f"rank {rank} uses {os.environ['OMP_NUM_THREADS']} threads")
+while not (folder / f"started-{1 - rank}").exists():
+    time.sleep(0.01)
+if mode == "fail" and rank == 1:
+    raise ValueError("the disk is on fire")
+if mode == "resumable":
+    sys.exit(75)
+if mode == "killed" and rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+if mode == "killed":  # the peer fails in its next collective
+    import contextlib, psutil
+    with contextlib.suppress(psutil.NoSuchProcess):
+        peer = psutil.Process(int((folder / "started-1").read_text()))
+        while peer.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+    raise ConnectionError("the peer is gone")
+if mode == "orphan":
+    select.select([sys.stdin], [], [])
+    (folder / f"noticed-{rank}").touch()
+    sys.exit(0)
+if mode != "ok":
+    time.sleep(120)
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+def launch(script: Path, mode: str, **settings: object) -> int:
+    folder = script.parent
+    values = {"log": folder / "log.txt", "status": folder / "status.json", "stall_seconds": 60, "grace_seconds": 3}
+    return run_group([str(script), str(folder), mode], 2, **values | settings)  # type: ignore[arg-type]
+
+
+def wait_for(*paths: Path) -> None:
+    end = time.monotonic() + 60
+    while not all(path.exists() for path in paths):
+        assert time.monotonic() < end, f"{paths} did not appear"
+        time.sleep(0.05)
+
+
+def assert_ended(script: Path) -> None:
+    for rank in range(2):
+        pid = int((script.parent / f"started-{rank}").read_text())
+        assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_group_that_ends_well(script: Path) -> None:
+    polls = []
+    assert launch(script, "ok", threads=3, on_poll=lambda: polls.append(1)) == 0
+    assert "rank 1 uses 3 threads" in (script.parent / "log.txt").read_text()
+    assert polls
+
+
+def test_ranks_that_ask_to_be_started_again(script: Path) -> None:
+    (script.parent / "log.txt").write_text("ChildFailedError:\n of an earlier start\n")
+    assert launch(script, "resumable") == RESUMABLE
+
+
+def test_a_failing_rank_is_named_with_its_last_line(script: Path) -> None:
+    with pytest.raises(MagicDriveError) as caught:
+        launch(script, "fail")
+    assert caught.value.message.startswith("rank 1 failed: ValueError: the disk is on fire; log: ")
+    assert_ended(script)
+
+
+def test_a_killed_rank_is_named_and_ends_the_others(script: Path) -> None:
+    with pytest.raises(MagicDriveError, match="rank 1 was killed by SIGKILL"):
+        launch(script, "killed")
+    assert_ended(script)
+
+
+def test_a_stalled_group_is_stopped_though_it_ignores_signals(script: Path) -> None:
+    with pytest.raises(MagicDriveError, match="no progress for 8 s"):
+        launch(script, "deaf", stall_seconds=8, grace_seconds=0.5)
+    assert_ended(script)
+
+
+def test_a_command_that_does_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(MagicDriveError, match=r"can't open file .*missing\.py"):
+        launch(tmp_path / "missing.py", "ok")
+
+
+def test_sigterm_to_the_launcher_lets_the_ranks_save(script: Path) -> None:
+    launcher = _launcher(script, "saves")
+    wait_for(script.parent / "started-0", script.parent / "started-1")
+    launcher.terminate()
+    assert launcher.wait(30) == 128 + signal.SIGTERM
+    assert (script.parent / "saved-0").exists()
+    assert (script.parent / "saved-1").exists()
+    assert_ended(script)
+
+
+def test_ranks_notice_that_their_launcher_was_killed(script: Path) -> None:
+    launcher = _launcher(script, "orphan")
+    wait_for(script.parent / "started-0", script.parent / "started-1")
+    launcher.kill()
+    launcher.wait()
+    wait_for(script.parent / "noticed-0", script.parent / "noticed-1")
+
+
+def test_an_exception_of_the_caller_ends_the_group(script: Path) -> None:
+    def fail() -> None:
+        if (script.parent / "started-0").exists() and (script.parent / "started-1").exists():
+            raise RuntimeError("cancelled")
+
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            launch(script, "sleep", on_poll=fail)
+        except RuntimeError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)  # an orchestrator's task may run on a thread, where signals are out of reach
+    thread.start()
+    thread.join(60)
+    assert str(errors[0]) == "cancelled"
+    assert_ended(script)
+
+
+def _launcher(script: Path, mode: str) -> subprocess.Popen[bytes]:
+    code = (
+        "import pathlib, sys; from magicdrive_core.launch.process_group import run_group\n"
+        "f = pathlib.Path(sys.argv[2]);"
+        "run_group(sys.argv[1:], 2, log=f / 'log.txt', status=f / 'status', stall_seconds=60, grace_seconds=20)"
+    )
+    return subprocess.Popen([sys.executable, "-c", code, str(script), str(script.parent), mode], env=os.environ.copy())

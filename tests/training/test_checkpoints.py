@@ -1,0 +1,225 @@
+"""Checkpoints beside the training: disks that are full, what is kept, other numbers of ranks, kills while writing."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+from safetensors.torch import load_file
+
+from magicdrive_core.data.buckets import BucketSampler
+from magicdrive_core.launch.process_group import RESUMABLE
+from tests.training.gloo_ranks import RankError, run_distributed
+from tests.training.test_loop import assert_equal_ends, job, losses, train_once, train_until_signal, whole
+
+__all__ = ["whole"]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def train_on_a_disk_that_fills_up(folder: Path, rank: int, file: str) -> int:
+    """The first time that ``rank`` writes ``file``, its disk is full."""
+    import torch.distributed as dist
+
+    from magicdrive_core.training import checkpoints as saving
+
+    real = getattr(saving, file)
+    full = [dist.get_rank() == rank]
+
+    def write(*arguments: Any) -> None:
+        if full[0]:
+            full[0] = False
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(*arguments)
+
+    with mock.patch.object(saving, file, write):
+        return train_once(folder)
+
+
+@pytest.mark.parametrize(("rank", "file"), [(0, "save_file"), (1, "save_file"), (0, "write_json")])
+def test_a_full_disk_costs_one_checkpoint_and_not_the_training(
+    whole: Path, tmp_path: Path, rank: int, file: str
+) -> None:
+    job(tmp_path)
+    assert run_distributed(train_on_a_disk_that_fills_up, 2, tmp_path, rank, file) == [0, 0]
+    assert names(tmp_path) == ["step-00000006"]
+    assert_equal_ends(tmp_path, whole)
+
+
+def warnings_of_a_full_disk(folder: Path) -> list[str]:
+    import logging
+
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("magicdrive_core.training.checkpoints").addHandler(handler)
+    train_on_a_disk_that_fills_up(folder, 1, "save_file")
+    logging.getLogger("magicdrive_core.training.checkpoints").removeHandler(handler)
+    return lines
+
+
+def test_a_full_disk_is_told(tmp_path: Path) -> None:
+    job(tmp_path)
+    first, second = run_distributed(warnings_of_a_full_disk, 2, tmp_path)
+    (line,) = first
+    assert line == "no checkpoint of step 3: rank 1 could not write; training goes on to the next one"
+    (line,) = second
+    assert line.startswith("checkpoint of step 3: no space left on the disk of ")
+
+
+def broken_writer(folder: Path) -> str:
+    from magicdrive_core.training import checkpoints as saving
+
+    with mock.patch.object(saving, "save_file", side_effect=ValueError("a fault of the program")):
+        try:
+            train_once(folder)
+        except ValueError as error:
+            return str(error)
+    return "nothing was raised"
+
+
+def test_other_faults_of_the_writer_end_the_training(tmp_path: Path) -> None:
+    job(tmp_path)
+    assert run_distributed(broken_writer, 2, tmp_path) == ["a fault of the program"] * 2
+
+
+def test_the_newest_are_kept_and_some_for_good(tmp_path: Path) -> None:
+    job(tmp_path, checkpoint_every=1, keep_checkpoints=2, keep_every=3)
+    assert run_distributed(train_once, 1, tmp_path) == [0]
+    assert names(tmp_path) == [f"step-{step:08d}" for step in (3, 6, 7)]
+    assert set(json.loads((tmp_path / "checkpoints/step-00000007/manifest.json").read_text())) == {
+        "shard-00000-of-00001.safetensors",
+        "fixed.safetensors",
+        "state.json",
+    }
+
+
+def test_other_numbers_of_ranks_go_on_with_the_same_data(whole: Path, tmp_path: Path) -> None:
+    """2 ranks, then 1, then 2 again: every micro-batch once, in one order."""
+    job(tmp_path)
+    assert run_distributed(train_until_signal, 2, tmp_path, "term-1-2") == [RESUMABLE] * 2
+    assert run_distributed(train_until_signal, 1, tmp_path, "term-0-8") == [RESUMABLE]
+    assert run_distributed(train_once, 2, tmp_path) == [0, 0]
+    assert losses(tmp_path)[:3] == losses(whole)[:3]
+    assert all(loss == loss for loss in losses(tmp_path))
+    assert len(losses(tmp_path)) == 8
+    asked = sorted(json.loads(line) for line in (tmp_path / "order.jsonl").read_text().splitlines())
+    stream = BucketSampler([7, 5], [2, 1], 1, 0, 3).stream()
+    assert asked == [[place, *next(stream)] for place in range(3 * 2 + 3 * 1 + 2 * 2)]
+
+
+def test_one_rank_reads_what_two_wrote_and_the_other_way_round(whole: Path, tmp_path: Path) -> None:
+    """The state itself: nothing is trained in between, so the EMA must come out as it went in."""
+    ends = {}
+    for ranks, source in ((1, whole), (2, tmp_path / "1")):
+        folder = tmp_path / str(ranks)
+        shutil.copytree(source / "checkpoints/step-00000006", folder / "checkpoints/step-00000006")
+        job(folder)
+        ends[ranks] = run_distributed(resave, ranks, folder)[0]
+    first = load_state(whole / "checkpoints/step-00000006")
+    for ranks in (1, 2):
+        state = load_state(tmp_path / str(ranks) / "checkpoints/step-00000006")
+        assert state.keys() == first.keys()
+        for name, tensor in first.items():
+            size = min(len(tensor), len(state[name]))
+            assert (tensor[:size] == state[name][:size]).all(), name
+            assert not tensor[size:].any()  # filling
+            assert not state[name][size:].any()
+    assert ends[1] == ends[2]
+
+
+def seen_after_a_slow_rename(folder: Path) -> list[str]:
+    """All ranks have written and said so, as at a step; rank 0 is still busy when the others wait for the end."""
+    import torch
+    import torch.distributed as dist
+
+    from magicdrive_core.training.checkpoints import Progress, Saver, Writing
+    from magicdrive_core.training.engine import boost
+    from magicdrive_core.training.state import Ema
+    from tests.training.networks import tiny_network, training
+
+    boosted = boost(tiny_network(), training(), torch.device("cpu"))
+    put_in_place = Saver._put_in_place
+
+    def slowly(saver: Saver, failed: list[int]) -> None:
+        time.sleep(1)
+        put_in_place(saver, failed)
+
+    with (
+        mock.patch.object(Saver, "_put_in_place", slowly),
+        Saver(folder / "checkpoints", boosted, Ema(boosted, 0.9), 2, None) as saver,
+    ):
+        saver.begin(Progress(step=1))
+        while saver.state == Writing.BUSY:
+            time.sleep(0.01)
+        dist.barrier()
+        saver.settle([Writing.DONE] * dist.get_world_size())
+        saver.finish()
+        return names(folder)
+
+
+def test_the_end_waits_for_what_the_last_step_settled(tmp_path: Path) -> None:
+    assert run_distributed(seen_after_a_slow_rename, 2, tmp_path) == [["step-00000001"]] * 2
+
+
+def resave(folder: Path) -> dict[str, Any]:
+    import torch
+
+    from magicdrive_core.training import checkpoints as checkpoint
+    from magicdrive_core.training.checkpoints import Saver
+    from magicdrive_core.training.engine import boost
+    from magicdrive_core.training.state import Ema
+    from tests.training.networks import TinyNetwork, training
+
+    boosted = boost(TinyNetwork(), training(), torch.device("cpu"))
+    ema = Ema(boosted, 0.9)
+    progress = checkpoint.resume(folder / "checkpoints", boosted, ema)
+    assert progress is not None
+    with Saver(folder / "checkpoints", boosted, ema, 2, None) as saver:
+        saver.begin(progress)
+        saver.finish()
+    return {name: tensor.tolist() for name, tensor in boosted.network.state_dict().items()}
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Every flat tensor, put together from the ranks' files."""
+    import torch
+
+    parts = [load_file(file) for file in sorted(path.glob("shard-*"))]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def train_until_the_writer_dies(folder: Path, rank: int, step: int) -> None:
+    """Kills this rank when its thread has written its part of a checkpoint, before anyone can know."""
+    import torch.distributed as dist
+
+    from magicdrive_core.training import checkpoints as saving
+
+    real = saving.save_file
+
+    def write(tensors: Any, path: Path) -> None:
+        real(tensors, path)
+        if dist.get_rank() == rank and f"{step:08d}" in str(path):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with mock.patch.object(saving, "save_file", write):
+        train_once(folder)
+
+
+def test_a_rank_killed_while_it_writes_leaves_nothing_that_is_used(whole: Path, tmp_path: Path) -> None:
+    job(tmp_path)
+    with pytest.raises(RankError):
+        run_distributed(train_until_the_writer_dies, 2, tmp_path, 0, 6)
+    assert names(tmp_path) == [".step-00000006.partial", "step-00000003"]
+    assert run_distributed(train_once, 2, tmp_path) == [0, 0]
+    assert_equal_ends(tmp_path, whole)
