@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--mbit-s", type=float, default=4.0, help="of the stand-in videos")
     options = parser.parse_args()
     files = options.scenes * GENERATIONS * len(VIEWS)
-    config = load_config(PROFILE, [f"generate.generations={GENERATIONS}", "benchmark.team=benchmark"])
+    config = load_config(PROFILE, [f"generate.generations={GENERATIONS}", "submission.team=benchmark"])
     with tempfile.TemporaryDirectory(prefix="magicdrive-package-") as name:
         folder = Path(name)
         videos = [

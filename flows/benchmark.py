@@ -31,10 +31,10 @@ def benchmark(params: str = "params.yaml", overrides: list[str] | None = None) -
     settings = setting_words(params, overrides)
     generate(params, overrides)
     items = list_items(config, read_scenes(Path("artifacts/infos")))
-    short = [item for item in items if item.kept < config.benchmark.frames]
+    short = [item for item in items if item.kept < config.submission.frames]
     if short:
         get_run_logger().warning(
-            "no package: %s has %d frame(s), a W-CODA video %d", short[0].name, short[0].kept, config.benchmark.frames
+            "no package: %s has %d frame(s), a W-CODA video %d", short[0].name, short[0].kept, config.submission.frames
         )
     else:
         run_verb("package", *settings)

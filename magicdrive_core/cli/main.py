@@ -328,8 +328,8 @@ def _expected(config: Config) -> Expected:
 
     return Expected(
         generations=config.generate.generations,
-        long_scenes=config.benchmark.long_scenes,
-        frames=config.benchmark.frames,
+        long_scenes=config.submission.long_scenes,
+        frames=config.submission.frames,
         fps=config.video.fps,
         max_mbit_s=config.video.max_mbit_s,
     )

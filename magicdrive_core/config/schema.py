@@ -223,10 +223,11 @@ class Generate(Section):
     # Frames that are sampled at once; longer clips go on window by window, each from the last pictures of the one
     # before. Training gives frames from 29 on, so choose the longest trained length, 33 or more. null: clips whole.
     window: Frames | None = None
-    given: Positive = 1  # latent frames that a window goes on from, at least: 1 is one picture, n are 4n-3
-    # What clips begin with. real: the scene's own pictures, as many as `given` says. Else the folder of an earlier
-    # generation (outputs/generate-...): its videos go on, as far as `frames` says. null: everything is generated.
-    first_frames: str | None = None
+    # latent frames that a window continues from, at least: 1 is one picture, n are 4n-3
+    initial_latent_frames: Positive = 1
+    # What clips begin with. real: the scene's own pictures, as many as `initial_latent_frames` says. Else the folder of
+    # an earlier generation (outputs/generate-...): its videos go on, as far as `frames` says. null: all is generated.
+    initial_frames: str | None = None
 
     @property
     def devices(self) -> int:
@@ -235,8 +236,9 @@ class Generate(Section):
 
     @model_validator(mode="after")
     def _windows_go_on(self) -> Generate:
-        if self.window is not None and self.window < 4 * self.given + 1:
-            raise ValueError(f"window {self.window} must be longer than the {4 * self.given - 3} frames of given")
+        frames = 4 * self.initial_latent_frames - 3
+        if self.window is not None and self.window < frames + 4:
+            raise ValueError(f"window {self.window} must be longer than the {frames} frames of initial_latent_frames")
         return self
 
 
@@ -262,7 +264,7 @@ class LongSet(Section):
         return {"sunny": self.sunny, "rainy": self.rainy, "night": self.night}[weather]
 
 
-class Benchmark(Section):
+class Submission(Section):
     """The W-CODA 2024 package."""
 
     team: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
@@ -311,7 +313,7 @@ class Config(Section):
     cluster: Cluster
     generate: Generate
     video: Video
-    benchmark: Benchmark
+    submission: Submission
     scores: Scores = Scores()
     tracking: Tracking = Tracking()
 

@@ -61,7 +61,7 @@ class Training(Section):
     betas: tuple[Probability, Probability] = (0.9, 0.999)
     eps: PositiveFloat = 1e-15
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    clip: PositiveFloat = 1.0  # gradient norm
+    max_grad_norm: PositiveFloat = 1.0  # gradient norm
     ema: Probability = 0.99
     drop_condition: Probability = 0.15  # of samples: no text, cameras, ego motion, boxes
     drop_frame: Probability = 0.4  # share of middle frames without boxes and ego motion

@@ -57,8 +57,8 @@ def find_places(config: Config, last: Stage = "stage3", project: Path = Path()) 
     others = HOW - {"sequence_parallel"} | {"generations", "weights", "edits"}
     sampling = config.generate.model_dump(mode="json", exclude=others)
     sampling["edits"] = chosen_edits(config, project).digest
-    generated = fingerprint(stages[-1].fingerprint, sampling, config.video, config.benchmark.frames)[:12]
-    benchmark = fingerprint(generated, config.generate.generations, config.benchmark)[:12]
+    generated = fingerprint(stages[-1].fingerprint, sampling, config.video, config.submission.frames)[:12]
+    benchmark = fingerprint(generated, config.generate.generations, config.submission)[:12]
     outputs = project / "outputs"
     return Places(stages, notes, outputs / f"generate-{generated}", outputs / f"benchmark-{benchmark}")
 

@@ -1,4 +1,4 @@
-"""First frames that are given (generate.first_frames): real pictures of the scene, or an earlier generation.
+"""First frames that are given (generate.initial_frames): real pictures of the scene, or an earlier generation.
 
 They are part of the written video, before what is generated.
 """
@@ -57,11 +57,11 @@ def read_beginning(config: Config, item: Item, scene: Scene, frames: int, projec
         MagicDriveError: a picture or a video is missing or broken.
     """
     settings = config.generate
-    assert settings.first_frames is not None
-    if settings.first_frames == REAL:
+    assert settings.initial_frames is not None
+    if settings.initial_frames == REAL:
         clip = Clip(scene.token, item.clip.start, frames)
         return Beginning(read_clip(project / config.data.root, scene, clip, settings.resolution))
-    folder = project / settings.first_frames / item.name
+    folder = project / settings.initial_frames / item.name
     record = ItemRecord.read(folder)
     framing = Framing(*parse_size(settings.resolution))
     views = []

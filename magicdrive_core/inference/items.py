@@ -86,7 +86,7 @@ _CODE = (
     "video/frames.py",
 )
 
-REAL = "real"  # generate.first_frames: the scene's own pictures
+REAL = "real"  # generate.initial_frames: the scene's own pictures
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Item:
     generation: int
     name: str  # and its folder's: {first sample token}_gen{generation}
     kept: int  # frames that are written of the clip's
-    begun: int = 0  # frames at its beginning that are given (generate.first_frames)
+    begun: int = 0  # frames at its beginning that are given (generate.initial_frames)
     beginning: str = ""  # what they are: a digest of an earlier item's files, or "real"
 
 
@@ -117,7 +117,7 @@ def list_items(config: Config, scenes: Sequence[Scene], project: Path = Path()) 
     items = []
     for scene in chosen:
         frames = min(config.generate.frames, (len(scene) - 1) // 8 * 8 + 1)
-        wanted = config.benchmark.frames
+        wanted = config.submission.frames
         kept = wanted if wanted <= frames < wanted + 8 else frames
         for generation in range(config.generate.generations):
             item = Item(Clip(scene.token, 0, frames), generation, item_name(scene.first_sample, generation), kept)
@@ -127,13 +127,13 @@ def list_items(config: Config, scenes: Sequence[Scene], project: Path = Path()) 
 
 def _begun(config: Config, item: Item, project: Path) -> Item:
     """With its first frames, where they are given."""
-    settings, shown = config.generate, given_frames(config.generate.given)
-    if settings.first_frames is None:
+    settings, shown = config.generate, given_frames(config.generate.initial_latent_frames)
+    if settings.initial_frames is None:
         return item
-    if settings.first_frames == REAL:
+    if settings.initial_frames == REAL:
         begun, beginning = shown, REAL
     else:
-        record = ItemRecord.read(project / settings.first_frames / item.name)
+        record = ItemRecord.read(project / settings.initial_frames / item.name)
         begun, beginning = record.frames, fingerprint({view: file.sha256 for view, file in record.views.items()})
     frames = item.clip.frames
     frames -= (frames - 1 - (begun - shown)) % 8
@@ -141,7 +141,7 @@ def _begun(config: Config, item: Item, project: Path) -> Item:
         raise MagicDriveError(
             f"{item.name}: a clip of {item.clip.frames} frames cannot go on from {begun} first frames,"
             f" {shown} of which the network is given",
-            "set generate.frames higher, or generate.given lower, or use longer scenes",
+            "set generate.frames higher, or generate.initial_latent_frames lower, or use longer scenes",
         )
     kept = frames if item.kept == item.clip.frames else min(item.kept, frames)
     return replace(item, clip=replace(item.clip, frames=frames), kept=kept, begun=begun, beginning=beginning)
@@ -150,9 +150,9 @@ def _begun(config: Config, item: Item, project: Path) -> Item:
 def item_windows(config: Config, item: Item) -> list[Window]:
     """What is sampled at once, in turn; starts are counted from the clip's."""
     settings = config.generate
-    offset = item.begun - given_frames(settings.given) if item.begun else 0
+    offset = item.begun - given_frames(settings.initial_latent_frames) if item.begun else 0
     frames = item.clip.frames - offset
-    windows = plan_windows(frames, settings.window or frames, settings.given, begun=item.begun > 0)
+    windows = plan_windows(frames, settings.window or frames, settings.initial_latent_frames, begun=item.begun > 0)
     return [replace(window, start=offset + window.start) for window in windows]
 
 
@@ -204,7 +204,7 @@ def code_version() -> str:
 def _settings(config: Config) -> dict[str, Any]:
     """The settings that decide the pixels of an item that is given; how many items there are does not."""
     sampling = config.generate.model_dump(
-        mode="json", exclude=HOW | {"generations", "frames", "weights", "edits", "first_frames"}
+        mode="json", exclude=HOW | {"generations", "frames", "weights", "edits", "initial_frames"}
     )
     if config.published:  # whose pictures depend on the padding (decision 0003, oddity 8)
         sampling["pad_patches"] = config.generate.pad_patches or config.generate.sequence_parallel

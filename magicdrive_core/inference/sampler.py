@@ -79,7 +79,7 @@ class Sampler:
 
     def beginning(self, project: Path) -> Beginning | None:
         """The item's first frames, where they are given."""
-        if self.config.generate.first_frames is None:
+        if self.config.generate.initial_frames is None:
             return None
         return read_beginning(self.config, self.item, self.scene, self.windows[0].given_frames, project)
 

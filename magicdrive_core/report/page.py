@@ -101,7 +101,7 @@ def write_report(
         items=[_row(record, config) for record in records],
         records=records,
         package=package,
-        scores=ScoreTable.of(sheet, names, config.benchmark.team) if sheet else None,
+        scores=ScoreTable.of(sheet, names, config.submission.team) if sheet else None,
         tiles=_tiles(config, records, package, curves),
         lineage=_lineage(records, lineage or {}),
         classes=[(name.replace("_", " "), _css(c)) for name, c in zip(CLASSES, CLASS_COLOURS, strict=True)],

@@ -356,7 +356,7 @@ def boost(network: nn.Module, training: Training, device: torch.device) -> Boost
     plugin = _ZeroPlugin(
         stage=2,
         precision=training.precision,
-        max_norm=training.clip,
+        max_norm=training.max_grad_norm,
         reduce_bucket_size_in_m=REDUCE_BUCKET_MILLIONS,
         overlap_communication=overlap,
         cast_inputs=False,  # positions, poses and time lose their meaning in bf16

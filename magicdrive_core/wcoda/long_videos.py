@@ -34,14 +34,14 @@ def read_long(config: Config, standard: Sequence[ItemRecord], project: Path) -> 
     """The first generation of the scenes that the long set is made of, by weather, by sample token.
 
     Args:
-        config: ``benchmark.long`` names the folders of items.
+        config: ``submission.long`` names the folders of items.
         standard: the items of the standard set.
         project: the project's folder.
 
     Raises:
         MagicDriveError: the weathers hold different scenes, too few, too short ones, or ones without a standard clip.
     """
-    folders = config.benchmark.long
+    folders = config.submission.long
     if folders is None:
         return {}
     sets = {
@@ -49,19 +49,19 @@ def read_long(config: Config, standard: Sequence[ItemRecord], project: Path) -> 
         for weather in WEATHERS
     }
     tokens = set.intersection(*(set(records) for records in sets.values()))
-    if len(tokens) != config.benchmark.long_scenes:
+    if len(tokens) != config.submission.long_scenes:
         raise MagicDriveError(
-            f"benchmark.long: {len(tokens)} scenes stand in all of sunny, rainy and night, "
-            f"{config.benchmark.long_scenes} are wanted",
-            "generate the same scenes in each weather, or set benchmark.long_scenes",
+            f"submission.long: {len(tokens)} scenes stand in all of sunny, rainy and night, "
+            f"{config.submission.long_scenes} are wanted",
+            "generate the same scenes in each weather, or set submission.long_scenes",
         )
     known = {record.sample for record in standard}
     for weather, records in sets.items():
         for token in sorted(tokens):
             record, folder = records[token], project / folders.of(weather) / records[token].name
             faults = [f"{view} is missing" for view in VIEWS if view not in record.views] + record.faults(folder)
-            if record.frames < config.benchmark.frames:
-                faults.append(f"{record.frames} frames, fewer than round 1's {config.benchmark.frames}")
+            if record.frames < config.submission.frames:
+                faults.append(f"{record.frames} frames, fewer than round 1's {config.submission.frames}")
             if token not in known:
                 faults.append("the standard set has no such scene")
             if faults:
@@ -88,7 +88,7 @@ def place_long(
     Raises:
         MagicDriveError: the clip does not begin with round 1's pictures, or the cap cannot be kept.
     """
-    entry, video, wanted = record.views[view], config.video, config.benchmark.frames
+    entry, video, wanted = record.views[view], config.video, config.submission.frames
     path = source / entry.file
     if head is None and not path.is_dir():
         shutil.copyfile(path, target)

@@ -1,6 +1,6 @@
 """The W-CODA 2024 Track 2 submission: ``{team}_standard/{token}_gen{g}/{token}_{VIEW}.mp4`` in one results.zip.
 
-Where ``benchmark.long`` names clips, ``{team}_long`` stands beside it (``long_set``).
+Where ``submission.long`` names clips, ``{team}_long`` stands beside it (``long_set``).
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def pack(
     _check_complete(config, records, generated)
     long = read_long(config, records, project)
     every = [*records, *(record for weather in long.values() for record in weather.values())]
-    key = fingerprint(config.benchmark, config.video, [asdict(record)["views"] for record in every], VIEWS)
-    folder, zip_path = out / f"{config.benchmark.team}_standard", out / ZIP
+    key = fingerprint(config.submission, config.video, [asdict(record)["views"] for record in every], VIEWS)
+    folder, zip_path = out / f"{config.submission.team}_standard", out / ZIP
     done = _packed_before(out, folder, zip_path, key)
     if done is not None:
         return done
@@ -90,7 +90,7 @@ def pack(
             "zip_sha256": package.sha256,
             "zip_bytes": zip_path.stat().st_size,
             "fps": config.video.fps,
-            "frames": config.benchmark.frames,
+            "frames": config.submission.frames,
             "max_mbit_s": config.video.max_mbit_s,
             "files": [asdict(file) for file in files],
             "lineage": {
@@ -118,7 +118,7 @@ def read_package(out: Path) -> Package:
 def _check_complete(config: Config, records: Sequence[ItemRecord], generated: Path) -> None:
     if not records:
         raise MagicDriveError(f"{generated} holds no generated clips", "run magicdrive generate")
-    wanted = config.benchmark.frames
+    wanted = config.submission.frames
     scenes = {record.sample for record in records}
     names = {record.name for record in records}
     missing = [
@@ -153,14 +153,14 @@ def _place(config: Config, record: ItemRecord, view: str, source: Path, folder: 
     name = PurePosixPath(record.name, video_name(record.sample, view))
     target = folder / name
     target.parent.mkdir(exist_ok=True)
-    recoded = record.frames != config.benchmark.frames or (source / entry.file).is_dir()
+    recoded = record.frames != config.submission.frames or (source / entry.file).is_dir()
     if recoded:
-        head = islice(read_view(source / entry.file), config.benchmark.frames)
+        head = islice(read_view(source / entry.file), config.submission.frames)
         made = encode_video(head, target, fps=config.video.fps, max_mbit_s=config.video.max_mbit_s)
         entry = ViewFile(target.name, sha256_file(target), made.bytes, made.mbit_s, made.psnr)
     else:
         shutil.copyfile(source / entry.file, target)
-    top = f"{config.benchmark.team}_standard"
+    top = f"{config.submission.team}_standard"
     return PackagedFile(
         f"{top}/{name}", entry.sha256, entry.bytes, entry.mbit_s, entry.psnr, recoded, record.fingerprint
     )
@@ -174,14 +174,14 @@ def _pack_long(
     project: Path,
 ) -> list[PackagedFile]:
     """Writes ``{team}_long/`` beside the standard set, whose files by name give the sunny videos their heads."""
-    folders = config.benchmark.long
+    folders = config.submission.long
     if folders is None:
         return []
-    top, files = f"{config.benchmark.team}_long", []
+    top, files = f"{config.submission.team}_long", []
     with atomic_folder(out / top) as partial:
         work = [(weather, record, view) for weather in long for record in long[weather].values() for view in VIEWS]
         for weather, record, view in track(work, "long set", len(work)):
-            name = VideoName.of(config.benchmark.team, record.sample, weather, video_name(record.sample, view))
+            name = VideoName.of(config.submission.team, record.sample, weather, video_name(record.sample, view))
             target = partial / PurePosixPath(name.path).relative_to(top)
             target.parent.mkdir(exist_ok=True)
             first = standard[name.round_one()]

@@ -69,7 +69,7 @@ def test_help_loads_nothing_heavy() -> None:
         ("generate.frames=16", ["generate.frames", "16", "8n+1"]),
         ("generate.resolution=100x100", ["generate.resolution", "'100x100'", "multiples of 8"]),
         ("model.width=130", ["model", "130", "heads"]),
-        ("benchmark.team=../x", ["benchmark.team", "'../x'"]),
+        ("submission.team=../x", ["submission.team", "'../x'"]),
     ],
 )
 def test_bad_settings_are_one_line_and_exit_2(

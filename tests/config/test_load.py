@@ -32,7 +32,7 @@ DEMO = Path(__file__).resolve().parents[2] / "profiles" / "demo.yaml"
         ("generate.resolution=848x1600", "conditions.map_cells has no entry for 848x1600"),
         ("data.val_scenes=3", "data.val_scenes is 3: write auto, or a list of scene names"),
         ("model.heads=3", "width 128 must split into heads (3)"),
-        ("benchmark.team=a/b", "benchmark.team is 'a/b'"),
+        ("submission.team=a/b", "submission.team is 'a/b'"),
     ],
 )
 def test_fault_is_one_clear_line(override: str, said: str) -> None:

@@ -31,7 +31,7 @@ def test_every_profile_is_valid(name: str) -> None:
     assert config.profile == name
     for stage in STAGES:
         check_ratios(config.training.stage(stage).mask_ratios, stage)
-    assert config.generate.frames >= config.benchmark.frames
+    assert config.generate.frames >= config.submission.frames
 
 
 def test_the_committed_params_are_the_demo_profile() -> None:

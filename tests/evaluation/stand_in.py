@@ -21,7 +21,7 @@ SAMPLES = ("0a" * 16, "1b" * 16)
 
 def config(*overrides: str) -> Config:
     return load_config(
-        PROFILE, ["benchmark.team=owls", "conditions.map_cells={80x144: 200, 96x176: 200, 224x400: 200}", *overrides]
+        PROFILE, ["submission.team=owls", "conditions.map_cells={80x144: 200, 96x176: 200, 224x400: 200}", *overrides]
     )
 
 

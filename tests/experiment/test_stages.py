@@ -52,7 +52,7 @@ def test_what_decides_a_result_changes_its_stage_and_the_later_ones(tmp_path: Pa
         "profile=other",
         "cluster.ranks=4",
         "generate.steps=5",
-        "benchmark.team=other",
+        "submission.team=other",
         "video.fps=10",
         "tracking.experiment=other",
         "training.checkpoint_every=1",

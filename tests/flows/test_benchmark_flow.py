@@ -26,7 +26,7 @@ POOL = "benchmark-test"
 MODEL = "models:/magicdrive-demo@champion"
 SETTINGS = [
     *("generate.generations=1", "generate.frames=17", "generate.task_runner=dask", "generate.steps=1"),
-    *("benchmark.frames=16", "benchmark.team=owls"),
+    *("submission.frames=16", "submission.team=owls"),
 ]
 
 

@@ -27,7 +27,7 @@ SMALL = [
     "model={width: 32, depth: 1, heads: 2, control_depth: 1, temporal_heads: 2, box_widths: [32, 16, 16], "
     "map_channels: [4, 8, 8]}",
     "generate={resolution: 32x64, frames: 9, steps: 2, guidance: 2.0, generations: 2, seed: 1024, workers: 2}",
-    "benchmark.frames=2",
+    "submission.frames=2",
     "text.max_tokens=8",
     "video.max_mbit_s=60",  # one pass: an untrained VAE's frames are noise
 ]

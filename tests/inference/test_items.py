@@ -35,7 +35,7 @@ def test_one_item_a_validation_scene_and_generation() -> None:
     ],
 )
 def test_a_clip_is_as_long_as_the_scene_allows(length: int, wanted: int, frames: int, kept: int) -> None:
-    config = small_config("benchmark.frames=16", f"generate.frames={wanted}")
+    config = small_config("submission.frames=16", f"generate.frames={wanted}")
     item = list_items(config, [small_scene(length)])[0]
     assert (item.clip.frames, item.kept) == (frames, kept)
 
@@ -71,7 +71,7 @@ def test_the_fingerprint_changes_with_what_decides_the_pixels_and_nothing_else()
         "video.fps=10",
     ):
         assert item_fingerprint(small_config(override), item, DIGESTS) != print_, override
-    for override in ("generate.workers=9", "generate.generations=7", "benchmark.team=owls", "training.stage1.steps=7"):
+    for override in ("generate.workers=9", "generate.generations=7", "submission.team=owls", "training.stage1.steps=7"):
         assert item_fingerprint(small_config(override), item, DIGESTS) == print_, override
     for name in DIGESTS:
         assert item_fingerprint(config, item, {**DIGESTS, name: "other"}) != print_

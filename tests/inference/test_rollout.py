@@ -59,7 +59,7 @@ def frames(folder: Path, view: str = "CAM_BACK") -> np.ndarray:
 
 
 def test_each_window_goes_on_from_the_pictures_that_the_one_before_ends_with(project: Path) -> None:
-    config = small_config(*LONG, "generate.given=2")
+    config = small_config(*LONG, "generate.initial_latent_frames=2")
     scene = read_scenes(project / "artifacts/infos")[0]
     (item,) = list_items(config, [scene])
     models = Models.load(config, project / STAGE, project)
@@ -86,7 +86,11 @@ def test_a_long_clip_is_the_same_again_and_says_how_long_it_is(project: Path) ->
 
 def test_real_pictures_begin_a_clip(project: Path) -> None:
     config = small_config(
-        *LONG, "generate.first_frames=real", "generate.given=2", "generate.frames=17", "data.root=data"
+        *LONG,
+        "generate.initial_frames=real",
+        "generate.initial_latent_frames=2",
+        "generate.frames=17",
+        "data.root=data",
     )
     _, folder = make(config, project, "real")
     shown = frames(folder)
@@ -99,10 +103,10 @@ def test_real_pictures_begin_a_clip(project: Path) -> None:
 
 
 def test_an_earlier_generation_goes_on(project: Path) -> None:
-    config = small_config(*LONG, "generate.frames=9", "generate.window=null", "benchmark.frames=8")
+    config = small_config(*LONG, "generate.frames=9", "generate.window=null", "submission.frames=8")
     _, earlier = make(config, project, "earlier")
     assert len(frames(earlier)) == 8
-    config = small_config(*LONG, "generate.first_frames=earlier")
+    config = small_config(*LONG, "generate.initial_frames=earlier")
     item, later = make(config, project, "later")
     assert (item.begun, item.clip.frames) == (8, 24)
     shown = frames(later)

@@ -38,7 +38,7 @@ def test_two_processes_make_what_one_does(
     config = small_config(
         "generate.window=9",
         f"generate.frames={frames_made}",
-        f"benchmark.frames={frames_kept}",
+        f"submission.frames={frames_kept}",
         "generate.generations=1",
         "video.format=png",  # H.264 makes more of a rounded pixel
     )

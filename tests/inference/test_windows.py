@@ -48,8 +48,8 @@ def test_an_earlier_generation_goes_on_from_its_last_frames(tmp_path: Path) -> N
     scene = small_scene(60)
     write_item(folder / "outputs/earlier", scene.first_sample, frames=16, scene=scene.token)
     config = small_config(
-        "generate.frames=57", "generate.window=33", "generate.given=2", "generate.generations=1",
-        "generate.first_frames=outputs/earlier", "benchmark.frames=16",
+        "generate.frames=57", "generate.window=33", "generate.initial_latent_frames=2", "generate.generations=1",
+        "generate.initial_frames=outputs/earlier", "submission.frames=16",
     )  # fmt: skip
     (item,) = list_items(config, [scene], folder)
     assert (item.begun, item.clip.frames, item.kept) == (16, 52, 52)  # 11 + 41
@@ -58,6 +58,6 @@ def test_an_earlier_generation_goes_on_from_its_last_frames(tmp_path: Path) -> N
     assert item.beginning
     assert not other.beginning
     with pytest.raises(MagicDriveError, match="cannot go on from 16 first frames"):
-        list_items(small_config("generate.frames=17", "generate.first_frames=outputs/earlier"), [scene], folder)
+        list_items(small_config("generate.frames=17", "generate.initial_frames=outputs/earlier"), [scene], folder)
     with pytest.raises(MagicDriveError, match=r"item\.json is missing"):
-        list_items(small_config("generate.first_frames=outputs/none"), [scene], folder)
+        list_items(small_config("generate.initial_frames=outputs/none"), [scene], folder)

@@ -69,7 +69,7 @@ def alone() -> tuple[list[float], list[float], dict[str, Tensor]]:
         optimizer.zero_grad()
         loss = flow_loss(boosted, RectifiedFlow(), batch(step))[0].mean()
         loss.backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(net.parameters(), shared.clip)))
+        norms.append(float(torch.nn.utils.clip_grad_norm_(net.parameters(), shared.max_grad_norm)))
         optimizer.step()
         losses.append(loss.item())
     return losses, norms, {name: p.detach() for name, p in net.named_parameters() if p.requires_grad}

@@ -53,7 +53,7 @@ def scene(token: str, name: str, sample: str, frames: int) -> Scene:
 
 def project_of(folder: Path, frames: int) -> Config:
     """Infos, maps and pictures of two scenes, as the DVC stages would leave them below ``folder``."""
-    settings = config(f"data.root={folder / 'data'}", "benchmark.frames=2")
+    settings = config(f"data.root={folder / 'data'}", "submission.frames=2")
     (folder / "artifacts/infos").mkdir(parents=True)
     (folder / "data/samples").mkdir(parents=True)
     scenes = [scene(f"scene-token-{n}", f"scene-000{n}", sample, frames) for n, sample in enumerate(SAMPLES)]

@@ -22,7 +22,7 @@ def test_a_second_report_goes_into_the_same_run(project: Path) -> None:
     store = Store(config.tracking, project)
     found = store.client.get_run(run)
     assert (found.info.status, found.data.metrics) == ("FINISHED", {"small_224": 0.25})
-    assert found.data.params["benchmark.team"] == "demo"
+    assert found.data.params["submission.team"] == "demo"
     assert found.data.tags["model"] == "b"
     assert [file.path for file in store.client.list_artifacts(run)] == ["report.html"]
     copy = store.client.download_artifacts(run, "report.html", str(project))

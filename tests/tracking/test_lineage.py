@@ -71,4 +71,4 @@ def test_without_repository_and_flow_there_are_no_such_tags(tmp_path: Path, monk
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     tags = lineage_tags(load_config(PROFILE), tmp_path)
     assert not {tag for tag in tags if tag.startswith(("git.", "prefect."))}
-    assert tags["params"] != lineage_tags(load_config(PROFILE, ["training.clip=2.0"]), tmp_path)["params"]
+    assert tags["params"] != lineage_tags(load_config(PROFILE, ["training.max_grad_norm=2.0"]), tmp_path)["params"]

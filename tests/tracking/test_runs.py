@@ -34,7 +34,7 @@ def test_a_training_is_a_parent_with_children(project: Path, config: Config) -> 
     runs = store.client.search_runs([store.experiment], f"tags.`{PARENT}` = '{parent}'")
     assert [run.info.run_id for run in runs] == [child]
     assert runs[0].info.status == "FINISHED"
-    assert runs[0].data.params == {"training.clip": "1.0", "training.betas": "[0.9, 0.999]"}
+    assert runs[0].data.params == {"training.max_grad_norm": "1.0", "training.betas": "[0.9, 0.999]"}
     assert runs[0].data.tags["weights_sha256"] == "ab"
     whole = store.client.get_run(parent)
     assert whole.data.params["training.stage1.steps"] == str(config.training.stage1.steps)

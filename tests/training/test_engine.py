@@ -32,7 +32,7 @@ def plain_adamw(steps: int) -> dict[str, torch.Tensor]:
         optimizer.zero_grad()
         loss = sum(loss_of(network, sample(step, rank)) for rank in range(2)) / 2
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), settings.clip)
+        torch.nn.utils.clip_grad_norm_(network.parameters(), settings.max_grad_norm)
         optimizer.step()
     return network.state_dict()
 

@@ -27,7 +27,7 @@ BATCHES: dict[Stage, dict[str, dict[int, int]]] = {
 def test_what_all_stages_share() -> None:
     training = CONFIG.training
     assert training.betas == (0.9, 0.999)
-    assert (training.eps, training.weight_decay, training.clip) == (1e-15, 1e-2, 1.0)
+    assert (training.eps, training.weight_decay, training.max_grad_norm) == (1e-15, 1e-2, 1.0)
     assert (training.precision, training.ema) == ("bf16", 0.99)
     assert (training.drop_condition, training.drop_frame) == (0.15, 0.4)
     assert (training.add_boxes, training.hide_boxes) == (0.1, 0.4)

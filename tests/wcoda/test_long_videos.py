@@ -27,7 +27,7 @@ SUNNY = f"owls_long/{SAMPLES[0]}_sunny/{SAMPLES[0]}_CAM_FRONT.mp4"
 
 def settings(folder: Path, *overrides: str) -> Config:
     folders = ", ".join(f"{weather}: {folder / weather}" for weather in WEATHERS)
-    return config("generate.generations=1", f"benchmark.long={{{folders}}}", "benchmark.long_scenes=1", *overrides)
+    return config("generate.generations=1", f"submission.long={{{folders}}}", "submission.long_scenes=1", *overrides)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_each_fault_of_the_long_set_has_its_line(files: dict[str, bytes], tmp_pa
 
 def test_clips_that_cannot_make_a_long_set_are_refused(made: Path, tmp_path: Path) -> None:
     with pytest.raises(MagicDriveError, match="1 scenes stand in all of sunny, rainy and night, 3 are wanted"):
-        pack(settings(made, "benchmark.long_scenes=3"), made / "generated", tmp_path / "out")
+        pack(settings(made, "submission.long_scenes=3"), made / "generated", tmp_path / "out")
     for weather in WEATHERS:
         shutil.copytree(made / weather, tmp_path / weather)
     other = write_item(tmp_path / "other", generation=9, frames=25)  # of another brightness

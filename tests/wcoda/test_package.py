@@ -122,7 +122,7 @@ def test_incomplete_sets_are_refused(generated: Path, tmp_path: Path) -> None:
     with pytest.raises(MagicDriveError, match="4 of 8 clips are not generated"):
         pack(config("generate.generations=4"), generated, tmp_path / "out")
     with pytest.raises(MagicDriveError, match=r"has 16 frame\(s\), a W-CODA video 24"):
-        pack(config("benchmark.frames=24"), generated, tmp_path / "out")
+        pack(config("submission.frames=24"), generated, tmp_path / "out")
     video = generated / f"{SAMPLES[0]}_gen0/{SAMPLES[0]}_CAM_BACK.mp4"
     video.write_bytes(video.read_bytes() + b"x")
     with pytest.raises(MagicDriveError, match=r"CAM_BACK: .* is not the file that was written"):
