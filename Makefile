@@ -16,7 +16,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test demo learn run up down ui data-dvc clean
+.PHONY: help setup check format test docs docs-serve demo learn run up down ui data-dvc clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -41,6 +41,12 @@ format: $(READY)  ## put the code in shape
 
 test: check  ## check, then all tests (what .ci/run calls)
 	OMP_NUM_THREADS=1 pytest -n 2
+
+docs: $(READY)  ## the documentation site in site/; a broken link or a wrong docstring ends the build
+	mkdocs build --quiet
+
+docs-serve: $(READY)  ## the documentation site on 127.0.0.1:8000, built again at each change
+	mkdocs serve --dev-addr 127.0.0.1:8000
 
 demo: $(READY)  ## everything end to end on generated data, or on yours: make demo DATA=/path VERSION=v1.0-mini
 	magicdrive use $(PROFILE) $(if $(DATA),-S data.root='$(abspath $(DATA))' -S data.version='$(VERSION)' -S synth=null)
