@@ -38,7 +38,7 @@ CACHES = {
 
 
 class InLine:
-    """Stands in for ``Ahead``: each job is done when its result is asked for."""
+    """Stands in for ``Prefetcher``: each job is done when its result is asked for."""
 
     held = 0
 
@@ -82,16 +82,19 @@ def steps(options: argparse.Namespace, caches: str) -> dict[str, float]:
     from magicdrive_core.model.build import build_network
     from magicdrive_core.parallel.mesh import Mesh
     from magicdrive_core.training import loader as loading
-    from magicdrive_core.training.engine import boost
+    from magicdrive_core.training.engine import build_engine
     from magicdrive_core.training.loop import flow_loss
     from magicdrive_core.training.state import Ema
 
     config, mesh, device = settings(options, CACHES[caches]), Mesh.of(1), options.device
     torch.manual_seed(0)
-    boosted = boost(build_network(config, options.stage, options.project), config.training, device)
-    ema, flow, clock = Ema(boosted, config.training.ema), RectifiedFlow(config.flow.base_pixels), Clock(device)
+    engine = build_engine(build_network(config, options.stage, options.project), config.training, device)
+    ema, flow, clock = Ema(engine, config.training.ema), RectifiedFlow(config.flow.base_pixels), Clock(device)
     clips = 0
-    with mock.patch.object(loading, "Ahead", InLine), loading.Loader(config, options.stage, options.project) as loader:
+    with (
+        mock.patch.object(loading, "Prefetcher", InLine),
+        loading.Loader(config, options.stage, options.project) as loader,
+    ):
         encoder = loader._latents
         if caches == "live":
             loader._latents = mock.Mock(moments=timed(clock, "encode", encoder.moments))
@@ -103,14 +106,14 @@ def steps(options: argparse.Namespace, caches: str) -> dict[str, float]:
             with clock.part("load"):
                 batch = loader.next()
             with clock.part("forward"):
-                losses, _ = flow_loss(boosted, flow, batch)
+                losses, _ = flow_loss(engine, flow, batch)
             with clock.part("backward"):
-                boosted.optimizer.backward(losses.mean())
+                engine.optimizer.backward(losses.mean())
             with clock.part("optimizer"):
-                boosted.optimizer.check_gradients()
-                boosted.set_learning_rate(1e-4)
-                boosted.optimizer.step()
-                boosted.optimizer.zero_grad()
+                engine.optimizer.check_gradients()
+                engine.set_learning_rate(1e-4)
+                engine.optimizer.step()
+                engine.optimizer.zero_grad()
             with clock.part("EMA"):
                 ema.update()
             clips += len(batch.latents)
@@ -130,28 +133,28 @@ def checkpoints(options: argparse.Namespace, width: int) -> dict[str, float]:
     """On a rank: what a checkpoint of a network of that width takes. Moments are there after one made-up step."""
     from magicdrive_core.model.build import build_network
     from magicdrive_core.training import checkpoints as checkpoint
-    from magicdrive_core.training.checkpoints import Progress, Saver
-    from magicdrive_core.training.engine import boost
+    from magicdrive_core.training.checkpoints import Saver, TrainingProgress
+    from magicdrive_core.training.engine import build_engine
     from magicdrive_core.training.state import Ema
 
     config = settings(options, [f"model.width={width}"])
     network = build_network(config, options.stage, options.project)
-    boosted = boost(network, config.training, options.device)
-    boosted.optimizer.backward(sum(p.float().sum() for p in network.parameters() if p.requires_grad))
-    boosted.optimizer.step()
-    boosted.optimizer.zero_grad()
-    ema, clock = Ema(boosted, 0.9), Clock(options.device)
+    engine = build_engine(network, config.training, options.device)
+    engine.optimizer.backward(sum(p.float().sum() for p in network.parameters() if p.requires_grad))
+    engine.optimizer.step()
+    engine.optimizer.zero_grad()
+    ema, clock = Ema(engine, 0.9), Clock(options.device)
     folder = options.folder / str(width)
-    with Saver(folder, boosted, ema, 1, None) as saver:
+    with Saver(folder, engine, ema, 1, None) as saver:
         with clock.part("stands still"):
-            saver.begin(Progress(step=1))
+            saver.begin(TrainingProgress(step=1))
         before = time.process_time()
         began = time.perf_counter()
         saver.finish()
         background, waited = time.process_time() - before, time.perf_counter() - began
     size = sum(file.stat().st_size for file in (folder / "step-00000001").iterdir())
     with clock.part("load"):
-        checkpoint.load(folder / "step-00000001", boosted, ema)
+        checkpoint.load(folder / "step-00000001", engine, ema)
     before = time.process_time()
     checkpoint.newest(folder)
     verify = time.process_time() - before

@@ -16,39 +16,39 @@ from types import FrameType
 
 from magicdrive_core.errors import MagicDriveError, report_error
 from magicdrive_core.launch.job import Job
-from magicdrive_core.launch.process_group import Place, run_group
+from magicdrive_core.launch.process_group import HostPlacement, run_group
 from magicdrive_core.utils.files import write_json
 
 NUMBERS = ("SLURM_NODEID", "JOB_COMPLETION_INDEX")  # a host's number, as Slurm and Kubernetes call it
 
 
-def run_host(job: Job, place: Place, stop: Callable[[], bool]) -> int:
+def run_host(job: Job, placement: HostPlacement, stop: Callable[[], bool]) -> int:
     """Runs this host's ranks to their end, leaves the answer in the job's folder, and returns the exit status."""
-    job.answer(place.host).unlink(missing_ok=True)
+    job.answer(placement.host).unlink(missing_ok=True)
     error = MagicDriveError("")
     try:
         code = run_group(
             job.command,
             job.ranks,
-            log=job.log_of(place.host),
+            log=job.log_of(placement.host),
             status=job.status,
             stall_seconds=job.stall_seconds,
             threads=job.threads,
             environment=job.environment,
             stop=lambda: stop() or job.stop_note.exists(),
             grace_seconds=job.grace_seconds,
-            place=place,
+            placement=placement,
         )
     except MagicDriveError as failure:
         error, code = failure, failure.exit_code
         report_error(error, "")
     answer = {"code": code, "message": error.message, "hint": error.hint, "ended": time.time()}
-    write_json(job.answer(place.host), answer)
+    write_json(job.answer(placement.host), answer)
     return code
 
 
 def main() -> None:
-    """Reads the job and the place among the hosts, and exits with the ranks' status."""
+    """Reads the job and the placement among the hosts, and exits with the ranks' status."""
     asked = False
 
     def note(_signum: int, _frame: FrameType | None) -> None:
@@ -59,8 +59,8 @@ def main() -> None:
         signal.signal(number, note)
     job = Job.read(Path(sys.argv[1]))
     host = next(int(os.environ[name]) for name in NUMBERS if name in os.environ)
-    place = Place(host, job.hosts, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-    sys.exit(run_host(job, place, lambda: asked))
+    placement = HostPlacement(host, job.hosts, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    sys.exit(run_host(job, placement, lambda: asked))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ main()
 
 
 @dataclass(frozen=True)
-class Place:
+class HostPlacement:
     """This host among the hosts of a process group."""
 
     host: int  # counted from 0
@@ -51,7 +51,7 @@ class Place:
     port: int  # on it
 
 
-ALONE = Place(0, 1, "127.0.0.1", 0)
+SINGLE_HOST = HostPlacement(0, 1, "127.0.0.1", 0)
 
 
 def run_group(
@@ -66,7 +66,7 @@ def run_group(
     on_poll: Callable[[], None] | None = None,
     stop: Callable[[], bool] | None = None,
     grace_seconds: float = GRACE_SECONDS,
-    place: Place = ALONE,
+    placement: HostPlacement = SINGLE_HOST,
 ) -> int:
     """Runs ``command`` on ``ranks`` processes of this host until all of them end.
 
@@ -81,7 +81,7 @@ def run_group(
         on_poll: called twice a second, e.g. to move a progress bar.
         stop: asked twice a second; once it says yes, the group is ended in order.
         grace_seconds: between SIGTERM and SIGKILL when the group must end early.
-        place: where other hosts run ranks of the same group; ``ranks`` are those of each host.
+        placement: where other hosts run ranks of the same group; ``ranks`` are those of each host.
 
     Returns:
         0, or ``RESUMABLE``: the ranks saved and want to be started again.
@@ -94,11 +94,11 @@ def run_group(
     with log.open("ab") as output, terminable():
         begin = output.tell()
         process = subprocess.Popen(
-            [sys.executable, "-c", _DEAF_TORCHRUN, *torchrun_words(command, ranks, place)],
+            [sys.executable, "-c", _DEAF_TORCHRUN, *torchrun_words(command, ranks, placement)],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **_environment(ranks, threads, place), **(environment or {})},
+            env={**os.environ, **_environment(ranks, threads, placement), **(environment or {})},
             start_new_session=True,
         )
         members: list[psutil.Process] = []
@@ -125,18 +125,18 @@ def run_group(
     return _outcome(process.returncode, log, begin, stopped)
 
 
-def torchrun_words(command: Sequence[str], ranks: int, place: Place = ALONE) -> list[str]:
+def torchrun_words(command: Sequence[str], ranks: int, placement: HostPlacement = SINGLE_HOST) -> list[str]:
     """torchrun's arguments for this host's ranks."""
-    if place.hosts == 1:
+    if placement.hosts == 1:
         # A rendezvous on a free port, so that no port can be in use; the host's own name need not resolve.
         meeting = ["--standalone", "--local-addr", "127.0.0.1"]
     else:
-        meeting = ["--nnodes", str(place.hosts), "--node-rank", str(place.host)]
-        meeting += ["--master-addr", place.address, "--master-port", str(place.port)]
+        meeting = ["--nnodes", str(placement.hosts), "--node-rank", str(placement.host)]
+        meeting += ["--master-addr", placement.address, "--master-port", str(placement.port)]
     return [*meeting, "--nproc-per-node", str(ranks), "--signals-to-handle", "SIGHUP", *command]
 
 
-def _environment(ranks: int, threads: int, place: Place) -> dict[str, str]:
+def _environment(ranks: int, threads: int, placement: HostPlacement) -> dict[str, str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     variables = {
         "OMP_NUM_THREADS": str(threads or max(1, cores // ranks)),
@@ -148,7 +148,7 @@ def _environment(ranks: int, threads: int, place: Place) -> dict[str, str]:
         if name not in os.environ:
             variables[name] = "expandable_segments:True"
     loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
-    if loopback and place.hosts == 1 and "GLOO_SOCKET_IFNAME" not in os.environ:
+    if loopback and placement.hosts == 1 and "GLOO_SOCKET_IFNAME" not in os.environ:
         variables["GLOO_SOCKET_IFNAME"] = loopback
     return variables
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.training.engine import Boosted
+from magicdrive_core.training.engine import Engine
 from magicdrive_core.training.state import MOMENTS, Ema, masters, moment_steps, moments, set_masters, set_moments
 from magicdrive_core.utils.files import atomic_file, read_json, sha256_file, sync_folder, write_json
 
@@ -39,7 +39,7 @@ HASHING_THREADS = 8
 
 
 @dataclass
-class Progress:
+class TrainingProgress:
     """How far a run has come."""
 
     step: int = 0  # finished steps, skipped ones too
@@ -62,35 +62,35 @@ def newest(folder: Path) -> Path | None:
     return None
 
 
-def load(path: Path, boosted: Boosted, ema: Ema) -> Progress:
+def load(path: Path, engine: Engine, ema: Ema) -> TrainingProgress:
     """Puts network, masters, moments and averages into the state of a checkpoint. Collective.
 
     Raises:
         MagicDriveError: the checkpoint is of another network.
     """
     state = read_json(path / STATE)
-    _check_same(path, shapes(boosted), state["shapes"])
+    _check_same(path, shapes(engine), state["shapes"])
     fixed = load_file(path / FIXED)
-    boosted.network.load_state_dict(fixed, strict=False)
-    boosted.fixed = {name: fixed[name] for name in boosted.fixed}
-    own = masters(boosted)
+    engine.network.load_state_dict(fixed, strict=False)
+    engine.fixed = {name: fixed[name] for name in engine.fixed}
+    own = masters(engine)
     with ExitStack() as stack:
         files = [stack.enter_context(safe_open(file, "pt")) for file in sorted(path.glob("shard-*.safetensors"))]
 
         def read(kind: str, names: Sequence[str]) -> dict[str, Tensor]:
             return {name: _part(files, f"{kind}/{name}", own[name]) for name in names}
 
-        set_masters(boosted, read(MASTER, list(own)))
+        set_masters(engine, read(MASTER, list(own)))
         ema.shards = read(AVERAGE, list(own))
         steps = state["moment_steps"]
-        set_moments(boosted, {kind: read(kind, list(steps)) for kind in MOMENTS}, steps)
-    scale = boosted.optimizer.loss_scale
+        set_moments(engine, {kind: read(kind, list(steps)) for kind in MOMENTS}, steps)
+    scale = engine.optimizer.loss_scale
     if scale is not None:
         scale.scale, scale.good = state["loss_scale"]["scale"], state["loss_scale"]["good"]
-    return Progress(**state["progress"])
+    return TrainingProgress(**state["progress"])
 
 
-def resume(folder: Path, boosted: Boosted, ema: Ema) -> Progress | None:
+def resume(folder: Path, engine: Engine, ema: Ema) -> TrainingProgress | None:
     """Loads the newest sound checkpoint, the same on every rank; None when there is none. Collective."""
     chosen: list[str | None] = [None]
     if dist.get_rank() == 0:
@@ -99,12 +99,12 @@ def resume(folder: Path, boosted: Boosted, ema: Ema) -> Progress | None:
         path = newest(folder)
         chosen = [path.name if path else None]
     dist.broadcast_object_list(chosen, src=0)
-    return load(folder / chosen[0], boosted, ema) if chosen[0] else None
+    return load(folder / chosen[0], engine, ema) if chosen[0] else None
 
 
-def shapes(boosted: Boosted) -> dict[str, list[int]]:
+def shapes(engine: Engine) -> dict[str, list[int]]:
     """Of the network's state dict: what tells two networks apart."""
-    return {name: list(tensor.shape) for name, tensor in boosted.network.state_dict().items()}
+    return {name: list(tensor.shape) for name, tensor in engine.network.state_dict().items()}
 
 
 def _part(files: Sequence[Any], name: str, like: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ DIGESTS = "digests-{:05d}.json"  # of one rank's files, until rank 0 makes the m
 _DISK = (OSError, SafetensorError, MagicDriveError)  # what a disk can do to a writer
 
 
-class Writing(IntEnum):
+class WriteStatus(IntEnum):
     """How far a rank's thread is with the checkpoint that was begun last."""
 
     IDLE = 0  # there is none, or it was settled
@@ -175,8 +175,8 @@ class Saver:
         keep_every: steps; of each so many, the first checkpoint remains for good. None: none does.
     """
 
-    def __init__(self, folder: Path, boosted: Boosted, ema: Ema, keep: int, keep_every: int | None) -> None:
-        self._folder, self._boosted, self._ema = folder, boosted, ema
+    def __init__(self, folder: Path, engine: Engine, ema: Ema, keep: int, keep_every: int | None) -> None:
+        self._folder, self._engine, self._ema = folder, engine, ema
         self._keep, self._keep_every = keep, keep_every
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._written: Future[None] | None = None
@@ -190,7 +190,7 @@ class Saver:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._thread.shutdown()
 
-    def begin(self, progress: Progress) -> None:
+    def begin(self, progress: TrainingProgress) -> None:
         """Copies the state of this moment to host memory and begins to write it; first waits for the one before."""
         self.finish()
         self._step, self._began = progress.step, time.monotonic()
@@ -198,31 +198,31 @@ class Saver:
         if rank == 0:
             self._prepare()
         dist.barrier()
-        kinds = {MASTER: masters(self._boosted), AVERAGE: self._ema.shards, **moments(self._boosted)}
+        kinds = {MASTER: masters(self._engine), AVERAGE: self._ema.shards, **moments(self._engine)}
         tensors = {f"{kind}/{name}": shard for kind, shards in kinds.items() for name, shard in shards.items()}
         parts = {f"shard-{rank:05d}-of-{ranks:05d}.safetensors": tensors}
         state = None
         if rank == 0:
-            parts[FIXED] = self._boosted.fixed
-            scale = self._boosted.optimizer.loss_scale
+            parts[FIXED] = self._engine.fixed
+            scale = self._engine.optimizer.loss_scale
             state = {
                 "progress": asdict(progress),
                 "loss_scale": scale and asdict(scale),
                 "ranks": ranks,
-                "moment_steps": moment_steps(self._boosted),
-                "shapes": shapes(self._boosted),
+                "moment_steps": moment_steps(self._engine),
+                "shapes": shapes(self._engine),
             }
         copies = {file: {name: _host_copy(tensor) for name, tensor in part.items()} for file, part in parts.items()}
         self._written = self._thread.submit(_write, self._partial, copies, state, rank)
 
     @property
-    def state(self) -> Writing:
+    def state(self) -> WriteStatus:
         """Of this rank."""
         if self._written is None:
-            return Writing.IDLE
+            return WriteStatus.IDLE
         if not self._written.done():
-            return Writing.BUSY
-        return Writing.DONE if self._written.exception() is None else Writing.FAILED
+            return WriteStatus.BUSY
+        return WriteStatus.DONE if self._written.exception() is None else WriteStatus.FAILED
 
     def settle(self, states: Sequence[int]) -> None:
         """Puts the checkpoint in place when all ranks have written it, or drops it when one could not.
@@ -233,7 +233,7 @@ class Saver:
         Raises:
             Exception: this rank's writer failed for another reason than the disk.
         """
-        if Writing.IDLE in states or Writing.BUSY in states or self._written is None:
+        if WriteStatus.IDLE in states or WriteStatus.BUSY in states or self._written is None:
             return
         error, self._written = self._written.exception(), None
         self.seconds = time.monotonic() - self._began
@@ -241,7 +241,7 @@ class Saver:
             if not isinstance(error, _DISK):
                 raise error
             logger.warning("checkpoint of step %d: %s", self._step, error)
-        failed = [rank for rank, state in enumerate(states) if state == Writing.FAILED]
+        failed = [rank for rank, state in enumerate(states) if state == WriteStatus.FAILED]
         if dist.get_rank() == 0:
             self._put_in_place(failed)
 

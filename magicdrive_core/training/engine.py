@@ -313,7 +313,7 @@ class _ZeroPlugin(LowLevelZeroPlugin):
 
 
 @dataclass
-class Boosted:
+class Engine:
     """A network ready to be trained by all ranks."""
 
     network: nn.Module  # the bare network, in the working precision, on ``device``
@@ -338,7 +338,7 @@ def join_group() -> torch.device:
     return device
 
 
-def boost(network: nn.Module, training: Training, device: torch.device) -> Boosted:
+def build_engine(network: nn.Module, training: Training, device: torch.device) -> Engine:
     """Moves the network to the device and precision, and shards gradients, masters and moments over all ranks."""
     trained = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
     fixed = {name: tensor.clone() for name, tensor in network.state_dict().items() if name not in trained}
@@ -364,4 +364,4 @@ def boost(network: nn.Module, training: Training, device: torch.device) -> Boost
     model, zero, *_ = Booster(plugin=plugin).boost(network, optimizer)
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     zero.names = [names[id(parameter)] for parameter, _ in zero._order]
-    return Boosted(model.unwrap(), zero, device, fixed)
+    return Engine(model.unwrap(), zero, device, fixed)

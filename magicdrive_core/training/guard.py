@@ -21,7 +21,7 @@ from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.experiment.stages import StagePlan
 from magicdrive_core.training.checkpoints import checkpoints
 from magicdrive_core.training.engine import LossScale
-from magicdrive_core.training.statistics import RankFacts, faults_of
+from magicdrive_core.training.statistics import RankStatistics, find_faults
 from magicdrive_core.utils.files import write_json
 
 logger = logging.getLogger(__name__)
@@ -34,9 +34,9 @@ class Guard:
         self._plan, self._most, self._scale = plan, most, scale
         self._row: list[dict[str, Any]] = []
 
-    def faults(self, step: int, ranks: Sequence[RankFacts], learning_rate: float) -> list[str]:
+    def faults(self, step: int, ranks: Sequence[RankStatistics], learning_rate: float) -> list[str]:
         """What is not finite at this step, a line a rank, the same on all ranks; none: the step is good."""
-        found = faults_of(ranks)
+        found = find_faults(ranks)
         if found and self._scale and not self._scale.least and all(math.isfinite(facts.loss) for facts in ranks):
             found = [f"the loss scale {self._scale.scale:g} is too large: {fault}" for fault in found]
             self._scale.back_off()

@@ -40,7 +40,7 @@ from magicdrive_core.utils.files import read_json
 T = TypeVar("T")
 
 
-class Ahead(Generic[T]):
+class Prefetcher(Generic[T]):
     """Results of jobs in their order; the next ones are made while the last one is used.
 
     One job is always done ahead, however large; more as long as all that waits stays within the budget.
@@ -164,7 +164,7 @@ class Loader:
             stage=stage,
             published=config.published,
         )
-        self._ahead: Ahead[Batch] | None = None
+        self._prefetcher: Prefetcher[Batch] | None = None
         self._shared: SharedEncoding | None = None
 
     def start(
@@ -206,7 +206,7 @@ class Loader:
         )
         sizes = [self.budget.batches[bucket.name] for bucket in self.buckets]
         places = count(micro_batches + group, groups)
-        self._ahead = Ahead(
+        self._prefetcher = Prefetcher(
             (
                 (sizes[bucket], partial(self._prepare, bucket, clips, place))
                 for place, (bucket, clips) in islice(zip(places, sampler.stream(micro_batches), strict=False), steps)
@@ -216,8 +216,8 @@ class Loader:
 
     def next(self) -> Batch:
         """The next micro-batch. All devices that share clips make this call, in one order."""
-        assert self._ahead is not None, "start comes first"
-        batch = self._ahead.next()
+        assert self._prefetcher is not None, "start comes first"
+        batch = self._prefetcher.next()
         if self._shared is None:
             return batch
         return replace(batch, latents=self._shared.hand_out(batch.latents))
@@ -225,14 +225,14 @@ class Loader:
     @property
     def held(self) -> int:
         """Bytes of micro-batches that wait and of maps that are kept."""
-        return self._maps.held + (self._ahead.held if self._ahead else 0)
+        return self._maps.held + (self._prefetcher.held if self._prefetcher else 0)
 
     def __enter__(self) -> Loader:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if self._ahead:
-            self._ahead.stop()
+        if self._prefetcher:
+            self._prefetcher.stop()
 
     def _prepare(self, bucket: int, indices: list[int], micro_batch: int) -> Batch:
         rng = np.random.default_rng([self._settings.seed, STAGES.index(self._stage), micro_batch])

@@ -18,20 +18,20 @@ from magicdrive_core.launch.process_group import RESUMABLE
 from magicdrive_core.model.transformer import MagicDrive
 from magicdrive_core.parallel.mesh import Mesh
 from magicdrive_core.tracking.summary import first_and_last
-from magicdrive_core.training.checkpoints import Progress, Saver, resume
-from magicdrive_core.training.engine import Boosted, boost
+from magicdrive_core.training.checkpoints import Saver, TrainingProgress, resume
+from magicdrive_core.training.engine import Engine, build_engine
 from magicdrive_core.training.guard import Guard
 from magicdrive_core.training.loader import Batch, Loader
 from magicdrive_core.training.preview import Preview
-from magicdrive_core.training.recorder import Recorder, StepFacts
+from magicdrive_core.training.recorder import Recorder, StepStatistics
 from magicdrive_core.training.state import Ema
 from magicdrive_core.training.statistics import (
-    MicroBatchFacts,
-    RankFacts,
-    Stop,
-    any_rank_asked,
+    MicroBatchStatistics,
+    RankStatistics,
+    StopSource,
+    any_rank_requested,
     device_memory,
-    of_groups,
+    merge_groups,
     share,
 )
 from magicdrive_core.utils.files import atomic_file, sha256_file, write_json
@@ -45,7 +45,7 @@ def train(
     network: MagicDrive,
     loader: Loader,
     preview: Preview | None,
-    stop: Stop,
+    stop: StopSource,
     device: torch.device,
     project: Path = Path(),
 ) -> int:
@@ -68,51 +68,51 @@ def train(
     training, stage = config.training, config.training.stage(plan.stage)
     mesh = Mesh.of(config.cluster.sequence_parallel)
     network.devices = mesh.devices
-    boosted = boost(network, training, device)
-    ema = Ema(boosted, training.ema)
+    engine = build_engine(network, training, device)
+    ema = Ema(engine, training.ema)
     folder = plan.folder / "checkpoints"
-    progress = resume(folder, boosted, ema) or Progress()
+    progress = resume(folder, engine, ema) or TrainingProgress()
     logger.info("%s: from step %d of %d, %d ranks", plan.stage, progress.step, stage.steps, dist.get_world_size())
     left = stage.accumulate * (stage.steps - progress.step)
     loader.start(progress.micro_batches, mesh.groups, mesh.group, left, mesh.devices)
     flow = RectifiedFlow(config.flow.base_pixels)
-    guard = Guard(plan, training.max_skipped, boosted.optimizer.loss_scale)
-    saver = Saver(folder, boosted, ema, training.keep_checkpoints, training.keep_every)
+    guard = Guard(plan, training.max_skipped, engine.optimizer.loss_scale)
+    saver = Saver(folder, engine, ema, training.keep_checkpoints, training.keep_every)
     due = False  # a checkpoint
 
     with loader, saver, Recorder(config, plan, progress, project, device) as recorder:
-        stopping = any_rank_asked(stop)  # while it all was made
+        stopping = any_rank_requested(stop)  # while it all was made
         while progress.step < stage.steps and not stopping:
             began = time.perf_counter()
-            micro_batches, waited = passes(boosted, flow, loader, stage.accumulate)
+            micro_batches, waited = passes(engine, flow, loader, stage.accumulate)
             ranks = share(
-                RankFacts(
+                RankStatistics(
                     micro_batches,
-                    gradients=boosted.optimizer.check_gradients(),
+                    gradients=engine.optimizer.check_gradients(),
                     waited=waited,
-                    stop=stop.asked,
+                    stop=stop.requested,
                     writing=saver.state,
                     memory=device_memory(device),
                 )
             )
             saver.settle([facts.writing for facts in ranks])
             rate = learning_rate(stage, progress.step)
-            scale = boosted.optimizer.loss_scale and boosted.optimizer.loss_scale.scale
+            scale = engine.optimizer.loss_scale and engine.optimizer.loss_scale.scale
             faults = guard.faults(progress.step, ranks, rate)
             norm = None
             if not faults:
-                boosted.set_learning_rate(rate)
-                boosted.optimizer.step()
-                norm = float(boosted.optimizer.get_grad_norm())
+                engine.set_learning_rate(rate)
+                engine.optimizer.step()
+                norm = float(engine.optimizer.get_grad_norm())
                 ema.update()
-            boosted.optimizer.zero_grad()
+            engine.optimizer.zero_grad()
 
             seconds = time.perf_counter() - began
             progress.step += 1
             progress.micro_batches += mesh.groups * stage.accumulate
             progress.seconds += seconds
-            groups = of_groups(ranks, mesh.devices.size)
-            recorder.step(StepFacts.of(groups, progress, seconds, rate, norm, scale, loader.buckets, faults))
+            groups = merge_groups(ranks, mesh.devices.size)
+            recorder.step(StepStatistics.of(groups, progress, seconds, rate, norm, scale, loader.buckets, faults))
 
             last = progress.step == stage.steps
             due = due or progress.step % training.checkpoint_every == 0
@@ -127,7 +127,7 @@ def train(
             if last or (not stopping and progress.step % training.preview_every == 0):
                 with ema.applied():
                     recorder.picture(preview, network, progress.step, stop)
-                stopping = any_rank_asked(stop)  # another step may take longer than there is left
+                stopping = any_rank_requested(stop)  # another step may take longer than there is left
                 if stopping and guard.clean and not last:
                     saver.begin(progress)
                     saver.finish()
@@ -138,7 +138,7 @@ def train(
     return 0
 
 
-def passes(boosted: Boosted, flow: RectifiedFlow, loader: Loader, count: int) -> tuple[list[MicroBatchFacts], float]:
+def passes(engine: Engine, flow: RectifiedFlow, loader: Loader, count: int) -> tuple[list[MicroBatchStatistics], float]:
     """Forward and backward passes of this rank's ``count`` micro-batches of a step, and the seconds it waited for them.
 
     The gradient is that of the mean of their losses.
@@ -148,24 +148,24 @@ def passes(boosted: Boosted, flow: RectifiedFlow, loader: Loader, count: int) ->
         began = time.perf_counter()
         batch = loader.next()
         waited += time.perf_counter() - began
-        losses, t = flow_loss(boosted, flow, batch)
-        boosted.optimizer.backward(losses.mean() / count)
-        facts.append(MicroBatchFacts.of(losses, t, batch))
+        losses, t = flow_loss(engine, flow, batch)
+        engine.optimizer.backward(losses.mean() / count)
+        facts.append(MicroBatchStatistics.of(losses, t, batch))
     return facts, waited
 
 
-def flow_loss(boosted: Boosted, flow: RectifiedFlow, batch: Batch) -> tuple[Tensor, Tensor]:
+def flow_loss(engine: Engine, flow: RectifiedFlow, batch: Batch) -> tuple[Tensor, Tensor]:
     """Squared error of the velocity on the frames that are noisy, and noise levels: (B) and (B).
 
     Noise level, noisy latents, target and error are fp32, whatever the network computes in: the published system forms
     them in bf16, which moves a level of 993.2 to 992 (golden notes, oddity 5).
     """
-    device = boosted.device
+    device = engine.device
     x_0, mask = batch.latents.to(device), None if batch.mask is None else batch.mask.to(device)
     t = flow.draw_timesteps(batch.generator, len(x_0), batch.shape).to(device)
     noise = torch.randn(x_0.shape, generator=batch.generator).to(device)
     x_t = keep_given(flow.add_noise(x_0, noise, t), x_0, mask)
-    prediction = boosted.network(x_t, t, batch.conditions.to(device), mask, batch.pad_patches)
+    prediction = engine.network(x_t, t, batch.conditions.to(device), mask, batch.pad_patches)
     return flow.loss(prediction, x_0, noise, mask), t
 
 
@@ -174,7 +174,7 @@ def learning_rate(stage: StageConfig, step: int) -> float:
     return stage.learning_rate * min(1.0, (step + 1) / max(1, stage.warmup))
 
 
-def finish(plan: StagePlan, ema: Ema, progress: Progress, recorder: Recorder) -> None:
+def finish(plan: StagePlan, ema: Ema, progress: TrainingProgress, recorder: Recorder) -> None:
     """Writes the EMA weights, and then ``run.json``, which makes the stage done. Collective; rank 0 writes."""
     state = ema.gather()
     if dist.get_rank() == 0:

@@ -28,7 +28,7 @@ from magicdrive_core.encoders.vae import Vae, latent_shape
 from magicdrive_core.geometry.cameras import Framing
 from magicdrive_core.model.inputs import Conditions, collate
 from magicdrive_core.model.transformer import MagicDrive
-from magicdrive_core.training.statistics import Stop, any_device_asked
+from magicdrive_core.training.statistics import StopSource, any_device_requested
 from magicdrive_core.utils.files import atomic_file, read_json
 from magicdrive_core.video.colour import Picture
 from magicdrive_core.video.sheets import contact_sheet, six_views
@@ -95,12 +95,12 @@ class Preview:
         logger.warning("%s: no scene is for validation: no previews", stage)
         return None
 
-    def sample(self, network: MagicDrive, stop: Stop) -> list[Tensor] | None:
+    def sample(self, network: MagicDrive, stop: StopSource) -> list[Tensor] | None:
         """Latents (V, C, T, h, w) of each clip; on all devices that share the network's work. None: asked to stop."""
         device = network.before_proj.weight.device
         latents = []
         for told in self._clips:
-            if any_device_asked(stop, network.devices):
+            if any_device_requested(stop, network.devices):
                 return None
             sampled = sample_latents(
                 network,
@@ -115,7 +115,7 @@ class Preview:
         return latents
 
     @torch.no_grad()
-    def write(self, latents: Sequence[Tensor], step: int, path: Path, stop: Stop) -> bool:
+    def write(self, latents: Sequence[Tensor], step: int, path: Path, stop: StopSource) -> bool:
         """The middle frames of ``sample``, below the real ones, a column a clip, as a PNG. False: asked to stop.
 
         The VAE is in memory only meanwhile.
@@ -129,7 +129,7 @@ class Preview:
         )
         generated = []
         for each in latents:
-            if stop.asked:
+            if stop.requested:
                 return False
             generated.append(six_views(self._middle_frame(vae, each), SHEET_WIDTH))
         sheet = contact_sheet(

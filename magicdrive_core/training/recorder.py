@@ -19,9 +19,17 @@ import torch.distributed as dist
 from magicdrive_core.config.schema import Bucket, Config
 from magicdrive_core.experiment.stages import StagePlan
 from magicdrive_core.model.transformer import MagicDrive
-from magicdrive_core.training.checkpoints import Progress
+from magicdrive_core.training.checkpoints import TrainingProgress
 from magicdrive_core.training.preview import Preview
-from magicdrive_core.training.statistics import BINS, DeviceMemory, RankFacts, Stop, fullest, host_memory, peak_tflops
+from magicdrive_core.training.statistics import (
+    BINS,
+    DeviceMemory,
+    RankStatistics,
+    StopSource,
+    fullest,
+    host_memory,
+    peak_tflops,
+)
 from magicdrive_core.utils.files import atomic_file, write_json
 
 if TYPE_CHECKING:
@@ -31,7 +39,7 @@ HEARTBEAT_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
-class StepFacts:
+class StepStatistics:
     """One step of all ranks together."""
 
     step: int  # finished steps
@@ -52,15 +60,15 @@ class StepFacts:
     @classmethod
     def of(
         cls,
-        groups: Sequence[RankFacts],
-        progress: Progress,
+        groups: Sequence[RankStatistics],
+        progress: TrainingProgress,
         seconds: float,
         rate: float,
         norm: float | None,
         loss_scale: float | None,
         buckets: Sequence[Bucket],
         skipped: list[str],
-    ) -> StepFacts:
+    ) -> StepStatistics:
         """Sums up what the groups of ranks shared."""
         by_bucket, by_noise = defaultdict(list), defaultdict(list)
         everything = [each for facts in groups for each in facts.micro_batches]
@@ -111,7 +119,7 @@ class Recorder:
     """A context manager; on ranks other than 0 it does nothing."""
 
     def __init__(
-        self, config: Config, plan: StagePlan, progress: Progress, project: Path, device: torch.device
+        self, config: Config, plan: StagePlan, progress: TrainingProgress, project: Path, device: torch.device
     ) -> None:
         self.run = os.environ.get("MLFLOW_RUN_ID")
         self._active = dist.get_rank() == 0
@@ -153,7 +161,7 @@ class Recorder:
             if self._log:
                 self._log.flush()
 
-    def step(self, facts: StepFacts) -> None:
+    def step(self, facts: StepStatistics) -> None:
         """Records a finished step."""
         if not self._active:
             return
@@ -177,7 +185,7 @@ class Recorder:
                 },
             )
 
-    def _note(self, log: MetricLog, facts: StepFacts) -> None:
+    def _note(self, log: MetricLog, facts: StepStatistics) -> None:
         """Every ``log_every`` steps the means since the last time: a bucket or noise level is not in every step."""
         for name, value in facts.metrics().items():
             self._window[name].append(value)
@@ -191,7 +199,7 @@ class Recorder:
         log.metrics(values, facts.step)
         self._window.clear()
 
-    def picture(self, preview: Preview | None, network: MagicDrive, step: int, stop: Stop) -> None:
+    def picture(self, preview: Preview | None, network: MagicDrive, step: int, stop: StopSource) -> None:
         """Draws a preview, on the ranks that have one together; it is left out when one of them is asked to stop."""
         latents = preview.sample(network, stop) if preview is not None else None
         if preview is None or latents is None or not self._active:

@@ -12,23 +12,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from magicdrive_core.training.engine import Boosted
+from magicdrive_core.training.engine import Engine
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def masters(boosted: Boosted) -> dict[str, Tensor]:
+def masters(engine: Engine) -> dict[str, Tensor]:
     """This rank's shards of the fp32 master weights: trainable parameters only, in the order of the network."""
-    to_master = boosted.optimizer.get_working_to_master_map()
-    return {name: to_master[id(p)] for name, p in boosted.network.named_parameters() if id(p) in to_master}
+    to_master = engine.optimizer.get_working_to_master_map()
+    return {name: to_master[id(p)] for name, p in engine.network.named_parameters() if id(p) in to_master}
 
 
-def gather(boosted: Boosted, shards: dict[str, Tensor], *, everywhere: bool = False) -> Iterator[tuple[str, Tensor]]:
+def gather(engine: Engine, shards: dict[str, Tensor], *, everywhere: bool = False) -> Iterator[tuple[str, Tensor]]:
     """Yields each name with the whole tensor, on the CPU, made of all ranks' shards.
 
     A collective: every rank must run it to its end. Ranks other than 0 get empty tensors unless ``everywhere``.
     """
-    shapes = {name: parameter.shape for name, parameter in boosted.network.named_parameters()}
+    shapes = {name: parameter.shape for name, parameter in engine.network.named_parameters()}
     for name, shard in shards.items():
         whole = torch.empty(shard.numel() * dist.get_world_size(), dtype=shard.dtype, device=shard.device)
         dist.all_gather_into_tensor(whole, shard.contiguous())
@@ -38,34 +38,34 @@ def gather(boosted: Boosted, shards: dict[str, Tensor], *, everywhere: bool = Fa
             yield name, whole[:0].cpu()
 
 
-def moments(boosted: Boosted) -> dict[str, dict[str, Tensor]]:
+def moments(engine: Engine) -> dict[str, dict[str, Tensor]]:
     """This rank's shards of Adam's moments, by kind and name; none before a parameter's first step."""
-    state = boosted.optimizer.optim.state
-    own = {name: state[master] for name, master in masters(boosted).items() if master in state}
+    state = engine.optimizer.optim.state
+    own = {name: state[master] for name, master in masters(engine).items() if master in state}
     return {kind: {name: values[kind] for name, values in own.items()} for kind in MOMENTS}
 
 
-def set_moments(boosted: Boosted, shards: dict[str, dict[str, Tensor]], steps: dict[str, int]) -> None:
+def set_moments(engine: Engine, shards: dict[str, dict[str, Tensor]], steps: dict[str, int]) -> None:
     """Sets shards of Adam's moments, by kind and name, and how many steps each parameter has been through."""
-    state = boosted.optimizer.optim.state
-    for name, master in masters(boosted).items():
+    state = engine.optimizer.optim.state
+    for name, master in masters(engine).items():
         if name in steps:
             state[master] = {"step": steps[name]} | {kind: shards[kind][name] for kind in MOMENTS}
 
 
-def moment_steps(boosted: Boosted) -> dict[str, int]:
+def moment_steps(engine: Engine) -> dict[str, int]:
     """How many steps of Adam each parameter has been through."""
-    state = boosted.optimizer.optim.state
-    return {name: int(state[master]["step"]) for name, master in masters(boosted).items() if master in state}
+    state = engine.optimizer.optim.state
+    return {name: int(state[master]["step"]) for name, master in masters(engine).items() if master in state}
 
 
 @torch.no_grad()
-def set_masters(boosted: Boosted, shards: dict[str, Tensor]) -> None:
+def set_masters(engine: Engine, shards: dict[str, Tensor]) -> None:
     """Sets this rank's master weights, and from all ranks' the working weights. Collective."""
-    for name, master in masters(boosted).items():
+    for name, master in masters(engine).items():
         master.copy_(shards[name])
-    parameters = dict(boosted.network.named_parameters())
-    for name, whole in gather(boosted, masters(boosted), everywhere=True):
+    parameters = dict(engine.network.named_parameters())
+    for name, whole in gather(engine, masters(engine), everywhere=True):
         parameters[name].copy_(whole)
 
 
@@ -75,10 +75,10 @@ def set_masters(boosted: Boosted, shards: dict[str, Tensor]) -> None:
 class Ema:
     """ema <- decay * ema + (1 - decay) * master, for the trainable parameters; it starts as a copy of them."""
 
-    def __init__(self, boosted: Boosted, decay: float) -> None:
-        self._boosted = boosted
+    def __init__(self, engine: Engine, decay: float) -> None:
+        self._engine = engine
         self._decay = decay
-        self._masters = masters(boosted)
+        self._masters = masters(engine)
         self.shards = {name: master.detach().clone() for name, master in self._masters.items()}
 
     @torch.no_grad()
@@ -88,19 +88,19 @@ class Ema:
 
     def gather(self) -> dict[str, Tensor]:
         """The network's whole state dict in fp32 with the averages in it; empty on ranks other than 0. Collective."""
-        averages = dict(gather(self._boosted, self.shards))
+        averages = dict(gather(self._engine, self.shards))
         if dist.get_rank() != 0:
             return {}
-        whole = averages | self._boosted.fixed
-        return {name: whole[name].contiguous() for name in self._boosted.network.state_dict()}
+        whole = averages | self._engine.fixed
+        return {name: whole[name].contiguous() for name in self._engine.network.state_dict()}
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Inside, the network has the averages as its weights; afterwards its own again, bit for bit. Collective."""
-        parameters = dict(self._boosted.network.named_parameters())
+        parameters = dict(self._engine.network.named_parameters())
         own = {name: parameters[name].detach().clone() for name in self.shards}
         with torch.no_grad():
-            for name, average in gather(self._boosted, self.shards, everywhere=True):
+            for name, average in gather(self._engine, self.shards, everywhere=True):
                 parameters[name].copy_(average)
         try:
             yield

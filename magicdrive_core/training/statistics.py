@@ -73,15 +73,15 @@ def peak_tflops(device: torch.device, precision: str, configured: float | None) 
 BINS = 10  # of the noise level, equally wide
 
 
-class Stop(Protocol):
+class StopSource(Protocol):
     """Says whether this rank was asked to stop."""
 
     @property
-    def asked(self) -> bool: ...
+    def requested(self) -> bool: ...
 
 
 @dataclass(frozen=True)
-class MicroBatchFacts:
+class MicroBatchStatistics:
     """What a rank knows of a micro-batch after its passes."""
 
     loss: float
@@ -92,7 +92,7 @@ class MicroBatchFacts:
     flops: float  # of the network, forward and backward
 
     @classmethod
-    def of(cls, losses: Tensor, t: Tensor, batch: Batch) -> MicroBatchFacts:
+    def of(cls, losses: Tensor, t: Tensor, batch: Batch) -> MicroBatchStatistics:
         """Of ``losses`` (B) at noise levels ``t`` (B)."""
         _, views, _, frames, height, width = batch.latents.shape
         clips = len(batch.latents)
@@ -108,14 +108,14 @@ class MicroBatchFacts:
 
 
 @dataclass(frozen=True)
-class RankFacts:
+class RankStatistics:
     """What every rank tells all others at each step."""
 
-    micro_batches: list[MicroBatchFacts]  # of this step
+    micro_batches: list[MicroBatchStatistics]  # of this step
     gradients: GradientCheck
     waited: float  # seconds for the micro-batches
     stop: bool  # this rank was asked to stop
-    writing: int  # saving.Writing
+    writing: int  # saving.WriteStatus
     memory: DeviceMemory | None
 
     @property
@@ -124,28 +124,28 @@ class RankFacts:
         return fmean(each.loss for each in self.micro_batches)
 
 
-def share(own: RankFacts) -> list[RankFacts]:
+def share(own: RankStatistics) -> list[RankStatistics]:
     """The facts of all ranks, by rank. Collective."""
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, own)
     return everyone
 
 
-def any_rank_asked(stop: Stop) -> bool:
+def any_rank_requested(stop: StopSource) -> bool:
     """Whether any rank was asked to stop: the same on all of them. Collective."""
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, stop.asked)
+    dist.all_gather_object(everyone, stop.requested)
     return any(everyone)
 
 
-def any_device_asked(stop: Stop, devices: OneDevice) -> bool:
+def any_device_requested(stop: StopSource, devices: OneDevice) -> bool:
     """Likewise of the devices that share a clip, which all ask."""
     if not isinstance(devices, DeviceGroup):
-        return stop.asked
-    return bool(devices.collect(torch.tensor(stop.asked, device=this_device())).any())
+        return stop.requested
+    return bool(devices.collect(torch.tensor(stop.requested, device=this_device())).any())
 
 
-def of_groups(ranks: Sequence[RankFacts], size: int) -> list[RankFacts]:
+def merge_groups(ranks: Sequence[RankStatistics], size: int) -> list[RankStatistics]:
     """One for each group of ``size`` ranks that share their clips: the longest wait, the fullest device, any stop."""
     groups = [ranks[start : start + size] for start in range(0, len(ranks), size)]
     return [
@@ -159,7 +159,7 @@ def of_groups(ranks: Sequence[RankFacts], size: int) -> list[RankFacts]:
     ]
 
 
-def faults_of(ranks: Sequence[RankFacts]) -> list[str]:
+def find_faults(ranks: Sequence[RankStatistics]) -> list[str]:
     """What is not finite, a line for each rank where it arose; what others made of it counts for nothing."""
     found = []
     for rank, facts in enumerate(ranks):

@@ -43,7 +43,7 @@ class StopRequest:
         self._signalled = True  # the step goes on; all ranks agree at its end
 
     @property
-    def asked(self) -> bool:
+    def requested(self) -> bool:
         """True from the first request on."""
         if not self._signalled and self._pipe and select.select([sys.stdin], [], [], 0)[0]:
             self._signalled = True  # nothing is ever written into the pipe: readable means closed

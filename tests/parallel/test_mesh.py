@@ -35,23 +35,23 @@ def shared_steps(precision: str) -> tuple[list[float], list[float], dict[str, Te
     """Two steps of two ranks that share every clip: losses, norms, master weights, place in the mesh."""
     from magicdrive_core.diffusion.rectified_flow import RectifiedFlow
     from magicdrive_core.parallel.mesh import Mesh
-    from magicdrive_core.training.engine import boost
+    from magicdrive_core.training.engine import build_engine
     from magicdrive_core.training.loop import flow_loss
     from magicdrive_core.training.state import gather, masters
 
     net, mesh = made(), Mesh.of(2)
     net.devices = mesh.devices
-    boosted = boost(net, training(precision=precision), torch.device("cpu"))
+    engine = build_engine(net, training(precision=precision), torch.device("cpu"))
     losses, norms = [], []
     for step in range(2):
-        loss = flow_loss(boosted, RectifiedFlow(), batch(step))[0].mean()
-        boosted.optimizer.backward(loss)
-        boosted.set_learning_rate(0.01)
-        boosted.optimizer.step()
-        norms.append(float(boosted.optimizer.get_grad_norm()))
-        boosted.optimizer.zero_grad()
+        loss = flow_loss(engine, RectifiedFlow(), batch(step))[0].mean()
+        engine.optimizer.backward(loss)
+        engine.set_learning_rate(0.01)
+        engine.optimizer.step()
+        norms.append(float(engine.optimizer.get_grad_norm()))
+        engine.optimizer.zero_grad()
         losses.append(loss.item())
-    weights = dict(gather(boosted, masters(boosted), everywhere=True))
+    weights = dict(gather(engine, masters(engine), everywhere=True))
     return losses, norms, weights, (mesh.groups, mesh.group, mesh.devices.size)
 
 
@@ -60,14 +60,14 @@ def alone() -> tuple[list[float], list[float], dict[str, Tensor]]:
     from magicdrive_core.training.loop import flow_loss
 
     net, shared = made(), training()
-    boosted: Any = type("OneDevice", (), {"network": net, "device": torch.device("cpu")})
+    engine: Any = type("OneDevice", (), {"network": net, "device": torch.device("cpu")})
     optimizer = torch.optim.AdamW(
         [p for p in net.parameters() if p.requires_grad], lr=0.01, betas=shared.betas, eps=1e-8, weight_decay=0.01
     )
     losses, norms = [], []
     for step in range(2):
         optimizer.zero_grad()
-        loss = flow_loss(boosted, RectifiedFlow(), batch(step))[0].mean()
+        loss = flow_loss(engine, RectifiedFlow(), batch(step))[0].mean()
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(net.parameters(), shared.max_grad_norm)))
         optimizer.step()

@@ -143,12 +143,12 @@ def seen_after_a_slow_rename(folder: Path) -> list[str]:
     import torch
     import torch.distributed as dist
 
-    from magicdrive_core.training.checkpoints import Progress, Saver, Writing
-    from magicdrive_core.training.engine import boost
+    from magicdrive_core.training.checkpoints import Saver, TrainingProgress, WriteStatus
+    from magicdrive_core.training.engine import build_engine
     from magicdrive_core.training.state import Ema
     from tests.training.networks import tiny_network, training
 
-    boosted = boost(tiny_network(), training(), torch.device("cpu"))
+    engine = build_engine(tiny_network(), training(), torch.device("cpu"))
     put_in_place = Saver._put_in_place
 
     def slowly(saver: Saver, failed: list[int]) -> None:
@@ -157,13 +157,13 @@ def seen_after_a_slow_rename(folder: Path) -> list[str]:
 
     with (
         mock.patch.object(Saver, "_put_in_place", slowly),
-        Saver(folder / "checkpoints", boosted, Ema(boosted, 0.9), 2, None) as saver,
+        Saver(folder / "checkpoints", engine, Ema(engine, 0.9), 2, None) as saver,
     ):
-        saver.begin(Progress(step=1))
-        while saver.state == Writing.BUSY:
+        saver.begin(TrainingProgress(step=1))
+        while saver.state == WriteStatus.BUSY:
             time.sleep(0.01)
         dist.barrier()
-        saver.settle([Writing.DONE] * dist.get_world_size())
+        saver.settle([WriteStatus.DONE] * dist.get_world_size())
         saver.finish()
         return names(folder)
 
@@ -177,18 +177,18 @@ def resave(folder: Path) -> dict[str, Any]:
 
     from magicdrive_core.training import checkpoints as checkpoint
     from magicdrive_core.training.checkpoints import Saver
-    from magicdrive_core.training.engine import boost
+    from magicdrive_core.training.engine import build_engine
     from magicdrive_core.training.state import Ema
     from tests.training.networks import TinyNetwork, training
 
-    boosted = boost(TinyNetwork(), training(), torch.device("cpu"))
-    ema = Ema(boosted, 0.9)
-    progress = checkpoint.resume(folder / "checkpoints", boosted, ema)
+    engine = build_engine(TinyNetwork(), training(), torch.device("cpu"))
+    ema = Ema(engine, 0.9)
+    progress = checkpoint.resume(folder / "checkpoints", engine, ema)
     assert progress is not None
-    with Saver(folder / "checkpoints", boosted, ema, 2, None) as saver:
+    with Saver(folder / "checkpoints", engine, ema, 2, None) as saver:
         saver.begin(progress)
         saver.finish()
-    return {name: tensor.tolist() for name, tensor in boosted.network.state_dict().items()}
+    return {name: tensor.tolist() for name, tensor in engine.network.state_dict().items()}
 
 
 def load_state(path: Path) -> dict[str, Any]:

@@ -38,29 +38,29 @@ def plain_adamw(steps: int) -> dict[str, torch.Tensor]:
 
 
 def zero_steps(steps: int, precision: str, parts: int = 1) -> tuple[dict[str, Any], dict[str, Any], list[float]]:
-    from magicdrive_core.training.engine import boost
+    from magicdrive_core.training.engine import build_engine
     from magicdrive_core.training.state import Ema, gather, masters
 
-    boosted = boost(tiny_network(), training(precision=precision), torch.device("cpu"))
-    ema = Ema(boosted, 0.5)
+    engine = build_engine(tiny_network(), training(precision=precision), torch.device("cpu"))
+    ema = Ema(engine, 0.5)
     norms = []
     for step in range(steps):
         for part in sample(step, dist.get_rank()).chunk(parts):
-            boosted.optimizer.backward(loss_of(boosted.network, part) / parts)
-        boosted.set_learning_rate(0.01)
-        boosted.optimizer.step()
-        norms.append(boosted.optimizer.get_grad_norm())
-        boosted.optimizer.zero_grad()
+            engine.optimizer.backward(loss_of(engine.network, part) / parts)
+        engine.set_learning_rate(0.01)
+        engine.optimizer.step()
+        norms.append(engine.optimizer.get_grad_norm())
+        engine.optimizer.zero_grad()
         ema.update()
-    before = {n: p.clone() for n, p in boosted.network.named_parameters()}
+    before = {n: p.clone() for n, p in engine.network.named_parameters()}
     with ema.applied():
-        applied = {n: p.detach().float().clone() for n, p in boosted.network.named_parameters()}
-    for name, parameter in boosted.network.named_parameters():
+        applied = {n: p.detach().float().clone() for n, p in engine.network.named_parameters()}
+    for name, parameter in engine.network.named_parameters():
         assert torch.equal(parameter, before[name])
-    averages = dict(gather(boosted, ema.shards, everywhere=True))
+    averages = dict(gather(engine, ema.shards, everywhere=True))
     for name, average in averages.items():
         torch.testing.assert_close(applied[name], average, atol=0 if precision == "fp32" else 1e-2, rtol=0)
-    return dict(gather(boosted, masters(boosted), everywhere=True)), averages, norms
+    return dict(gather(engine, masters(engine), everywhere=True)), averages, norms
 
 
 @pytest.mark.parametrize("parts", [1, 2])
@@ -104,15 +104,15 @@ def test_low_precisions_keep_fp32_masters_near_the_fp32_result(precision: str, a
 
 def summed_in_low_precision() -> tuple[float, set[torch.dtype]]:
     """1 + 64 / 2^12, one small part at a time: in bf16 each would be rounded away."""
-    from magicdrive_core.training.engine import boost
+    from magicdrive_core.training.engine import build_engine
 
-    boosted = boost(tiny_network(), training(precision="bf16", clip=1e9), torch.device("cpu"))
+    engine = build_engine(tiny_network(), training(precision="bf16", clip=1e9), torch.device("cpu"))
     for part in [1.0] + [2**-12] * 64:
-        boosted.optimizer.backward(part * boosted.network.out.bias.float().sum())
-    (group,) = boosted.optimizer.pg_to_grad_store.values()
-    gradient = group.get_working_grad_by_param_id(id(boosted.network.out.bias))
+        engine.optimizer.backward(part * engine.network.out.bias.float().sum())
+    (group,) = engine.optimizer.pg_to_grad_store.values()
+    gradient = group.get_working_grad_by_param_id(id(engine.network.out.bias))
     assert gradient is not None
-    boosted.optimizer.zero_grad()
+    engine.optimizer.zero_grad()
     return float(gradient[0]), {gradient.dtype}
 
 

@@ -70,11 +70,11 @@ def faulty_step(rank: int, where: str, precision: str) -> tuple[list[str], list[
     """One step with a NaN on ``rank``: what is found, and whether weights stay and the next step is good."""
     from colossalai.zero.low_level import low_level_optim
 
-    from magicdrive_core.training.engine import boost
-    from magicdrive_core.training.statistics import faults_of
+    from magicdrive_core.training.engine import build_engine
+    from magicdrive_core.training.statistics import find_faults
 
-    boosted = boost(tiny_network(), training(precision=precision), torch.device("cpu"))
-    before = {n: p.detach().clone() for n, p in boosted.network.named_parameters()}
+    engine = build_engine(tiny_network(), training(precision=precision), torch.device("cpu"))
+    before = {n: p.detach().clone() for n, p in engine.network.named_parameters()}
     poisoned = {rank} & {dist.get_rank()}
     reduce = dist.reduce_scatter_tensor
     dtypes = set()
@@ -88,26 +88,26 @@ def faulty_step(rank: int, where: str, precision: str) -> tuple[list[str], list[
     def in_the_network(gradient: torch.Tensor) -> torch.Tensor:
         return gradient * float("nan") if where == "gradient" and poisoned else gradient
 
-    boosted.network.into.weight.register_hook(in_the_network)
+    engine.network.into.weight.register_hook(in_the_network)
 
     def found() -> list[str]:
-        boosted.optimizer.backward(loss_of(boosted.network, sample(0, dist.get_rank())))
+        engine.optimizer.backward(loss_of(engine.network, sample(0, dist.get_rank())))
         everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, boosted.optimizer.check_gradients())
+        dist.all_gather_object(everyone, engine.optimizer.check_gradients())
         facts: list[Any] = [mock.Mock(loss=0.5, gradients=check) for check in everyone]
-        return faults_of(facts)
+        return find_faults(facts)
 
     with mock.patch.object(low_level_optim.dist, "reduce_scatter_tensor", on_the_way):
         first = found()
-        boosted.optimizer.zero_grad()
-        untouched = all(torch.equal(p, before[n]) for n, p in boosted.network.named_parameters())
+        engine.optimizer.zero_grad()
+        untouched = all(torch.equal(p, before[n]) for n, p in engine.network.named_parameters())
         poisoned.clear()
         second = found()
-        boosted.set_learning_rate(0.01)
-        boosted.optimizer.step()
+        engine.set_learning_rate(0.01)
+        engine.optimizer.step()
     assert dtypes == {torch.bfloat16 if precision == "bf16" else torch.float32}
-    moved = not torch.equal(boosted.network.out.weight, before["out.weight"])
-    finite = all(parameter.isfinite().all() for parameter in boosted.network.parameters())
+    moved = not torch.equal(engine.network.out.weight, before["out.weight"])
+    finite = all(parameter.isfinite().all() for parameter in engine.network.parameters())
     return first, second, untouched, bool(moved and finite)
 
 
@@ -132,15 +132,15 @@ def test_a_gradient_that_is_not_finite_is_found_where_it_arises(
 
 
 def unheeded() -> tuple[str, bool]:
-    from magicdrive_core.training.engine import boost
+    from magicdrive_core.training.engine import build_engine
 
-    boosted = boost(tiny_network(), training(), torch.device("cpu"))
-    before = {n: p.detach().clone() for n, p in boosted.network.named_parameters()}
-    boosted.optimizer.backward(loss_of(boosted.network, sample(0, dist.get_rank())) * float("inf"))
-    boosted.set_learning_rate(0.01)
+    engine = build_engine(tiny_network(), training(), torch.device("cpu"))
+    before = {n: p.detach().clone() for n, p in engine.network.named_parameters()}
+    engine.optimizer.backward(loss_of(engine.network, sample(0, dist.get_rank())) * float("inf"))
+    engine.set_learning_rate(0.01)
     with pytest.raises(MagicDriveError) as caught:
-        boosted.optimizer.step()
-    return caught.value.message, all(torch.equal(p, before[n]) for n, p in boosted.network.named_parameters())
+        engine.optimizer.step()
+    return caught.value.message, all(torch.equal(p, before[n]) for n, p in engine.network.named_parameters())
 
 
 def test_the_optimizer_itself_refuses_too() -> None:
@@ -166,9 +166,9 @@ def test_loss_target_and_noise_level_are_fp32() -> None:
         latents = torch.randn(2, 6, 4, 3, 2, 2, generator=torch.Generator().manual_seed(1))
         return Batch(0, (9, 16, 16), latents, conditions, None, None, torch.Generator().manual_seed(2), 0.0)
 
-    boosted: Any = mock.Mock(network=Still(), device=torch.device("cpu"))
-    losses, t = flow_loss(boosted, RectifiedFlow(), batch())
-    x_t, given_t = boosted.network.given
+    engine: Any = mock.Mock(network=Still(), device=torch.device("cpu"))
+    losses, t = flow_loss(engine, RectifiedFlow(), batch())
+    x_t, given_t = engine.network.given
     assert (losses.dtype, t.dtype, x_t.dtype, given_t.dtype) == (torch.float32,) * 4
     again = batch()
     level = RectifiedFlow().draw_timesteps(again.generator, 2, again.shape)

@@ -181,13 +181,13 @@ def resume_other_network(folder: Path) -> str:
     import torch
 
     from magicdrive_core.training import checkpoints as checkpoint
-    from magicdrive_core.training.engine import boost
+    from magicdrive_core.training.engine import build_engine
     from magicdrive_core.training.state import Ema
     from tests.training.networks import TinyNetwork
 
-    boosted = boost(TinyNetwork(width=9), training(), torch.device("cpu"))
+    engine = build_engine(TinyNetwork(width=9), training(), torch.device("cpu"))
     with pytest.raises(MagicDriveError) as caught:
-        checkpoint.resume(folder / "checkpoints", boosted, Ema(boosted, 0.9))
+        checkpoint.resume(folder / "checkpoints", engine, Ema(engine, 0.9))
     return caught.value.message
 
 
@@ -196,7 +196,7 @@ class SlowPreview:
 
     def sample(self, _network: object, stop: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.asked
+        assert stop.requested
 
 
 def train_until_signal(folder: Path, trouble: str) -> int:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from magicdrive_core.training.loader import Ahead
+from magicdrive_core.training.loader import Prefetcher
 
 Jobs = Iterator[tuple[int, Callable[[], int]]]
 
@@ -27,7 +27,7 @@ def jobs(sizes: list[int], began: list[int], gate: threading.Semaphore | None = 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(0, 20))
 def test_results_come_in_order_within_the_budget(sizes: list[int], budget: int) -> None:
-    ahead = Ahead(jobs(sizes, []), budget)
+    ahead = Prefetcher(jobs(sizes, []), budget)
     for index in range(12):
         assert ahead.held <= max(budget, max(sizes))
         assert ahead.next() == index
@@ -38,7 +38,7 @@ def test_results_come_in_order_within_the_budget(sizes: list[int], budget: int) 
 def test_as_many_wait_as_fit(budget: int, waiting: int) -> None:
     began: list[int] = []
     gate = threading.Semaphore(0)
-    ahead = Ahead(jobs([10], began, gate), budget)
+    ahead = Prefetcher(jobs([10], began, gate), budget)
     for _ in range(waiting):
         assert gate.acquire(timeout=10)
     assert not gate.acquire(timeout=0.1)  # one more would be over the budget
@@ -52,7 +52,7 @@ def test_an_error_is_raised_in_its_turn() -> None:
     def broken() -> int:
         raise ValueError("job 1")
 
-    ahead = Ahead(iter([(1, lambda: 0), (1, broken)]), 5)
+    ahead = Prefetcher(iter([(1, lambda: 0), (1, broken)]), 5)
     assert ahead.next() == 0
     with pytest.raises(ValueError, match="job 1"):
         ahead.next()
@@ -60,7 +60,7 @@ def test_an_error_is_raised_in_its_turn() -> None:
 
 
 def test_jobs_end_and_say_so() -> None:
-    ahead = Ahead(iter([(1, lambda: 7)]), 100)
+    ahead = Prefetcher(iter([(1, lambda: 7)]), 100)
     assert ahead.next() == 7
     with pytest.raises(StopIteration):
         ahead.next()
@@ -69,7 +69,7 @@ def test_jobs_end_and_say_so() -> None:
 
 def test_stop_ends_a_thread_that_waits_for_room() -> None:
     gate = threading.Semaphore(0)
-    ahead = Ahead(jobs([10], [], gate), 10)
+    ahead = Prefetcher(jobs([10], [], gate), 10)
     assert gate.acquire(timeout=10)
     ahead.stop()
     assert not any(thread.name == "loader" for thread in threading.enumerate())

@@ -75,10 +75,10 @@ def test_one_sheet_shows_all_clips_real_and_generated(monkeypatch: pytest.Monkey
 def test_a_preview_ends_when_it_is_asked_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     found = made(monkeypatch, SCENES)
     assert found is not None
-    stop: Any = mock.Mock(asked=False)
+    stop: Any = mock.Mock(requested=False)
 
     def sample(_network: Any, _conditions: Any, shape: Any, **_: Any) -> torch.Tensor:
-        stop.asked = True
+        stop.requested = True
         return torch.zeros(1, 6, 4, *shape)
 
     monkeypatch.setattr(preview, "sample_latents", sample)

@@ -13,15 +13,15 @@ import torch
 from magicdrive_core.config.load import load_config
 from magicdrive_core.config.schema import Bucket
 from magicdrive_core.experiment.stages import StagePlan
-from magicdrive_core.training.checkpoints import Progress
+from magicdrive_core.training.checkpoints import TrainingProgress
 from magicdrive_core.training.engine import GradientCheck
-from magicdrive_core.training.recorder import Recorder, StepFacts
+from magicdrive_core.training.recorder import Recorder, StepStatistics
 from magicdrive_core.training.statistics import (
     DeviceMemory,
-    MicroBatchFacts,
-    RankFacts,
+    MicroBatchStatistics,
+    RankStatistics,
     host_memory,
-    of_groups,
+    merge_groups,
     peak_tflops,
 )
 
@@ -29,9 +29,11 @@ BUCKETS = [Bucket(resolution="16x16", frames=1, batch=2), Bucket(resolution="16x
 PROFILE = Path(__file__).resolve().parents[2] / "profiles/demo.yaml"
 
 
-def facts(loss: float, bucket: int, noise: list[tuple[int, float]], memory: DeviceMemory | None = None) -> RankFacts:
-    return RankFacts(
-        micro_batches=[MicroBatchFacts(loss, noise, bucket, clips=len(noise), tokens=100, flops=3e12)],
+def statistics(
+    loss: float, bucket: int, noise: list[tuple[int, float]], memory: DeviceMemory | None = None
+) -> RankStatistics:
+    return RankStatistics(
+        micro_batches=[MicroBatchStatistics(loss, noise, bucket, clips=len(noise), tokens=100, flops=3e12)],
         gradients=GradientCheck([], True),
         waited=0.25 * (bucket + 1),
         stop=False,
@@ -40,15 +42,15 @@ def facts(loss: float, bucket: int, noise: list[tuple[int, float]], memory: Devi
     )
 
 
-def step(number: int, *ranks: RankFacts, skipped: list[str] | None = None) -> StepFacts:
-    groups = of_groups(ranks, 1)
+def step(number: int, *ranks: RankStatistics, skipped: list[str] | None = None) -> StepStatistics:
+    groups = merge_groups(ranks, 1)
     norm = None if skipped else 0.5
-    return StepFacts.of(groups, Progress(step=number), 2.0, 1e-3, norm, None, BUCKETS, skipped or [])
+    return StepStatistics.of(groups, TrainingProgress(step=number), 2.0, 1e-3, norm, None, BUCKETS, skipped or [])
 
 
 TWO = (
-    facts(1.0, 0, [(0, 0.5), (9, 1.5)], DeviceMemory(10, 20, 50)),
-    facts(3.0, 1, [(9, 3.0)], DeviceMemory(15, 18, 40)),
+    statistics(1.0, 0, [(0, 0.5), (9, 1.5)], DeviceMemory(10, 20, 50)),
+    statistics(3.0, 1, [(9, 3.0)], DeviceMemory(15, 18, 40)),
 )
 
 
@@ -82,7 +84,7 @@ def test_mlflow_gets_the_means_between_two_entries(tmp_path: Path, monkeypatch: 
     config = load_config(PROFILE, ["training.log_every=2", "training.peak_tflops=10", "training.stage1.steps=9"])
     plan = StagePlan("stage1", tmp_path, "f" * 64, {}, None)
     log = mock.Mock()
-    with Recorder(config, plan, Progress(), tmp_path, torch.device("cpu")) as recorder:
+    with Recorder(config, plan, TrainingProgress(), tmp_path, torch.device("cpu")) as recorder:
         recorder._log = log
         recorder.step(step(1, TWO[0]))
         recorder.step(step(2, TWO[1]))

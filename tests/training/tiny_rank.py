@@ -77,7 +77,7 @@ SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "usr2": signal.SIGUSR
 
 
 class NeverStop:
-    asked = False
+    requested = False
 
 
 def train_tiny(folder: Path, stop: Any, trouble: str = "", preview: Any = None) -> int:
