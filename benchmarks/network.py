@@ -27,10 +27,12 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from magicdrive_core.diffusion.guidance import sample_latents
 from magicdrive_core.diffusion.rectified_flow import RectifiedFlow
+from magicdrive_core.inference.guided_sampling import sample_latents
+from magicdrive_core.model.build import build_network
+from magicdrive_core.model.config import NetworkConfig
 from magicdrive_core.model.inputs import Conditions
-from magicdrive_core.model.transformer import MagicDrive, NetworkConfig
+from magicdrive_core.parallel.parallelize import parallelize
 from magicdrive_core.utils.memory import keep_freed
 
 aten, own = torch.ops.aten, torch.ops.magicdrive
@@ -188,7 +190,7 @@ def measure(
 
 
 def timings(parts: list[str], dtype: torch.dtype, compiled: bool, repeat: int, steps: int) -> Iterator[Timing]:
-    network = MagicDrive(W).to(dtype)
+    network = build_network(W).to(dtype)
     conditions = workload()
     x = torch.randn(1, 6, W.latent_channels, *LATENTS)
     t = torch.tensor([500.0])
@@ -218,7 +220,7 @@ def timings(parts: list[str], dtype: torch.dtype, compiled: bool, repeat: int, s
     network.requires_grad_(True)
     if "backward" in parts:
         for part, checkpointed in (("forward + backward", 0), ("the same, checkpointed", 1)):
-            network.checkpoint_blocks = checkpointed
+            parallelize(network, checkpoint_every=checkpointed)
             yield measure(part, partial(train, forward), repeat, dtype, count(partial(train, network)))
 
 

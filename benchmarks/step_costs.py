@@ -20,8 +20,11 @@ from torch import Tensor
 
 from magicdrive_core.config.load import load_config
 from magicdrive_core.config.schema import STAGES, parse_size
+from magicdrive_core.model.build import build_network
+from magicdrive_core.model.config import NetworkConfig
 from magicdrive_core.model.inputs import Conditions
-from magicdrive_core.model.transformer import MagicDrive, NetworkConfig
+from magicdrive_core.model.transformer import MagicDrive
+from magicdrive_core.parallel.parallelize import parallelize
 from magicdrive_core.utils.files import read_json, write_json
 
 PROFILE = Path(__file__).resolve().parents[1] / "profiles/nuscenes.yaml"
@@ -91,8 +94,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     config = load_config(PROFILE)
-    network = MagicDrive(NETWORK)
-    network.checkpoint_blocks = True
+    network = build_network(NETWORK)
+    parallelize(network, checkpoint_every=1)
     buckets = {
         (bucket.resolution, options.whole if bucket.whole else bucket.frames): bucket.name
         for stage in options.stages

@@ -79,7 +79,7 @@ def steps(options: argparse.Namespace, caches: str) -> dict[str, float]:
     import torch
 
     from magicdrive_core.diffusion.rectified_flow import RectifiedFlow
-    from magicdrive_core.model.build import build_network
+    from magicdrive_core.model.build import build_stage_network
     from magicdrive_core.parallel.mesh import Mesh
     from magicdrive_core.training import loader as loading
     from magicdrive_core.training.engine import build_engine
@@ -88,7 +88,7 @@ def steps(options: argparse.Namespace, caches: str) -> dict[str, float]:
 
     config, mesh, device = settings(options, CACHES[caches]), Mesh.of(1), options.device
     torch.manual_seed(0)
-    engine = build_engine(build_network(config, options.stage, options.project), config.training, device)
+    engine = build_engine(build_stage_network(config, options.stage, options.project), config.training, device)
     ema, flow, clock = Ema(engine, config.training.ema), RectifiedFlow(config.flow.base_pixels), Clock(device)
     clips = 0
     with (
@@ -131,14 +131,14 @@ def timed(clock: Clock, name: str, function: Callable[..., Any]) -> Callable[...
 
 def checkpoints(options: argparse.Namespace, width: int) -> dict[str, float]:
     """On a rank: what a checkpoint of a network of that width takes. Moments are there after one made-up step."""
-    from magicdrive_core.model.build import build_network
+    from magicdrive_core.model.build import build_stage_network
     from magicdrive_core.training import checkpoints as checkpoint
     from magicdrive_core.training.checkpoints import Saver, TrainingProgress
     from magicdrive_core.training.engine import build_engine
     from magicdrive_core.training.state import Ema
 
     config = settings(options, [f"model.width={width}"])
-    network = build_network(config, options.stage, options.project)
+    network = build_stage_network(config, options.stage, options.project)
     engine = build_engine(network, config.training, options.device)
     engine.optimizer.backward(sum(p.float().sum() for p in network.parameters() if p.requires_grad))
     engine.optimizer.step()

@@ -115,9 +115,7 @@ class _Work:
 
     @cached_property
     def _models(self) -> Models:
-        models = Models.load(self.config, self.stage_folder, self.project)
-        models.network.devices = self.team.devices
-        return models
+        return Models.load(self.config, self.stage_folder, self.project, self.team.sequence_group)
 
     @cached_property
     def _edits(self) -> Edits:

@@ -22,10 +22,13 @@ from magicdrive_core.diffusion.rectified_flow import guide
 from magicdrive_core.encoders.vae import PUBLISHED_SCALING, Vae, latent_shape
 from magicdrive_core.errors import UsageError
 from magicdrive_core.geometry.cameras import VIEWS
+from magicdrive_core.model.build import build_network
+from magicdrive_core.model.config import NetworkConfig
 from magicdrive_core.model.inputs import Conditions
 from magicdrive_core.model.published.checkpoint import PUBLISHED_XL
-from magicdrive_core.model.transformer import SLICE_TOKENS, MagicDrive, NetworkConfig
-from magicdrive_core.parallel.sequence_parallel import DeviceGroup, OneDevice
+from magicdrive_core.model.transformer import SLICE_TOKENS
+from magicdrive_core.parallel.parallelize import parallelize
+from magicdrive_core.parallel.sequence_parallel import RankGroup
 
 
 class LiveMemory(TorchDispatchMode):
@@ -122,7 +125,7 @@ class Setting:
         slots: boxes of a clip; every instance of it has one.
         sp: devices that share the tokens of a clip.
         offload: whether the model that is not at work waits in main memory.
-        slice_tokens: ``MagicDrive.slice_tokens``.
+        slice_tokens: as of ``parallelize``.
         map_cells: BEV cells a side.
         stripe_rows: ``Vae.stripe_rows``; what waits in main memory is not counted.
     """
@@ -156,7 +159,7 @@ class Planner:
 
         self._device, self._dtype = torch.device(device), dtype
         with self._device:
-            self._network = MagicDrive(replace(config, published=False)).to(device, dtype).requires_grad_(False)
+            self._network = build_network(replace(config, published=False)).to(device, dtype).requires_grad_(False)
             model: Any = AutoencoderKLCogVideoX(**vae or {})
             model = nn.Module.to(model, device, dtype)
             self._vae = Vae(model, scaling_factor=PUBLISHED_SCALING)
@@ -173,8 +176,8 @@ class Planner:
             raise UsageError(
                 f"{setting.sp} devices cannot share {self._network.config.heads} heads", "choose a divisor"
             )
-        self._network.devices = _ImaginedGroup(setting.sp) if setting.sp > 1 else OneDevice()
-        self._network.slice_tokens = setting.slice_tokens
+        group = _ImaginedGroup(setting.sp) if setting.sp > 1 else None
+        parallelize(self._network, sequence_group=group, slice_tokens=setting.slice_tokens)
         self._network.config = replace(self._network.config, depth=min(BLOCKS, self._network.config.depth))
         shape = latent_shape(frames, *parse_size(size))
         network, vae = self._network, self._vae.model
@@ -229,16 +232,16 @@ class Planner:
         )
 
 
-class _ImaginedGroup(DeviceGroup):
+class _ImaginedGroup(RankGroup):
     """One device of a group whose others are not there: what they would send is made up."""
 
     def __init__(self, size: int) -> None:
         self.size, self.rank = size, 0
 
-    def exchange(self, x: Tensor) -> Tensor:
+    def all_to_all(self, x: Tensor) -> Tensor:
         return torch.empty_like(x.contiguous())
 
-    def collect(self, x: Tensor) -> Tensor:
+    def all_gather(self, x: Tensor) -> Tensor:
         return x.new_empty(self.size, *x.shape)
 
 

@@ -17,8 +17,10 @@ from magicdrive_core.encoders.caches import TextCache
 from magicdrive_core.encoders.text import TextEncoder
 from magicdrive_core.encoders.vae import Vae
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.model.build import build_network
+from magicdrive_core.model.build import build_stage_network
 from magicdrive_core.model.transformer import MagicDrive
+from magicdrive_core.parallel.parallelize import parallelize
+from magicdrive_core.parallel.sequence_parallel import RankGroup
 from magicdrive_core.utils.files import atomic_file, read_json, sha256_file, write_json
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -36,7 +38,9 @@ class Models:
     offload: bool  # what is not at work waits in main memory
 
     @classmethod
-    def load(cls, config: Config, stage_folder: Path, project: Path = Path()) -> Models:
+    def load(
+        cls, config: Config, stage_folder: Path, project: Path = Path(), sequence_group: RankGroup | None = None
+    ) -> Models:
         """Loads the EMA weights of a finished stage, and the project's encoders.
 
         The network has ``generate.precision``; where that is bf16 on a GPU, the VAE has it too, else fp32. With
@@ -51,8 +55,7 @@ class Models:
         dtype = DTYPES[config.generate.precision or as_trained]
         encoders = read_json(project / "artifacts/encoders/encoders.json", "dvc repro encoders")
         network = _load_network(config, stage_folder, project)
-        if config.generate.compile:
-            network.compile_blocks(config.generate.compile)
+        parallelize(network, sequence_group=sequence_group, compile_backend=config.generate.compile)
         vae = Vae.load(
             project / encoders["vae"]["path"],
             scaling_factor=encoders["vae"]["scaling_factor"],
@@ -102,7 +105,7 @@ def _load_network(config: Config, stage_folder: Path, project: Path) -> MagicDri
             f"{weights} are imported weights, which need the published network's oddities",
             "set published: true in params.yaml, then dvc repro (docs/decisions/0003-published-switch.md)",
         )
-    network = build_network(config, run["stage"], project)
+    network = build_stage_network(config, run["stage"], project)
     try:
         network.load_state_dict(load_file(weights))
     except RuntimeError as error:
@@ -125,7 +128,7 @@ def write_untrained(config: Config, stage: Stage, folder: Path, project: Path = 
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.stage(stage).seed)
-        state = build_network(config, stage, project).state_dict()
+        state = build_stage_network(config, stage, project).state_dict()
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_file(folder / "ema.safetensors") as partial:
         save_file(state, partial)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.inference.items import Item
-from magicdrive_core.parallel.sequence_parallel import DeviceGroup, OneDevice
+from magicdrive_core.parallel.sequence_parallel import RankGroup
 
 _WAIT = "wait"  # said from time to time, so that nobody takes the leader for dead
 
@@ -22,13 +22,13 @@ class Alone:
     """One process.
 
     Attributes:
-        devices: that share the network's work.
-        halves: two devices, each of which makes one of guidance's passes; None: this one makes both.
+        sequence_group: ranks that share the tokens of every frame; None: this one has all.
+        guidance_group: two ranks, each of which makes one of guidance's passes; None: this one makes both.
         survives: failures of an item after which the next one can be made.
     """
 
-    devices = OneDevice()
-    halves: DeviceGroup | None = None
+    sequence_group: RankGroup | None = None
+    guidance_group: RankGroup | None = None
     survives: tuple[type[Exception], ...] = (MagicDriveError, torch.OutOfMemoryError)
 
     def name(self, item: Item) -> None:
@@ -46,7 +46,8 @@ class Alone:
 class Team(Alone):
     """All processes of this process group; rank 0 leads.
 
-    With ``halves`` the first half of the ranks makes guidance's conditional pass, the second half the other one.
+    With ``split_guidance`` the first half of the ranks makes guidance's conditional pass, the second half the
+    unconditional one.
 
     Args:
         status: a file that is touched with every item: sign of life for the launcher.
@@ -55,18 +56,18 @@ class Team(Alone):
     # Out of memory in the middle of sampling, the others wait for this process: all of them have to end.
     survives = (MagicDriveError,)
 
-    def __init__(self, status: Path, *, halves: bool = False) -> None:
+    def __init__(self, status: Path, *, split_guidance: bool = False) -> None:
         world, rank = dist.get_world_size(), dist.get_rank()
-        sharing = world // 2 if halves else world
+        sharing = world // 2 if split_guidance else world
         same_pass = [range(first, first + sharing) for first in range(0, world, sharing)]
-        partners = [range(first, world, sharing) for first in range(sharing)] if halves else []
+        partners = [range(first, world, sharing) for first in range(sharing)] if split_guidance else []
         for ranks in [*same_pass, *partners]:  # every process makes every group, in one order
             group = dist.new_group(list(ranks))
             if rank in ranks and len(ranks) > 1:
                 if ranks in partners:
-                    self.halves = DeviceGroup(group)
+                    self.guidance_group = RankGroup(group)
                 else:
-                    self.devices = DeviceGroup(group)
+                    self.sequence_group = RankGroup(group)
         self._status = status
 
     def name(self, item: Item | None) -> None:

@@ -21,15 +21,15 @@ from magicdrive_core.data.conditions import clip_conditions
 from magicdrive_core.data.edits import Edits
 from magicdrive_core.data.pictures import Pixels
 from magicdrive_core.data.records import Clip, ClipConditions, Scene
-from magicdrive_core.diffusion.guidance import sample_latents, unconditional
 from magicdrive_core.diffusion.rectified_flow import RectifiedFlow
 from magicdrive_core.encoders.vae import latent_shape, to_video
+from magicdrive_core.inference.guided_sampling import sample_latents, unconditional
 from magicdrive_core.inference.initial_frames import Beginning, read_beginning
 from magicdrive_core.inference.items import Item, Window, given_frames, item_seed, item_windows
 from magicdrive_core.inference.models import Models
 from magicdrive_core.inference.process_group import Alone
 from magicdrive_core.model.inputs import Conditions, collate
-from magicdrive_core.parallel.sequence_parallel import DeviceGroup
+from magicdrive_core.parallel.sequence_parallel import RankGroup
 from magicdrive_core.video.colour import Picture
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
@@ -103,7 +103,7 @@ class Sampler:
                     return self._encode(last)
 
                 given = team.made_once(make)
-            latents.append(self._window(number, window, given, team.halves))
+            latents.append(self._window(number, window, given, team.guidance_group))
         return latents
 
     def frames(self, latents: Sequence[Tensor]) -> Iterator[Iterator[Picture]]:
@@ -116,7 +116,7 @@ class Sampler:
             )
             yield islice(chain.from_iterable(new), self.item.kept - self.item.begun)
 
-    def _window(self, number: int, window: Window, given: Tensor | None, halves: DeviceGroup | None) -> Tensor:
+    def _window(self, number: int, window: Window, given: Tensor | None, guidance_group: RankGroup | None) -> Tensor:
         models, settings = self.models, self.config.generate
         told = self.first if number == 0 else self.conditions(window)
         features = self.features
@@ -130,20 +130,19 @@ class Sampler:
             x_0[0, :, :, : window.given] = given
             x_mask = (torch.arange(shape[0]) >= window.given)[None]
             x_0 = x_0.to(models.device)
-        conditions = conditions.to(models.device)
+        conditions = replace(conditions.to(models.device), pad_patches=settings.pad_patches)
         latents = sample_latents(
             models.network,
             conditions,
             shape,
             steps=settings.steps,
             guidance=settings.guidance,
-            pad_patches=settings.pad_patches,
             flow=RectifiedFlow(self.config.flow.base_pixels),
             generator=generator,
             x_0=x_0,
             x_mask=x_mask,
             null=unconditional(models.network, conditions, settings.unconditional, zero_map=settings.use_map0),
-            halves=halves,
+            guidance_group=guidance_group,
             step_cache=settings.step_cache,
             progress=self.progress,
         )

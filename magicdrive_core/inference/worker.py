@@ -32,7 +32,7 @@ def main() -> None:
     take_device(share * config.generate.devices + int(os.environ["LOCAL_RANK"]), share=True)
     patience = timedelta(seconds=config.cluster.stall_seconds)  # of the others, while rank 0 decodes and writes
     dist.init_process_group(backend(), timeout=patience)
-    team = Team(Path(job["status"]), halves=config.generate.devices > config.generate.sequence_parallel)
+    team = Team(Path(job["status"]), split_guidance=config.generate.devices > config.generate.sequence_parallel)
     try:
         if dist.get_rank() == 0:
             items = list_items(config, read_scenes(Path("artifacts/infos")))

@@ -25,7 +25,7 @@ from magicdrive_core.model.layers import (
 from magicdrive_core.parallel.sequence_parallel import Places
 
 if TYPE_CHECKING:
-    from magicdrive_core.model.transformer import NetworkConfig
+    from magicdrive_core.model.config import NetworkConfig
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,29 @@
-"""The network of a training stage, sized by params.yaml and by the encoders of the project."""
+"""Builds the network: the class that its configuration asks for, or the one of a training stage of a project."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from magicdrive_core.config.schema import Config, Stage
-from magicdrive_core.model.transformer import MagicDrive, NetworkConfig
+from magicdrive_core.model.config import NetworkConfig
+from magicdrive_core.model.transformer import MagicDrive
 from magicdrive_core.utils.files import read_json
 
 
-def build_network(config: Config, stage: Stage, project: Path = Path()) -> MagicDrive:
-    """The network, initialised from torch's generator.
+def build_network(config: NetworkConfig) -> MagicDrive:
+    """Builds the network that ``config`` describes, initialised from torch's generator."""
+    return MagicDrive(config)
+
+
+def build_stage_network(config: Config, stage: Stage, project: Path = Path()) -> MagicDrive:
+    """Builds the network of a training stage, sized by the settings and by the project's encoders.
 
     Raises:
-        MagicDriveError: the project's encoders are not made yet.
+        MagicDriveError: the project's encoders do not exist yet.
     """
     encoders = read_json(project / "artifacts/encoders/encoders.json", "dvc repro encoders")
-    return MagicDrive(
-        NetworkConfig.of(
+    return build_network(
+        NetworkConfig.from_settings(
             config.model,
             latent_channels=encoders["vae"]["latent_channels"],
             text_width=encoders["text"]["width"],

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from magicdrive_core.model.transformer import PATCH, NetworkConfig
+from magicdrive_core.model.config import PATCH, NetworkConfig
 
 FORWARD_AND_BACKWARD = 3
 

@@ -34,11 +34,12 @@ class Conditions:
     keep: Tensor  # B bool: False = every condition is dropped; published, all but the map
     keep_frame: Tensor  # B, F bool: False = ego motion and boxes of the frame are dropped
     box_latent: Tensor | None = None  # B, N, C: a standard normal vector an object, shared by frames and views
+    pad_patches: int | None = None  # published only: parallel size whose padding rows are added; None: the network's
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Conditions:
         """The same conditions with ``change`` applied to each tensor."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: change(value) for name, value in values.items() if value is not None})
+        return replace(self, **{name: change(value) for name, value in values.items() if isinstance(value, Tensor)})
 
     def to(self, device: torch.device | str) -> Conditions:
         """A copy on ``device``."""

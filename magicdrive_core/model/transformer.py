@@ -6,7 +6,6 @@ Two halves: ``encode`` computes once a clip all that does not depend on the nois
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from magicdrive_core.geometry.cameras import VIEWS, ring_neighbours
 from magicdrive_core.model.blocks import Block, ControlBlock, Head, ViewBlock
+from magicdrive_core.model.config import PATCH, NetworkConfig
 from magicdrive_core.model.context import Context, ContextTokens
 from magicdrive_core.model.embedders import (
     BoxEmbedder,
@@ -31,74 +30,15 @@ from magicdrive_core.parallel.sequence_parallel import OneDevice, Places
 from magicdrive_core.parallel.slicing import cut, slices
 
 if TYPE_CHECKING:
-    from magicdrive_core.config.schema import Model, Stage
     from magicdrive_core.diffusion.step_cache import StepCache
     from magicdrive_core.model.inputs import Conditions
 
-PATCH = 2
 TOKENS_AT_ONCE = {"cpu": 16384, "gpu": 65536}  # in a group of views, unless one view has more
 SLICE_TOKENS = 65536
 KEPT_BYTES = (
     1 << 30
 )  # of all blocks' keys and values of a context: more are made again by each pass, at 1 % of its time
 BASE_PIXELS = 512  # positions are scaled to a square of this many pixels
-
-
-@dataclass(frozen=True)
-class NetworkConfig:
-    """Sizes and variants of the network."""
-
-    width: int
-    depth: int
-    heads: int
-    control_depth: int
-    ego_heads: int
-    box_heads: int
-    box_widths: tuple[int, ...]  # of the box projection: first linear layer, then hidden ones
-    map_channels: tuple[int, ...]
-    latent_channels: int
-    text_width: int
-    text_tokens: int
-    temporal: bool  # temporal blocks; stage 1 has none
-    instance_latent: bool  # a random vector an object; stage 1 has none
-    mean_over_frames: bool  # of box and ego-motion tokens; else a quarter of the frames remains
-    published: bool = False  # copy what the released weights need (golden notes, section 6)
-    control_temporal: bool = True  # temporal blocks in the control branch too, where there are any
-    class_width: int | None = None  # of a box class's vector; None: width
-    map_layers: int = 8
-    classes: int = 10
-    mlp_ratio: int = 4
-    neighbours: tuple[tuple[int, ...], ...] = tuple(ring_neighbours(len(VIEWS)))
-    # Published only: rows of patches are appended until this parallel size divides the patches; None: the real size.
-    pad_patches: int | None = None
-
-    def __post_init__(self) -> None:
-        if len({len(others) for others in self.neighbours}) != 1:
-            raise ValueError(f"every view needs equally many neighbours: {self.neighbours}")
-
-    @classmethod
-    def of(
-        cls, model: Model, *, latent_channels: int, text_width: int, text_tokens: int, stage: Stage, published: bool
-    ) -> NetworkConfig:
-        """The network of one training stage, sizes from params.yaml."""
-        first = stage == "stage1"
-        return cls(
-            width=model.width,
-            depth=model.depth,
-            heads=model.heads,
-            control_depth=model.control_depth,
-            ego_heads=model.temporal_heads,
-            box_heads=model.temporal_heads,
-            box_widths=tuple(model.box_widths),
-            map_channels=tuple(model.map_channels),
-            latent_channels=latent_channels,
-            text_width=text_width,
-            text_tokens=text_tokens,
-            temporal=not first,
-            instance_latent=not first,
-            mean_over_frames=first,
-            published=published,
-        )
 
 
 class MagicDrive(nn.Module):
@@ -165,7 +105,6 @@ class MagicDrive(nn.Module):
         timestep: Tensor,
         conditions: Conditions,
         x_mask: Tensor | None = None,
-        pad_patches: int | None = None,
     ) -> Tensor:
         """Velocity x_0 - noise of noisy latents.
 
@@ -174,20 +113,19 @@ class MagicDrive(nn.Module):
             timestep: (B) noise level in [0, 1000], fp32.
             conditions: what to show.
             x_mask: (B, T) bool, True = noisy, False = given; None: all noisy.
-            pad_patches: instead of the one of the config.
 
         Returns:
             (B, V, C, T, H, W) in fp32.
         """
-        return self.denoise(x, timestep, self.encode(conditions, tuple(x.shape[3:]), pad_patches), x_mask)
+        return self.denoise(x, timestep, self.encode(conditions, tuple(x.shape[3:])), x_mask)
 
-    def encode(self, conditions: Conditions, latent_shape: tuple[int, ...], pad_patches: int | None = None) -> Context:
+    def encode(self, conditions: Conditions, latent_shape: tuple[int, ...]) -> Context:
         """All that does not depend on the noise level, for latents of ``latent_shape`` (T, H, W).
 
         Context tokens, keys and values of every cross-attention, position embedding, map features.
         """
         frames, height, width = latent_shape
-        grid = self._grid(height, width, pad_patches)
+        grid = self._grid(height, width, conditions.pad_patches)
         places = self.devices.places(grid[0] * grid[1])
         tokens = self._context_tokens(conditions)
         position = places.own(self._position(conditions, grid))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-class Together:
+class ConcurrentPasses:
     """Makes ``calls`` calls at a time, each in a Python thread of its own.
 
     Two passes on half of the threads each take less time than one after the other on all of them: one computes while

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from colossalai.cluster import ProcessGroupMesh
 
-from magicdrive_core.parallel.sequence_parallel import DeviceGroup, OneDevice
+from magicdrive_core.parallel.sequence_parallel import RankGroup
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,17 @@ class Mesh:
 
     groups: int  # that each take a micro-batch a step
     group: int  # this rank's
-    devices: OneDevice  # of that group
+    sequence_group: RankGroup | None  # the ranks that share this rank's clips; None: it has its own
+
+    @property
+    def sequence_parallel(self) -> int:
+        """Number of ranks that share a clip."""
+        return self.sequence_group.size if self.sequence_group else 1
 
     @classmethod
     def of(cls, sequence_parallel: int) -> Mesh:
         """All ranks in groups of ``sequence_parallel``, a divisor of their number. Collective."""
         groups = dist.get_world_size() // sequence_parallel
         mesh = ProcessGroupMesh(groups, sequence_parallel)
-        devices = OneDevice() if sequence_parallel == 1 else DeviceGroup(mesh.get_group_along_axis(1))
-        return cls(groups, int(mesh.coordinate(0)), devices)
+        group = None if sequence_parallel == 1 else RankGroup(mesh.get_group_along_axis(1))
+        return cls(groups, int(mesh.coordinate(0)), group)

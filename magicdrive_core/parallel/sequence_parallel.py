@@ -58,7 +58,7 @@ class OneDevice:
         return Places(count)
 
 
-class DeviceGroup(OneDevice):
+class RankGroup(OneDevice):
     """The devices of a process group share the places of every frame. All of them make every call, in one order."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -70,11 +70,11 @@ class DeviceGroup(OneDevice):
         """Alike."""
         return SharedPlaces(count, self)
 
-    def exchange(self, x: Tensor) -> Tensor:
+    def all_to_all(self, x: Tensor) -> Tensor:
         """(p, ...): part i goes to device i, and part i of the result came from there."""
         return collectives.wait_tensor(collectives.all_to_all_single(x.contiguous(), None, None, self._group))
 
-    def collect(self, x: Tensor) -> Tensor:
+    def all_gather(self, x: Tensor) -> Tensor:
         """(...) -> (p, ...): every device's tensor, on all of them."""
         return collectives.wait_tensor(collectives.all_gather_single(x.contiguous()[None], 0, self._group))
 
@@ -82,7 +82,7 @@ class DeviceGroup(OneDevice):
 class SharedPlaces(Places):
     """The places of a frame on the devices of a group."""
 
-    def __init__(self, count: int, devices: DeviceGroup) -> None:
+    def __init__(self, count: int, devices: RankGroup) -> None:
         super().__init__(count)
         self._devices = devices
         self._share = -(-count // devices.size)
@@ -92,16 +92,16 @@ class SharedPlaces(Places):
         return functional.pad(x, (0, 0, 0, missing)).narrow(-2, self._devices.rank * self._share, self._share)
 
     def whole(self, x: Tensor) -> Tensor:
-        return self._devices.collect(x).movedim(0, -3).flatten(-3, -2)[..., : self.count, :]
+        return self._devices.all_gather(x).movedim(0, -3).flatten(-3, -2)[..., : self.count, :]
 
     def heads(self, count: int) -> slice:
         share = count // self._devices.size
         return slice(self._devices.rank * share, (self._devices.rank + 1) * share)
 
     def by_heads(self, x: Tensor) -> Tensor:
-        received = self._devices.exchange(x.unflatten(-2, (self._devices.size, -1)).movedim(-3, 0))
+        received = self._devices.all_to_all(x.unflatten(-2, (self._devices.size, -1)).movedim(-3, 0))
         return received.movedim(0, 1).flatten(1, 2)
 
     def by_places(self, x: Tensor) -> Tensor:
-        received = self._devices.exchange(x.unflatten(1, (self._devices.size, -1)).movedim(1, 0))
+        received = self._devices.all_to_all(x.unflatten(1, (self._devices.size, -1)).movedim(1, 0))
         return received.movedim(0, -3).flatten(-3, -2)

@@ -9,7 +9,7 @@ from magicdrive_core.data.records import Clip
 from magicdrive_core.device import this_device
 from magicdrive_core.encoders.live import LiveLatents
 from magicdrive_core.geometry.cameras import VIEWS
-from magicdrive_core.parallel.sequence_parallel import DeviceGroup
+from magicdrive_core.parallel.sequence_parallel import RankGroup
 
 
 class SharedEncoding:
@@ -17,11 +17,11 @@ class SharedEncoding:
 
     Args:
         latents: of this device.
-        devices: with micro-batches and random numbers that are the same on all of them.
+        group: ranks with micro-batches and random numbers that are the same on all of them.
     """
 
-    def __init__(self, latents: LiveLatents, devices: DeviceGroup) -> None:
-        self._latents, self._devices = latents, devices
+    def __init__(self, latents: LiveLatents, group: RankGroup) -> None:
+        self._latents, self._group = latents, group
 
     def moments(self, size: str, clips: list[Clip]) -> Tensor:
         """(B, V, 2C, T, h, w): posterior mean and log-variance; zeros for views that other devices encode."""
@@ -38,12 +38,12 @@ class SharedEncoding:
         own = self._own(len(videos))
         part = torch.zeros(self._most(len(videos)), *videos.shape[1:], device=this_device())
         part[: len(own)] = videos[own.start : own.stop]
-        return self._devices.collect(part).flatten(0, 1)[: len(videos)].view(latents.shape)
+        return self._group.all_gather(part).flatten(0, 1)[: len(videos)].view(latents.shape)
 
     def _most(self, videos: int) -> int:
-        return -(-videos // self._devices.size)
+        return -(-videos // self._group.size)
 
     def _own(self, videos: int) -> range:
         """Of all clips' views one after the other; the last devices may have fewer, or none."""
         most = self._most(videos)
-        return range(videos)[self._devices.rank * most : (self._devices.rank + 1) * most]
+        return range(videos)[self._group.rank * most : (self._group.rank + 1) * most]

@@ -29,10 +29,10 @@ from magicdrive_core.encoders.caches import LatentCache
 from magicdrive_core.encoders.live import LiveLatents, open_text
 from magicdrive_core.encoders.vae import sample_moments
 from magicdrive_core.experiment.stages import bucket_clips
+from magicdrive_core.model.config import NetworkConfig
 from magicdrive_core.model.flops import training_flops
 from magicdrive_core.model.inputs import Conditions, collate
-from magicdrive_core.model.transformer import NetworkConfig
-from magicdrive_core.parallel.sequence_parallel import DeviceGroup, OneDevice
+from magicdrive_core.parallel.sequence_parallel import RankGroup
 from magicdrive_core.training.budget import plan_budget
 from magicdrive_core.training.live_encoding import SharedEncoding
 from magicdrive_core.utils.files import read_json
@@ -125,7 +125,6 @@ class Batch:
     latents: Tensor  # B, V, C, T, h, w: clean
     conditions: Conditions
     mask: Tensor | None  # B, T bool: True = noisy; None: all noisy
-    pad_patches: int | None  # published: the parallel size whose padding rows the patches get; None: the real one
     generator: torch.Generator  # for time and noise
     flops: float  # that the network takes for it, forward and backward
 
@@ -156,7 +155,7 @@ class Loader:
             self._latents = LatentCache(artifacts / "latents", config)
         encoders = read_json(artifacts / "encoders/encoders.json")
         self._scale: float = encoders["vae"]["scaling_factor"]
-        self._sizes = NetworkConfig.of(
+        self._sizes = NetworkConfig.from_settings(
             config.model,
             latent_channels=encoders["vae"]["latent_channels"],
             text_width=encoders["text"]["width"],
@@ -173,7 +172,7 @@ class Loader:
         groups: int,
         group: int,
         steps: int | None = None,
-        devices: OneDevice | None = None,
+        sequence_group: RankGroup | None = None,
     ) -> None:
         """Begins after so many micro-batches of all groups together.
 
@@ -182,10 +181,10 @@ class Loader:
             groups: that each take a micro-batch a step.
             group: this one.
             steps: micro-batches of this group that will be asked for, so that no more are prepared; None: no end.
-            devices: of this group.
+            sequence_group: the ranks that share this group's clips; None: this one alone.
         """
-        if isinstance(devices, DeviceGroup) and isinstance(self._latents, LiveLatents):
-            self._shared = SharedEncoding(self._latents, devices)
+        if sequence_group is not None and isinstance(self._latents, LiveLatents):
+            self._shared = SharedEncoding(self._latents, sequence_group)
         sampler = BucketSampler(
             [len(clips) for clips in self._clips],
             [bucket.batch for bucket in self.buckets],
@@ -251,9 +250,8 @@ class Loader:
             bucket,
             (clips[0].frames, *parse_size(size)),
             latents,
-            conditions,
+            replace(conditions, pad_patches=int(rng.choice(simulated)) if simulated else None),
             None if mask.all() else torch.from_numpy(mask),
-            int(rng.choice(simulated)) if simulated else None,
             generator,
             training_flops(
                 self._sizes, len(clips), clips[0].frames, latents.shape[3:], conditions.box_classes.shape[-1]

@@ -17,6 +17,7 @@ from magicdrive_core.experiment.stages import StagePlan
 from magicdrive_core.launch.process_group import RESUMABLE
 from magicdrive_core.model.transformer import MagicDrive
 from magicdrive_core.parallel.mesh import Mesh
+from magicdrive_core.parallel.parallelize import parallelize
 from magicdrive_core.tracking.summary import first_and_last
 from magicdrive_core.training.checkpoints import Saver, TrainingProgress, resume
 from magicdrive_core.training.engine import Engine, build_engine
@@ -67,14 +68,19 @@ def train(
     """
     training, stage = config.training, config.training.stage(plan.stage)
     mesh = Mesh.of(config.cluster.sequence_parallel)
-    network.devices = mesh.devices
+    parallelize(
+        network,
+        sequence_group=mesh.sequence_group,
+        checkpoint_every=int(stage.checkpoint_blocks),
+        compile_backend=training.compile,
+    )
     engine = build_engine(network, training, device)
     ema = Ema(engine, training.ema)
     folder = plan.folder / "checkpoints"
     progress = resume(folder, engine, ema) or TrainingProgress()
     logger.info("%s: from step %d of %d, %d ranks", plan.stage, progress.step, stage.steps, dist.get_world_size())
     left = stage.accumulate * (stage.steps - progress.step)
-    loader.start(progress.micro_batches, mesh.groups, mesh.group, left, mesh.devices)
+    loader.start(progress.micro_batches, mesh.groups, mesh.group, left, mesh.sequence_group)
     flow = RectifiedFlow(config.flow.base_pixels)
     guard = Guard(plan, training.max_skipped, engine.optimizer.loss_scale)
     saver = Saver(folder, engine, ema, training.keep_checkpoints, training.keep_every)
@@ -111,7 +117,7 @@ def train(
             progress.step += 1
             progress.micro_batches += mesh.groups * stage.accumulate
             progress.seconds += seconds
-            groups = merge_groups(ranks, mesh.devices.size)
+            groups = merge_groups(ranks, mesh.sequence_parallel)
             recorder.step(StepStatistics.of(groups, progress, seconds, rate, norm, scale, loader.buckets, faults))
 
             last = progress.step == stage.steps
@@ -165,7 +171,7 @@ def flow_loss(engine: Engine, flow: RectifiedFlow, batch: Batch) -> tuple[Tensor
     t = flow.draw_timesteps(batch.generator, len(x_0), batch.shape).to(device)
     noise = torch.randn(x_0.shape, generator=batch.generator).to(device)
     x_t = keep_given(flow.add_noise(x_0, noise, t), x_0, mask)
-    prediction = engine.network(x_t, t, batch.conditions.to(device), mask, batch.pad_patches)
+    prediction = engine.network(x_t, t, batch.conditions.to(device), mask)
     return flow.loss(prediction, x_0, noise, mask), t
 
 

@@ -21,13 +21,14 @@ from magicdrive_core.data.conditions import clip_conditions
 from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.data.pictures import read_picture
 from magicdrive_core.data.records import Clip, Scene
-from magicdrive_core.diffusion.guidance import sample_latents
 from magicdrive_core.diffusion.rectified_flow import RectifiedFlow
 from magicdrive_core.encoders.live import open_text
 from magicdrive_core.encoders.vae import Vae, latent_shape
 from magicdrive_core.geometry.cameras import Framing
+from magicdrive_core.inference.guided_sampling import sample_latents
 from magicdrive_core.model.inputs import Conditions, collate
 from magicdrive_core.model.transformer import MagicDrive
+from magicdrive_core.parallel.parallelize import sequence_group_of
 from magicdrive_core.training.statistics import StopSource, any_device_requested
 from magicdrive_core.utils.files import atomic_file, read_json
 from magicdrive_core.video.colour import Picture
@@ -100,7 +101,7 @@ class Preview:
         device = network.before_proj.weight.device
         latents = []
         for told in self._clips:
-            if any_device_requested(stop, network.devices):
+            if any_device_requested(stop, sequence_group_of(network)):
                 return None
             sampled = sample_latents(
                 network,

@@ -13,7 +13,7 @@ from magicdrive_core.config.schema import Config, Stage
 from magicdrive_core.encoders.caches import TextCache
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.experiment.stages import StagePlan
-from magicdrive_core.model.build import build_network
+from magicdrive_core.model.build import build_stage_network
 from magicdrive_core.model.transformer import MagicDrive
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def first_network(config: Config, plan: StagePlan, project: Path = Path()) -> Ma
     """
     stage = config.training.stage(plan.stage)
     torch.manual_seed(stage.seed)  # the same on all ranks: nothing later draws from this generator
-    network = build_network(config, plan.stage, project)
+    network = build_stage_network(config, plan.stage, project)
     if plan.previous is None:
         text = TextCache(project / "artifacts/text")
         network.set_text_buffers(text.class_features, text.base_feature)
@@ -41,9 +41,6 @@ def first_network(config: Config, plan: StagePlan, project: Path = Path()) -> Ma
         load_previous(network, load_file(plan.previous.weights), plan.stage, plan.previous.weights)
     if stage.freeze_text:
         network.y_embedder.requires_grad_(False)
-    network.checkpoint_blocks = int(stage.checkpoint_blocks)
-    if config.training.compile:
-        network.compile_blocks(config.training.compile)
     return network
 
 

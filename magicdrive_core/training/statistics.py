@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from magicdrive_core.device import this_device
-from magicdrive_core.parallel.sequence_parallel import DeviceGroup, OneDevice
+from magicdrive_core.parallel.sequence_parallel import RankGroup
 from magicdrive_core.training.engine import GradientCheck
 from magicdrive_core.training.loader import Batch
 from magicdrive_core.utils.memory import memory_left, memory_limit
@@ -138,11 +138,11 @@ def any_rank_requested(stop: StopSource) -> bool:
     return any(everyone)
 
 
-def any_device_requested(stop: StopSource, devices: OneDevice) -> bool:
+def any_device_requested(stop: StopSource, group: RankGroup | None) -> bool:
     """Likewise of the devices that share a clip, which all ask."""
-    if not isinstance(devices, DeviceGroup):
+    if group is None:
         return stop.requested
-    return bool(devices.collect(torch.tensor(stop.requested, device=this_device())).any())
+    return bool(group.all_gather(torch.tensor(stop.requested, device=this_device())).any())
 
 
 def merge_groups(ranks: Sequence[RankStatistics], size: int) -> list[RankStatistics]:

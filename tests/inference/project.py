@@ -18,7 +18,7 @@ from magicdrive_core.data.records import CLASSES, FrameBoxes, Scene
 from magicdrive_core.encoders.caches import CAPTIONS, FEATURES, FORMAT, INDEX
 from magicdrive_core.geometry.cameras import VIEWS
 from magicdrive_core.geometry.poses import pose
-from magicdrive_core.model.build import build_network
+from magicdrive_core.model.build import build_stage_network
 from magicdrive_core.utils.files import sha256_file, write_json
 
 PROFILE = Path(__file__).resolve().parents[2] / "profiles/demo.yaml"
@@ -98,7 +98,7 @@ def make_project(folder: Path, config: Config, scene: Scene) -> None:
     }
     write_json(text / INDEX, index)
 
-    network = build_network(config, "stage3", folder)
+    network = build_stage_network(config, "stage3", folder)
     for parameter in network.parameters():  # nothing left at zero: everything takes part
         torch.nn.init.normal_(parameter, std=0.05)
     run = folder / STAGE

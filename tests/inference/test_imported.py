@@ -13,8 +13,9 @@ from magicdrive_core.experiment.run_paths import find_places
 from magicdrive_core.inference.generate import generate_items
 from magicdrive_core.inference.items import list_items
 from magicdrive_core.inference.models import Models
+from magicdrive_core.model.build import build_network
+from magicdrive_core.model.config import NetworkConfig
 from magicdrive_core.model.published.checkpoint import import_checkpoint
-from magicdrive_core.model.transformer import MagicDrive, NetworkConfig
 from tests.inference.project import make_project, small_config, small_scene
 
 IMPORTED = "generate.weights=runs/published-stage3"
@@ -25,11 +26,11 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("project")
     config = small_config("published=true")
     make_project(folder, config, small_scene())
-    network = NetworkConfig.of(
+    network = NetworkConfig.from_settings(
         config.model, latent_channels=4, text_width=16, text_tokens=8, stage="stage3", published=True
     )
     torch.manual_seed(5)
-    torch.save(MagicDrive(network).state_dict(), folder / "ema.pt")
+    torch.save(build_network(network).state_dict(), folder / "ema.pt")
     import_checkpoint(folder / "ema.pt", folder / "runs/published-stage3", "stage3", network)
     return folder
 

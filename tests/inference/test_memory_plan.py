@@ -23,6 +23,7 @@ from magicdrive_core.inference.memory_plan import (
     Setting,
 )
 from magicdrive_core.model import transformer as network_module
+from magicdrive_core.parallel.parallelize import parallelize
 from tests.model.networks import conditions, config, network, noisy
 
 VAE = {
@@ -61,13 +62,20 @@ def test_the_plan_is_within_a_tenth_of_a_real_run(limit: int | None, monkeypatch
     monkeypatch.setattr(network_module, "TOKENS_AT_ONCE", {"cpu": 65536, "gpu": 65536})
     monkeypatch.setattr("magicdrive_core.kernels.library.usable", lambda _: False)
     real = network(width=128, heads=4, ego_heads=4, box_heads=4).requires_grad_(False)
-    real.slice_tokens = limit
+    parallelize(real, slice_tokens=limit)
     told, x, t = replace(conditions(slots=5), box_latent=torch.zeros(1, 5, 128)), noisy(size=(24, 40)), torch.zeros(1)
     measured = allocated(lambda: real(x, t, told))
     fake = real.to("meta")
     inputs = x.to("meta"), t.to("meta"), told.to("meta")
     with FusedAttention(), LiveMemory() as memory:
-        memory.hold([*fake.parameters(), *fake.buffers(), *inputs[:2], *vars(inputs[2]).values()])
+        memory.hold(
+            [
+                *fake.parameters(),
+                *fake.buffers(),
+                *inputs[:2],
+                *filter(torch.is_tensor, vars(inputs[2]).values()),
+            ]
+        )
         before = memory.live
         fake(*inputs)
     assert memory.peak - before == pytest.approx(measured, rel=0.1)
@@ -122,11 +130,11 @@ def small_planner(monkeypatch: pytest.MonkeyPatch, planner: Planner) -> None:
 @pytest.mark.usefixtures("small_planner")
 def test_the_verb(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        cli.main(["memory", "--size", "64x96", "--frames", "9", "--boxes", "3", "--no-offload"])
+        cli(["memory", "--size", "64x96", "--frames", "9", "--boxes", "3", "--no-offload"])
     assert ended.value.code == 0
     out = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in out] == ["encoding", "sampling", "decoding"]
     for words in (["--size", "9x9"], ["--size", "64x96", "--frames", "8"]):
         with pytest.raises(SystemExit) as ended:
-            cli.main(["memory", *words])
+            cli(["memory", *words])
         assert ended.value.code == 2

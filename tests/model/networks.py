@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from magicdrive_core.model.build import build_network
+from magicdrive_core.model.config import NetworkConfig
 from magicdrive_core.model.inputs import Conditions
-from magicdrive_core.model.transformer import MagicDrive, NetworkConfig
+from magicdrive_core.model.transformer import MagicDrive
 
 
 def config(**changes: Any) -> NetworkConfig:
@@ -34,7 +36,7 @@ def config(**changes: Any) -> NetworkConfig:
 def network(seed: int = 0, *, fresh: bool = False, **changes: Any) -> MagicDrive:
     """With random weights everywhere, or ``fresh`` ones as training starts with (many of them zero)."""
     torch.manual_seed(seed)
-    made = MagicDrive(config(**changes)).eval()
+    made = build_network(config(**changes)).eval()
     if not fresh:
         for module in made.modules():
             if isinstance(module, nn.Linear):

@@ -15,9 +15,9 @@ from torch import Tensor
 from magicdrive_core.cli.main import main as cli
 from magicdrive_core.config.schema import STAGES, Stage
 from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.model.build import build_network
 from magicdrive_core.model.published import checkpoint as importing
 from magicdrive_core.model.published.checkpoint import check_names, fit_text, published_xl, read_weights
-from magicdrive_core.model.transformer import MagicDrive
 from magicdrive_core.utils.files import read_json, sha256_file
 from tests.model.networks import config, network
 
@@ -130,7 +130,7 @@ def test_the_released_xl_checkpoint_of_each_stage_fits(
 ) -> None:
     """Names and shapes of the model card where it is here, else our own; one number a tensor, spread by strides."""
     with torch.device("meta"):
-        wanted = MagicDrive(published_xl(stage)).state_dict()
+        wanted = build_network(published_xl(stage)).state_dict()
     listed = {name: list(tensor.shape) for name, tensor in wanted.items()}
     if card is not None:
         listed = {name: shape for name, shape, *_ in card["state_dict"]["stage1" if stage == "stage1" else "stage3"]}
@@ -139,7 +139,7 @@ def test_the_released_xl_checkpoint_of_each_stage_fits(
     check_names(weights, wanted, tmp_path)
     assert len(weights) == (1044 if stage == "stage1" else 1768)
     with torch.device("meta"):
-        other = MagicDrive(published_xl("stage2" if stage == "stage1" else "stage1")).state_dict()
+        other = build_network(published_xl("stage2" if stage == "stage1" else "stage1")).state_dict()
     with pytest.raises(MagicDriveError, match="another network's weights"):
         check_names(weights, other, tmp_path)
 
@@ -153,7 +153,7 @@ def test_the_verb_says_where_the_network_is_and_how_to_use_it(
     codes = []
     for words in (["ema.pt"], ["ema.pt", "--stage", "stage2", "--out", "mine"], ["none.pt"]):
         with pytest.raises(SystemExit) as ended:
-            cli.main(["import-checkpoint", *words])
+            cli(["import-checkpoint", *words])
         codes.append(ended.value.code)
     assert codes == [0, 0, 1]
     out, err = capsys.readouterr()

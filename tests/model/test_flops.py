@@ -9,9 +9,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from magicdrive_core.model.build import build_network
+from magicdrive_core.model.config import NetworkConfig
 from magicdrive_core.model.flops import FORWARD_AND_BACKWARD, training_flops
 from magicdrive_core.model.inputs import Conditions
-from magicdrive_core.model.transformer import MagicDrive, NetworkConfig
 
 SIZES = NetworkConfig(
     width=64,
@@ -71,7 +72,7 @@ def test_the_formula_is_what_the_network_does(
     The formula leaves out small parts, and must not say more than there is.
     """
     monkeypatch.setattr("magicdrive_core.kernels.library.usable", lambda _: False)
-    network = MagicDrive(config).requires_grad_(False)
+    network = build_network(config).requires_grad_(False)
     x = torch.randn(batch, len(config.neighbours), config.latent_channels, *latents)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         network(x, torch.full((batch,), 500.0), told(batch, frames, 5, config))

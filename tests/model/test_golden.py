@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from magicdrive_core.cli.main import main as cli
-from magicdrive_core.diffusion.guidance import guided_velocity, published_null
 from magicdrive_core.diffusion.rectified_flow import RectifiedFlow, keep_given, sample
 from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.inference.guided_sampling import guided_velocity, published_null
+from magicdrive_core.model.build import build_network
 from magicdrive_core.model.published.golden import (
     channels_from_views,
     check_golden,
@@ -21,7 +22,6 @@ from magicdrive_core.model.published.golden import (
     read_npz,
     views_from_channels,
 )
-from magicdrive_core.model.transformer import MagicDrive
 
 CASES = ["stage1_keep", "stage3_f1", "stage3_f17", "stage3_f17_xmask_drop", "stage3_pad4"]
 
@@ -40,7 +40,7 @@ def test_output_and_every_intermediate_agree(shared: Path, case: str) -> None:
 def test_the_verb_takes_what_a_shell_makes_of_a_pattern(shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """``golden_model_*.npz`` names the weights too."""
     with pytest.raises(SystemExit) as ended:
-        cli.main(["golden", *map(str, sorted((shared / "golden").glob("golden_model_*.npz")))])
+        cli(["golden", *map(str, sorted((shared / "golden").glob("golden_model_*.npz")))])
     assert ended.value.code == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines if line.split()[1] == "out"] == [f"golden_model_{c}.npz" for c in CASES]
@@ -100,7 +100,7 @@ def test_guided_sampling_equals_the_published_one(shared: Path, variant: str, ze
     folder = shared / "golden"
     arrays, meta = read_npz(folder / "golden_sample_tiny.npz")
     weights, weights_meta = read_npz(folder / meta["weights_file"])
-    network = MagicDrive(golden_config(weights_meta)).eval()
+    network = build_network(golden_config(weights_meta)).eval()
     network.load_state_dict(weights)
     conditions = read_conditions(arrays)
     z = views_from_channels(arrays["in/z"], conditions.cameras.shape[1])

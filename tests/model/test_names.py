@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from magicdrive_core.model.build import build_network
 from magicdrive_core.model.published.checkpoint import PUBLISHED_XL
-from magicdrive_core.model.transformer import MagicDrive
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def test_xl_network_has_the_published_state_dict(
     first = stage == "stage1"
     config = replace(PUBLISHED_XL, temporal=not first, instance_latent=not first, mean_over_frames=first)
     with torch.device("meta"):
-        network = MagicDrive(config)
+        network = build_network(config)
     state, own = network.state_dict(), dict(network.named_parameters())
     ours = {name: (list(tensor.shape), "parameter" if name in own else "buffer") for name, tensor in state.items()}
     published = {name: (shape, kind) for name, shape, _, kind, _ in card["state_dict"][stage]}
@@ -48,7 +48,7 @@ def test_xl_network_has_the_published_state_dict(
 def test_default_network_has_the_same_names(card: dict[str, Any]) -> None:
     """So that what is trained here can be carried on as published weights can."""
     with torch.device("meta"):
-        ours = MagicDrive(replace(PUBLISHED_XL, published=False)).state_dict()
+        ours = build_network(replace(PUBLISHED_XL, published=False)).state_dict()
     assert {name: list(tensor.shape) for name, tensor in ours.items()} == {
         name: shape for name, shape, *_ in card["state_dict"]["stage3"]
     }
@@ -57,7 +57,7 @@ def test_default_network_has_the_same_names(card: dict[str, Any]) -> None:
 def test_initialisation_is_the_card_s(card: dict[str, Any]) -> None:
     small = replace(PUBLISHED_XL, width=64, depth=2, heads=2, control_depth=1, box_widths=(64, 32), text_width=64)
     torch.manual_seed(0)
-    network = MagicDrive(replace(small, ego_heads=2, box_heads=2, map_channels=(4, 8, 8)))
+    network = build_network(replace(small, ego_heads=2, box_heads=2, map_channels=(4, 8, 8)))
     zero = set()
     for name, module in network.named_modules():
         if isinstance(module, torch.nn.Linear):

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from magicdrive_core.diffusion.guidance import published_null, sample_latents, unconditional
 from magicdrive_core.diffusion.rectified_flow import RectifiedFlow
+from magicdrive_core.inference.guided_sampling import published_null, sample_latents, unconditional
 from magicdrive_core.model.blocks import Surroundings, ViewBlock
 from magicdrive_core.model.embedders import PICTURE_WIDTH, CameraEmbedder
 from magicdrive_core.parallel.sequence_parallel import Places

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from magicdrive_core.cli.main import main as cli
+from magicdrive_core.model.build import build_network
 from magicdrive_core.model.published.golden import TOLERANCE, check_golden, golden_config, read_npz
-from magicdrive_core.model.transformer import MagicDrive
 from tests.model.reference import Reference
 
 RING4 = {"0": [3, 1], "1": [0, 2], "2": [1, 3], "3": [2, 0]}
@@ -93,7 +93,7 @@ def write_case(folder: Path, case: dict[str, Any]) -> Path:
     torch.manual_seed(3)
     config = settings(case)
     meta = {"config": config, "mv_order_map": case["order"], "force_pad_h_for_sp_size": case.get("pad")}
-    network = MagicDrive(golden_config(meta))
+    network = build_network(golden_config(meta))
     for name, parameter in network.named_parameters():  # nothing is left at zero
         if not name.endswith("rope.freqs"):
             nn.init.normal_(parameter, std=1 / max(8, parameter[0].numel()) ** 0.5)
@@ -127,7 +127,7 @@ def test_the_verb_prints_every_row_and_judges(tmp_path: Path, capsys: pytest.Cap
     with torch.no_grad():
         path = write_case(tmp_path, CASES["single frames without temporal blocks"])
     arrays, meta = read_npz(path)
-    network = MagicDrive(golden_config(meta))
+    network = build_network(golden_config(meta))
     network.load_state_dict(read_npz(tmp_path / "weights.npz")[0])
     fps = network.fps_embedder(arrays["in/fps"]).detach()
     wrong = {**arrays, "mid/fps_embedder": fps + 1, "mid/nonsense": fps, "out": arrays["out"] + 1e-3}
@@ -135,7 +135,7 @@ def test_the_verb_prints_every_row_and_judges(tmp_path: Path, capsys: pytest.Cap
     codes = []
     for names in (["case.npz"], ["case.npz", "wrong.npz"]):
         with pytest.raises(SystemExit) as ended:
-            cli.main(["golden", *(str(tmp_path / name) for name in names)])
+            cli(["golden", *(str(tmp_path / name) for name in names)])
         codes.append(ended.value.code)
     assert codes == [0, 1]
     out, err = capsys.readouterr()

@@ -12,20 +12,20 @@ import torch
 from torch import Tensor
 
 from magicdrive_core.model.transformer import MagicDrive
-from magicdrive_core.parallel.sequence_parallel import DeviceGroup
+from magicdrive_core.parallel.sequence_parallel import RankGroup
 
 
-class ThreadGroup(DeviceGroup):
+class ThreadGroup(RankGroup):
     """Sends through a list that all threads see. Not differentiable."""
 
     def __init__(self, rank: int, board: list[Any], barrier: threading.Barrier) -> None:
         self.rank, self.size = rank, len(board)
         self._board, self._barrier = board, barrier
 
-    def exchange(self, x: Tensor) -> Tensor:
-        return self.collect(x)[:, self.rank]
+    def all_to_all(self, x: Tensor) -> Tensor:
+        return self.all_gather(x)[:, self.rank]
 
-    def collect(self, x: Tensor) -> Tensor:
+    def all_gather(self, x: Tensor) -> Tensor:
         self._board[self.rank] = x
         self._barrier.wait()
         everyone = torch.stack(self._board)

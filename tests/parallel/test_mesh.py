@@ -24,7 +24,7 @@ def batch(step: int) -> Any:
 
     draw = torch.Generator().manual_seed(step)
     mask = torch.tensor([[step == 0, True, True]])
-    return Batch(0, SHAPE, noisy(size=(6, 10), seed=step), conditions(seed=step), mask, None, draw, 0.0)
+    return Batch(0, SHAPE, noisy(size=(6, 10), seed=step), conditions(seed=step), mask, draw, 0.0)
 
 
 def made() -> MagicDrive:
@@ -35,12 +35,13 @@ def shared_steps(precision: str) -> tuple[list[float], list[float], dict[str, Te
     """Two steps of two ranks that share every clip: losses, norms, master weights, place in the mesh."""
     from magicdrive_core.diffusion.rectified_flow import RectifiedFlow
     from magicdrive_core.parallel.mesh import Mesh
+    from magicdrive_core.parallel.parallelize import parallelize
     from magicdrive_core.training.engine import build_engine
     from magicdrive_core.training.loop import flow_loss
     from magicdrive_core.training.state import gather, masters
 
     net, mesh = made(), Mesh.of(2)
-    net.devices = mesh.devices
+    parallelize(net, sequence_group=mesh.sequence_group)
     engine = build_engine(net, training(precision=precision), torch.device("cpu"))
     losses, norms = [], []
     for step in range(2):
@@ -52,7 +53,7 @@ def shared_steps(precision: str) -> tuple[list[float], list[float], dict[str, Te
         engine.optimizer.zero_grad()
         losses.append(loss.item())
     weights = dict(gather(engine, masters(engine), everywhere=True))
-    return losses, norms, weights, (mesh.groups, mesh.group, mesh.devices.size)
+    return losses, norms, weights, (mesh.groups, mesh.group, mesh.sequence_parallel)
 
 
 def alone() -> tuple[list[float], list[float], dict[str, Tensor]]:

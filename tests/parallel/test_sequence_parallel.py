@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from magicdrive_core.diffusion.guidance import sample_latents
 from magicdrive_core.diffusion.rectified_flow import RectifiedFlow
+from magicdrive_core.inference.guided_sampling import sample_latents
 from magicdrive_core.model.inputs import Conditions
 from magicdrive_core.model.transformer import MagicDrive
-from magicdrive_core.parallel.sequence_parallel import DeviceGroup
+from magicdrive_core.parallel.parallelize import parallelize
+from magicdrive_core.parallel.sequence_parallel import RankGroup
 from tests.model.networks import conditions, network, noisy
 from tests.parallel.devices import on_devices
 from tests.training.gloo_ranks import join_gloo, run_distributed
@@ -34,7 +35,7 @@ def told(batch: int = 1) -> Conditions:
 def test_any_number_of_devices_gives_one_picture(devices: int, limit: int | None) -> None:
     """3 x 5 places, which no number divides; in slices, and with keys and values made again."""
     net = network(**SIZES)
-    net.slice_tokens = limit
+    parallelize(net, slice_tokens=limit)
     x, t = noisy(batch=2, size=(6, 10)), torch.tensor([700.0, 300.0])
 
     def work(net: MagicDrive) -> Tensor:
@@ -67,9 +68,9 @@ def test_published_padding_depends_on_the_devices_unless_it_is_chosen(devices: i
     net = network(published=True, **SIZES)
     x, t = noisy(size=(6, 10)), torch.tensor([700.0])
     with torch.no_grad():
-        plain, padded = net(x, t, told()), net(x, t, told(), pad_patches=padding or devices)
+        plain, padded = net(x, t, told()), net(x, t, replace(told(), pad_patches=padding or devices))
     assert (plain - padded).abs().max() > 1e-2
-    for out in on_devices(net, devices, lambda net: net(x, t, told(), pad_patches=padding)):
+    for out in on_devices(net, devices, lambda net: net(x, t, replace(told(), pad_patches=padding))):
         torch.testing.assert_close(out, padded, rtol=1e-5, atol=1e-5)
 
 
@@ -95,15 +96,13 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {  # devices that share a clip, o
 
 
 def loss_of(net: MagicDrive, clip: int, padding: int | None = None) -> Tensor:
-    asked = replace(conditions(seed=clip), keep=torch.tensor([clip == 0]))
-    out = net(noisy(size=(6, 10), seed=clip), torch.tensor([400.0]), asked, GIVEN[:1], padding)
+    asked = replace(conditions(seed=clip), keep=torch.tensor([clip == 0]), pad_patches=padding)
+    out = net(noisy(size=(6, 10), seed=clip), torch.tensor([400.0]), asked, GIVEN[:1])
     return (out - noisy(size=(6, 10), seed=7)).square().mean()
 
 
 def made(changes: dict[str, Any]) -> MagicDrive:
-    net = network(**SIZES, **{name: value for name, value in changes.items() if name != "recompute"})
-    net.checkpoint_blocks = "recompute" in changes
-    return net
+    return network(**SIZES, **{name: value for name, value in changes.items() if name != "recompute"})
 
 
 def all_cases() -> dict[str, tuple[float, dict[str, Tensor]]]:
@@ -112,7 +111,7 @@ def all_cases() -> dict[str, tuple[float, dict[str, Tensor]]]:
     for name, (share, changes) in CASES.items():
         group, _ = dist.new_subgroups(share)
         net = made(changes)
-        net.devices = DeviceGroup(group)
+        parallelize(net, sequence_group=RankGroup(group), checkpoint_every=int("recompute" in changes))
         loss = loss_of(net, clip=dist.get_rank() // share)
         loss.backward()
         gradients = {}

@@ -26,7 +26,6 @@ class TinyNetwork(nn.Module):
         timestep: Tensor,
         conditions: object = None,
         x_mask: Tensor | None = None,
-        pad_patches: int | None = None,
     ) -> Tensor:
         tokens = x.movedim(2, -1)
         time = (timestep / 1000).view(-1, *[1] * (tokens.ndim - 1)).expand(*tokens.shape[:-1], 1)

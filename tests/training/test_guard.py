@@ -164,7 +164,7 @@ def test_loss_target_and_noise_level_are_fp32() -> None:
     def batch() -> Batch:
         conditions: Any = NoConditions()
         latents = torch.randn(2, 6, 4, 3, 2, 2, generator=torch.Generator().manual_seed(1))
-        return Batch(0, (9, 16, 16), latents, conditions, None, None, torch.Generator().manual_seed(2), 0.0)
+        return Batch(0, (9, 16, 16), latents, conditions, None, torch.Generator().manual_seed(2), 0.0)
 
     engine: Any = mock.Mock(network=Still(), device=torch.device("cpu"))
     losses, t = flow_loss(engine, RectifiedFlow(), batch())

@@ -47,7 +47,7 @@ def batches(project: Path, stage: Any, start: int, count: int, share: int = 1, l
     }
     with mock.patch.multiple(loader, **fakes), loader.Loader(settings(share, live), stage, project) as source:
         mesh = Mesh.of(share)
-        source.start(start, mesh.groups, mesh.group, count, mesh.devices)
+        source.start(start, mesh.groups, mesh.group, count, mesh.sequence_group)
         return [plain(source.next()) for _ in range(count)] + [[b.frames for b in source.buckets], FakeLive.encoded]
 
 
@@ -55,13 +55,15 @@ def plain(batch: Any) -> dict[str, Any]:
     """A batch as NumPy arrays, so that it can leave the rank."""
     import dataclasses
 
-    told = {k: v if v is None else v.numpy() for k, v in dataclasses.asdict(batch.conditions).items()}
+    import torch
+
+    told = {k: v.numpy() if torch.is_tensor(v) else v for k, v in dataclasses.asdict(batch.conditions).items()}
     return told | {
         "bucket": batch.bucket,
         "shape": batch.shape,
         "latents": batch.latents.numpy(),
         "x_mask": None if batch.mask is None else batch.mask.numpy(),
-        "pad_patches": batch.pad_patches,
+        "pad_patches": batch.conditions.pad_patches,
         "state": batch.generator.get_state().numpy(),
     }
 

@@ -10,7 +10,7 @@ import torch
 from magicdrive_core.config.load import load_config
 from magicdrive_core.config.schema import Stage
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.model.build import build_network
+from magicdrive_core.model.build import build_stage_network
 from magicdrive_core.model.transformer import MagicDrive
 from magicdrive_core.training.stage import load_previous
 from magicdrive_core.utils.files import write_json
@@ -28,7 +28,7 @@ def networks(tmp_path: Path) -> dict[Stage, MagicDrive]:
     write_json(tmp_path / "artifacts/encoders/encoders.json", encoders)
     stages: tuple[Stage, ...] = ("stage1", "stage2", "stage3")
     config = load_config(PROFILE, [SMALL, "text.max_tokens=5"])
-    return {stage: build_network(config, stage, tmp_path) for stage in stages}
+    return {stage: build_stage_network(config, stage, tmp_path) for stage in stages}
 
 
 def test_stage_2_adds_temporal_blocks_and_instance_noise_only(networks: dict[Stage, MagicDrive]) -> None:

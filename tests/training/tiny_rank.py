@@ -65,7 +65,7 @@ class MadeUpLoader:
         latents = torch.stack(fixed) + 0.1 * torch.randn(len(clips), *shape, generator=generator)
         self._index += self._groups
         conditions: Any = NoConditions()
-        return Batch(bucket, (frames, 16, 16), scale * latents, conditions, None, None, generator, 1e9)
+        return Batch(bucket, (frames, 16, 16), scale * latents, conditions, None, generator, 1e9)
 
     def __enter__(self) -> MadeUpLoader:
         return self

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.model.transformer import MagicDrive, NetworkConfig
+from magicdrive_core.model.build import build_network
+from magicdrive_core.model.config import NetworkConfig
 from magicdrive_core.utils.files import atomic_folder, read_json, sha256_file, write_json
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def import_checkpoint(path: Path | str, out: Path | str, stage: Stage, config: N
     if TEXT in weights:
         weights[TEXT] = fit_text(weights[TEXT], config.text_tokens)
     with torch.device("meta"):
-        wanted = MagicDrive(config).state_dict()
+        wanted = build_network(config).state_dict()
     check_names(weights, wanted, path)
     with atomic_folder(out) as folder:
         file = folder / "ema.safetensors"

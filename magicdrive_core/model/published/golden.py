@@ -18,8 +18,10 @@ from torch.nn import functional
 
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.kernels.functions import NORM_EPS
+from magicdrive_core.model.build import build_network
+from magicdrive_core.model.config import NetworkConfig
 from magicdrive_core.model.inputs import Conditions
-from magicdrive_core.model.transformer import MagicDrive, NetworkConfig
+from magicdrive_core.model.transformer import MagicDrive
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -49,7 +51,7 @@ def read_npz(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def load_golden_network(path: Path, meta: Mapping[str, Any]) -> MagicDrive:
     """The network that a case's settings describe, with the weights of the file that it names beside it."""
     weights, weights_meta = read_npz(path.parent / meta["weights_file"])
-    network = MagicDrive(golden_config({**weights_meta, **meta}))
+    network = build_network(golden_config({**weights_meta, **meta}))
     network.load_state_dict(weights, strict=True)
     return network.eval()
 

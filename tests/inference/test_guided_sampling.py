@@ -8,9 +8,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from magicdrive_core.diffusion.guidance import sample_latents, unconditional
 from magicdrive_core.diffusion.rectified_flow import RectifiedFlow
-from magicdrive_core.parallel.sequence_parallel import OneDevice
+from magicdrive_core.inference.guided_sampling import sample_latents, unconditional
+from magicdrive_core.parallel.parallelize import parallelize
+from magicdrive_core.parallel.sequence_parallel import RankGroup
 from tests.model.networks import conditions, network
 
 SHAPE = (3, 4, 6)
@@ -44,10 +45,18 @@ def test_guidance_of_one_is_the_conditional_pass_alone() -> None:
     torch.testing.assert_close(plain, close, rtol=1e-4, atol=1e-4)
 
 
-class SharedByTwo(OneDevice):
+class SharedByTwo(RankGroup):
     """As if another device had its part in each call."""
 
-    size = 2
+    size, rank = 2, 0
+
+    def __init__(self) -> None: ...
+
+    def all_to_all(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([x, x])
 
 
 @pytest.fixture
@@ -77,7 +86,7 @@ def test_devices_that_share_a_clip_make_the_passes_in_turn(two_threads: None) ->
     net, told = network(), conditions()
     threads: set[int] = set()
     net.final_layer.register_forward_hook(lambda *_: threads.add(threading.get_ident()))
-    net.devices = SharedByTwo()
+    parallelize(net, sequence_group=SharedByTwo())
     sample_latents(net, told, SHAPE, steps=2, guidance=2.0, flow=FLOW, generator=generators(1)[0])
     assert threads == {threading.get_ident()}
 

@@ -12,14 +12,15 @@ from torch import Tensor
 
 from magicdrive_core.diffusion.rectified_flow import RectifiedFlow, guide, sample
 from magicdrive_core.diffusion.step_cache import StepCache
-from magicdrive_core.parallel.concurrent_passes import Together, in_turn
+from magicdrive_core.parallel.concurrent_passes import ConcurrentPasses, in_turn
+from magicdrive_core.parallel.parallelize import sequence_group_of
 
 if TYPE_CHECKING:
     from magicdrive_core.config.schema import Unconditional
     from magicdrive_core.diffusion.rectified_flow import Velocity
     from magicdrive_core.model.inputs import Conditions
     from magicdrive_core.model.transformer import MagicDrive
-    from magicdrive_core.parallel.sequence_parallel import DeviceGroup
+    from magicdrive_core.parallel.sequence_parallel import RankGroup
 
 
 def guided_velocity(
@@ -28,34 +29,33 @@ def guided_velocity(
     null: Conditions,
     latent_shape: tuple[int, int, int],
     guidance: float,
-    pad_patches: int | None = None,
     *,
-    halves: DeviceGroup | None = None,
+    guidance_group: RankGroup | None = None,
     step_cache: float | None = None,
 ) -> Velocity:
     """The velocity of guided sampling, with both conditions encoded once.
 
-    ``halves``: the first of two devices makes the conditional pass, the second the other one.
+    ``guidance_group``: the first of two devices makes the conditional pass, the second the other one.
     ``step_cache``: see ``StepCache``; each pass has one.
     """
 
     def one_pass(told: Conditions) -> Velocity:
-        context = network.encode(told, latent_shape, pad_patches)
+        context = network.encode(told, latent_shape)
         cache = None if step_cache is None else StepCache(step_cache)
         return lambda x, t, x_mask: network.denoise(x, t, context, x_mask, cache)
 
     if guidance == 1:
         return one_pass(conditions)
-    if halves is not None:
-        own = one_pass((conditions, null)[halves.rank])
+    if guidance_group is not None:
+        own = one_pass((conditions, null)[guidance_group.rank])
 
         def both(x: Tensor, t: Tensor, x_mask: Tensor | None) -> Tensor:
-            with_conditions, without = halves.collect(own(x, t, x_mask))
+            with_conditions, without = guidance_group.all_gather(own(x, t, x_mask))
             return guide(with_conditions, without, guidance)
 
         return both
     passes = one_pass(conditions), one_pass(null)
-    call = Together(2) if _at_once(network) else in_turn
+    call = ConcurrentPasses(2) if _at_once(network) else in_turn
 
     def guided(x: Tensor, t: Tensor, x_mask: Tensor | None) -> Tensor:
         with_conditions, without = call(*(partial(one, x, t, x_mask) for one in passes))
@@ -66,7 +66,7 @@ def guided_velocity(
 
 def _at_once(network: MagicDrive) -> bool:
     """Whether a CPU's threads can be halved. Devices that share a clip have to call each other in one order."""
-    own_cpu = network.base_token.device.type == "cpu" and network.devices.size == 1
+    own_cpu = network.base_token.device.type == "cpu" and sequence_group_of(network) is None
     return own_cpu and torch.get_num_threads() % 2 == 0
 
 
@@ -116,10 +116,9 @@ def sample_latents(
     flow: RectifiedFlow,
     generator: torch.Generator | Sequence[torch.Generator],
     null: Conditions | None = None,
-    pad_patches: int | None = None,
     x_0: Tensor | None = None,
     x_mask: Tensor | None = None,
-    halves: DeviceGroup | None = None,
+    guidance_group: RankGroup | None = None,
     step_cache: float | None = None,
     progress: Callable[[Iterable[int]], Iterable[int]] | None = None,
 ) -> Tensor:
@@ -135,11 +134,10 @@ def sample_latents(
         generator: CPU generators of the start noise, one a sample, so that a sample does not depend on its batch;
             a single one draws for the samples in turn.
         null: the unconditional state; None: ``unconditional``.
-        pad_patches: as of ``MagicDrive.forward``.
         x_0: (B, V, C, T, H, W), given frames; needed with ``x_mask``.
         x_mask: (B, T), 1 or True = generate, 0 or False = keep the given frame; between 0 and 1: start from it,
             noised (``rectified_flow.sample``).
-        halves, step_cache: as of ``guided_velocity``.
+        guidance_group, step_cache: as of ``guided_velocity``.
         progress: wraps the steps.
 
     Returns:
@@ -168,8 +166,7 @@ def sample_latents(
             null or unconditional(network, conditions),
             latent_shape,
             guidance,
-            pad_patches,
-            halves=halves,
+            guidance_group=guidance_group,
             step_cache=step_cache,
         ),
         start,
