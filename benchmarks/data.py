@@ -23,10 +23,12 @@ import numpy as np
 import shapely
 from nuscenes.map_expansion.map_api import NuScenesMap, NuScenesMapExplorer
 
-from magicdrive_core.data.bev_maps import rasterise, write_map
-from magicdrive_core.data.infos import InfosWriter, check_pictures
+from magicdrive_core.data.bev_maps import rasterise
+from magicdrive_core.data.infos import InfosWriter
+from magicdrive_core.data.map_cache import write_map
 from magicdrive_core.data.nuscenes_scenes import build_scene
 from magicdrive_core.data.nuscenes_tables import load_tables
+from magicdrive_core.data.pictures import check_pictures
 from magicdrive_core.data.records import MAP_LAYERS, Scene
 from magicdrive_core.data.scene_store import read_scene, scene_path, write_scene
 from magicdrive_core.data.vector_maps import load_map

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from magicdrive_core.data.nuscenes_scenes import read_objects
 from magicdrive_core.data.nuscenes_tables import Record, Tables, load_tables
 from magicdrive_core.data.records import CLASSES
-from magicdrive_core.data.timeline import Objects, carry_on, interpolate, read_objects
+from magicdrive_core.data.timeline import Objects, extrapolate, interpolate
 
 PAIRED, CARRIED = "in both", "in one"
 
@@ -95,9 +96,9 @@ def _guesses(keys: Sequence[Objects], times: Sequence[int]) -> Iterator[tuple[st
         yield PAIRED, next(interpolate(start, end, np.array([before / (before + after)]))), truth
         earlier, later = max(0, held - 3), min(len(keys) - 1, held + 3)
         step = before / max(1, times[held - 1] - times[earlier])
-        yield CARRIED, carry_on(start, end, keys[earlier] if held >= 3 else None, step), truth
+        yield CARRIED, extrapolate(start, end, keys[earlier] if held >= 3 else None, step), truth
         step = after / max(1, times[later] - times[held + 1])
-        yield CARRIED, carry_on(end, start, keys[later] if held + 3 < len(keys) else None, step), truth
+        yield CARRIED, extrapolate(end, start, keys[later] if held + 3 < len(keys) else None, step), truth
 
 
 def main() -> None:

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from magicdrive_core.config.load import load_config
 from magicdrive_core.config.schema import Config
-from magicdrive_core.data.bev_maps import BevMaps
 from magicdrive_core.data.edits import chosen_edits
 from magicdrive_core.data.infos import read_scenes
+from magicdrive_core.data.map_cache import BevMaps
 from magicdrive_core.experiment.run_paths import find_places
 from magicdrive_core.inference.items import list_items
 from magicdrive_core.inference.models import Models

@@ -16,7 +16,7 @@ from prefect.cache_policies import NO_CACHE
 from flows.common import main, run_child, run_verb, tool
 from magicdrive_core.config.load import load_config
 from magicdrive_core.data.infos import pictures_changed
-from magicdrive_core.data.roots import check_root
+from magicdrive_core.data.nuscenes_files import check_root
 
 DATA_VERSION, INFOS = Path("data.dvc"), Path("artifacts/infos")
 

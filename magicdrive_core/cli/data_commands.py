@@ -40,8 +40,8 @@ def export_infos(
     split: Annotated[str, typer.Option(help="train or val.")] = "val",
 ) -> None:
     """Write the infos of a split in the published form, for programs that read it."""
-    from magicdrive_core.data.exchange import write_published
     from magicdrive_core.data.infos import SUMMARY, read_scenes
+    from magicdrive_core.data.published_infos import write_published
     from magicdrive_core.utils.files import read_json
 
     if split not in ("train", "val"):

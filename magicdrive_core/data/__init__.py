@@ -1,1 +1,1 @@
-"""From recordings (nuScenes, Argoverse 2) to the conditions of a clip. NumPy only."""
+"""From recordings to conditions: data set adapters, 12 Hz scenes, BEV maps, clips and scene edits."""

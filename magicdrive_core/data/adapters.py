@@ -1,7 +1,7 @@
-"""Data formats: what the house asks of the recordings of a rig. Everything after the infos knows scenes and maps alone.
+"""The interface between a data set and the project: all later steps see only ``Scene`` objects and vector maps.
 
-To bring another rig, write one file with a class that fulfils ``Adapter``, and name it in ``open_adapter`` and in
-``data.format`` (config.py). ``argoverse.py`` is the shortest example, ``scenes.py`` the first one.
+To add a data set, write one module with a class that implements ``Adapter``, and name it in ``open_adapter`` and in the
+setting ``data.format``. ``argoverse.py`` is the shortest example, ``nuscenes_scenes.py`` the first one.
 """
 
 from __future__ import annotations
@@ -17,50 +17,59 @@ from magicdrive_core.data.vector_maps import VectorMap
 class Adapter(Protocol):
     """Recordings of one data set.
 
-    What a scene must be: six views in the order of ``cameras.VIEWS``; 12 Hz, every key frame followed by the frames
-    up to the next one; a lidar frame with x to the right and y forward; boxes of the ten ``CLASSES`` in the lidar frame
-    of their own frame. Intrinsics belong to 1600x900 pixels: ``cameras.full_window`` says which part of a picture of
-    another size these are.
+    A scene must have six views in the order of ``cameras.VIEWS``; frames at 12 Hz, each key frame followed by the
+    frames up to the next one; a lidar frame with x to the right and y forward; boxes of the ten ``CLASSES``, each in
+    the lidar frame of its own video frame. Intrinsics are given for 1600x900 pixels; ``cameras.full_window`` says which
+    part of a picture of another size these cover.
     """
 
     @property
     def root(self) -> Path:
-        """The folder that the paths of pictures are relative to."""
+        """The folder that picture paths are relative to."""
 
     def names(self) -> list[str]:
-        """The names of all scenes, sorted; names of files can be made of them.
+        """List the names of all scenes, sorted and usable as file names.
 
         Raises:
-            MagicDriveError: the data set as a whole cannot be read: the file is named.
+            MagicDriveError: the data set as a whole cannot be read; the message names the file.
         """
 
     def read(self, name: str, split: str) -> Scene:
-        """One scene, the same bytes every time.
+        """Read one scene; every call returns the same values.
+
+        Args:
+            name: one of ``names()``.
+            split: "train", "val" or "both", stored in the scene.
 
         Raises:
-            MagicDriveError: a file, record or field is missing or impossible: named. The other scenes can still be
-                read (``data.skip_bad``).
+            MagicDriveError: a file, record or field is missing or impossible; the message names it. Other scenes can
+                still be read (``data.skip_bad``).
         """
 
     def pictures(self, scene: Scene) -> dict[str, tuple[int, int]]:
-        """The width and height that each picture of a scene must have, by path below the root."""
+        """Return the width and height in pixels that each picture of a scene must have, by path below the root."""
 
     def digest(self) -> str:
-        """Changes with all that ``read`` reads, so that scenes of an interrupted stage are known again."""
+        """Digest everything that ``read`` reads; an interrupted stage resumes only under an equal digest."""
 
     def map_digest(self) -> str:
-        """Changes with all that ``vector_map`` reads."""
+        """Digest everything that ``vector_map`` reads."""
 
     def vector_map(self, scene: Scene) -> VectorMap:
-        """The map around a scene, without reading what ``names`` and ``read`` need.
+        """Read the map around a scene, without the files that ``names`` and ``read`` need.
 
         Raises:
-            MagicDriveError: missing or broken: named.
+            MagicDriveError: the map is missing or broken; the message names it.
         """
 
 
 def open_adapter(config: Config, project: Path = Path()) -> Adapter:
-    """The adapter of ``data.format``; nothing is read yet. ``data.root`` is relative to the project's folder."""
+    """Create the adapter of ``data.format``; no file is read yet.
+
+    Args:
+        config: the whole configuration.
+        project: the project's folder, which ``data.root`` is relative to.
+    """
     if config.data.format == "argoverse2":
         from magicdrive_core.data.argoverse import Argoverse
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from magicdrive_core.config.schema import fingerprint
 from magicdrive_core.data.records import MAP_LAYERS, Scene
-from magicdrive_core.data.timeline import SUFFIXES, Grid, Objects, Track, interpolate
+from magicdrive_core.data.timeline import SUFFIXES, Grid, Objects, SensorTrack, interpolate
 from magicdrive_core.data.vector_maps import VectorMap
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.geometry import poses
@@ -236,13 +236,13 @@ class _Log:
         return files
 
     @cached_property
-    def _ego(self) -> Track:
+    def _ego(self) -> SensorTrack:
         table = self._read("city_SE3_egovehicle.feather", ("timestamp_ns", *_QUATERNION, *_PLACE))
         rows = np.argsort(table["timestamp_ns"], kind="stable")
         rotations, places = self._poses(table, rows, "city_SE3_egovehicle.feather")
         times = table["timestamp_ns"][rows] // 1000
         empty = np.zeros((len(rows), 0))
-        return Track("ego", times, [], rotations, places, empty, empty, np.zeros(0, np.int64))
+        return SensorTrack("ego", times, [], rotations, places, empty, empty, np.zeros(0, np.int64))
 
     @cached_property
     def _annotations(self) -> dict[str, NDArray[Any]]:

@@ -6,15 +6,15 @@ import re
 from collections.abc import Sequence
 from typing import TypeVar
 
-from magicdrive_core.data.records import Clip, Outline, Scene
+from magicdrive_core.data.records import Clip, Scene, SceneHeader
 
-AnyScene = TypeVar("AnyScene", Scene, Outline)
+AnyScene = TypeVar("AnyScene", Scene, SceneHeader)
 
 WEATHER_WORDS = {"night": {"night"}, "rain": {"rain", "rainy", "raining"}}
 
 
 def list_clips(
-    scenes: Sequence[Scene] | Sequence[Outline], split: str, frames: int, stride: int, *, whole: bool = False
+    scenes: Sequence[Scene] | Sequence[SceneHeader], split: str, frames: int, stride: int, *, whole: bool = False
 ) -> list[Clip]:
     """The clips of a split, scene by scene in time order.
 
@@ -44,7 +44,7 @@ def list_clips(
     return clips
 
 
-def caption(scene: Scene | Outline, *, say_daytime: bool = False) -> str:
+def caption(scene: Scene | SceneHeader, *, say_daytime: bool = False) -> str:
     """The text of every clip of a scene.
 
     Args:
@@ -56,7 +56,7 @@ def caption(scene: Scene | Outline, *, say_daytime: bool = False) -> str:
     return f"A driving scene image at {scene.location}. {daytime}{scene.description}."
 
 
-def weathers(description: str, *, published: bool = False) -> list[str]:
+def weather_groups(description: str, *, published: bool = False) -> list[str]:
     """Which of "night", "rain" and "none" a description speaks of, by word.
 
     Args:
@@ -72,14 +72,14 @@ def weathers(description: str, *, published: bool = False) -> list[str]:
     return found or ["none"]
 
 
-def balanced(scenes: Sequence[AnyScene], *, published: bool = False) -> list[AnyScene]:
+def balance_weather(scenes: Sequence[AnyScene], *, published: bool = False) -> list[AnyScene]:
     """Scenes of night, of rain and of neither, each group repeated as often as it fits into the largest one.
 
     A scene of both night and rain is in both groups.
     """
     groups: dict[str, list[AnyScene]] = {"night": [], "rain": [], "none": []}
     for scene in scenes:
-        for weather in weathers(scene.description, published=published):
+        for weather in weather_groups(scene.description, published=published):
             groups[weather].append(scene)
     most = max((len(group) for group in groups.values()), default=0)
     return [scene for group in groups.values() if group for _ in range(most // len(group)) for scene in group]

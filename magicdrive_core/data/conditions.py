@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 
 from magicdrive_core.config.schema import STAGES, Config, fingerprint, parse_size
 from magicdrive_core.data.adapters import open_adapter
-from magicdrive_core.data.bev_maps import draw_maps, unpack, used_cells
+from magicdrive_core.data.bev_maps import unpack
 from magicdrive_core.data.clips import caption, list_clips
 from magicdrive_core.data.infos import infos_digest, read_scenes
-from magicdrive_core.data.records import CLASSES, Clip, ClipConditions, FrameBoxes, Outline, Scene
+from magicdrive_core.data.map_cache import draw_maps, used_cells
+from magicdrive_core.data.records import CLASSES, Clip, ClipConditions, FrameBoxes, Scene, SceneHeader
 from magicdrive_core.geometry import poses
 from magicdrive_core.geometry.boxes import corners
 from magicdrive_core.utils.files import resumable_folder, write_json
@@ -39,10 +40,10 @@ def build_conditions(config: Config, infos: Path | str, out: Path | str) -> None
     with resumable_folder(out, key) as folder:
         if config.conditions.maps == "cached":
             draw_maps(config, scenes, folder)
-        write_json(folder / "clips.json", count_clips(config, [Outline.of(scene) for scene in scenes]))
+        write_json(folder / "clips.json", count_clips(config, [SceneHeader.of(scene) for scene in scenes]))
 
 
-def count_clips(config: Config, scenes: Sequence[Outline]) -> dict[str, dict[str, dict[str, int]]]:
+def count_clips(config: Config, scenes: Sequence[SceneHeader]) -> dict[str, dict[str, dict[str, int]]]:
     """Clips by split, size and length, for every bucket that is trained and for what is generated."""
     buckets = [bucket for stage in STAGES for bucket in config.training.stage(stage).buckets]
     kinds = {(bucket.resolution, bucket.frames, bucket.whole) for bucket in buckets}
@@ -123,7 +124,7 @@ ANCHOR = 6  # published: every sixth frame of a clip is taken for a key frame
 MOST_ADDED = 3
 
 
-def anchors(scene: Scene, clip: Clip, *, published: bool) -> NDArray[np.bool_]:
+def anchor_frames(scene: Scene, clip: Clip, *, published: bool) -> NDArray[np.bool_]:
     """The frames of a clip (F) that always show their boxes: its key frames.
 
     published: those whose index in the clip is a multiple of six, wherever the clip begins (oddity 17).

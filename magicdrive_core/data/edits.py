@@ -23,7 +23,7 @@ from magicdrive_core.config.schema import Config, Count, PositiveFloat, Probabil
 from magicdrive_core.data.records import CLASSES, ClassName, FrameBoxes, Scene
 from magicdrive_core.errors import UsageError
 from magicdrive_core.geometry import poses
-from magicdrive_core.geometry.boxes import moved
+from magicdrive_core.geometry.boxes import transform_boxes
 
 Place = tuple[float, float]
 Size = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
@@ -245,7 +245,7 @@ class _World:
         lidar_to_start = poses.inverse(lidar_to_global[0]) @ lidar_to_global
         things: dict[str, _Thing] = {}
         for frame, boxes in enumerate(scene.boxes):
-            here = moved(boxes.boxes, lidar_to_start[frame])
+            here = transform_boxes(boxes.boxes, lidar_to_start[frame])
             for token, name, box in zip(boxes.ids, boxes.names, here, strict=True):
                 if token not in things:
                     things[token] = _Thing(token, name, np.full((len(scene), 7), np.nan))
@@ -340,7 +340,9 @@ class _World:
             here = [thing for thing in self.things if np.isfinite(thing.boxes[frame, 0])]
             boxes = np.array([thing.boxes[frame] for thing in here]).reshape(-1, 7)
             out.append(
-                FrameBoxes([thing.token for thing in here], [thing.name for thing in here], moved(boxes, matrix))
+                FrameBoxes(
+                    [thing.token for thing in here], [thing.name for thing in here], transform_boxes(boxes, matrix)
+                )
             )
         return out
 

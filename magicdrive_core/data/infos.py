@@ -14,15 +14,14 @@ from pathlib import Path
 from types import TracebackType
 
 import pyarrow.parquet as pq
-from PIL import Image
 from rich.console import Console
 
 from magicdrive_core.config.schema import Config, fingerprint
 from magicdrive_core.data.adapters import Adapter, open_adapter
-from magicdrive_core.data.exchange import read_published
 from magicdrive_core.data.nuscenes_scenes import choose_splits
+from magicdrive_core.data.pictures import PictureInventory, check_pictures
+from magicdrive_core.data.published_infos import read_published
 from magicdrive_core.data.records import CLASSES, Scene
-from magicdrive_core.data.roots import Pictures
 from magicdrive_core.data.scene_store import SCHEMA, Scenes, read_scene, scene_path, to_table, write_scene
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.utils.files import atomic_folder, read_json, resumable_folder, sha256_file, write_json
@@ -156,32 +155,7 @@ def pictures_changed(infos: Path, root: Path) -> bool:
     if digest is None:  # imported infos: nobody looked at the pictures
         return False
     frames = pq.read_table(infos / FRAMES, columns=["pictures"])["pictures"].combine_chunks()
-    return bool(digest != Pictures.below(root, frames.flatten().to_pylist()).digest)
-
-
-def check_pictures(root: Path, sizes: Mapping[str, tuple[int, int]]) -> list[str]:
-    """Looks at every picture's header; its pixels are first seen when it is used.
-
-    Args:
-        root: that paths are relative to.
-        sizes: the width and height that each picture must have, by path.
-
-    Returns:
-        one line for each picture that is missing, empty, no picture or of another size.
-    """
-    faults = []
-    for path in sorted(sizes):
-        try:
-            with Image.open(root / path) as picture:
-                if picture.size != sizes[path]:
-                    theirs, wanted = ("x".join(map(str, size)) for size in (picture.size, sizes[path]))
-                    faults.append(f"{root / path} is a picture of {theirs} pixels, not {wanted}")
-        except (FileNotFoundError, NotADirectoryError):
-            faults.append(f"{root / path} is missing or empty")
-        except (OSError, SyntaxError, ValueError):
-            empty = (root / path).stat().st_size == 0
-            faults.append(f"{root / path} is {'missing or empty' if empty else 'no picture'}")
-    return faults
+    return bool(digest != PictureInventory.of(root, frames.flatten().to_pylist()).digest)
 
 
 class InfosWriter:
@@ -229,7 +203,7 @@ class InfosWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._file.close()
         if error is None:
-            seen = None if self._root is None else Pictures.below(self._root, self._pictures)
+            seen = None if self._root is None else PictureInventory.of(self._root, self._pictures)
             write_json(
                 self._folder / SUMMARY,
                 {

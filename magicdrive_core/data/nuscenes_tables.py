@@ -19,7 +19,7 @@ from nuscenes.eval.detection.utils import category_to_detection_name
 from nuscenes.nuscenes import NuScenes
 from nuscenes.utils.splits import create_splits_scenes
 
-from magicdrive_core.data.roots import find_tables
+from magicdrive_core.data.nuscenes_files import find_tables
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.utils.files import read_json
 

@@ -14,7 +14,7 @@ from typing import overload
 import numpy as np
 import pyarrow as pa
 
-from magicdrive_core.data.records import FrameBoxes, Outline, Scene
+from magicdrive_core.data.records import FrameBoxes, Scene, SceneHeader
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.geometry.cameras import VIEWS
 from magicdrive_core.utils.files import atomic_file
@@ -189,7 +189,7 @@ class Scenes(Sequence[Scene]):
 class ScenesByToken(Mapping[str, Scene]):
     """Scenes by token, without holding those of a ``Scenes``."""
 
-    def __init__(self, scenes: Sequence[Scene], outlines: Sequence[Outline]) -> None:
+    def __init__(self, scenes: Sequence[Scene], outlines: Sequence[SceneHeader]) -> None:
         self._scenes = scenes
         self._places = {outline.token: place for place, outline in enumerate(outlines)}
 

@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from magicdrive_core.config.schema import STAGES, Config, bucket_name, fingerprint
-from magicdrive_core.data.clips import caption, weathers
+from magicdrive_core.data.clips import caption, weather_groups
 from magicdrive_core.data.infos import infos_digest, read_scenes
-from magicdrive_core.data.records import CLASSES, Clip, Outline
+from magicdrive_core.data.records import CLASSES, Clip, SceneHeader
 from magicdrive_core.device import this_device
 from magicdrive_core.encoders.encode_latents import EncoderSettings, SceneWork, encode_scenes, plan_scenes
 from magicdrive_core.errors import MagicDriveError
@@ -51,8 +51,8 @@ def write_text(config: Config, infos: Path, encoders: Path, out: Path) -> None:
     """
     from magicdrive_core.encoders.text import TextEncoder  # readers of caches need no transformers
 
-    scenes = [] if config.text.live else [Outline.of(scene) for scene in read_scenes(infos)]
-    by_day = (caption(scene, say_daytime=True) for scene in scenes if weathers(scene.description) == ["none"])
+    scenes = [] if config.text.live else [SceneHeader.of(scene) for scene in read_scenes(infos)]
+    by_day = (caption(scene, say_daytime=True) for scene in scenes if weather_groups(scene.description) == ["none"])
     captions = sorted({*(caption(scene) for scene in scenes), *by_day})
     made = read_json(encoders / "encoders.json", HINT)["text"]
     encoder = TextEncoder.load(made["path"], config.text.max_tokens, this_device())

@@ -21,7 +21,7 @@ from torch import Tensor
 from magicdrive_core.config.schema import Bucket, bucket_name, parse_size
 from magicdrive_core.data.clips import list_clips
 from magicdrive_core.data.pictures import read_picture
-from magicdrive_core.data.records import Outline, Scene
+from magicdrive_core.data.records import Scene, SceneHeader
 from magicdrive_core.device import kind
 from magicdrive_core.encoders.vae import Vae, latent_shape, to_video
 from magicdrive_core.errors import MagicDriveError
@@ -98,7 +98,7 @@ def plan_scenes(scenes: Sequence[Scene], root: Path, buckets: Sequence[Bucket], 
         MagicDriveError: no bucket has a clip.
     """
     starts: dict[tuple[str, str], dict[int, set[int]]] = {}
-    outlines = [Outline.of(scene) for scene in scenes]
+    outlines = [SceneHeader.of(scene) for scene in scenes]
     for bucket in buckets:
         for clip in list_clips(outlines, "train", bucket.frames, stride, whole=bucket.whole):
             starts.setdefault((clip.scene, bucket.resolution), {}).setdefault(clip.frames, set()).add(clip.start)

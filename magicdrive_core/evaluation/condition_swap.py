@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from magicdrive_core.config.schema import Config
-from magicdrive_core.data.bev_maps import BevMaps
 from magicdrive_core.data.edits import Edits
+from magicdrive_core.data.map_cache import BevMaps
 from magicdrive_core.data.records import ClipConditions, Scene
 from magicdrive_core.inference.items import Window, list_items
 from magicdrive_core.inference.models import Models

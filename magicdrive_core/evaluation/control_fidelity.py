@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from magicdrive_core.config.schema import Config, parse_size
-from magicdrive_core.data.bev_maps import BevMaps
 from magicdrive_core.data.infos import read_scenes
+from magicdrive_core.data.map_cache import BevMaps
 from magicdrive_core.data.pictures import read_picture
 from magicdrive_core.data.records import Scene
 from magicdrive_core.data.scene_store import Scenes

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from magicdrive_core.data.table_subset import SPLIT, Tables, write_cut
+from magicdrive_core.data.nuscenes_files import SPLIT, Tables, write_cut
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.utils.files import read_json
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from PIL import Image
 
 from magicdrive_core.config.schema import Config
+from magicdrive_core.data.nuscenes_files import Tables, cut_tables, link_or_copy, read_tables, write_cut
 from magicdrive_core.data.records import Scene
-from magicdrive_core.data.table_subset import Tables, cut_tables, link_or_copy, read_tables, write_cut
 from magicdrive_core.errors import MagicDriveError, UsageError
 from magicdrive_core.evaluation.protocol import FRAMES, KEY_FRAMES
 from magicdrive_core.geometry.cameras import VIEWS

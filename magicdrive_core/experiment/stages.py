@@ -12,9 +12,9 @@ from typing import Any
 
 from magicdrive_core.config.load import parse_config
 from magicdrive_core.config.schema import STAGES, Bucket, Config, Stage, fingerprint
-from magicdrive_core.data.clips import balanced, list_clips
+from magicdrive_core.data.clips import balance_weather, list_clips
 from magicdrive_core.data.infos import read_scenes
-from magicdrive_core.data.records import Clip, Outline
+from magicdrive_core.data.records import Clip, SceneHeader
 from magicdrive_core.tracking.lineage import input_digests
 from magicdrive_core.utils.files import read_json, sha256_file, write_json
 
@@ -102,18 +102,18 @@ def feasibility(config: Config, stage: Stage, project: Path = Path()) -> Feasibi
 
     A stage that has buckets of several frames is for videos: single pictures beside them do not make it possible.
     """
-    scenes = [Outline.of(scene) for scene in read_scenes(project / "artifacts/infos")]
+    scenes = [SceneHeader.of(scene) for scene in read_scenes(project / "artifacts/infos")]
     buckets = config.training.stage(stage).buckets
     clips = {bucket.name: len(bucket_clips(config, stage, bucket, scenes)) for bucket in buckets}
     videos = [bucket for bucket in buckets if bucket.frames > 1]
     return Feasibility(stage, clips, any(clips[bucket.name] for bucket in videos or buckets))
 
 
-def bucket_clips(config: Config, stage: Stage, bucket: Bucket, scenes: Sequence[Outline]) -> list[Clip]:
+def bucket_clips(config: Config, stage: Stage, bucket: Bucket, scenes: Sequence[SceneHeader]) -> list[Clip]:
     """The training clips of a stage's bucket, in the order of the sampler's indices."""
     if config.training.stage(stage).balance:
         training = [scene for scene in scenes if scene.split in ("train", "both")]
-        scenes = balanced(training, published=config.published)
+        scenes = balance_weather(training, published=config.published)
     return bucket.repeat * list_clips(scenes, "train", bucket.frames, config.latents.start_stride, whole=bucket.whole)
 
 

@@ -55,7 +55,7 @@ def corners(boxes: Array, *, published: bool = False) -> Array:
     return np.stack([x * cosine + y * sine, y * cosine - x * sine, z], axis=-1) + boxes[:, None, :3]
 
 
-def moved(boxes: Array, matrix: Array) -> Array:
+def transform_boxes(boxes: Array, matrix: Array) -> Array:
     """Boxes (N, 7) of one frame as rows of another one.
 
     Args:

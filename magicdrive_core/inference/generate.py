@@ -12,9 +12,9 @@ from pathlib import Path
 from rich.progress import Progress
 
 from magicdrive_core.config.schema import Config
-from magicdrive_core.data.bev_maps import BevMaps
 from magicdrive_core.data.edits import Edits, chosen_edits, edit_scene
 from magicdrive_core.data.infos import read_scenes
+from magicdrive_core.data.map_cache import BevMaps
 from magicdrive_core.data.records import Scene
 from magicdrive_core.inference.claims import Claim
 from magicdrive_core.inference.fan_out import Summary, share_items

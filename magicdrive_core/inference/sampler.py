@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from magicdrive_core.config.schema import Config, parse_size
-from magicdrive_core.data.bev_maps import BevMaps
 from magicdrive_core.data.conditions import clip_conditions
 from magicdrive_core.data.edits import Edits
+from magicdrive_core.data.map_cache import BevMaps
 from magicdrive_core.data.pictures import Pixels
 from magicdrive_core.data.records import Clip, ClipConditions, Scene
 from magicdrive_core.diffusion.rectified_flow import RectifiedFlow

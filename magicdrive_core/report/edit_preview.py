@@ -8,9 +8,9 @@ import numpy as np
 from PIL import Image
 
 from magicdrive_core.config.schema import Config
-from magicdrive_core.data.bev_maps import BevMaps
 from magicdrive_core.data.clips import caption
 from magicdrive_core.data.edits import Edits, edit_scene
+from magicdrive_core.data.map_cache import BevMaps
 from magicdrive_core.data.records import Scene
 from magicdrive_core.utils.files import atomic_file
 from magicdrive_core.video.colour import Picture

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from magicdrive_core.config.schema import Config
-from magicdrive_core.data.bev_maps import BevMaps
 from magicdrive_core.data.edits import chosen_edits, edit_scene
 from magicdrive_core.data.infos import read_scenes
+from magicdrive_core.data.map_cache import BevMaps
 from magicdrive_core.data.records import CLASSES, MAP_LAYERS, Scene
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.evaluation.score_sheet import Sheet

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from magicdrive_core.config.schema import Synth
-from magicdrive_core.synthetic.city import CITIES, HALF, LANE, WALKWAY, City, Curve, Lane, city
+from magicdrive_core.synthetic.city import CITIES, HALF, LANE, WALKWAY, City, Lane, city
+from magicdrive_core.synthetic.curves import Curve
 from magicdrive_core.synthetic.rig import KEY_PERIOD
 
 Array = NDArray[np.float64]

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from magicdrive_core.config.schema import STAGES, Bucket, Config, Stage, parse_size
-from magicdrive_core.data.bev_maps import BevMaps
 from magicdrive_core.data.buckets import BucketSampler, relative_cost
-from magicdrive_core.data.clips import caption, weathers
-from magicdrive_core.data.conditions import add_boxes, anchors, clip_conditions, drop_frames, hide_boxes
+from magicdrive_core.data.clips import caption, weather_groups
+from magicdrive_core.data.conditions import add_boxes, anchor_frames, clip_conditions, drop_frames, hide_boxes
 from magicdrive_core.data.infos import read_scenes
-from magicdrive_core.data.records import Clip, ClipConditions, Outline
+from magicdrive_core.data.map_cache import BevMaps
+from magicdrive_core.data.records import Clip, ClipConditions, SceneHeader
 from magicdrive_core.data.scene_store import ScenesByToken
 from magicdrive_core.diffusion.frame_masks import draw_masks
 from magicdrive_core.encoders.caches import LatentCache
@@ -140,7 +140,7 @@ class Loader:
         self._config, self._stage, self._settings = config, stage, config.training.stage(stage)
         artifacts = project / "artifacts"
         scenes = read_scenes(artifacts / "infos")
-        outlines = [Outline.of(scene) for scene in scenes]
+        outlines = [SceneHeader.of(scene) for scene in scenes]
         self._scenes = ScenesByToken(scenes, outlines)
         pairs = [(bucket, bucket_clips(config, stage, bucket, outlines)) for bucket in self._settings.buckets]
         self.buckets: list[Bucket] = [bucket for bucket, clips in pairs if clips]
@@ -279,7 +279,7 @@ class Loader:
         config, scene = self._config, self._scenes[clip.scene]
         bits = self._maps.of_clip(scene, clip, size)
         told = clip_conditions(scene, clip, size, bits, published=config.published)
-        if self._settings.balance and weathers(scene.description, published=config.published) == ["none"]:
+        if self._settings.balance and weather_groups(scene.description, published=config.published) == ["none"]:
             told = replace(told, caption=caption(scene, say_daytime=True))
         told = add_boxes(told, config.training.add_boxes, rng)
-        return hide_boxes(told, anchors(scene, clip, published=config.published), config.training.hide_boxes, rng)
+        return hide_boxes(told, anchor_frames(scene, clip, published=config.published), config.training.hide_boxes, rng)

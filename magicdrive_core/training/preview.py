@@ -15,10 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from magicdrive_core.config.schema import Bucket, Config, Stage, parse_size
-from magicdrive_core.data.bev_maps import BevMaps
 from magicdrive_core.data.clips import list_clips
 from magicdrive_core.data.conditions import clip_conditions
 from magicdrive_core.data.infos import read_scenes
+from magicdrive_core.data.map_cache import BevMaps
 from magicdrive_core.data.pictures import read_picture
 from magicdrive_core.data.records import Clip, Scene
 from magicdrive_core.diffusion.rectified_flow import RectifiedFlow

@@ -85,7 +85,7 @@ def test_a_truncated_picture(project: Path) -> None:
     before = sha256_folder(project / "artifacts/latents")
     code, lines = fail(project, "magicdrive", "latents")
     assert (code, len(lines)) == (1, 2)
-    assert lines[0].startswith(f"error: {picture} is not a whole picture")
+    assert lines[0].startswith(f"error: {picture} is not a complete picture")
     assert sha256_folder(project / "artifacts/latents") == before
     assert_only_resumable(project)
 
@@ -95,7 +95,7 @@ def test_a_map_of_another_version(project: Path) -> None:
         replace(path, json.dumps(json.loads(path.read_text()) | {"version": "1.2"}).encode())
     code, lines = fail(project, "magicdrive", "conditions")
     assert (code, len(lines)) == (1, 2)
-    assert ".json is a map 1.2, map expansion 1.3 is needed" in lines[0]
+    assert ".json has map version 1.2, expected 1.3" in lines[0]
     assert_only_resumable(project)
 
 

@@ -19,9 +19,9 @@ from magicdrive_core.config.load import parse_config
 from magicdrive_core.config.schema import Config
 from magicdrive_core.data.adapters import open_adapter
 from magicdrive_core.data.argoverse import CAMERAS
-from magicdrive_core.data.bev_maps import read_map
 from magicdrive_core.data.conditions import build_conditions
 from magicdrive_core.data.infos import build_infos, read_scenes
+from magicdrive_core.data.map_cache import read_map
 from magicdrive_core.data.pictures import read_clip
 from magicdrive_core.data.records import MAP_LAYERS, Clip, Scene
 from magicdrive_core.errors import MagicDriveError

@@ -12,7 +12,8 @@ import pytest
 import shapely
 from nuscenes.map_expansion.map_api import NuScenesMap, NuScenesMapExplorer
 
-from magicdrive_core.data.bev_maps import rasterise, read_map, unpack, write_map
+from magicdrive_core.data.bev_maps import rasterise, unpack
+from magicdrive_core.data.map_cache import read_map, write_map
 from magicdrive_core.data.nuscenes_scenes import build_scene
 from magicdrive_core.data.nuscenes_tables import load_tables
 from magicdrive_core.data.records import MAP_LAYERS, Scene
@@ -145,7 +146,7 @@ def test_half_written_maps_are_refused(tmp_path: Path) -> None:
     with pytest.raises(MagicDriveError, match="is missing"):
         read_map(tmp_path, "b", 20)
     write_map(tmp_path / "bev" / "40" / "a.npz", np.ones((3, 20, 20), np.uint8))
-    with pytest.raises(MagicDriveError, match="not uint8 maps of 40 cells"):
+    with pytest.raises(MagicDriveError, match="expected uint8 \\(F, 40, 40\\)"):
         read_map(tmp_path, "a", 40)
 
 
@@ -161,9 +162,9 @@ def test_unusable_map_files_are_named(synthetic_root: Path, scenes: list[Scene],
             load_map(tmp_path, name)
         assert "v1.3" in error.value.hint
 
-    refused("old", json.dumps(values | {"version": "1.2"}), "is a map 1.2, map expansion 1.3 is needed")
-    refused("older", json.dumps({key: value for key, value in values.items() if key != "version"}), "without a version")
-    refused("list", "[]", "another kind")
+    refused("old", json.dumps(values | {"version": "1.2"}), "has map version 1.2, expected 1.3")
+    refused("older", json.dumps({key: value for key, value in values.items() if key != "version"}), "version None")
+    refused("list", "[]", "not a map expansion")
     refused("broken", "{", "not valid JSON")
     refused("nodes", json.dumps(values | {"node": values["node"][1:]}), "has no record")
     with pytest.raises(MagicDriveError, match="is missing"):

@@ -14,17 +14,17 @@ from hypothesis import strategies as st
 
 from magicdrive_core.config.load import load_config
 from magicdrive_core.config.schema import Bucket
-from magicdrive_core.data.bev_maps import BevMaps, read_map
-from magicdrive_core.data.clips import balanced, caption, list_clips, weathers
+from magicdrive_core.data.clips import balance_weather, caption, list_clips, weather_groups
 from magicdrive_core.data.conditions import (
     add_boxes,
-    anchors,
+    anchor_frames,
     build_conditions,
     clip_conditions,
     drop_frames,
     hide_boxes,
 )
-from magicdrive_core.data.records import Clip, ClipConditions, FrameBoxes, Outline, Scene
+from magicdrive_core.data.map_cache import BevMaps, read_map
+from magicdrive_core.data.records import Clip, ClipConditions, FrameBoxes, Scene, SceneHeader
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.experiment.stages import bucket_clips
 from magicdrive_core.geometry import poses
@@ -58,7 +58,7 @@ def test_training_clips_start_at_every_stride(scenes: list[Scene]) -> None:
     ("length", "frames"), [(19, 17), (25, 25), (26, 25), (32, 25), (220, 217), (241, 241), (250, 241)]
 )
 def test_whole_scenes_are_cut_to_8n_plus_1(scenes: list[Scene], length: int, frames: int) -> None:
-    outline = replace(Outline.of(scenes[0]), split="both", key_frames=np.arange(length) % 6 == 0)
+    outline = replace(SceneHeader.of(scenes[0]), split="both", key_frames=np.arange(length) % 6 == 0)
     for split in ("train", "val"):
         assert list_clips([outline], split, 241, 1, whole=True) == [Clip(outline.token, 0, frames)]
 
@@ -68,7 +68,7 @@ def test_a_bucket_of_whole_scenes_repeats_them_and_has_no_batch() -> None:
         Bucket(resolution="224x400", frames=241, batch=2, whole=True)
     config = load_config(PROJECT / "profiles/nuscenes.yaml")
     (whole,) = (bucket for bucket in config.training.stage3.buckets if bucket.whole)
-    outlines = [Outline(str(n), str(n), "train", "", "", np.ones(187 + 9 * n, bool)) for n in range(6)]
+    outlines = [SceneHeader(str(n), str(n), "train", "", "", np.ones(187 + 9 * n, bool)) for n in range(6)]
     clips = bucket_clips(config, "stage3", whole, outlines)
     assert len(clips) == 6 * 40
     assert [clip.frames for clip in clips[:6]] == [185, 193, 201, 209, 217, 225]
@@ -95,16 +95,16 @@ def test_validation_takes_the_first_clip_of_each_scene(scenes: list[Scene]) -> N
     ],
 )
 def test_weather_is_told_by_word(description: str, words: list[str], substrings: list[str]) -> None:
-    assert weathers(description) == words
-    assert weathers(description, published=True) == substrings
+    assert weather_groups(description) == words
+    assert weather_groups(description, published=True) == substrings
 
 
 def test_balanced_groups_are_of_like_size(scenes: list[Scene]) -> None:
     descriptions = ["Day"] * 7 + ["Night"] * 2 + ["Rain", "Rain, night", "Rain"]
     many = [replace(scenes[0], token=str(n), description=text) for n, text in enumerate(descriptions)]
-    tokens = [scene.token for scene in balanced(many)]
+    tokens = [scene.token for scene in balance_weather(many)]
     assert tokens == [*["7", "8", "10"] * 2, *["9", "10", "11"] * 2, *map(str, range(7))]
-    assert balanced([]) == []
+    assert balance_weather([]) == []
     assert "onenorth. Daytime. Day." in caption(replace(many[0], location="singapore-onenorth"), say_daytime=True)
 
 
@@ -145,7 +145,7 @@ def test_a_map_of_another_version_leaves_nothing_behind(
 ) -> None:
     for path in (root_copy / "maps" / "expansion").glob("*.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"version": "1.0"}))
-    with pytest.raises(MagicDriveError, match=r"map 1.0"):
+    with pytest.raises(MagicDriveError, match=r"map version 1.0"):
         build_conditions(make_config(root_copy), infos, tmp_path / "conditions")
     assert not (tmp_path / "conditions").exists()
 
@@ -199,7 +199,7 @@ def test_hidden_frames_hide_everything_but_key_frames_never(
     told: ClipConditions, scenes: list[Scene], published: bool, shown: list[int]
 ) -> None:
     """The clip begins at frame 2 of the scene, whose key frames are 0, 6, 12."""
-    always = anchors(scenes[0], Clip(scenes[0].token, 2, 9), published=published)
+    always = anchor_frames(scenes[0], Clip(scenes[0].token, 2, 9), published=published)
     assert np.flatnonzero(always).tolist() == shown
     rng = np.random.default_rng(0)
     masks = hide_boxes(told, always, 1.0, rng).box_masks

@@ -15,7 +15,7 @@ from magicdrive_core.data.edits import Edits, Point, edit_scene, load_edits, und
 from magicdrive_core.data.records import FrameBoxes, Scene
 from magicdrive_core.errors import UsageError
 from magicdrive_core.geometry import poses
-from magicdrive_core.geometry.boxes import moved
+from magicdrive_core.geometry.boxes import transform_boxes
 
 F = 13
 HEIGHT = 1.8  # of the lidar
@@ -176,7 +176,7 @@ def test_a_generated_scene_comes_back_from_the_start_frame(scenes: list[Scene]) 
 def test_moved_boxes_come_back(place: list[float], turn: float, heading: float) -> None:
     matrix = poses.pose([np.cos(turn / 2), 0, 0, np.sin(turn / 2)], place)
     row = np.array([[1.0, 2, 3, 1, 2, 3, heading]])
-    assert_boxes(moved(moved(row, matrix), poses.inverse(matrix))[0], row[0])
+    assert_boxes(transform_boxes(transform_boxes(row, matrix), poses.inverse(matrix))[0], row[0])
 
 
 def test_headings_take_the_short_way_round() -> None:

@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 
 from magicdrive_core.data.infos import build_infos, pictures_changed, read_scenes
-from magicdrive_core.data.nuscenes_scenes import build_scene, choose_splits
+from magicdrive_core.data.nuscenes_scenes import build_scene, choose_splits, read_objects
 from magicdrive_core.data.nuscenes_tables import LIDAR, Tables, load_tables
 from magicdrive_core.data.records import CLASSES, Scene
 from magicdrive_core.data.scene_store import SCHEMA
-from magicdrive_core.data.timeline import interpolate, read_objects
+from magicdrive_core.data.timeline import interpolate
 from magicdrive_core.errors import MagicDriveError, UsageError
 from magicdrive_core.geometry import cameras, poses
 from tests.conftest import PROJECT
@@ -280,7 +280,7 @@ def test_bad_scenes_are_quarantined_on_request(
     picture.unlink()
     Image.new("RGB", (800, 450)).save(picture)
     config = make_config(root_copy)
-    with pytest.raises(MagicDriveError, match=f"{picture.name} is a picture of 800x450 pixels, not 1600x900"):
+    with pytest.raises(MagicDriveError, match=f"{picture.name} has 800x450 pixels, expected 1600x900"):
         build_infos(config, tmp_path / "infos")
     skipping = config.model_copy(update={"data": config.data.model_copy(update={"skip_bad": True})})
     build_infos(skipping, tmp_path / "infos")

@@ -46,7 +46,7 @@ def test_unusable_pictures_are_named(picture: Path, tmp_path: Path) -> None:
     whole = picture.read_bytes()
     for broken in (whole[: len(whole) // 2], whole[:-500], b"", b"no picture"):
         picture.write_bytes(broken)
-        with pytest.raises(MagicDriveError, match=r"front.jpg is not a whole picture"):
+        with pytest.raises(MagicDriveError, match=r"front.jpg is not a complete picture"):
             read_picture(picture, SMALL)
     with pytest.raises(MagicDriveError, match=r"gone.jpg is missing"):
         read_picture(tmp_path / "gone.jpg", SMALL)

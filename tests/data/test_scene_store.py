@@ -14,7 +14,7 @@ import pytest
 
 from magicdrive_core.data.infos import build_infos, read_scenes
 from magicdrive_core.data.nuscenes_scenes import NuScenesScenes
-from magicdrive_core.data.records import Outline, Scene
+from magicdrive_core.data.records import Scene, SceneHeader
 from magicdrive_core.data.scene_store import ScenesByToken, from_table, scene_path
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.utils.process_pool import for_each_scene
@@ -95,7 +95,7 @@ def test_scenes_are_mapped_and_hold_what_the_parquet_file_holds(infos: Path, sce
 
 
 def test_scenes_are_found_by_token_and_in_parts(infos: Path, scenes: list[Scene]) -> None:
-    found = ScenesByToken(scenes, [Outline.of(scene) for scene in scenes])
+    found = ScenesByToken(scenes, [SceneHeader.of(scene) for scene in scenes])
     assert list(found) == [scene.token for scene in scenes]
     assert found[scenes[1].token].name == scenes[1].name
     assert [scene.name for scene in scenes[1:]] == [scenes[1].name]

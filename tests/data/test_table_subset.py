@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from benchmarks.held_back import CARRIED, PAIRED, angles, held_back
 from magicdrive_core.data.nuscenes_scenes import build_scene
 from magicdrive_core.data.nuscenes_tables import load_tables
-from magicdrive_core.data.timeline import Objects, carry_on
+from magicdrive_core.data.timeline import Objects, extrapolate
 from magicdrive_core.geometry.poses import slerp
 
 
@@ -49,17 +49,17 @@ def test_carried_objects_keep_their_velocity_or_stand() -> None:
         objects(moving=(2, 0), new=(5, 5), stays=(1, 1)),
         objects(stays=(1, 1)),
     )
-    carried = carry_on(here, gone, earlier, 0.5)
+    carried = extrapolate(here, gone, earlier, 0.5)
     assert carried.ids == ["moving", "new"]
     np.testing.assert_allclose(carried.centres, [[3, 0, 0], [5, 5, 0]])
-    assert carry_on(here, gone, None, 0.5).centres.tolist() == [[2, 0, 0], [5, 5, 0]]
+    assert extrapolate(here, gone, None, 0.5).centres.tolist() == [[2, 0, 0], [5, 5, 0]]
 
 
 @pytest.mark.parametrize("published", [False, True])
 def test_lone_objects_are_shown_in_the_nearer_half_on_request(shared: Path, published: bool) -> None:
     tables = load_tables(shared / "data/nuscenes-drive", "v1.0-drive")
     plain = build_scene(tables, tables.scene[0], "both", published=published)
-    carried = build_scene(tables, tables.scene[0], "both", published=published, carry_lone=True)
+    carried = build_scene(tables, tables.scene[0], "both", published=published, extrapolate_unpaired=True)
     added = 0
     for frame, (few, more) in enumerate(zip(plain.boxes, carried.boxes, strict=True)):
         new = set(more.ids) - set(few.ids)

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from magicdrive_core.cli.main import app
 from magicdrive_core.data.clips import list_clips
-from magicdrive_core.data.exchange import CAMERA_ORDER
 from magicdrive_core.data.infos import read_scenes
+from magicdrive_core.data.published_infos import CAMERA_ORDER
 from magicdrive_core.data.records import Scene
 from magicdrive_core.geometry.cameras import VIEWS
 from tests.conftest import PROJECT

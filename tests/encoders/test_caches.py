@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 from magicdrive_core.config.schema import Bucket
-from magicdrive_core.data.bev_maps import write_map
 from magicdrive_core.data.clips import caption
 from magicdrive_core.data.infos import read_scenes
+from magicdrive_core.data.map_cache import write_map
 from magicdrive_core.data.pictures import read_clip
 from magicdrive_core.data.records import CLASSES, Clip
 from magicdrive_core.encoders import encode_latents as encode
@@ -261,7 +261,7 @@ def test_a_broken_picture_stops_the_work_which_then_goes_on(project, tmp_path, m
     shutil.copytree(project.root, root)
     whole = (root / "samples/3.jpg").read_bytes()
     (root / "samples/3.jpg").write_bytes(whole[:2000])
-    with pytest.raises(MagicDriveError, match=r"3\.jpg is not a whole picture"):
+    with pytest.raises(MagicDriveError, match=r"3\.jpg is not a complete picture"):
         write_latents(make_config(root), project.infos, project.encoders, tmp_path / "latents")
     assert not (tmp_path / "latents").exists()
     (partial,) = tmp_path.glob(".latents.*.resumable")
@@ -295,7 +295,7 @@ def test_a_broken_picture_stops_the_other_processes(project, tmp_path, monkeypat
         SceneWork("broken", [[broken]], "56x104", {1: [0]}),
     ]
     settings = EncoderSettings(str(project.encoders / "vae"), 1.0, 4, 8, "float16")
-    with pytest.raises(MagicDriveError, match=r"broken\.jpg is not a whole picture"):
+    with pytest.raises(MagicDriveError, match=r"broken\.jpg is not a complete picture"):
         encode.encode_scenes(works, settings, tmp_path / "latents")
     assert not list((tmp_path / "latents").rglob("*.safetensors"))
     assert not multiprocessing.active_children()

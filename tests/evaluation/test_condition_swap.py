@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from magicdrive_core.config.schema import Config
-from magicdrive_core.data.bev_maps import write_map
+from magicdrive_core.data.map_cache import write_map
 from magicdrive_core.data.records import FrameBoxes, Scene
 from magicdrive_core.evaluation.condition_swap import FIELDS, draw_exchanged
 from tests.inference.project import STAGE, make_project, small_config, small_scene

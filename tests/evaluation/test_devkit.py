@@ -14,10 +14,10 @@ from nuscenes import NuScenes
 from PIL import Image
 
 from magicdrive_core.config.schema import Config
+from magicdrive_core.data.nuscenes_files import SPLIT, Tables
 from magicdrive_core.data.nuscenes_scenes import build_scene
 from magicdrive_core.data.nuscenes_tables import load_tables
 from magicdrive_core.data.records import Scene
-from magicdrive_core.data.table_subset import SPLIT, Tables
 from magicdrive_core.errors import MagicDriveError, UsageError
 from magicdrive_core.evaluation.bev_masks import Masks, evaluate_masks, map_masks
 from magicdrive_core.evaluation.detection import evaluate_detections

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 
 from magicdrive_core.config.load import load_config
 from magicdrive_core.config.schema import Config
-from magicdrive_core.data.bev_maps import write_map
 from magicdrive_core.data.clips import caption
 from magicdrive_core.data.infos import infos_digest, write_infos
+from magicdrive_core.data.map_cache import write_map
 from magicdrive_core.data.records import CLASSES, FrameBoxes, Scene
 from magicdrive_core.encoders.caches import CAPTIONS, FEATURES, FORMAT, INDEX
 from magicdrive_core.geometry.cameras import VIEWS

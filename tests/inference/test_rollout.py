@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from magicdrive_core.config.schema import Config
-from magicdrive_core.data.bev_maps import BevMaps
 from magicdrive_core.data.edits import chosen_edits
 from magicdrive_core.data.infos import read_scenes
+from magicdrive_core.data.map_cache import BevMaps
 from magicdrive_core.geometry.cameras import VIEWS
 from magicdrive_core.inference import initial_frames as beginnings
 from magicdrive_core.inference import writer as writing

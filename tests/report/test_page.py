@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from magicdrive_core.config.schema import Config
-from magicdrive_core.data.bev_maps import write_map
 from magicdrive_core.data.infos import write_infos
+from magicdrive_core.data.map_cache import write_map
 from magicdrive_core.data.records import FrameBoxes, Scene
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.evaluation.score_sheet import Sheet

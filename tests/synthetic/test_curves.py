@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from magicdrive_core.synthetic.city import Curve
+from magicdrive_core.synthetic.curves import Curve
 
 pieces = st.lists(st.tuples(st.floats(0.5, 80), st.sampled_from([0.0, 0.05, -0.1, 1e-9])), min_size=1, max_size=4)
 curves = st.builds(
@@ -39,7 +39,7 @@ def test_joining_goes_on_where_the_first_curve_ends(curve: Curve, other: Curve) 
 
 @given(curve=curves)
 def test_mirroring_turns_left_into_right(curve: Curve) -> None:
-    mirrored = curve.placed(True, 0.0, (0.0, 0.0))
+    mirrored = curve.transformed(True, 0.0, (0.0, 0.0))
     np.testing.assert_allclose(
         mirrored.poses([curve.length / 3]), curve.poses([curve.length / 3]) * [1, -1, -1], atol=1e-6
     )

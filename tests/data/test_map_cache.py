@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from magicdrive_core.data import bev_maps as drawn_maps
-from magicdrive_core.data.bev_maps import map_path
+from magicdrive_core.data import map_cache
 from magicdrive_core.data.conditions import build_conditions
+from magicdrive_core.data.map_cache import map_path
 from magicdrive_core.data.records import Scene
 from magicdrive_core.errors import MagicDriveError
 
@@ -26,7 +26,7 @@ def test_size_and_time_are_told_and_what_is_there_is_not_drawn_again(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     config, out = make_config(synthetic_root), tmp_path / "conditions"
-    write_map, written = drawn_maps.write_map, []
+    write_map, written = map_cache.write_map, []
     told: list[str] = []
 
     def stopped(path: Path, bits: Any) -> None:
@@ -37,7 +37,7 @@ def test_size_and_time_are_told_and_what_is_there_is_not_drawn_again(
             written.append(path)
         write_map(path, bits)
 
-    monkeypatch.setattr(drawn_maps, "write_map", stopped)
+    monkeypatch.setattr(map_cache, "write_map", stopped)
     with pytest.raises(KeyboardInterrupt):
         build_conditions(config, infos, out)
     frames = sum(map(len, scenes))
@@ -45,10 +45,10 @@ def test_size_and_time_are_told_and_what_is_there_is_not_drawn_again(
     assert found
     assert not out.exists()
 
-    monkeypatch.setattr(drawn_maps, "write_map", write_map)
+    monkeypatch.setattr(map_cache, "write_map", write_map)
     drawn: list[int] = []
-    rasterise = drawn_maps.rasterise
-    monkeypatch.setattr(drawn_maps, "rasterise", lambda *given: drawn.append(len(given[1])) or rasterise(*given))
+    rasterise = map_cache.rasterise
+    monkeypatch.setattr(map_cache, "rasterise", lambda *given: drawn.append(len(given[1])) or rasterise(*given))
     build_conditions(config, infos, out)
     again = capsys.readouterr().err
     assert f"BEV maps: {len(scenes[1])} frames of 1 scenes" in again  # one number of cells: a file is a scene

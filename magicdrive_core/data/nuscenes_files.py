@@ -1,6 +1,7 @@
-"""nuScenes tables cut down to some key frames of each scene: whole in themselves, so that any program can read them.
+"""nuScenes data roots as plain files, without the devkit: find the tables, read them, cut them down to some key frames.
 
-Used where a benchmark looks at three key frames of a scene and a program would ask for all forty.
+An evaluation that looks at three key frames of a scene writes a cut: tables that are complete in themselves, so that
+any program can read them, and that do not ask for the key frames that were not generated.
 """
 
 from __future__ import annotations
@@ -13,24 +14,49 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from magicdrive_core.data.roots import find_tables
 from magicdrive_core.errors import MagicDriveError
 
 Record = dict[str, Any]
 Tables = dict[str, list[Record]]
 
-SPLIT = "generated"  # in splits.json: the devkit's way to name scenes of one's own
+MAPS = "unpack the nuScenes map expansion v1.3 into maps/ (nuScenes-map-expansion-v1.3.zip)"
+SPLIT = "generated"  # key in splits.json, the devkit's way to evaluate scenes outside its official splits
 _NAMES = (
     *("attribute", "calibrated_sensor", "category", "ego_pose", "instance", "log", "map", "sample"),
     *("sample_annotation", "sample_data", "scene", "sensor", "visibility"),
 )
 
 
-def read_tables(root: Path, version: str) -> Tables:
-    """The 13 tables as they stand in ``root/version``.
+def find_tables(root: Path | str, version: str) -> Path:
+    """Return the folder of the tables, ``root/version``.
 
     Raises:
-        MagicDriveError: one is missing or no JSON.
+        MagicDriveError: the folder is missing; the hint names the versions that are there.
+    """
+    root = Path(root)
+    folder = root / version
+    if not folder.is_dir():
+        raise MagicDriveError(f"{folder} is missing: no nuScenes tables there", _versions_of(root))
+    return folder
+
+
+def check_root(root: Path | str, version: str) -> None:
+    """Check that a data root has the folders of tables and maps.
+
+    Raises:
+        MagicDriveError: one of them is missing.
+    """
+    find_tables(root, version)
+    maps = Path(root) / "maps"
+    if not maps.is_dir():
+        raise MagicDriveError(f"{maps} is missing: no nuScenes maps there", MAPS)
+
+
+def read_tables(root: Path, version: str) -> Tables:
+    """Read the 13 tables of ``root/version`` as they are, by name.
+
+    Raises:
+        MagicDriveError: a table is missing or not valid JSON.
     """
     folder = find_tables(root, version)
     tables = {}
@@ -46,14 +72,17 @@ def read_tables(root: Path, version: str) -> Tables:
 
 
 def cut_tables(tables: Tables, samples: Sequence[str]) -> Tables:
-    """The tables of some key frames alone: every token that one names, another one has.
+    """Cut tables down to some key frames; every token that a record names is still there.
 
-    What came before and after is forgotten: the first sample of a scene has no ``prev``, and an object that is seen at
-    one of the samples only has no velocity.
+    Neighbours that are cut are forgotten: the first kept sample of a scene has no ``prev``, and an object that only
+    one kept sample shows has no velocity.
 
     Args:
-        tables: of a whole data set; not changed.
+        tables: the tables of a whole data set; they are not changed.
         samples: tokens of the key frames to keep.
+
+    Returns:
+        The same tables with fewer records.
 
     Raises:
         MagicDriveError: a sample is not in the tables.
@@ -75,33 +104,33 @@ def cut_tables(tables: Tables, samples: Sequence[str]) -> Tables:
     tracks: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in data:
         tracks[scene_of[record["sample_token"]], sensors[record["calibrated_sensor_token"]]].append(record)
-    notes = [record for record in tables["sample_annotation"] if record["sample_token"] in wanted]
+    annotations = [record for record in tables["sample_annotation"] if record["sample_token"] in wanted]
     time_of = {record["token"]: record["timestamp"] for record in kept}
-    notes.sort(key=lambda record: time_of[record["sample_token"]])
+    annotations.sort(key=lambda record: time_of[record["sample_token"]])
     objects: dict[str, list[Record]] = defaultdict(list)
-    for record in notes:
+    for record in annotations:
         objects[record["instance_token"]].append(record)
     poses = {record["ego_pose_token"] for record in data}
     return tables | {
         "scene": [
-            _shorter(record, by_scene[record["token"]]) for record in tables["scene"] if record["token"] in by_scene
+            _scene_with(record, by_scene[record["token"]]) for record in tables["scene"] if record["token"] in by_scene
         ],
         "sample": [record for records in by_scene.values() for record in _linked(records)],
         "sample_data": [record for records in tracks.values() for record in _linked(records)],
         "sample_annotation": [record for records in objects.values() for record in _linked(records)],
-        "instance": [_seen(r, objects[r["token"]]) for r in tables["instance"] if r["token"] in objects],
+        "instance": [_instance_with(r, objects[r["token"]]) for r in tables["instance"] if r["token"] in objects],
         "ego_pose": [record for record in tables["ego_pose"] if record["token"] in poses],
     }
 
 
 def write_cut(tables: Tables, root: Path, version: str, out: Path) -> None:
-    """Writes cut tables as the data root ``out``, with map pictures, map expansion and ``splits.json`` (``SPLIT``).
+    """Write cut tables as a data root with map pictures, map expansion and ``splits.json`` (one split, ``SPLIT``).
 
     Args:
-        tables: as ``cut_tables`` gives them.
-        root: the data root that they were cut from; its maps are linked, not copied, where the disk allows.
+        tables: the result of ``cut_tables``.
+        root: the data root that they were cut from; its maps are hard-linked where the file system allows it.
         version: name of the table folder.
-        out: the new root.
+        out: the new data root.
     """
     folder = out / version
     folder.mkdir(parents=True)
@@ -116,7 +145,7 @@ def write_cut(tables: Tables, root: Path, version: str, out: Path) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """The same file under another name: a hard link where both are on one disk, else a copy."""
+    """Hard-link a file if both paths are on one file system, copy it otherwise; an existing target is kept."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target)
@@ -127,16 +156,25 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def _linked(records: Sequence[Record]) -> list[Record]:
-    """Records in order of time, each with the tokens of its neighbours."""
+    """Link records in order of time: each with the tokens of its neighbours as ``prev`` and ``next``."""
     tokens = ["", *(record["token"] for record in records), ""]
     return [record | {"prev": tokens[n], "next": tokens[n + 2]} for n, record in enumerate(records)]
 
 
-def _shorter(scene: Record, samples: Sequence[Record]) -> Record:
+def _scene_with(scene: Record, samples: Sequence[Record]) -> Record:
     ends = {"first_sample_token": samples[0]["token"], "last_sample_token": samples[-1]["token"]}
     return scene | ends | {"nbr_samples": len(samples)}
 
 
-def _seen(instance: Record, notes: Sequence[Record]) -> Record:
-    ends = {"first_annotation_token": notes[0]["token"], "last_annotation_token": notes[-1]["token"]}
-    return instance | ends | {"nbr_annotations": len(notes)}
+def _instance_with(instance: Record, annotations: Sequence[Record]) -> Record:
+    ends = {"first_annotation_token": annotations[0]["token"], "last_annotation_token": annotations[-1]["token"]}
+    return instance | ends | {"nbr_annotations": len(annotations)}
+
+
+def _versions_of(root: Path) -> str:
+    if not root.is_dir():
+        return f"{root} does not exist: set data.root in params.yaml, or run `magicdrive synth`"
+    versions = sorted(table.parent.name for table in root.glob("*/sample_data.json"))
+    if versions:
+        return f"set data.version in params.yaml to one of: {', '.join(versions)}"
+    return "set data.root in params.yaml to a nuScenes root, or run `magicdrive synth`"

@@ -14,11 +14,11 @@ import pytest
 from typer.testing import CliRunner
 
 from magicdrive_core.cli.main import app
-from magicdrive_core.data.exchange import read_published, write_published
 from magicdrive_core.data.infos import import_infos, read_scenes
 from magicdrive_core.data.nuscenes_scenes import build_scene
 from magicdrive_core.data.nuscenes_tables import load_tables
 from magicdrive_core.data.plain_pickle import read_plain_pickle
+from magicdrive_core.data.published_infos import read_published, write_published
 from magicdrive_core.data.records import Scene
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.geometry import poses
