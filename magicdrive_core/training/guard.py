@@ -37,7 +37,7 @@ class Guard:
     def faults(self, step: int, ranks: Sequence[RankStatistics], learning_rate: float) -> list[str]:
         """What is not finite at this step, a line a rank, the same on all ranks; none: the step is good."""
         found = find_faults(ranks)
-        if found and self._scale and not self._scale.least and all(math.isfinite(facts.loss) for facts in ranks):
+        if found and self._scale and not self._scale.at_minimum and all(math.isfinite(facts.loss) for facts in ranks):
             found = [f"the loss scale {self._scale.scale:g} is too large: {fault}" for fault in found]
             self._scale.back_off()
             if dist.get_rank() == 0:

@@ -50,7 +50,8 @@ def set_moments(engine: Engine, shards: dict[str, dict[str, Tensor]], steps: dic
     state = engine.optimizer.optim.state
     for name, master in masters(engine).items():
         if name in steps:
-            state[master] = {"step": steps[name]} | {kind: shards[kind][name] for kind in MOMENTS}
+            step = torch.tensor(float(steps[name]), device=master.device)  # fused AdamW counts on the device
+            state[master] = {"step": step} | {kind: shards[kind][name] for kind in MOMENTS}
 
 
 def moment_steps(engine: Engine) -> dict[str, int]:

@@ -64,8 +64,8 @@ def zero_steps(steps: int, precision: str, parts: int = 1) -> tuple[dict[str, An
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-def test_zero_equals_adamw_though_ranks_use_other_layers(parts: int) -> None:
-    """In one pass, and in two whose gradients add up."""
+def test_zero_equals_adamw_when_ranks_use_different_layers(parts: int) -> None:
+    """It holds in one backward pass, and in two whose gradients add up."""
     expected = plain_adamw(12)
     results = run_distributed(zero_steps, 2, 12, "fp32", parts)
     for weights, _, _ in results:
@@ -74,7 +74,7 @@ def test_zero_equals_adamw_though_ranks_use_other_layers(parts: int) -> None:
             torch.testing.assert_close(weight, expected[name], atol=2e-6, rtol=0)
 
 
-def test_parameters_that_no_rank_uses_are_left_alone() -> None:
+def test_parameters_that_no_rank_uses_stay_unchanged() -> None:
     weights, averages, _ = run_distributed(zero_steps, 2, 4, "fp32")[0]
     assert torch.equal(weights["unused.weight"], tiny_network().unused.weight)
     assert torch.equal(averages["unused.weight"], tiny_network().unused.weight)
@@ -103,10 +103,10 @@ def test_low_precisions_keep_fp32_masters_near_the_fp32_result(precision: str, a
 
 
 def summed_in_low_precision() -> tuple[float, set[torch.dtype]]:
-    """1 + 64 / 2^12, one small part at a time: in bf16 each would be rounded away."""
+    """Return 1 + 64 / 2^12, added one small part at a time: in bf16 each part would be rounded away."""
     from magicdrive_core.training.engine import build_engine
 
-    engine = build_engine(tiny_network(), training(precision="bf16", clip=1e9), torch.device("cpu"))
+    engine = build_engine(tiny_network(), training(precision="bf16", max_grad_norm=1e9), torch.device("cpu"))
     for part in [1.0] + [2**-12] * 64:
         engine.optimizer.backward(part * engine.network.out.bias.float().sum())
     (group,) = engine.optimizer.pg_to_grad_store.values()
@@ -116,5 +116,25 @@ def summed_in_low_precision() -> tuple[float, set[torch.dtype]]:
     return float(gradient[0]), {gradient.dtype}
 
 
-def test_gradients_of_passes_are_added_in_fp32() -> None:
+def test_gradients_of_several_passes_are_added_in_fp32() -> None:
     assert run_distributed(summed_in_low_precision, 2) == [(1 + 64 / 2**12, {torch.float32})] * 2
+
+
+def masters_at_the_start(precision: str) -> tuple[bool, bool]:
+    """Return whether all masters equal the fp32 weights, and whether the working weights equal the masters."""
+    from magicdrive_core.training.engine import build_engine
+    from magicdrive_core.training.state import gather, masters
+
+    network = tiny_network()
+    exact = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+    engine = build_engine(network, training(precision=precision), torch.device("cpu"))
+    weights = dict(gather(engine, masters(engine), everywhere=True))
+    working = dict(engine.network.named_parameters())
+    equal = all(torch.equal(weight, exact[name]) for name, weight in weights.items())
+    return equal, all(torch.equal(working[name].float(), weight) for name, weight in weights.items())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_master_weights_start_exact(precision: str) -> None:
+    """They are the network's fp32 weights, not what the working precision left of them."""
+    assert run_distributed(masters_at_the_start, 2, precision) == [(True, precision == "fp32")] * 2

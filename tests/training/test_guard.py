@@ -143,7 +143,7 @@ def unheeded() -> tuple[str, bool]:
     return caught.value.message, all(torch.equal(p, before[n]) for n, p in engine.network.named_parameters())
 
 
-def test_the_optimizer_itself_refuses_too() -> None:
+def test_the_optimizer_refuses_a_norm_that_is_not_finite() -> None:
     assert run_distributed(unheeded, 2) == [("the norm of the gradient is not finite", True)] * 2
 
 
