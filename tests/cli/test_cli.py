@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from magicdrive_core.cli.main import main as cli
+from magicdrive_core.cli import main as cli
 from tests.conftest import PROJECT
 
 MAGICDRIVE = str(Path(sys.executable).with_name("magicdrive"))
@@ -39,7 +39,7 @@ def run(*words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, list
 
 def test_help_loads_nothing_heavy() -> None:
     program = (
-        "import sys; from magicdrive_core import cli\n"
+        "import sys; from magicdrive_core.cli import main as cli\n"
         "try: cli.main(['--help'])\n"
         "except SystemExit: print(sorted({'torch', 'numpy', 'pydantic', 'mlflow', 'av'} & set(sys.modules)))"
     )
@@ -125,7 +125,8 @@ def test_debug_shows_where(project: Path) -> None:
 def test_an_interrupted_verb_leaves_no_half_written_file(project: Path, number: signal.Signals, code: int) -> None:
     program = (
         "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from magicdrive_core import cli, files\n"
+        "from magicdrive_core.cli import main as cli\n"
+        "from magicdrive_core.utils import files\n"
         "import magicdrive_core.data.infos as infos\n"
         "def slow(config, out):\n"
         "    with files.atomic_folder(out) as folder:\n"
