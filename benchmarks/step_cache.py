@@ -25,7 +25,7 @@ from magicdrive_core.data.map_cache import BevMaps
 from magicdrive_core.experiment.run_paths import find_places
 from magicdrive_core.inference.items import list_items
 from magicdrive_core.inference.models import Models
-from magicdrive_core.inference.process_group import Alone
+from magicdrive_core.inference.processes import SingleProcess
 from magicdrive_core.inference.sampler import Sampler
 
 
@@ -51,7 +51,7 @@ def main() -> None:
     def sample(within: float | None) -> tuple[Tensor, int, float]:
         passed.clear()
         began = time.process_time()
-        (latents,) = replace(sampler, config=_with_cache(config, within)).sample(Alone())
+        (latents,) = replace(sampler, config=_with_cache(config, within)).sample(SingleProcess())
         return latents, len(passed) // 2, time.process_time() - began  # guidance passes them twice
 
     def view(latents: Tensor) -> np.ndarray:

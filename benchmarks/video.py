@@ -25,11 +25,10 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from magicdrive_core.inference.writer import full_picture
 from magicdrive_core.video import encoder
 from magicdrive_core.video.colour import Picture
-from magicdrive_core.video.encoder import START
-from magicdrive_core.video.frames import Spool
+from magicdrive_core.video.encoder import START, FrameSpool
+from magicdrive_core.video.frames import full_size_image
 
 FRAMES, FPS, CAP = 16, 12, 4.0
 PARTS = ("convert", "passes", "measure")
@@ -56,7 +55,7 @@ def smooth() -> Iterator[Picture]:
     blotches = np.random.default_rng(0).integers(0, 256, (28, 66, 3), dtype=np.uint8)
     wide = np.asarray(Image.fromarray(blotches).resize((264, 112), Image.Resampling.BICUBIC))
     for n in range(FRAMES):
-        yield full_picture(np.ascontiguousarray(wide[:, 2 * n : 2 * n + 200]))
+        yield full_size_image(np.ascontiguousarray(wide[:, 2 * n : 2 * n + 200]))
 
 
 def grain() -> Iterator[Picture]:
@@ -74,9 +73,9 @@ def noise() -> Iterator[Picture]:
 
 def measured(frames: list[Picture], path: Path, start: float) -> tuple[encoder.EncodedVideo, Clock]:
     """Encodes with a clock on each part."""
-    clock, write, psnr, record = Clock(), encoder._write, encoder._psnr, Spool.record
+    clock, write, psnr, record = Clock(), encoder._write, encoder._psnr, FrameSpool.record
 
-    def timed_record(spool: Spool, pictures: Iterator[Picture]) -> list[object]:
+    def timed_record(spool: FrameSpool, pictures: Iterator[Picture]) -> list[object]:
         with clock.part("convert"):
             return list(record(spool, pictures))
 
@@ -91,14 +90,14 @@ def measured(frames: list[Picture], path: Path, start: float) -> tuple[encoder.E
     with (
         patch.object(encoder, "_write", timed_write),
         patch.object(encoder, "_psnr", timed_psnr),
-        patch.object(Spool, "record", timed_record),
+        patch.object(FrameSpool, "record", timed_record),
     ):
         return encoder.encode_video(iter(frames), path, fps=FPS, max_mbit_s=CAP, start=start), clock
 
 
 def unit_pass(frames: list[Picture], path: Path) -> float:
     """CPU seconds of the plain pass."""
-    with Spool(path.parent) as spool:
+    with FrameSpool(path.parent) as spool:
         converted = list(spool.record(iter(frames)))
         began = time.process_time()
         encoder._write(converted, path, FPS, {"preset": "fast", "crf": "16"})

@@ -122,17 +122,17 @@ def encoders(params: Params = DEFAULT_PARAMS, overrides: Set = None) -> None:
 @app.command()
 def text(params: Params = DEFAULT_PARAMS, overrides: Set = None) -> None:
     """DVC stage: T5 features of all captions and class names."""
-    from magicdrive_core.encoders.caches import write_text
+    from magicdrive_core.encoders.caches import write_text_cache
 
-    write_text(read_config(params, overrides), INFOS, ENCODERS, TEXT)
+    write_text_cache(read_config(params, overrides), INFOS, ENCODERS, TEXT)
 
 
 @app.command()
 def latents(params: Params = DEFAULT_PARAMS, overrides: Set = None) -> None:
     """DVC stage: VAE moments of all clips that are trained on."""
-    from magicdrive_core.encoders.caches import write_latents
+    from magicdrive_core.encoders.caches import write_latent_cache
 
-    write_latents(read_config(params, overrides), INFOS, ENCODERS, LATENTS)
+    write_latent_cache(read_config(params, overrides), INFOS, ENCODERS, LATENTS)
 
 
 @app.command()
@@ -173,9 +173,9 @@ def generate(
     if not places.model.done:
         raise MagicDriveError(f"{places.model.folder} holds no finished training", "python -m flows.train")
     if config.generate.devices > 1:
-        from magicdrive_core.inference.shared import generate_shared
+        from magicdrive_core.inference.worker import generate_in_group
 
-        generate_shared(config, places.model.folder, places.generated, (share - 1, shares))
+        generate_in_group(config, places.model.folder, places.generated, (share - 1, shares))
         print(f"done: {places.generated}")
         return
     from magicdrive_core.device import take_device

@@ -15,7 +15,7 @@ from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.data.records import CLASSES, Scene
 from magicdrive_core.encoders import text, vae
 from magicdrive_core.encoders.small_vae import CLIP_FRAMES, build_vae, draw_clips, latent_spread, longest_clip, psnr
-from magicdrive_core.encoders.text import build_text
+from magicdrive_core.encoders.text import build_text_encoder
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.utils.files import atomic_folder, read_json, sha256_folder, write_json
 
@@ -81,7 +81,9 @@ def _vae(config: Config, scenes: Sequence[Scene], folder: Path, out: Path) -> di
 
 def _text(config: Config, scenes: Sequence[Scene], folder: Path, out: Path) -> dict[str, Any]:
     if config.text.build is not None:
-        build_text(config.text.build, sorted({caption(scene) for scene in scenes} | set(CLASSES)), folder / "text")
+        build_text_encoder(
+            config.text.build, sorted({caption(scene) for scene in scenes} | set(CLASSES)), folder / "text"
+        )
         return {
             "path": (out / "text").as_posix(),
             "digest": sha256_folder(folder / "text"),

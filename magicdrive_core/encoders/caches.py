@@ -7,7 +7,7 @@ compare it with the encoders and infos that lie beside the cache (the layout of 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +16,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from magicdrive_core.config.schema import STAGES, Config, bucket_name, fingerprint
+from magicdrive_core.config.schema import STAGES, Config, bucket_name, fingerprint, parse_size
 from magicdrive_core.data.clips import caption, weather_groups
 from magicdrive_core.data.infos import infos_digest, read_scenes
-from magicdrive_core.data.records import CLASSES, Clip, SceneHeader
+from magicdrive_core.data.pictures import read_clip
+from magicdrive_core.data.records import CLASSES, Clip, Scene, SceneHeader
 from magicdrive_core.device import this_device
-from magicdrive_core.encoders.encode_latents import EncoderSettings, SceneWork, encode_scenes, plan_scenes
+from magicdrive_core.encoders.encode_latents import DTYPES, EncoderSettings, SceneWork, encode_scenes, plan_scenes
+from magicdrive_core.encoders.vae import Vae, latent_shape, to_video
 from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.geometry.cameras import VIEWS
 from magicdrive_core.utils.files import atomic_folder, check_space, read_json, resumable_folder, write_json
 from magicdrive_core.utils.progress import announce, track
 
@@ -36,9 +39,10 @@ INDEX = "index.json"
 FEATURES = "features.safetensors"
 CAPTIONS = "captions.json"
 HINT = "run `dvc repro`"
+ENCODERS_HINT = "run `dvc repro encoders`"
 
 
-def write_text(config: Config, infos: Path, encoders: Path, out: Path) -> None:
+def write_text_cache(config: Config, infos: Path, encoders: Path, out: Path) -> None:
     """T5 features of every distinct caption, with and without "Daytime.", every class name and the empty text.
 
     With ``text.live`` there are no captions in it, only class names and the empty text. Writes
@@ -86,7 +90,7 @@ def _encode_texts(encoder: TextEncoder, texts: list[str], out: Path) -> list[Ten
     return features
 
 
-def write_latents(config: Config, infos: Path, encoders: Path, out: Path) -> None:
+def write_latent_cache(config: Config, infos: Path, encoders: Path, out: Path) -> None:
     """Moments of every training clip of every bucket of the three stages.
 
     With ``latents.live`` there is nothing to encode, and only an index is written.
@@ -168,7 +172,7 @@ class TextCache:
 
 
 class LatentCache:
-    """Reads what ``write_latents`` wrote, a clip at a time and without loading the rest of the file.
+    """Reads what ``write_latent_cache`` wrote, a clip at a time and without loading the rest of the file.
 
     Raises:
         MagicDriveError: missing, half-written, or made by other encoders, from other infos than those beside it, or
@@ -249,3 +253,74 @@ def _read_index(folder: Path, encoder: str, settings: Mapping[str, Any]) -> dict
         if index.get(name) != value:
             raise MagicDriveError(f"{folder} is stale: made with {name} {index.get(name)}, {value} is asked for", HINT)
     return index
+
+
+class LiveText:
+    """Encodes captions, as ``caches.TextCache`` reads; each is kept from its first time on.
+
+    Raises:
+        MagicDriveError: there is no encoder.
+    """
+
+    def __init__(self, config: Config, project: Path) -> None:
+        from magicdrive_core.encoders.text import TextEncoder  # imports transformers, which takes seconds
+
+        made = read_json(project / "artifacts/encoders/encoders.json", ENCODERS_HINT)["text"]
+        device = this_device()
+        self._encoder = TextEncoder.load(project / made["path"], config.text.max_tokens, device)
+        self._known: dict[str, Tensor] = {}
+
+    def features(self, caption: str) -> Tensor:
+        """(l, D) float32: the features of a caption's own tokens."""
+        if caption not in self._known:
+            self._known[caption] = self._encoder.encode([caption])[0]
+        return self._known[caption]
+
+
+def open_text(config: Config, project: Path) -> TextCache | LiveText:
+    """The features of captions, from the cache or encoded now, as ``text.live`` says.
+
+    Raises:
+        MagicDriveError: the cache is missing or stale, or there is no encoder.
+    """
+    return LiveText(config, project) if config.text.live else TextCache(project / "artifacts/text", config)
+
+
+class LiveLatents:
+    """Encodes view by view, as ``caches.LatentCache`` reads.
+
+    Args:
+        config: of the VAE and the pictures.
+        project: the project's folder.
+        scenes: by token.
+
+    Raises:
+        MagicDriveError: there is no encoder.
+    """
+
+    def __init__(self, config: Config, project: Path, scenes: Mapping[str, Scene]) -> None:
+        made = read_json(project / "artifacts/encoders/encoders.json", ENCODERS_HINT)["vae"]
+        self._vae = Vae.load(
+            project / made["path"],
+            scaling_factor=made["scaling_factor"],
+            chunk_frames=config.vae.chunk_frames,
+            device=this_device(),
+        )
+        self._root, self._scenes = project / config.data.root, scenes
+        self._dtype, self._scaled = DTYPES[config.latents.dtype], config.latents.scaled_decoding
+
+    def moments(self, size: str, clip: Clip, views: Sequence[int] = range(len(VIEWS))) -> Tensor:
+        """(V, 2C, T, h, w): posterior mean and log-variance of a clip's views, in the dtype of the cache.
+
+        ``views``: those that are encoded; the others are zeros.
+
+        Raises:
+            MagicDriveError: a picture is missing or broken.
+        """
+        scene, height, width = self._scenes[clip.scene], *parse_size(size)
+        frames, h, w = latent_shape(clip.frames, height, width)
+        moments = torch.zeros(len(VIEWS), 2 * self._vae.latent_channels, frames, h, w, dtype=self._dtype)
+        pictures = read_clip(self._root, scene, clip, size, scaled=self._scaled, views=views)
+        for view, frames_of_view in zip(views, pictures, strict=True):
+            moments[view] = self._vae.moments(to_video(frames_of_view[None]))[0].cpu()
+        return moments

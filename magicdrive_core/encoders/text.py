@@ -100,7 +100,7 @@ def make_tokenizer(captions: list[str]) -> T5Tokenizer:
     return T5Tokenizer(vocab=vocabulary, extra_ids=0)
 
 
-def build_text(build: TextBuild, captions: list[str], folder: Path) -> None:
+def build_text_encoder(build: TextBuild, captions: list[str], folder: Path) -> None:
     """Writes a from_pretrained folder with the model and its tokenizer; the same seed gives the same bytes."""
     tokenizer = make_tokenizer(captions)
     config = T5Config(

@@ -12,7 +12,7 @@ from magicdrive_core.data.map_cache import BevMaps
 from magicdrive_core.data.records import ClipConditions, Scene
 from magicdrive_core.inference.items import Window, list_items
 from magicdrive_core.inference.models import Models
-from magicdrive_core.inference.process_group import Alone
+from magicdrive_core.inference.processes import SingleProcess
 from magicdrive_core.inference.sampler import Sampler
 from magicdrive_core.utils.progress import track
 from magicdrive_core.video.colour import Picture
@@ -70,5 +70,5 @@ def draw_exchanged(
         sampler = _Exchanged(
             config, models, items[scene.token], scene, Edits(), maps, other=theirs, fields=FIELDS[what]
         )
-        pictures += [next(frames) for frames in sampler.frames(sampler.sample(Alone()))]
+        pictures += [next(frames) for frames in sampler.frames(sampler.sample(SingleProcess()))]
     return pictures

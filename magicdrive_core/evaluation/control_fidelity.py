@@ -32,7 +32,7 @@ from magicdrive_core.utils.progress import track
 from magicdrive_core.video.colour import Picture
 from magicdrive_core.video.frames import read_view
 from magicdrive_core.video.item_record import ItemRecord
-from magicdrive_core.video.scene_views import Sights
+from magicdrive_core.video.scene_views import SceneViews
 from magicdrive_core.video.sheets import contact_sheet, six_views
 
 RULE_SCENES = 24  # of training, from which the colours of regions are learned
@@ -158,8 +158,8 @@ class Control:
         for index in chosen:
             scene = self.scenes[index]
             bits = BevMaps(self.config, self.project).of_scene(scene, self.config.generate.resolution, draw=False)
-            sights = Sights(scene, bits, self.project / self.config.data.root, SHEET_VIEW)
-            told = sights.conditions(0)[:, sights.framing.crop :]
+            scene_views = SceneViews(scene, bits, self.project / self.config.data.root, SHEET_VIEW)
+            told = scene_views.conditions(0)[:, scene_views.framing.crop :]
             some = slice(index * views, (index + 1) * views)
             real = [frame.picture for frame in self.truth[index]]
             columns = [np.stack(real), told, np.stack(drawn[some]), np.stack(noise[some])]

@@ -20,9 +20,9 @@ from magicdrive_core.inference.claims import Claim
 from magicdrive_core.inference.fan_out import Summary, share_items
 from magicdrive_core.inference.items import Item, input_digests, item_fingerprint
 from magicdrive_core.inference.models import Models
-from magicdrive_core.inference.process_group import Alone, Team
+from magicdrive_core.inference.processes import ProcessGroup, SingleProcess
 from magicdrive_core.inference.sampler import Sampler
-from magicdrive_core.inference.writer import FrameFile, Handover, ItemWriter
+from magicdrive_core.inference.writer import FrameFile, FrameQueue, ItemWriter
 from magicdrive_core.utils.progress import progress_bar
 
 
@@ -33,7 +33,7 @@ def generate_items(
     out: Path,
     *,
     shard: tuple[int, int] = (0, 1),
-    team: Alone | None = None,
+    team: SingleProcess | None = None,
     project: Path = Path(),
 ) -> Summary:
     """Generates items into ``out/<item>/``; those that are done already, byte for byte, are left alone.
@@ -47,17 +47,17 @@ def generate_items(
         stage_folder: a finished training run, ``runs/<stage>-<fingerprint>``.
         out: folder of the items' folders.
         shard: (number of this worker, number of workers).
-        team: the processes that are this worker; None: this one alone. The others ``help_generate``.
+        team: the processes that are this worker; None: this one alone. The others ``follow_leader``.
         project: the project's folder.
 
     Raises:
         MagicDriveError: the inputs are missing, or items failed twice; the others are finished first.
     """
     digests = input_digests(config, stage_folder, project)
-    team = team or Alone()
+    team = team or SingleProcess()
     work = _Work(config, stage_folder, project, team)
     prints = {item: item_fingerprint(config, item, digests) for item in items}
-    with Handover() as handover, progress_bar() as bar:
+    with FrameQueue() as frame_queue, progress_bar() as bar:
         row = bar.add_task("generate", total=len(items))
 
         def make(item: Item, claim: Claim) -> Future[None]:
@@ -78,7 +78,7 @@ def generate_items(
                 holds=lambda: claim.holds,
             )
             views = (FrameFile(frames) for frames in sampler.frames(latents))
-            return handover.write(views, lambda views: writer.write(out / item.name, views))
+            return frame_queue.write(views, lambda views: writer.write(out / item.name, views))
 
         return share_items(
             items,
@@ -92,7 +92,7 @@ def generate_items(
         )
 
 
-def help_generate(config: Config, stage_folder: Path, team: Team, project: Path = Path()) -> None:
+def follow_leader(config: Config, stage_folder: Path, team: ProcessGroup, project: Path = Path()) -> None:
     """Samples the items that the leader of ``team`` names, until there are no more; the leader writes them."""
     work = _Work(config, stage_folder, project, team)
     for item in team.named():
@@ -106,7 +106,7 @@ class _Work:
     config: Config
     stage_folder: Path
     project: Path
-    team: Alone
+    team: SingleProcess
 
     def sampler(self, item: Item, bar: Progress | None = None) -> Sampler:
         scene = edit_scene(self._scenes[item.clip.scene], self._edits)

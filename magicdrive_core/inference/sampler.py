@@ -13,24 +13,27 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from magicdrive_core.config.schema import Config, parse_size
 from magicdrive_core.data.conditions import clip_conditions
 from magicdrive_core.data.edits import Edits
 from magicdrive_core.data.map_cache import BevMaps
-from magicdrive_core.data.pictures import Pixels
+from magicdrive_core.data.pictures import Pixels, read_clip
 from magicdrive_core.data.records import Clip, ClipConditions, Scene
 from magicdrive_core.diffusion.rectified_flow import RectifiedFlow
 from magicdrive_core.encoders.vae import latent_shape, to_video
+from magicdrive_core.geometry.cameras import VIEWS, Framing
 from magicdrive_core.inference.guided_sampling import sample_latents, unconditional
-from magicdrive_core.inference.initial_frames import Beginning, read_beginning
-from magicdrive_core.inference.items import Item, Window, given_frames, item_seed, item_windows
+from magicdrive_core.inference.items import REAL, Item, Window, given_frames, item_seed, item_windows
 from magicdrive_core.inference.models import Models
-from magicdrive_core.inference.process_group import Alone
+from magicdrive_core.inference.processes import SingleProcess
 from magicdrive_core.model.inputs import Conditions, collate
 from magicdrive_core.parallel.sequence_parallel import RankGroup
 from magicdrive_core.video.colour import Picture
+from magicdrive_core.video.frames import full_size_image, read_view
+from magicdrive_core.video.item_record import ItemRecord
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
 
@@ -83,7 +86,7 @@ class Sampler:
             return None
         return read_beginning(self.config, self.item, self.scene, self.windows[0].given_frames, project)
 
-    def sample(self, team: Alone, beginning: Beginning | None = None) -> list[Tensor]:
+    def sample(self, team: SingleProcess, beginning: Beginning | None = None) -> list[Tensor]:
         """Latents (V, C, T, h, w) of each window, on the CPU.
 
         A window goes on from the pictures that the one before ends with, encoded anew: latent frames are not alike
@@ -176,3 +179,56 @@ class Sampler:
         """Frames (H, W, 3) of one view (C, T, h, w), a few at a time."""
         for group in self.models.vae.decode(latents[None].to(self.models.device)):
             yield from group[0]
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """The given frames of one item.
+
+    Attributes:
+        pixels: (V, F, H, W, 3), the last of them at the network's size: what the first window goes on from.
+    """
+
+    pixels: Pixels
+
+    def pictures(self, view: int) -> Iterator[Picture]:
+        """All of them as they are written, (900, 1600, 3)."""
+        return map(full_size_image, self.pixels[view])
+
+
+@dataclass(frozen=True)
+class EarlierItem(Beginning):
+    """An item of an earlier generation."""
+
+    folder: Path
+    record: ItemRecord
+
+    def pictures(self, view: int) -> Iterator[Picture]:
+        return read_view(self.folder / self.record.views[VIEWS[view]].file)
+
+
+def read_beginning(config: Config, item: Item, scene: Scene, frames: int, project: Path = Path()) -> Beginning:
+    """The first frames of an item, the last ``frames`` of them for the network.
+
+    Raises:
+        MagicDriveError: a picture or a video is missing or broken.
+    """
+    settings = config.generate
+    assert settings.initial_frames is not None
+    if settings.initial_frames == REAL:
+        clip = Clip(scene.token, item.clip.start, frames)
+        return Beginning(read_clip(project / config.data.root, scene, clip, settings.resolution))
+    folder = project / settings.initial_frames / item.name
+    record = ItemRecord.read(folder)
+    framing = Framing(*parse_size(settings.resolution))
+    views = []
+    for view in VIEWS:
+        last = islice(read_view(folder / record.views[view].file), item.begun - frames, None)
+        views.append([_framed(picture, framing) for picture in last])
+    return EarlierItem(np.asarray(views), folder, record)
+
+
+def _framed(picture: Picture, framing: Framing) -> Picture:
+    """A written picture at the network's size: ``framing.full_size_image`` undone."""
+    resized = Image.fromarray(picture).resize((framing.width, framing.resized_height), Image.Resampling.BICUBIC)
+    return np.asarray(resized)[framing.crop :]

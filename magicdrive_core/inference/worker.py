@@ -15,12 +15,43 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from magicdrive_core.config.load import parse_config
+from magicdrive_core.config.schema import Config
 from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.device import backend, take_device
-from magicdrive_core.inference.generate import generate_items, help_generate
+from magicdrive_core.inference.generate import follow_leader, generate_items
 from magicdrive_core.inference.items import list_items
-from magicdrive_core.inference.process_group import Team
-from magicdrive_core.utils.files import read_json
+from magicdrive_core.inference.processes import ProcessGroup
+from magicdrive_core.launch.process_group import run_group
+from magicdrive_core.utils.files import read_json, write_json
+
+
+def generate_in_group(config: Config, model: Path, out: Path, shard: tuple[int, int]) -> None:
+    """Runs ``rank.py`` on ``generate.devices`` processes of this host; arguments as of ``generate_items``.
+
+    Raises:
+        MagicDriveError: a process failed, or an item did; what is finished is kept.
+    """
+    name = f"shard-{shard[0] + 1}"
+    job, status = out / f"{name}.json", out / f"{name}.alive"
+    write_json(
+        job,
+        {
+            "config": config.model_dump(mode="json"),
+            "model": str(model),
+            "out": str(out),
+            "shard": shard,
+            "status": str(status),
+        },
+    )
+    run_group(
+        ["-m", "magicdrive_core.inference.worker", str(job)],
+        config.generate.devices,
+        log=out / f"{name}.ranks.log",
+        status=status,
+        stall_seconds=config.cluster.stall_seconds,
+        threads=config.cluster.threads,
+        environment={"PYTHONWARNINGS": "ignore"},
+    )
 
 
 @record  # torchrun's report then names the rank that failed first, with its exception
@@ -32,14 +63,14 @@ def main() -> None:
     take_device(share * config.generate.devices + int(os.environ["LOCAL_RANK"]), share=True)
     patience = timedelta(seconds=config.cluster.stall_seconds)  # of the others, while rank 0 decodes and writes
     dist.init_process_group(backend(), timeout=patience)
-    team = Team(Path(job["status"]), split_guidance=config.generate.devices > config.generate.sequence_parallel)
+    team = ProcessGroup(Path(job["status"]), split_guidance=config.generate.devices > config.generate.sequence_parallel)
     try:
         if dist.get_rank() == 0:
             items = list_items(config, read_scenes(Path("artifacts/infos")))
             with team.leading():
                 generate_items(config, items, Path(job["model"]), Path(job["out"]), shard=(share, shares), team=team)
         else:
-            help_generate(config, Path(job["model"]), team)
+            follow_leader(config, Path(job["model"]), team)
     finally:
         dist.destroy_process_group()
 

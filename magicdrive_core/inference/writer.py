@@ -19,35 +19,15 @@ from PIL import Image
 from magicdrive_core.config.schema import Config, parse_size
 from magicdrive_core.data.records import Scene
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.geometry.cameras import PICTURE_HEIGHT, PICTURE_WIDTH, VIEWS
+from magicdrive_core.geometry.cameras import VIEWS
 from magicdrive_core.inference.items import Item, item_seed
 from magicdrive_core.utils.files import atomic_folder, sha256_file
 from magicdrive_core.video.colour import Picture
-from magicdrive_core.video.encoder import START, encode_video
-from magicdrive_core.video.frames import write_frames
+from magicdrive_core.video.encoder import encode_video
+from magicdrive_core.video.frames import full_size_image, write_frames
 from magicdrive_core.video.item_record import ItemRecord, ViewFile, video_name
+from magicdrive_core.video.rate_search import START
 from magicdrive_core.video.sheets import contact_sheet, six_views
-
-
-def full_picture(frame: Picture) -> Picture:
-    """A frame (H, W, 3) as a picture (900, 1600, 3): resized to the full width, black rows on top.
-
-    The rows are those that were cut off before training: 52 at 424x800 and 848x1600, 4 at 224x400.
-
-    Raises:
-        MagicDriveError: the frame is taller than the picture.
-    """
-    height = round(frame.shape[0] * PICTURE_WIDTH / frame.shape[1])
-    if height > PICTURE_HEIGHT:
-        raise MagicDriveError(
-            f"frames of {frame.shape[0]}x{frame.shape[1]} are taller than {PICTURE_HEIGHT} rows at full width",
-            "choose a generate.resolution of 16:9 or wider",
-        )
-    out = np.zeros((PICTURE_HEIGHT, PICTURE_WIDTH, 3), dtype=np.uint8)
-    resized = Image.fromarray(frame).resize((PICTURE_WIDTH, height), Image.Resampling.BICUBIC)
-    out[PICTURE_HEIGHT - height :] = np.asarray(resized)
-    return out
-
 
 # Views on their way to the encoder, which has a thread of its own: the next item is sampled meanwhile.
 #
@@ -84,14 +64,14 @@ class _AbandonedError(Exception):
     """The decoder failed in the middle of an item."""
 
 
-class Handover:
+class FrameQueue:
     """The encoder's thread. Items are written one after the other, in the order in which they begin."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "encoder")
         self._views: Queue[FrameFile | BaseException | None] = Queue(AHEAD)
 
-    def __enter__(self) -> Handover:
+    def __enter__(self) -> FrameQueue:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -187,7 +167,7 @@ class ItemWriter:
         video, kept = self.config.video, self.item.kept
         given = self.given(v) if self.given else iter(())
         width = min(SHEET_VIEW, parse_size(self.config.generate.resolution)[1])
-        pictures = _noted(islice(chain(given, map(full_picture, frames)), kept), _moments(kept), width, shown)
+        pictures = _noted(islice(chain(given, map(full_size_image, frames)), kept), _moments(kept), width, shown)
         path = folder / video_name(self.scene.first_sample, VIEWS[v])
         if kept == 1:
             path = path.with_suffix(".png")

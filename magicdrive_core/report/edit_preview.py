@@ -14,7 +14,7 @@ from magicdrive_core.data.map_cache import BevMaps
 from magicdrive_core.data.records import Scene
 from magicdrive_core.utils.files import atomic_file
 from magicdrive_core.video.colour import Picture
-from magicdrive_core.video.scene_views import Sights
+from magicdrive_core.video.scene_views import SceneViews
 from magicdrive_core.video.sheets import contact_sheet, six_views
 
 VIEW_WIDTH = 400  # pixels of a view
@@ -27,7 +27,7 @@ def draw_preview(config: Config, scene: Scene, edits: Edits, frame: int, out: Pa
     maps = BevMaps(config, project)
     for shown, draw in ((scene, False), (edited, edits.moves_lidar(scene.name))):
         bits = maps.of_scene(shown, config.generate.resolution, draw=draw)
-        rows.append(_row(Sights(shown, bits, project / config.data.root, VIEW_WIDTH), frame))
+        rows.append(_row(SceneViews(shown, bits, project / config.data.root, VIEW_WIDTH), frame))
     title = f"{scene.name}, frame {frame}"
     sheet = contact_sheet(rows, ["before", "after"], title=title, subtitle=caption(edited))
     with atomic_file(out) as partial:
@@ -44,6 +44,6 @@ def list_objects(scene: Scene) -> list[tuple[str, str, int, float]]:
     return sorted(((token, *facts) for token, facts in seen.items()), key=lambda row: (row[3], row[0]))
 
 
-def _row(sights: Sights, frame: int) -> list[Picture]:
-    grid = six_views(sights.conditions(frame))
-    return [grid, sights.above(frame, grid.shape[0])]
+def _row(scene_views: SceneViews, frame: int) -> list[Picture]:
+    grid = six_views(scene_views.conditions(frame))
+    return [grid, scene_views.bev(frame, grid.shape[0])]

@@ -33,7 +33,7 @@ from magicdrive_core.video.colour import Picture
 from magicdrive_core.video.encoder import encode_video
 from magicdrive_core.video.item_record import ItemRecord, read_items
 from magicdrive_core.video.palette import CLASS_COLOURS, LAYER_COLOURS
-from magicdrive_core.video.scene_views import Sights, Views
+from magicdrive_core.video.scene_views import SceneViews, Views
 from magicdrive_core.video.sheets import contact_sheet, six_views
 from magicdrive_core.wcoda.package import Package
 
@@ -131,7 +131,7 @@ def _scene(
     scene = edit_scene(scene, edits)
     bits = BevMaps(config, project).of_scene(scene, config.generate.resolution, draw=edits.moves_lidar(scene.name))
     root = project / config.data.root
-    still, motion = (Sights(scene, bits, root, width) for width in (STILL_WIDTH, MOTION_WIDTH))
+    still, motion = (SceneViews(scene, bits, root, width) for width in (STILL_WIDTH, MOTION_WIDTH))
     start, frames, fps = records[0].start, records[0].frames, records[0].fps
     numbers = range(start, start + frames)
     strip = _Strip(frames)
@@ -165,7 +165,7 @@ def _scene(
         "caption": records[0].caption,
         "frames": frames,
         "boxes": len(scene.boxes[start].names),
-        "above": _png(still.above(start, ABOVE)),
+        "above": _png(still.bev(start, ABOVE)),
         "layer": _png(six_views(still.box_layers(start))),
         "columns": columns,
         "strip": strip.picture() if frames > 1 else None,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from magicdrive_core.data.records import Clip
 from magicdrive_core.device import this_device
-from magicdrive_core.encoders.live import LiveLatents
+from magicdrive_core.encoders.caches import LiveLatents
 from magicdrive_core.geometry.cameras import VIEWS
 from magicdrive_core.parallel.sequence_parallel import RankGroup
 

@@ -25,8 +25,7 @@ from magicdrive_core.data.map_cache import BevMaps
 from magicdrive_core.data.records import Clip, ClipConditions, SceneHeader
 from magicdrive_core.data.scene_store import ScenesByToken
 from magicdrive_core.diffusion.frame_masks import draw_masks
-from magicdrive_core.encoders.caches import LatentCache
-from magicdrive_core.encoders.live import LiveLatents, open_text
+from magicdrive_core.encoders.caches import LatentCache, LiveLatents, open_text
 from magicdrive_core.encoders.vae import sample_moments
 from magicdrive_core.experiment.stages import bucket_clips
 from magicdrive_core.model.config import NetworkConfig

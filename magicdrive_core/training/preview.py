@@ -22,7 +22,7 @@ from magicdrive_core.data.map_cache import BevMaps
 from magicdrive_core.data.pictures import read_picture
 from magicdrive_core.data.records import Clip, Scene
 from magicdrive_core.diffusion.rectified_flow import RectifiedFlow
-from magicdrive_core.encoders.live import open_text
+from magicdrive_core.encoders.caches import open_text
 from magicdrive_core.encoders.vae import Vae, latent_shape
 from magicdrive_core.geometry.cameras import Framing
 from magicdrive_core.inference.guided_sampling import sample_latents

@@ -20,7 +20,7 @@ _EXACT = (
 )
 
 
-class Colours:
+class ColourConverter:
     """Converts the frames of one video; keeps swscale's tables between frames."""
 
     def __init__(self) -> None:

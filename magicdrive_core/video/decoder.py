@@ -15,7 +15,7 @@ from av import Packet, VideoFrame
 from av.container import InputContainer
 
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.video.colour import Colours, Picture
+from magicdrive_core.video.colour import ColourConverter, Picture
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def decode_video(
     Raises:
         MagicDriveError: the file is missing, is no video, its data is broken, or a frame has more than ``max_pixels``.
     """
-    colours = Colours()
+    colours = ColourConverter()
     with _opened(source) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
@@ -64,7 +64,7 @@ def scan_video(
     Raises:
         MagicDriveError: as ``decode_video``.
     """
-    colours, kept, count = Colours(), {}, 0
+    colours, kept, count = ColourConverter(), {}, 0
     for frame in _frames(source, max_pixels):
         if count in keep:
             kept[count] = colours.to_picture(frame)

@@ -1,100 +1,28 @@
-"""The search for the best quality whose file is under a cap, by what the files made so far measured."""
+"""Writing mp4: H.264 under a cap on the bit rate that holds, and files joined without decoding."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from math import log2, log10
+from math import log10
 from pathlib import Path
 
 import av
 import cv2
+import numpy as np
 from av import VideoFrame
+from av.bitstream import BitStreamFilterContext
+from av.packet import Packet
+from av.stream import Stream
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
-from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.errors import MagicDriveError, UsageError
 from magicdrive_core.utils.files import atomic_file
-from magicdrive_core.video.colour import Picture
+from magicdrive_core.video.colour import ColourConverter, Picture
 from magicdrive_core.video.decoder import decode_video, mbit_per_second
-from magicdrive_core.video.frames import Spool
-
-# x264's constant rate factor: lower is better. At 12 (47 dB on street views) nobody sees a difference to the source.
-BEST, START, WORST = 12.0, 16.0, 51.0
-OCTAVE = 5.5  # of rate factor: what halves the rate of common content
-CLOSE_ENOUGH = 0.92  # of the cap: nearer is not worth another pass
-AIM = 0.96  # of the cap: the middle of what is close enough
-FINEST = 0.05  # of rate factor: no search between two that are closer
-MARGIN = 0.1  # of the way between two qualities that the next one keeps from either
-
-
-@dataclass
-class _Side:
-    """The quality nearest to the cap on one side of it."""
-
-    quality: float  # constant rate factor
-    octaves: float  # of its rate above the aim (below: negative); halved while the other side alone gets nearer
-
-
-class RateSearch:
-    """One search, told of every try: false position through the logarithms of rates, the Illinois way.
-
-    Rates fall as the rate factor rises, nearly: a try that breaks the rule costs passes, never the cap.
-
-    Args:
-        cap: Mbit/s.
-        start: the first quality to try; the better the guess, the fewer the passes.
-
-    Attributes:
-        done: whether no further pass is worth its time.
-        hopeless: whether even the worst quality is over the cap.
-        best_quality: of the largest file under the cap.
-    """
-
-    def __init__(self, cap: float, start: float = START) -> None:
-        self.done = self.hopeless = False
-        self.best_quality = start
-        self.cap, self._start = cap, start
-        self._best = 0.0  # Mbit/s
-        self._over: _Side | None = None
-        self._under: _Side | None = None
-        self._last_was_over = False
-
-    def tell(self, quality: float, mbit_s: float) -> bool:
-        """Takes note of a try of ``next_quality``; whether its file is the best under the cap so far."""
-        made, is_over = _Side(quality, log2(mbit_s / (AIM * self.cap))), mbit_s > self.cap
-        stale = self._under if is_over else self._over
-        if stale and is_over == self._last_was_over:
-            stale.octaves /= 2
-        self._last_was_over = is_over
-        if is_over:
-            self._over = made
-            self.hopeless = quality >= WORST
-            return False
-        self._under = made
-        self.done = (
-            mbit_s >= CLOSE_ENOUGH * self.cap
-            or quality <= BEST
-            or (self._over is not None and quality - self._over.quality <= FINEST)
-        )
-        if mbit_s <= self._best:
-            return False
-        self._best, self.best_quality = mbit_s, quality
-        return True
-
-    def next_quality(self) -> float:
-        """The rate factor to try next."""
-        over, under = self._over, self._under
-        if over and under:
-            share = over.octaves / (over.octaves - under.octaves) if under.octaves < over.octaves else 0.5
-            return over.quality + min(1 - MARGIN, max(MARGIN, share)) * (under.quality - over.quality)
-        if over:
-            return min(WORST, over.quality + max(0.3, OCTAVE * over.octaves))
-        if under:
-            return max(BEST, under.quality + min(-0.3, OCTAVE * under.octaves))
-        return self._start
-
+from magicdrive_core.video.rate_search import START, RateSearch
 
 # H.264 in mp4 under a limit that holds: the average bit rate of the *written file* is at most the cap.
 #
@@ -148,7 +76,7 @@ def encode_video(
         MagicDriveError: even the worst quality is over the cap, or the disk is full.
     """
     path = Path(path)
-    with atomic_file(path) as partial, Spool(partial.parent) as spool:
+    with atomic_file(path) as partial, FrameSpool(partial.parent) as spool:
         options, quality = {"preset": preset, **TUNING}, start
         if max_mbit_s is None:
             _write(spool.record(frames), partial, fps, options)
@@ -160,7 +88,7 @@ def encode_video(
 
 
 def _write_under_cap(
-    spool: Spool, pictures: Iterable[Picture], partial: Path, fps: int, search: RateSearch, options: dict[str, str]
+    spool: FrameSpool, pictures: Iterable[Picture], partial: Path, fps: int, search: RateSearch, options: dict[str, str]
 ) -> float:
     """Writes passes of different quality until ``partial`` is the best one under the cap; returns its quality."""
     with tempfile.TemporaryDirectory(dir=partial.parent, prefix=".tries-") as folder:
@@ -211,3 +139,133 @@ def _psnr(source: Iterable[Picture], decoded: Iterable[Picture]) -> float:
     if not squares:
         return PSNR_CEILING
     return min(PSNR_CEILING, 10 * log10(255.0**2 * count / squares))
+
+
+# The frames of one video, kept until its file is right: in memory, or in temporary files where they are many.
+
+MEMORY_BYTES = 16 * 2**20  # of each form of the frames, three or seven at 1600x900; more go to the disk
+
+
+class FrameSpool:
+    """Keeps frames as they came, and as the encoder takes them: they are converted once, whatever it tries.
+
+    Attributes:
+        height, width: of all frames, in pixels; 0 before the first.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._pictures, self._converted = (
+            tempfile.SpooledTemporaryFile(max_size=MEMORY_BYTES, dir=str(folder))  # noqa: SIM115 - closed in __exit__
+            for _ in range(2)
+        )
+        self._count = 0
+        self.height = self.width = 0
+
+    def __enter__(self) -> FrameSpool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pictures.close()
+        self._converted.close()
+
+    def __len__(self) -> int:
+        return self._count
+
+    def record(self, pictures: Iterable[Picture]) -> Iterator[VideoFrame]:
+        """Yields RGB pictures (H, W, 3) as frames for the encoder while keeping both.
+
+        Raises:
+            UsageError: no pictures, pictures of different or odd sizes.
+        """
+        colours = ColourConverter()
+        for picture in pictures:
+            self._check(picture)
+            frame = colours.to_video(picture)
+            self._pictures.write(np.ascontiguousarray(picture).data)
+            self._converted.write(np.ascontiguousarray(frame.to_ndarray()).data)
+            self._count += 1
+            yield frame
+        if not self._count:
+            raise UsageError("a video needs at least one frame")
+
+    def frames(self) -> Iterator[VideoFrame]:
+        """Yields the kept frames for the encoder again."""
+        for data in _pieces(self._converted, self._count, self.height * self.width * 3 // 2):
+            yield VideoFrame.from_ndarray(data.reshape(-1, self.width), format="yuv420p")
+
+    def pictures(self) -> Iterator[Picture]:
+        """Yields the kept pictures (H, W, 3) again."""
+        for data in _pieces(self._pictures, self._count, self.height * self.width * 3):
+            yield data.reshape(self.height, self.width, 3)
+
+    def _check(self, picture: Picture) -> None:
+        if not self._count:
+            self.height, self.width = picture.shape[:2]
+            if self.height % 2 or self.width % 2:
+                raise UsageError(f"a video of {self.width}x{self.height}: H.264 needs an even width and height")
+        shape = (self.height, self.width, 3)
+        if picture.shape != shape or picture.dtype != np.uint8:
+            raise UsageError(f"frame {self._count} is {picture.dtype} {picture.shape}, the video uint8 {shape}")
+
+
+def _pieces(file: tempfile.SpooledTemporaryFile[bytes], count: int, size: int) -> Iterator[Picture]:
+    file.seek(0)
+    for _ in range(count):
+        yield np.frombuffer(file.read(size), dtype=np.uint8)
+
+
+def join_videos(parts: Sequence[Path], path: Path) -> None:
+    """Writes the H.264 streams of ``parts`` one after the other into the mp4 ``path``, atomically.
+
+    Encoders of different quality write different parameter sets; each part's travel inside the stream, before its first
+    frame, where every decoder looks for them.
+
+    Args:
+        parts: mp4 files of one size and frame rate, each beginning with a key frame.
+        path: the file to write.
+
+    Raises:
+        MagicDriveError: a part cannot be read as a video.
+    """
+    with atomic_file(path) as partial:
+        try:
+            _join(parts, partial)
+        except av.FFmpegError as error:
+            raise MagicDriveError(f"{', '.join(map(str, parts))} cannot be joined: {error.strerror}") from error
+
+
+def _join(parts: Sequence[Path], partial: Path) -> None:
+    delays = [_reorder_delay(part) for part in parts]
+    with av.open(str(partial), "w", format="mp4", options={"movflags": "+faststart"}) as sink:
+        target, begin = None, Fraction(0)
+        for part, delay in zip(parts, delays, strict=True):
+            with av.open(str(part)) as container:
+                source = container.streams.video[0]
+                target = target or sink.add_stream_from_template(source)
+                count = 0
+                for packet in _with_parameters(source, container.demux(source)):
+                    pts, dts = packet.pts or 0, packet.dts or 0
+                    packet.pts = pts + int(begin / packet.time_base)
+                    packet.dts = dts + int((begin + delay - max(delays)) / packet.time_base)  # never back in time
+                    packet.stream = target
+                    sink.mux(packet)
+                    count += 1
+                begin += count / Fraction(source.average_rate or 1)
+
+
+def _reorder_delay(part: Path) -> Fraction:
+    """Seconds by which decoding must be ahead of display, because frames are stored in another order."""
+    with av.open(str(part)) as container:
+        first = next(container.demux(container.streams.video[0]))
+        return -(first.dts or 0) * first.time_base
+
+
+def _with_parameters(source: Stream, packets: Iterator[Packet]) -> Iterator[Packet]:
+    """Packets whose key frames carry the stream's parameter sets (Annex B)."""
+    annex_b = BitStreamFilterContext("h264_mp4toannexb", source, None)
+    for packet in packets:
+        if packet.size:
+            key, pts, dts, base = packet.is_keyframe, packet.pts, packet.dts, packet.time_base
+            for made in annex_b.filter(packet):
+                made.is_keyframe, made.time_base, made.pts, made.dts = key, base, pts, dts
+                yield made

@@ -24,7 +24,7 @@ Views = NDArray[np.uint8]  # V, H, W, 3
 
 
 @dataclass(frozen=True)
-class Sights:
+class SceneViews:
     """Draws the frames of one scene, six views at a time, each ``width`` pixels wide.
 
     Attributes:
@@ -71,7 +71,7 @@ class Sights:
             ]
         )
 
-    def above(self, frame: int, pixels: int) -> Picture:
+    def bev(self, frame: int, pixels: int) -> Picture:
         """The scene from above."""
         return bev_panel(unpack(self.bits[frame]), *self._boxes(frame), pixels)
 

@@ -20,10 +20,9 @@ from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.geometry.cameras import VIEWS
 from magicdrive_core.utils.files import sha256_file
 from magicdrive_core.video.decoder import mbit_per_second, probe
-from magicdrive_core.video.encoder import encode_video
+from magicdrive_core.video.encoder import encode_video, join_videos
 from magicdrive_core.video.frames import read_view
 from magicdrive_core.video.item_record import ItemRecord, ViewFile, read_items
-from magicdrive_core.video.splice import join_videos
 from magicdrive_core.wcoda.submission import WEATHERS
 
 SAME_CLIP = 20.0  # dB between two encodings of one picture at the least; other pictures of a scene have 10 to 15

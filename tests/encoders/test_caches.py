@@ -24,9 +24,15 @@ from magicdrive_core.data.pictures import read_clip
 from magicdrive_core.data.records import CLASSES, Clip
 from magicdrive_core.encoders import encode_latents as encode
 from magicdrive_core.encoders.build_encoders import build_encoders
-from magicdrive_core.encoders.caches import LatentCache, TextCache, write_latents, write_text
+from magicdrive_core.encoders.caches import (
+    LatentCache,
+    LiveLatents,
+    TextCache,
+    open_text,
+    write_latent_cache,
+    write_text_cache,
+)
 from magicdrive_core.encoders.encode_latents import EncoderSettings, SceneWork, begins_as, plan_scenes
-from magicdrive_core.encoders.live import LiveLatents, open_text
 from magicdrive_core.encoders.text import TextEncoder
 from magicdrive_core.encoders.vae import Vae, to_video
 from magicdrive_core.errors import MagicDriveError
@@ -48,8 +54,8 @@ def one_core() -> Iterator[None]:
 def project(source: Project, one_core: None) -> Project:
     """Everything made once, in the layout of ``artifacts/``."""
     build_encoders(source.config, source.infos, source.encoders)
-    write_text(source.config, source.infos, source.encoders, source.artifacts / "text")
-    write_latents(source.config, source.infos, source.encoders, source.artifacts / "latents")
+    write_text_cache(source.config, source.infos, source.encoders, source.artifacts / "text")
+    write_latent_cache(source.config, source.infos, source.encoders, source.artifacts / "latents")
     return source
 
 
@@ -113,7 +119,7 @@ def test_clips_encoded_live_are_those_of_the_cache(project, tmp_path) -> None:
     assert torch.equal(some[[1, 4]], moments[[1, 4]])
     assert not some[[0, 2, 3, 5]].any()
     latents = project.config.latents.model_copy(update={"live": True})
-    write_latents(
+    write_latent_cache(
         project.config.model_copy(update={"latents": latents}), project.infos, project.encoders, tmp_path / "latents"
     )
     assert [path.name for path in (tmp_path / "latents").iterdir()] == ["index.json"]
@@ -128,7 +134,7 @@ def test_captions_encoded_live_are_those_of_the_cache(project, tmp_path) -> None
         text = caption(scene)
         torch.testing.assert_close(encoded.features(text), cache.features(text), atol=1e-5, rtol=0)
         assert encoded.features(text) is encoded.features(text)
-    write_text(live, project.infos, project.encoders, tmp_path / "text")
+    write_text_cache(live, project.infos, project.encoders, tmp_path / "text")
     names = TextCache(tmp_path / "text")
     assert all(caption(scene) not in names for scene in read_scenes(project.infos))
     torch.testing.assert_close(names.class_features, cache.class_features, atol=1e-5, rtol=0)
@@ -171,7 +177,7 @@ def test_size_and_time_are_told_before_the_work(project, tmp_path, capsys, monke
         return encode_texts(self, captions, batch)
 
     monkeypatch.setattr(TextEncoder, "encode", watched)
-    write_text(project.config, project.infos, project.encoders, tmp_path / "text")
+    write_text_cache(project.config, project.infos, project.encoders, tmp_path / "text")
     assert seen == [7, 7, 14]  # every second text as a sample, twice; then all
     assert not any("texts" in line for line in told[:2])
     assert re.search(r"text: 14 texts, 0\.\d MB, about 0\.\d minutes", told[2])
@@ -179,9 +185,9 @@ def test_size_and_time_are_told_before_the_work(project, tmp_path, capsys, monke
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: no_room)
         with pytest.raises(MagicDriveError, match=r"text features need .* GB"):
-            write_text(project.config, project.infos, project.encoders, tmp_path / "other")
+            write_text_cache(project.config, project.infos, project.encoders, tmp_path / "other")
     assert len(seen) == 3
-    write_latents(project.config, project.infos, project.encoders, tmp_path / "latents")
+    write_latent_cache(project.config, project.infos, project.encoders, tmp_path / "latents")
     assert re.search(r"latents: \d+ frames of 1 scenes, [\d.]+ MB, about [\d.]+ minutes", capsys.readouterr().err)
 
 
@@ -262,7 +268,7 @@ def test_a_broken_picture_stops_the_work_which_then_goes_on(project, tmp_path, m
     whole = (root / "samples/3.jpg").read_bytes()
     (root / "samples/3.jpg").write_bytes(whole[:2000])
     with pytest.raises(MagicDriveError, match=r"3\.jpg is not a complete picture"):
-        write_latents(make_config(root), project.infos, project.encoders, tmp_path / "latents")
+        write_latent_cache(make_config(root), project.infos, project.encoders, tmp_path / "latents")
     assert not (tmp_path / "latents").exists()
     (partial,) = tmp_path.glob(".latents.*.resumable")
     (root / "samples/3.jpg").write_bytes(whole)
@@ -270,7 +276,7 @@ def test_a_broken_picture_stops_the_work_which_then_goes_on(project, tmp_path, m
     made: list[str] = []
     encode_view = encode._encode_view
     monkeypatch.setattr(encode, "_encode_view", lambda work, read: made.append(work.size) or encode_view(work, read))
-    write_latents(make_config(root), project.infos, project.encoders, tmp_path / "latents")
+    write_latent_cache(make_config(root), project.infos, project.encoders, tmp_path / "latents")
     assert set(made) == {"56x104", "112x200"} - {path.parts[0].rsplit("-", 1)[0] for path in done}
     assert not list(tmp_path.glob(".latents*"))
     for path in (project.artifacts / "latents").rglob("*.safetensors"):
@@ -304,7 +310,7 @@ def test_a_broken_picture_stops_the_other_processes(project, tmp_path, monkeypat
 @pytest.mark.slow
 def test_processes_give_the_same_files(project, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
-    write_latents(project.config, project.infos, project.encoders, tmp_path / "latents")
+    write_latent_cache(project.config, project.infos, project.encoders, tmp_path / "latents")
     for path in (project.artifacts / "latents").rglob("*.safetensors"):
         other = tmp_path / "latents" / path.relative_to(project.artifacts / "latents")
         for name, tensor in load_file(path).items():
@@ -314,7 +320,7 @@ def test_processes_give_the_same_files(project, tmp_path, monkeypatch) -> None:
 def test_a_full_disk_is_told_before_the_work(project, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))
     with pytest.raises(MagicDriveError, match=r"latents need .* GB"):
-        write_latents(project.config, project.infos, project.encoders, tmp_path / "latents")
+        write_latent_cache(project.config, project.infos, project.encoders, tmp_path / "latents")
 
 
 def test_a_bucket_longer_than_every_scene_is_left_out(project) -> None:

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 from magicdrive_core.config.schema import TextBuild
 from magicdrive_core.data.records import CLASSES
-from magicdrive_core.encoders.text import TextEncoder, build_text, make_tokenizer
+from magicdrive_core.encoders.text import TextEncoder, build_text_encoder, make_tokenizer
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.utils.files import sha256_folder
 
@@ -29,7 +29,7 @@ BUILD = TextBuild(width=16, layers=2, heads=4, feed_forward=32, seed=3)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("text")
-    build_text(BUILD, [*CAPTIONS, *CLASSES], folder)
+    build_text_encoder(BUILD, [*CAPTIONS, *CLASSES], folder)
     return folder
 
 
@@ -55,8 +55,8 @@ def test_unknown_words_are_spelled(words) -> None:
 
 
 def test_the_same_seed_gives_the_same_bytes(folder, tmp_path) -> None:
-    build_text(BUILD, [*CAPTIONS, *CLASSES], tmp_path / "again")
-    build_text(BUILD.model_copy(update={"seed": 4}), [*CAPTIONS, *CLASSES], tmp_path / "other")
+    build_text_encoder(BUILD, [*CAPTIONS, *CLASSES], tmp_path / "again")
+    build_text_encoder(BUILD.model_copy(update={"seed": 4}), [*CAPTIONS, *CLASSES], tmp_path / "other")
     assert sha256_folder(tmp_path / "again") == sha256_folder(folder)
     assert sha256_folder(tmp_path / "other") != sha256_folder(folder)
 

@@ -17,10 +17,10 @@ from magicdrive_core.data.records import Scene
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.evaluation.control_fidelity import Control, Fidelity
 from magicdrive_core.geometry.cameras import VIEWS
-from magicdrive_core.inference.writer import full_picture
 from magicdrive_core.synthetic.dataset import synthesize
 from magicdrive_core.synthetic.regions import Region
 from magicdrive_core.utils.files import sha256_file, write_json
+from magicdrive_core.video.frames import full_size_image
 from magicdrive_core.video.item_record import ItemRecord, ViewFile, item_name, video_name
 from tests.conftest import PROJECT
 
@@ -57,7 +57,7 @@ def write_items(out: Path, scenes: list[Scene], frames: dict[str, list[np.ndarra
         views = {}
         for view, frame in zip(VIEWS, frames[scene.token], strict=True):
             path = folder / Path(video_name(scene.first_sample, view)).with_suffix(".png")
-            Image.fromarray(full_picture(frame)).save(path, compress_level=1)
+            Image.fromarray(full_size_image(frame)).save(path, compress_level=1)
             views[view] = ViewFile(path.name, sha256_file(path), path.stat().st_size, None, None)
         ItemRecord(
             fingerprint="0" * 64, sample=scene.first_sample, scene=scene.token, scene_name=scene.name, start=0,

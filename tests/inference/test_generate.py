@@ -18,9 +18,8 @@ from magicdrive_core.inference import generate
 from magicdrive_core.inference import writer as writing
 from magicdrive_core.inference.generate import generate_items
 from magicdrive_core.inference.items import Item, list_items
-from magicdrive_core.inference.writer import full_picture
 from magicdrive_core.video.decoder import decode_video, probe
-from magicdrive_core.video.frames import read_view
+from magicdrive_core.video.frames import full_size_image, read_view
 from magicdrive_core.video.item_record import ItemRecord
 from tests.inference.project import STAGE, make_project, small_config, small_scene
 
@@ -167,7 +166,7 @@ def test_frames_can_be_kept_without_loss(made: Path, items: list[Item], project:
 
 @pytest.mark.parametrize(("height", "width", "band"), [(224, 400, 4), (424, 800, 52), (848, 1600, 52), (112, 200, 4)])
 def test_frames_become_pictures_of_full_size(height: int, width: int, band: int) -> None:
-    picture = full_picture(np.full((height, width, 3), 200, dtype=np.uint8))
+    picture = full_size_image(np.full((height, width, 3), 200, dtype=np.uint8))
     assert picture.shape == (900, 1600, 3)
     assert not picture[:band].any()
     assert (picture[band:] == 200).all()
@@ -175,4 +174,4 @@ def test_frames_become_pictures_of_full_size(height: int, width: int, band: int)
 
 def test_frames_taller_than_a_picture_are_refused() -> None:
     with pytest.raises(MagicDriveError, match="taller than 900 rows"):
-        full_picture(np.zeros((300, 400, 3), dtype=np.uint8))
+        full_size_image(np.zeros((300, 400, 3), dtype=np.uint8))

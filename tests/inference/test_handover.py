@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.inference.writer import FrameFile, Handover
+from magicdrive_core.inference.writer import FrameFile, FrameQueue
 from magicdrive_core.video.colour import Picture
 
 SECONDS = 60.0
@@ -35,12 +35,12 @@ def test_the_next_item_is_made_while_one_is_encoded() -> None:
         assert sampled.wait(SECONDS)
         written.append(shades(chain([begun], views)))
 
-    with Handover() as handover:
-        first = handover.write((view(10 * n) for n in range(6)), encode)
+    with FrameQueue() as frame_queue:
+        first = frame_queue.write((view(10 * n) for n in range(6)), encode)
         assert encoding.wait(SECONDS)
         assert not first.done()  # and yet here we are: all six views wait in files
         sampled.set()
-        second = handover.write((view(100 + 10 * n) for n in range(6)), lambda views: written.append(shades(views)))
+        second = frame_queue.write((view(100 + 10 * n) for n in range(6)), lambda views: written.append(shades(views)))
         first.result(SECONDS)
         second.result(SECONDS)
     assert written == [
@@ -55,9 +55,9 @@ def test_an_item_that_cannot_be_encoded_leaves_the_next_one_whole() -> None:
         raise MagicDriveError("no space left on the disk")
 
     written: list[list[int]] = []
-    with Handover() as handover:
-        first = handover.write([view(0), view(1), view(2)], broken)
-        second = handover.write([view(7)], lambda views: written.append(shades(views)))
+    with FrameQueue() as frame_queue:
+        first = frame_queue.write([view(0), view(1), view(2)], broken)
+        second = frame_queue.write([view(7)], lambda views: written.append(shades(views)))
         with pytest.raises(MagicDriveError, match="no space left"):
             first.result(SECONDS)
         second.result(SECONDS)
@@ -75,8 +75,8 @@ def test_an_item_whose_decoding_fails_is_not_written() -> None:
         shades(views)
         finished.set()
 
-    with Handover() as handover, pytest.raises(MagicDriveError, match="not finite"):
-        handover.write(views(), encode)
+    with FrameQueue() as frame_queue, pytest.raises(MagicDriveError, match="not finite"):
+        frame_queue.write(views(), encode)
     assert not finished.is_set()
 
 

@@ -85,6 +85,6 @@ def test_the_code_has_a_version() -> None:
 
 
 def test_planning_and_packing_need_no_torch() -> None:
-    modules = "inference.items, benchmark.package, benchmark.validate, benchmark.report, video.encoder, video.overlays"
+    modules = "inference.items, wcoda.package, wcoda.validator, report.page, video.encoder, video.overlays"
     code = "import sys\n" + "".join(f"import magicdrive_core.{module}\n" for module in modules.split(", "))
     subprocess.run([sys.executable, "-c", code + "assert 'torch' not in sys.modules"], check=True)

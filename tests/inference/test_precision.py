@@ -38,7 +38,7 @@ def pictures(project: Path, out: Path, *settings: str) -> NDArray[np.float64]:
 def test_precision_and_compilation_leave_the_pictures(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writing, "full_picture", lambda frame: frame)
+    monkeypatch.setattr(writing, "full_size_image", lambda frame: frame)
     plain = pictures(project, tmp_path / "plain")
     compiled = pictures(project, tmp_path / "compiled", "generate.compile=aot_eager")
     assert np.abs(compiled - plain).max() <= 1

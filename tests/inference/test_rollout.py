@@ -14,12 +14,12 @@ from magicdrive_core.data.edits import chosen_edits
 from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.data.map_cache import BevMaps
 from magicdrive_core.geometry.cameras import VIEWS
-from magicdrive_core.inference import initial_frames as beginnings
+from magicdrive_core.inference import sampler as sampling
 from magicdrive_core.inference import writer as writing
 from magicdrive_core.inference.generate import generate_items
 from magicdrive_core.inference.items import Item, list_items
 from magicdrive_core.inference.models import Models
-from magicdrive_core.inference.process_group import Alone
+from magicdrive_core.inference.processes import SingleProcess
 from magicdrive_core.inference.sampler import Sampler
 from magicdrive_core.video.frames import read_view
 from magicdrive_core.video.item_record import ItemRecord
@@ -42,8 +42,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def small_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files of the network's size: writing hundreds of full pictures without loss takes minutes."""
-    for module in (beginnings, writing):
-        monkeypatch.setattr(module, "full_picture", lambda frame: frame)
+    for module in (sampling, writing):
+        monkeypatch.setattr(module, "full_size_image", lambda frame: frame)
 
 
 def make(config: Config, project: Path, out: str) -> tuple[Item, Path]:
@@ -64,7 +64,7 @@ def test_each_window_goes_on_from_the_pictures_that_the_one_before_ends_with(pro
     (item,) = list_items(config, [scene])
     models = Models.load(config, project / STAGE, project)
     sampler = Sampler(config, models, item, scene, chosen_edits(config, project), BevMaps(config, project))
-    first, second = sampler.sample(Alone())
+    first, second = sampler.sample(SingleProcess())
     window = sampler.windows[1]
     assert (window.start, window.given, window.given_frames) == (8, 3, 9)
     pixels = np.stack([np.concatenate([group[0] for group in models.vae.decode(view[None])]) for view in first])

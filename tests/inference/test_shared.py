@@ -12,7 +12,7 @@ from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.geometry.cameras import VIEWS
 from magicdrive_core.inference.generate import generate_items
 from magicdrive_core.inference.items import input_digests, is_done, item_fingerprint, list_items
-from magicdrive_core.inference.shared import generate_shared
+from magicdrive_core.inference.worker import generate_in_group
 from magicdrive_core.video.frames import read_view
 from magicdrive_core.video.item_record import ItemRecord
 from tests.conftest import PROJECT
@@ -48,7 +48,7 @@ def test_two_processes_make_what_one_does(
     shared = config.model_copy(update={"generate": config.generate.model_copy(update=how)})
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(PROJECT))
-    generate_shared(shared, Path(STAGE), Path("two"), (0, 1))
+    generate_in_group(shared, Path(STAGE), Path("two"), (0, 1))
     digests = input_digests(shared, Path(STAGE))
     for item in items:
         assert is_done(Path("two") / item.name, item_fingerprint(config, item, digests))

@@ -23,7 +23,7 @@ from magicdrive_core.geometry.poses import pose
 from magicdrive_core.report.loss_curves import Curve
 from magicdrive_core.report.page import write_report
 from magicdrive_core.utils.files import sha256_file
-from magicdrive_core.video.scene_views import Sights
+from magicdrive_core.video.scene_views import SceneViews
 from magicdrive_core.wcoda.package import pack
 from tests.evaluation.stand_in import SAMPLES, config, write_item
 
@@ -201,12 +201,12 @@ def test_nothing_generated_is_an_error(tmp_path: Path) -> None:
 
 def test_conditions_show_the_car_ahead_in_every_view(made: tuple[Path, Config]) -> None:
     folder, _ = made
-    sights = Sights(scene("t", "n", SAMPLES[0], 1), np.zeros((1, 200, 200), np.uint8), folder / "data", 240)
-    drawn = sights.conditions(0).astype(int)
+    scene_views = SceneViews(scene("t", "n", SAMPLES[0], 1), np.zeros((1, 200, 200), np.uint8), folder / "data", 240)
+    drawn = scene_views.conditions(0).astype(int)
     assert drawn.shape == (6, 135, 240, 3)
     assert all(view[..., 2].max() > view[..., 0].max() for view in drawn)  # cars are blue
-    assert (sights.box_layers(0)[..., 3] > 0).any(axis=(1, 2)).all()
-    assert [int(view[..., 0].mean().round(-1)) for view in sights.real(0)] == [40 * v for v in range(6)]
+    assert (scene_views.box_layers(0)[..., 3] > 0).any(axis=(1, 2)).all()
+    assert [int(view[..., 0].mean().round(-1)) for view in scene_views.real(0)] == [40 * v for v in range(6)]
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw
 
 from magicdrive_core.errors import MagicDriveError, UsageError
 from magicdrive_core.utils.files import sha256_file
-from magicdrive_core.video import frames as spool
-from magicdrive_core.video.colour import Colours
+from magicdrive_core.video import encoder
+from magicdrive_core.video.colour import ColourConverter
 from magicdrive_core.video.decoder import decode_video, probe
 from magicdrive_core.video.encoder import encode_video
 from magicdrive_core.video.palette import font
@@ -70,7 +70,7 @@ def test_content_that_needs_few_bits_is_nearly_lossless(tmp_path: Path) -> None:
 
 
 def test_colours_lose_little_beyond_what_their_format_does(tmp_path: Path) -> None:
-    frames, colours = street(16), Colours()
+    frames, colours = street(16), ColourConverter()
     made = encode_video(frames, tmp_path / "a.mp4", fps=12, max_mbit_s=4.0)
     error = np.mean([(frame - colours.to_picture(colours.to_video(frame)).astype(float)) ** 2 for frame in frames])
     assert made.psnr > 10 * np.log10(255**2 / error) - 3  # at most as much again
@@ -119,7 +119,7 @@ def test_later_passes_read_frames_that_were_too_many_for_memory(
         return sha256_file(encode_video(noise(6, 96, 160), tmp_path / "a.mp4", fps=12, max_mbit_s=0.3).path)
 
     in_memory = encode()
-    monkeypatch.setattr(spool, "MEMORY_BYTES", 1000)
+    monkeypatch.setattr(encoder, "MEMORY_BYTES", 1000)
     assert encode() == in_memory
 
 

@@ -20,7 +20,7 @@ FRAMES = [np.full((64, 96, 3), 12 * n, dtype=np.uint8) for n in range(12)]
 
 def fails(*words: str) -> int:
     with pytest.raises(SystemExit) as ended:
-        cli.main(["video", "from-frames", *words])
+        cli(["video", "from-frames", *words])
     return int(ended.value.code or 0)
 
 

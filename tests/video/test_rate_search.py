@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from magicdrive_core.video.encoder import BEST, CLOSE_ENOUGH, FINEST, START, WORST, RateSearch
+from magicdrive_core.video.rate_search import BEST, CLOSE_ENOUGH, FINEST, START, WORST, RateSearch
 
 octaves = st.lists(st.floats(0.05, 6), min_size=10, max_size=10)
 

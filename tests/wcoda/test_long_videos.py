@@ -14,8 +14,7 @@ from magicdrive_core.config.schema import Config
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.geometry.cameras import VIEWS
 from magicdrive_core.video.decoder import decode_video, probe
-from magicdrive_core.video.encoder import encode_video
-from magicdrive_core.video.splice import join_videos
+from magicdrive_core.video.encoder import encode_video, join_videos
 from magicdrive_core.wcoda.package import pack
 from magicdrive_core.wcoda.submission import WEATHERS, Expected
 from magicdrive_core.wcoda.validator import validate

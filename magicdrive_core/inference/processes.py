@@ -18,7 +18,7 @@ from magicdrive_core.parallel.sequence_parallel import RankGroup
 _WAIT = "wait"  # said from time to time, so that nobody takes the leader for dead
 
 
-class Alone:
+class SingleProcess:
     """One process.
 
     Attributes:
@@ -43,7 +43,7 @@ class Alone:
         time.sleep(seconds)
 
 
-class Team(Alone):
+class ProcessGroup(SingleProcess):
     """All processes of this process group; rank 0 leads.
 
     With ``split_guidance`` the first half of the ranks makes guidance's conditional pass, the second half the
