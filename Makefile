@@ -14,6 +14,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
+export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup check format test docs docs-serve demo learn run up down ui data-dvc clean
@@ -52,7 +53,7 @@ demo: $(READY)  ## everything end to end on generated data, or on yours: make de
 	magicdrive use $(PROFILE) $(if $(DATA),-S data.root='$(abspath $(DATA))' -S data.version='$(VERSION)' -S synth=null)
 	python -m flows.pipeline
 
-learn: $(READY)  ## a training after which conditions rule the picture, and how well they do: docs/learning.md
+learn: $(READY)  ## a training after which conditions rule the picture, and how well they do: docs/how-to/control-fidelity.md
 	magicdrive use learn
 	python -m flows.prepare
 	python -m flows.train

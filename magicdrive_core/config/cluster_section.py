@@ -34,7 +34,7 @@ class Kubernetes(Section):
 
 
 class Cluster(Section):
-    """Where a process group runs: the same command line everywhere (docs/cluster.md)."""
+    """Where a process group runs: the same command line everywhere (docs/how-to/several-hosts.md)."""
 
     launcher: Literal["local", "slurm", "kubernetes"] = "local"
     hosts: Positive = 1  # more than one needs slurm or kubernetes

@@ -146,7 +146,9 @@ class Latents(Section):
     start_stride: Positive  # a clip of several frames starts at every n-th frame; single frames are the key frames
     dtype: Literal["float16", "float32"] = "float16"
     live: bool = False  # training encodes each clip when it is read; nothing is encoded before, nothing is stored
-    scaled_decoding: bool = False  # of JPEG: several times as fast, 50 dB from whole decoding (docs/log.md)
+    scaled_decoding: bool = (
+        False  # of JPEG: several times as fast, 50 dB from whole decoding (benchmarks/results/data.md)
+    )
 
 
 class Flow(Section):
@@ -203,12 +205,14 @@ class Generate(Section):
     weights: str | None = None
     seed: Count = 1024
     workers: Positive = 1  # processes that share the items: on this host, or on all hosts of the task runner
-    task_runner: Literal["threads", "dask", "ray"] = "threads"  # of Prefect; threads: this host (docs/flows.md)
+    task_runner: Literal["threads", "dask", "ray"] = (
+        "threads"  # of Prefect; threads: this host (docs/how-to/prefect.md)
+    )
     scheduler: str | None = None  # address of Dask's or Ray's; null: one on this host, for as long as it takes
     sequence_parallel: Positive = 1  # devices that share the work on each clip, of every worker; divides model.heads
     guidance_parallel: bool = False  # guidance's two passes on devices of their own, twice as many then: the same bits
     # Blocks are passed anew only where the noise level (of 1000) has fallen by more than this since they were; between,
-    # what they added last is added again. null: at every step. Saving and error: docs/log.md
+    # what they added last is added again. null: at every step. Saving and error: benchmarks/results/generation.md
     step_cache: PositiveFloat | None = None
     # of the network; null: as it was trained, on a CPU fp32
     precision: Literal["fp32", "bf16", "fp16"] | None = None
@@ -219,7 +223,7 @@ class Generate(Section):
     offload: bool = False  # on a GPU: the VAE waits in main memory while the network samples, and the other way round
     # rows that the VAE decodes at a time: the same frames to rounding, in 12 GB at 848x1600; null: whole pictures
     stripe_rows: Positive | None = None
-    edits: str | None = None  # YAML file of changes to the scenes (docs/editing.md)
+    edits: str | None = None  # YAML file of changes to the scenes (docs/how-to/edit-scenes.md)
     # Frames that are sampled at once; longer clips go on window by window, each from the last pictures of the one
     # before. Training gives frames from 29 on, so choose the longest trained length, 33 or more. null: clips whole.
     window: Frames | None = None

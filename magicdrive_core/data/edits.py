@@ -1,4 +1,4 @@
-"""Changes to scenes, as a small YAML file says them (docs/editing.md): weather, objects, the way of the car.
+"""Changes to scenes, as a small YAML file says them (docs/how-to/edit-scenes.md): weather, objects, the way of the car.
 
 A place is ``[right, forward]`` in metres and a heading is degrees counter-clockwise from forward, both seen from the
 lidar in the scene's first frame. Times are seconds from that frame.
@@ -160,7 +160,7 @@ def load_edits(path: Path | str) -> Edits:
     Raises:
         UsageError: missing, not YAML, or a key or value that is none, named.
     """
-    hint = "docs/editing.md shows what stands in such a file"
+    hint = "docs/how-to/edit-scenes.md shows what stands in such a file"
     values = read_yaml(path, hint)
     try:
         return Edits.model_validate({} if values is None else values)

@@ -4,7 +4,7 @@ Training from random weights spends its first minutes on finding out what princi
 second. So the encoder starts as the principal components of 8x8 patches, level by level (a strided convolution holds
 those of 2x2 neighbours), and the decoder as the least-squares way back. Its convolutions follow nearest-neighbour
 upsampling, cannot tell the pixels of one cell apart, and reach across its border instead: hence least squares, fitted
-on the level below as it comes out. Residual branches start at zero. Measured: docs/log.md.
+on the level below as it comes out. Residual branches start at zero. Measured: benchmarks/results/demo.md.
 
 All of it needs norms of one group: a large constant pair of channels then makes the last norms nearly linear maps,
 and pairs of opposite sign make SiLU one, since silu(x) - silu(-x) = x.

@@ -206,7 +206,9 @@ class MapEncoder(nn.Module):
     def forward(self, bev_map: Tensor) -> Tensor:
         """(R, 8, rows, columns) -> (R, C/2, h, w)."""
         x = bev_map.to(self.conv_in.weight.dtype)
-        if x.device.type == "cpu":  # an eighth less of a training step's time for the map (docs/log.md)
+        if (
+            x.device.type == "cpu"
+        ):  # an eighth less of a training step's time for the map (benchmarks/results/network.md)
             x = x.contiguous(memory_format=torch.channels_last)
         x = functional.silu(self.conv_in(x))
         for block in self.blocks:

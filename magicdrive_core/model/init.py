@@ -62,7 +62,7 @@ def _keep_scale(convolutions: nn.Module, gain: float) -> None:
     """He's initialisation (arXiv 1502.01852, eq. 10) with the gain of what acts between the convolutions.
 
     With the framework's default each convolution gives a third to a half of what it gets: behind all of them, the maps
-    of two scenes differed by 3e-5, now by 0.2, and 3,000 steps at 1.5e-3 had not made the map matter (docs/log.md).
+    of two scenes differed by 3e-5, now by 0.2, and 3,000 steps at 1.5e-3 had not made the map matter (decision 0009).
     """
     for module in convolutions.modules():
         if isinstance(module, nn.Conv2d) and module.bias is not None:

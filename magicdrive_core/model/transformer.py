@@ -313,7 +313,7 @@ class MagicDrive(nn.Module):
         features = self.controlnet_cond_embedder(bev_map.flatten(0, 1)).unflatten(0, bev_map.shape[:2])
         features = self.controlnet_cond_embedder_temp(features).transpose(1, 2)
         if features.shape[2:] != latent_shape:
-            # Means of what lies in a place of the latents; the published network takes one of them (docs/log.md).
+            # Means of what lies in a place of the latents; the published network takes one of them (decision 0009).
             mode = "nearest" if self.config.published else "area"
             features = functional.interpolate(features, size=latent_shape, mode=mode)
         return self.controlnet_cond_patchifier(places.own(to_patches(features, rows)))

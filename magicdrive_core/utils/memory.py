@@ -34,7 +34,7 @@ def keep_freed() -> None:
     """Lets this process keep memory that it frees, for its next tensors.
 
     glibc hands each freed block of some MB back to the kernel, which has to fill it with zeros again before the next
-    tensor lies there: encoding a scene's clips spent a quarter of its CPU time on that (docs/log.md). Other C libraries
+    tensor lies there: encoding a scene's clips spent a quarter of its CPU time on that. Other C libraries
     are left as they are.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

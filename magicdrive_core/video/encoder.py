@@ -30,7 +30,7 @@ from magicdrive_core.video.rate_search import START, RateSearch
 # the file shrinks steadily as the quality falls. So whole passes of constant quality search the best file under the
 # cap, each by what the files before it measured.
 
-# Chosen by decibels for time at a given rate (docs/log.md): no psychovisual tricks, but a trellis. The adaptive
+# Chosen by decibels for time at a given rate (decision 0015): no psychovisual tricks, but a trellis. The adaptive
 # quantiser is on a little, so that a file's size follows the quality smoothly and not in steps of a tenth.
 PRESET = "veryfast"
 TUNING = {"tune": "psnr", "trellis": "1", "aq-mode": "2", "aq-strength": "0.3"}

@@ -304,7 +304,7 @@ def test_the_parquet_file_names_the_rule(infos: Path, synthetic_root: Path, make
 
 
 def test_every_column_is_documented() -> None:
-    page = (PROJECT / "docs/data.md").read_text()
+    page = (PROJECT / "docs/reference/file-formats.md").read_text()
     assert [name for name in SCHEMA.names if f"`{name}`" not in page] == []
 
 

@@ -1,4 +1,4 @@
-"""`make up` where it cannot work; that it works is tried by hand (docs/flows.md), because it takes a minute."""
+"""`make up` where it cannot work. That it works is tried by hand (docs/how-to/prefect.md): it takes a minute."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 def test_kills_at_any_moment(run: tuple[str, Path, list[int]], tmp_path: Path, seed: int) -> None:
     """Two kills, one after the other, at places drawn by the seed; then the end on two ranks, or on one.
 
-    docs/log.md says how many seeds were tried when this was written.
+    benchmarks/results/training.md says how many seeds were tried when this was written.
     """
     precision, whole, events = run
     draw = random.Random(f"{precision}-{seed}")
