@@ -22,7 +22,7 @@ from magicdrive_core.config.schema import Config
 from magicdrive_core.data.edits import chosen_edits
 from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.data.map_cache import BevMaps
-from magicdrive_core.experiment.run_paths import find_places
+from magicdrive_core.experiment.run_paths import find_run_paths
 from magicdrive_core.inference.items import list_items
 from magicdrive_core.inference.models import Models
 from magicdrive_core.inference.processes import SingleProcess
@@ -42,7 +42,7 @@ def main() -> None:
     config = load_config(project / "params.yaml", overrides)
     scenes = read_scenes(project / "artifacts/infos")
     item = list_items(config, scenes, project)[0]
-    models = Models.load(config, arguments.run or find_places(config, project=project).model.folder, project)
+    models = Models.load(config, arguments.run or find_run_paths(config, project=project).model.folder, project)
     passed: list[int] = []
     models.network.base_blocks_s[0].register_forward_hook(lambda *_: passed.append(1))
     scene = next(scene for scene in scenes if scene.token == item.clip.scene)

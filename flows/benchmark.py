@@ -13,7 +13,7 @@ from flows.common import flow_command, main, run_verb, setting_words
 from flows.generate import generate
 from magicdrive_core.config.load import load_config
 from magicdrive_core.data.infos import read_scenes
-from magicdrive_core.experiment.run_paths import find_places, pinned
+from magicdrive_core.experiment.run_paths import find_run_paths, pin_registered
 from magicdrive_core.inference.items import list_items
 from magicdrive_core.video.item_record import RECORD
 from magicdrive_core.wcoda.validator import VERDICT
@@ -25,9 +25,9 @@ def benchmark(params: str = "params.yaml", overrides: list[str] | None = None) -
 
     Scenes that are too short for W-CODA's 16 frames (a data set of single key frames) get a report without a package.
     """
-    overrides = [*(overrides or []), *pinned(load_config(params, overrides))]
+    overrides = [*(overrides or []), *pin_registered(load_config(params, overrides))]
     config = load_config(params, overrides)
-    places = find_places(config)
+    paths = find_run_paths(config)
     settings = setting_words(params, overrides)
     generate(params, overrides)
     items = list_items(config, read_scenes(Path("artifacts/infos")))
@@ -39,13 +39,13 @@ def benchmark(params: str = "params.yaml", overrides: list[str] | None = None) -
     else:
         run_verb("package", *settings)
         run_verb("score", *settings)  # does nothing where the same package was scored with the same files
-    sources = [places.generated / item.name / RECORD for item in items] + [
-        places.benchmark / VERDICT,
-        places.benchmark / "scores.json",
+    sources = [paths.generated / item.name / RECORD for item in items] + [
+        paths.submission / VERDICT,
+        paths.submission / "scores.json",
     ]
-    if not _newer(places.benchmark / "report.html", sources):
+    if not _newer(paths.submission / "report.html", sources):
         run_verb("report", *settings)
-    return str(places.benchmark)
+    return str(paths.submission)
 
 
 def _newer(path: Path, sources: list[Path]) -> bool:

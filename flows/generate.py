@@ -25,7 +25,7 @@ from flows.common import flow_command, main, no_orphans, run_child, setting_word
 from magicdrive_core.config.load import load_config
 from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.errors import UsageError
-from magicdrive_core.experiment.run_paths import find_places, pinned
+from magicdrive_core.experiment.run_paths import find_run_paths, pin_registered
 from magicdrive_core.inference.items import input_digests, is_done, item_fingerprint, list_items
 from magicdrive_core.utils.progress import progress_bar
 from magicdrive_core.video.item_record import RECORD
@@ -52,18 +52,18 @@ def generate(params: str = "params.yaml", overrides: list[str] | None = None) ->
     Raises:
         MagicDriveError: no weights, or a shard failed twice; what was finished is kept.
     """
-    overrides = [*(overrides or []), *pinned(load_config(params, overrides))]
+    overrides = [*(overrides or []), *pin_registered(load_config(params, overrides))]
     config = load_config(params, overrides)
-    places = find_places(config)
+    paths = find_run_paths(config)
     items = list_items(config, read_scenes(Path("artifacts/infos")))
-    digests = input_digests(config, places.model.folder)
+    digests = input_digests(config, paths.model.folder)
     missing = [
-        item for item in items if not is_done(places.generated / item.name, item_fingerprint(config, item, digests))
+        item for item in items if not is_done(paths.generated / item.name, item_fingerprint(config, item, digests))
     ]
     shards = min(config.generate.workers, len(missing))
     settings = setting_words(params, overrides)
-    kind, arguments = config.generate.task_runner, (shards, settings, places.generated)
-    with no_orphans(), _counted(places.generated, len(items)):
+    kind, arguments = config.generate.task_runner, (shards, settings, paths.generated)
+    with no_orphans(), _counted(paths.generated, len(items)):
         scheduler = config.generate.scheduler
         cores = 1.0 if scheduler else 1 / max(1, shards)
         if kind == "threads":
@@ -71,8 +71,8 @@ def generate(params: str = "params.yaml", overrides: list[str] | None = None) ->
         else:
             runner = _task_runner(kind, scheduler)
             flow(name="shards", task_runner=runner, validate_parameters=False)(_fan_out)(*arguments, cores)
-    get_run_logger().info("%d items, %d of them new: %s", len(items), len(missing), places.generated)
-    return str(places.generated)
+    get_run_logger().info("%d items, %d of them new: %s", len(items), len(missing), paths.generated)
+    return str(paths.generated)
 
 
 def _fan_out(shards: int, settings: list[str], out: Path, cores: float = 1.0) -> None:

@@ -12,7 +12,7 @@ from flows.common import main
 from flows.prepare import prepare
 from flows.train import train
 from magicdrive_core.config.load import load_config
-from magicdrive_core.experiment.run_paths import find_places
+from magicdrive_core.experiment.run_paths import find_run_paths
 from magicdrive_core.wcoda.package import ZIP
 
 
@@ -28,12 +28,12 @@ def run() -> None:
     """Runs the flow and says where everything is."""
     pipeline()
     config = load_config()
-    places = find_places(config)
-    package = places.benchmark / ZIP
-    print(f"\nreport     {places.benchmark / 'report.html'}")
-    print(f"videos     {places.generated}/")
+    paths = find_run_paths(config)
+    package = paths.submission / ZIP
+    print(f"\nreport     {paths.submission / 'report.html'}")
+    print(f"videos     {paths.generated}/")
     print(f"package    {package if package.exists() else 'none: the scenes are too short'}")
-    print(f"weights    {places.model.weights}")
+    print(f"weights    {paths.model.weights}")
     print("tracking   make ui")
 
 

@@ -18,7 +18,7 @@ from prefect.cache_policies import NO_CACHE
 from flows.common import main
 from magicdrive_core.config.load import load_config
 from magicdrive_core.config.schema import Config, Stage
-from magicdrive_core.experiment.run_paths import Places, find_places
+from magicdrive_core.experiment.run_paths import RunPaths, find_run_paths
 from magicdrive_core.tracking.runs import Status, close_parent, open_parent
 from magicdrive_core.training.supervise import StageResult, train_stage
 
@@ -39,22 +39,22 @@ def train(stage: Stage = "stage3", params: str = "params.yaml", overrides: list[
     logger = get_run_logger()
     overrides = overrides or []
     config = load_config(params, overrides)
-    places = find_places(config, stage)
-    for note in places.notes:
+    paths = find_run_paths(config, stage)
+    for note in paths.notes:
         logger.warning(note)
-    if places.model.done:
-        logger.info("%s is done: %s", places.model.stage, places.model.folder)
+    if paths.model.done:
+        logger.info("%s is done: %s", paths.model.stage, paths.model.folder)
     else:
-        _train(config, places, params, overrides)
-    return str(places.model.folder)
+        _train(config, paths, params, overrides)
+    return str(paths.model.folder)
 
 
-def _train(config: Config, places: Places, params: str, overrides: list[str]) -> None:
+def _train(config: Config, paths: RunPaths, params: str, overrides: list[str]) -> None:
     os.environ.setdefault("PREFECT__FLOW_RUN_ID", str(runtime.flow_run.id))  # for lineage; a worker has set it
     parent = open_parent(config, f"train-{config.profile}")
     status: Status = "KILLED"
     try:
-        for plan in places.stages:
+        for plan in paths.stages:
             run_stage(plan.stage, params, overrides, parent)
         status = "FINISHED"
     except Exception:

@@ -28,7 +28,7 @@ def fidelity(
     from magicdrive_core.data.infos import read_scenes
     from magicdrive_core.evaluation.condition_swap import FIELDS, draw_exchanged
     from magicdrive_core.evaluation.control_fidelity import Control, table_lines
-    from magicdrive_core.experiment.run_paths import find_places
+    from magicdrive_core.experiment.run_paths import find_run_paths
     from magicdrive_core.inference.generate import generate_items
     from magicdrive_core.inference.items import list_items
     from magicdrive_core.inference.models import write_untrained
@@ -40,23 +40,23 @@ def fidelity(
         raise UsageError(
             f"{params}: synth is null, and only a generated city has exact regions", "magicdrive use learn"
         )
-    places = find_places(config)
-    if not places.model.done:
-        raise MagicDriveError(f"{places.model.folder} holds no finished training", "python -m flows.train")
+    paths = find_run_paths(config)
+    if not paths.model.done:
+        raise MagicDriveError(f"{paths.model.folder} holds no finished training", "python -m flows.train")
     control = Control(config)
     others = [control.scenes[other] for other in control.others]
     items = [item for item in list_items(config, read_scenes(INFOS)) if item.generation == 0]
-    generate_items(config, items, places.model.folder, places.generated)
-    out = places.generated.with_name(places.generated.name.replace("generate", "fidelity"))
-    write_untrained(config, places.model.stage, out / "untrained")
+    generate_items(config, items, paths.model.folder, paths.generated)
+    out = paths.generated.with_name(paths.generated.name.replace("generate", "fidelity"))
+    write_untrained(config, paths.model.stage, out / "untrained")
     generate_items(config, items, out / "untrained", out / "untrained/items")
-    exchanged = {what: draw_exchanged(config, places.model.folder, control.scenes, others, what) for what in FIELDS}
-    table = control.compare(places.generated, out / "untrained/items", exchanged)
+    exchanged = {what: draw_exchanged(config, paths.model.folder, control.scenes, others, what) for what in FIELDS}
+    table = control.compare(paths.generated, out / "untrained/items", exchanged)
     values = {name: row.row() for name, row in table.items()}
     finite = {name: {key: v if math.isfinite(v) else None for key, v in row.items()} for name, row in values.items()}
     write_json(out / "fidelity.json", finite)  # a picture's PSNR against itself has no number
-    control.write_sheet(places.generated, out / "untrained/items", out / "fidelity.png", scenes)
-    run = read_json(places.model.result).get("run")
+    control.write_sheet(paths.generated, out / "untrained/items", out / "fidelity.png", scenes)
+    run = read_json(paths.model.result).get("run")
     if run:
         log_results(
             config, run, {f"fidelity/{name}": v for name, v in values["generated"].items()}, out / "fidelity.png"

@@ -164,40 +164,40 @@ def generate(
 ) -> None:
     """Generate the validation clips with the last trained stage, or with generate.weights; what is done is skipped."""
     from magicdrive_core.data.infos import read_scenes
-    from magicdrive_core.experiment.run_paths import find_places
+    from magicdrive_core.experiment.run_paths import find_run_paths
     from magicdrive_core.inference.items import list_items
 
     share, shares = _shard(shard)
     config = read_config(params, overrides)
-    places = find_places(config)
-    if not places.model.done:
-        raise MagicDriveError(f"{places.model.folder} holds no finished training", "python -m flows.train")
+    paths = find_run_paths(config)
+    if not paths.model.done:
+        raise MagicDriveError(f"{paths.model.folder} holds no finished training", "python -m flows.train")
     if config.generate.devices > 1:
         from magicdrive_core.inference.worker import generate_in_group
 
-        generate_in_group(config, places.model.folder, places.generated, (share - 1, shares))
-        print(f"done: {places.generated}")
+        generate_in_group(config, paths.model.folder, paths.generated, (share - 1, shares))
+        print(f"done: {paths.generated}")
         return
     from magicdrive_core.device import take_device
     from magicdrive_core.inference.generate import generate_items
 
     take_device(share - 1, share=True)  # the workers of one host take turns at its devices
     items = list_items(config, read_scenes(INFOS))
-    summary = generate_items(config, items, places.model.folder, places.generated, shard=(share - 1, shares))
-    print(f"{len(summary.made)} made, {len(summary.skipped)} done before: {places.generated}")
+    summary = generate_items(config, items, paths.model.folder, paths.generated, shard=(share - 1, shares))
+    print(f"{len(summary.made)} made, {len(summary.skipped)} done before: {paths.generated}")
 
 
 @app.command()
 def package(params: Params = DEFAULT_PARAMS, overrides: Set = None) -> None:
     """Put the generated videos into a W-CODA results.zip, and check it."""
-    from magicdrive_core.experiment.run_paths import find_places
+    from magicdrive_core.experiment.run_paths import find_run_paths
     from magicdrive_core.tracking.lineage import lineage_tags
     from magicdrive_core.wcoda.package import pack
     from magicdrive_core.wcoda.validator import judge
 
     config = read_config(params, overrides)
-    places = find_places(config)
-    made = pack(config, places.generated, places.benchmark, lineage_tags(config) | places.model_tags(config))
+    paths = find_run_paths(config)
+    made = pack(config, paths.generated, paths.submission, lineage_tags(config) | paths.model_tags(config))
     _refuse(made.zip_path, judge(made.zip_path, _expected(config)))
 
 
@@ -219,32 +219,32 @@ def report(params: Params = DEFAULT_PARAMS, overrides: Set = None) -> None:
     from datetime import datetime
 
     from magicdrive_core.evaluation.score_sheet import SHEET, Sheet
-    from magicdrive_core.experiment.run_paths import find_places
+    from magicdrive_core.experiment.run_paths import find_run_paths
     from magicdrive_core.report.page import write_report
-    from magicdrive_core.tracking.benchmark_run import record_benchmark
     from magicdrive_core.tracking.lineage import lineage_tags
+    from magicdrive_core.tracking.runs import log_submission
     from magicdrive_core.wcoda.package import MANIFEST, ZIP, read_package
     from magicdrive_core.wcoda.validator import VERDICT, judge
 
     config = read_config(params, overrides)
-    places = find_places(config)
-    sheet = Sheet.read(places.benchmark) if (places.benchmark / SHEET).is_file() else None
-    packed = read_package(places.benchmark) if (places.benchmark / ZIP).is_file() else None
-    lineage = lineage_tags(config) | places.model_tags(config)
+    paths = find_run_paths(config)
+    sheet = Sheet.read(paths.submission) if (paths.submission / SHEET).is_file() else None
+    packed = read_package(paths.submission) if (paths.submission / ZIP).is_file() else None
+    lineage = lineage_tags(config) | paths.model_tags(config)
     page = write_report(
         config,
-        places.generated,
-        places.benchmark,
-        runs={plan.stage: plan.folder for plan in places.stages},
+        paths.generated,
+        paths.submission,
+        runs={plan.stage: plan.folder for plan in paths.stages},
         package=packed,
         faults=judge(packed.zip_path, _expected(config)) if packed else (),
-        notes=places.notes,
+        notes=paths.notes,
         lineage=lineage,
         made=f"{datetime.now():%Y-%m-%d %H:%M}",
         sheet=sheet if packed and sheet and sheet.package == packed.sha256 else None,
     )
-    files = [page, places.benchmark / SHEET, places.benchmark / MANIFEST, places.benchmark / VERDICT]
-    record_benchmark(config, places.benchmark, sheet.figures if sheet else {}, files, lineage)
+    files = [page, paths.submission / SHEET, paths.submission / MANIFEST, paths.submission / VERDICT]
+    log_submission(config, paths.submission, sheet.figures if sheet else {}, files, lineage)
     print(page)
 
 

@@ -24,20 +24,20 @@ app = typer.Typer()
 def score(params: Params = DEFAULT_PARAMS, overrides: Set = None) -> None:
     """Score the package: Fréchet distances, and mAP and mIoU where scores names their files."""
     from magicdrive_core.evaluation.score_sheet import MEANINGS, SHEET, Sheet, question, score_package
-    from magicdrive_core.experiment.run_paths import find_places
+    from magicdrive_core.experiment.run_paths import find_run_paths
 
     config = read_config(params, overrides)
-    places = find_places(config)
-    package, scenes = _packed(places.benchmark)
-    sheet = Sheet.read(places.benchmark) if (places.benchmark / SHEET).is_file() else None
+    paths = find_run_paths(config)
+    package, scenes = _packed(paths.submission)
+    sheet = Sheet.read(paths.submission) if (paths.submission / SHEET).is_file() else None
     if sheet is None or sheet.question != question(config, package.sha256):
         sheet = score_package(config, package.folder, package.sha256, scenes)
-        sheet.write(places.benchmark)
+        sheet.write(paths.submission)
     for name, value in sheet.figures.items():
         print(f"{name:10} {value:10.4f}  {MEANINGS[name]}")
     for line in sheet.missing:
         print(f"not scored: {line}")
-    print(places.benchmark / SHEET)
+    print(paths.submission / SHEET)
 
 
 @app.command("export-frames")
@@ -48,10 +48,10 @@ def export_frames(
 ) -> None:
     """Write the generated key frames as nuScenes data roots, on which any detector runs unchanged."""
     from magicdrive_core.evaluation.key_frames import export_frames as write
-    from magicdrive_core.experiment.run_paths import find_places
+    from magicdrive_core.experiment.run_paths import find_run_paths
 
     config = read_config(params, overrides)
-    package, scenes = _packed(find_places(config).benchmark)
+    package, scenes = _packed(find_run_paths(config).submission)
     for generation in range(config.generate.generations):
         root = out / f"gen{generation}"
         count = write(config, package.folder, scenes, generation, root)

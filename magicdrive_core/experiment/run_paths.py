@@ -14,60 +14,75 @@ from magicdrive_core.errors import UsageError
 from magicdrive_core.experiment.stages import StagePlan, feasibility, plan_stage
 from magicdrive_core.utils.files import read_json
 
-# Settings that say how the work is done and change no pixel.
-HOW = {"workers", "task_runner", "scheduler", "sequence_parallel", "guidance_parallel", "offload", "compile"}
-REGISTERED = "models:/"  # what names of registered models begin with
+# Settings of ``generate`` that decide how the work is executed; they change no pixel.
+EXECUTION_SETTINGS = {
+    *("workers", "task_runner", "scheduler", "sequence_parallel", "guidance_parallel", "offload", "compile")
+}
+REGISTERED = "models:/"  # prefix of the names of registered models
 
 
 @dataclass(frozen=True)
-class Places:
-    """The road of one configuration."""
+class RunPaths:
+    """Where one configuration's training runs, videos and submission are written.
 
-    stages: list[StagePlan]  # that can be trained, in order; or the one that generate.weights names
-    notes: list[str]  # one line for each stage that the data cannot feed
-    generated: Path  # folder of items
-    benchmark: Path  # package and report
+    Attributes:
+        stages: The training runs, in order; or the one run that ``generate.weights`` names.
+        notes: One line for each stage that the data has no clips for.
+        generated: Folder of the generated items.
+        submission: Folder of package, scores and report.
+    """
+
+    stages: list[StagePlan]
+    notes: list[str]
+    generated: Path
+    submission: Path
 
     @property
     def model(self) -> StagePlan:
-        """The last stage: its weights generate."""
+        """The run whose weights generate: the last stage."""
         return self.stages[-1]
 
     def model_tags(self, config: Config) -> dict[str, str]:
-        """What generated, for MLflow and manifests: the model's name or folder, its digest, the run that made it."""
+        """Tags for MLflow and manifests: the name or folder of the model, its digest, its MLflow run."""
         facts = read_json(self.model.result)
         tags = {"model": config.generate.weights or self.model.folder.name, "model.sha256": facts["weights_sha256"]}
         return tags | ({"model.run": facts["run"]} if facts.get("run") else {})
 
 
-def find_places(config: Config, last: Stage = "stage3", project: Path = Path()) -> Places:
-    """The stages up to ``last``, ended before the first one that has no training clip in any bucket.
+def find_run_paths(config: Config, last: Stage = "stage3", project: Path = Path()) -> RunPaths:
+    """Plan the training stages of a configuration and name the folders of its results.
 
-    Where ``generate.weights`` names a network, it stands in their place and nothing is trained.
+    The stages end before the first one that has no training clip in any bucket. Where ``generate.weights`` names a
+    network, that network takes the place of all stages and nothing is trained.
+
+    Args:
+        config: All settings.
+        last: The last stage that is wanted.
+        project: The project's folder.
 
     Raises:
-        UsageError: not even stage 1 has a clip, or the registry knows no such model.
-        MagicDriveError: the named network is missing.
+        UsageError: Not even stage 1 has a clip, or the registry knows no such model.
+        MagicDriveError: The folder that ``generate.weights`` names holds no network.
     """
     notes: list[str] = []
     if config.generate.weights is not None:
         stages = [_named(config, config.generate.weights, project)]
     else:
         stages = _chain(plan_stage(config, _last_possible(config, last, project, notes), project))
-    others = HOW - {"sequence_parallel"} | {"generations", "weights", "edits"}
+    others = EXECUTION_SETTINGS - {"sequence_parallel"} | {"generations", "weights", "edits"}
     sampling = config.generate.model_dump(mode="json", exclude=others)
     sampling["edits"] = chosen_edits(config, project).digest
     generated = fingerprint(stages[-1].fingerprint, sampling, config.video, config.submission.frames)[:12]
-    benchmark = fingerprint(generated, config.generate.generations, config.submission)[:12]
+    submission = fingerprint(generated, config.generate.generations, config.submission)[:12]
     outputs = project / "outputs"
-    return Places(stages, notes, outputs / f"generate-{generated}", outputs / f"benchmark-{benchmark}")
+    return RunPaths(stages, notes, outputs / f"generate-{generated}", outputs / f"submission-{submission}")
 
 
-def pinned(config: Config, project: Path = Path()) -> list[str]:
+def pin_registered(config: Config, project: Path = Path()) -> list[str]:
     """The override that makes ``generate.weights`` mean the same model in every process, whatever becomes of aliases.
 
     Raises:
-        UsageError, MagicDriveError: as ``find_places``.
+        UsageError, MagicDriveError: as ``find_run_paths``.
     """
     weights = config.generate.weights
     if weights is None or not weights.startswith(REGISTERED):

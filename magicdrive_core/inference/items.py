@@ -17,7 +17,7 @@ from magicdrive_core.config.schema import Config, fingerprint
 from magicdrive_core.data.edits import chosen_edits
 from magicdrive_core.data.records import Clip, Scene
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.experiment.run_paths import HOW
+from magicdrive_core.experiment.run_paths import EXECUTION_SETTINGS
 from magicdrive_core.geometry.cameras import PICTURE_HEIGHT, PICTURE_WIDTH
 from magicdrive_core.tracking import lineage
 from magicdrive_core.utils.files import read_json, sha256_file
@@ -204,7 +204,7 @@ def code_version() -> str:
 def _settings(config: Config) -> dict[str, Any]:
     """The settings that decide the pixels of an item that is given; how many items there are does not."""
     sampling = config.generate.model_dump(
-        mode="json", exclude=HOW | {"generations", "frames", "weights", "edits", "initial_frames"}
+        mode="json", exclude=EXECUTION_SETTINGS | {"generations", "frames", "weights", "edits", "initial_frames"}
     )
     if config.published:  # whose pictures depend on the padding (decision 0003, oddity 8)
         sampling["pad_patches"] = config.generate.pad_patches or config.generate.sequence_parallel

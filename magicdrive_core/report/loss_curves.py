@@ -10,7 +10,7 @@ from math import floor, isfinite, log10
 from pathlib import Path
 
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.tracking.summary import first_and_last
+from magicdrive_core.tracking.runs import first_and_last
 
 WIDTH, HEIGHT = 420, 220
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 12, 28

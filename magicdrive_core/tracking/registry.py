@@ -1,7 +1,7 @@
 """Models by the names under which MLflow's registry knows them: models:/NAME@ALIAS and models:/NAME/VERSION.
 
 A training registers its weights where they lie (``Store.register``), with their digest. An alias may be moved at any
-time, a version never: who works with several processes names the version (``pinned``).
+time, a version never: who works with several processes names the version (``pin_registered``).
 """
 
 from __future__ import annotations

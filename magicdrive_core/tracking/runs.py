@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from magicdrive_core.config.schema import Config, Tracking
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.tracking.lineage import lineage_tags
+from magicdrive_core.utils.files import read_json, write_json
 
 logger = logging.getLogger(__name__)
 for _name in ("mlflow", "alembic"):
@@ -33,6 +34,8 @@ LOCK_SECONDS = 120
 FLUSH_SECONDS = 10.0  # a write to the database costs tens of milliseconds
 MOST = 1000  # metrics that MLflow takes at once
 LONGEST = 6000  # characters of a param's value that MLflow takes
+STEADY = 8  # losses: the mean of fewer says more about the noise levels that were drawn than about the network
+SUBMISSION_RUN = "mlflow.json"  # file in a submission's folder that names its run
 SHA256 = "weights_sha256"  # tag of runs and of versions of models
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -132,6 +135,60 @@ def log_results(config: Config, run: str, metrics: Mapping[str, float], picture:
     log.metrics({name: value for name, value in metrics.items() if math.isfinite(value)}, step=0)
     log.picture(picture)
     log.flush()
+
+
+def log_submission(
+    config: Config,
+    folder: Path,
+    figures: Mapping[str, float],
+    files: Sequence[Path],
+    tags: Mapping[str, str],
+    project: Path = Path(),
+) -> str:
+    """Log a submission's figures and files; a second call for the same folder updates the same run.
+
+    Args:
+        config: Logged as params.
+        folder: The submission's folder; ``mlflow.json`` in it keeps the run's id.
+        figures: Logged as metrics.
+        files: Copied into the run's artifacts; missing files are left out.
+        tags: Lineage: what the submission was made from.
+        project: The project's folder.
+
+    Returns:
+        The run's id.
+
+    Raises:
+        MagicDriveError: MLflow's database cannot be used.
+    """
+    store, note = Store(config.tracking, project), folder / SUBMISSION_RUN
+    run = str(read_json(note)["run"]) if note.is_file() else ""
+    if not run or not store.reopen(run, None):
+        run = store.open("submission", {})
+        write_json(note, {"run": run})
+    for name, text in tags.items():
+        store.client.set_tag(run, name, text)
+    store.params(run, config.model_dump(mode="json"))
+    for name, value in figures.items():
+        store.client.log_metric(run, name, value)
+    for file in files:
+        if file.is_file():
+            store.client.log_artifact(run, str(file))
+    store.close(run, "FINISHED")
+    return run
+
+
+def first_and_last(losses: Sequence[float]) -> tuple[float, float]:
+    """Summarise a training run's losses by their means at its start and at its end.
+
+    Args:
+        losses: One for each logged step, in order; at least one.
+
+    Returns:
+        Means of the first and of the last tenth; of at least eight losses, or of half of all where there are fewer.
+    """
+    count = max(len(losses) // 10, min(STEADY, len(losses) // 2), 1)
+    return sum(losses[:count]) / count, sum(losses[-count:]) / count
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

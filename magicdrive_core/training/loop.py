@@ -18,7 +18,7 @@ from magicdrive_core.launch.process_group import RESUMABLE
 from magicdrive_core.model.transformer import MagicDrive
 from magicdrive_core.parallel.mesh import Mesh
 from magicdrive_core.parallel.parallelize import parallelize
-from magicdrive_core.tracking.summary import first_and_last
+from magicdrive_core.tracking.runs import first_and_last
 from magicdrive_core.training.checkpoints import Saver, TrainingProgress, resume
 from magicdrive_core.training.engine import Engine, build_engine
 from magicdrive_core.training.guard import Guard

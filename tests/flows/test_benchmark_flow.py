@@ -75,7 +75,7 @@ def test_a_registered_model_becomes_a_valid_submission_with_scores(prefect_api: 
         assert state
         assert state.is_completed(), state.message
 
-    (folder,) = (project / "outputs").glob("benchmark-*")
+    (folder,) = (project / "outputs").glob("submission-*")
     with zipfile.ZipFile(folder / "results.zip") as archive:
         assert len(archive.namelist()) == 6
     assert read_json(folder / "validation.json")["faults"] == []

@@ -14,7 +14,7 @@ from magicdrive_core.config.load import load_config
 from magicdrive_core.config.schema import Tracking
 from magicdrive_core.data.infos import build_infos
 from magicdrive_core.errors import UsageError
-from magicdrive_core.experiment.run_paths import find_places
+from magicdrive_core.experiment.run_paths import find_run_paths
 from magicdrive_core.tracking.runs import PARENT, Store
 from magicdrive_core.utils.files import write_json
 from tests.conftest import PROJECT
@@ -75,7 +75,7 @@ def test_a_stage_is_trained_once_and_recorded(
     assert not (project / "runs").exists()
     assert not (project / "tracking").exists()
     folder = Path(train("stage1"))
-    assert find_places(load_config(), "stage1").model.done
+    assert find_run_paths(load_config(), "stage1").model.done
     store = Store(load_config().tracking)
     child, parent = store.client.search_runs([store.experiment])  # the latest first
     assert child.data.tags[PARENT] == parent.info.run_id

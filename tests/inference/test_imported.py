@@ -9,7 +9,7 @@ import torch
 
 from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.experiment.run_paths import find_places
+from magicdrive_core.experiment.run_paths import find_run_paths
 from magicdrive_core.inference.generate import generate_items
 from magicdrive_core.inference.items import list_items
 from magicdrive_core.inference.models import Models
@@ -38,34 +38,34 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_imported_weights_generate(project: Path) -> None:
     """No training is planned, and the oddities are on: the stored rotary tables count, not the formula's."""
     config = small_config("published=true", IMPORTED, "generate.generations=1")
-    places = find_places(config, project=project)
-    assert places.model.folder == project / "runs/published-stage3"
-    assert places.model.done
-    network = Models.load(config, places.model.folder, project).network
+    paths = find_run_paths(config, project=project)
+    assert paths.model.folder == project / "runs/published-stage3"
+    assert paths.model.done
+    network = Models.load(config, paths.model.folder, project).network
     assert network.config.published
     assert network.rope.published
     items = list_items(config, read_scenes(project / "artifacts/infos"))
-    summary = generate_items(config, items, places.model.folder, places.generated, project=project)
+    summary = generate_items(config, items, paths.model.folder, paths.generated, project=project)
     assert summary.made == [items[0].name]
 
 
 def test_without_the_switch_they_are_refused(project: Path) -> None:
     config = small_config(IMPORTED)
     with pytest.raises(MagicDriveError, match="oddities") as caught:
-        Models.load(config, find_places(config, project=project).model.folder, project)
+        Models.load(config, find_run_paths(config, project=project).model.folder, project)
     assert "published: true" in caught.value.hint
 
 
 def test_missing_imported_weights_are_named(project: Path) -> None:
     with pytest.raises(MagicDriveError, match=r"elsewhere.run\.json is missing") as caught:
-        find_places(small_config("generate.weights=elsewhere"), project=project)
+        find_run_paths(small_config("generate.weights=elsewhere"), project=project)
     assert "import-checkpoint" in caught.value.hint
 
 
 def test_where_the_weights_lie_decides_nothing(project: Path) -> None:
     (project / "mine").symlink_to("runs/published-stage3")
     there, here = (
-        find_places(small_config(f"generate.weights={name}"), project=project)
+        find_run_paths(small_config(f"generate.weights={name}"), project=project)
         for name in ("runs/published-stage3", "mine")
     )
     assert there.generated == here.generated

@@ -1,4 +1,4 @@
-"""Registered models generate: found by alias and by version, pinned, refused where the file is another one."""
+"""Registered models generate: found by alias and by version, pin_registered, refused where the file is another one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from magicdrive_core.config.schema import Tracking
 from magicdrive_core.errors import MagicDriveError, UsageError
-from magicdrive_core.experiment.run_paths import find_places, pinned
+from magicdrive_core.experiment.run_paths import find_run_paths, pin_registered
 from magicdrive_core.tracking.registry import find_registered
 from magicdrive_core.tracking.runs import Store
 from magicdrive_core.utils.files import sha256_file, write_json
@@ -40,22 +40,26 @@ def store(project: Path) -> Store:
 def test_an_alias_and_a_version_lead_to_the_weights(project: Path, store: Store) -> None:
     for uri, name in ((CHAMPION, "a"), ("models:/magicdrive-demo@stage2", "b"), ("models:/magicdrive-demo/1", "a")):
         config = small_config(f"generate.weights={uri}")
-        places = find_places(config, project=project)
-        assert (places.model.stage, places.model.folder.name, places.model.done) == ("stage2", name, True)
-        assert places.model_tags(config) == {
+        paths = find_run_paths(config, project=project)
+        assert (paths.model.stage, paths.model.folder.name, paths.model.done) == ("stage2", name, True)
+        assert paths.model_tags(config) == {
             "model": uri,
-            "model.sha256": sha256_file(places.model.weights),
+            "model.sha256": sha256_file(paths.model.weights),
             "model.run": f"run-{name}",
         }
 
 
 def test_a_pinned_model_stays_when_its_alias_moves(project: Path, store: Store) -> None:
-    (override,) = pinned(small_config(f"generate.weights={CHAMPION}"), project)
+    (override,) = pin_registered(small_config(f"generate.weights={CHAMPION}"), project)
     store.client.set_registered_model_alias("magicdrive-demo", "champion", "2")
     assert override == "generate.weights=models:/magicdrive-demo/1"
-    assert find_places(small_config(override), project=project).model.folder.name == "a"
-    assert pinned(small_config(override), project) == [override]
-    assert pinned(small_config("generate.weights=runs/published"), project) == pinned(small_config(), project) == []
+    assert find_run_paths(small_config(override), project=project).model.folder.name == "a"
+    assert pin_registered(small_config(override), project) == [override]
+    assert (
+        pin_registered(small_config("generate.weights=runs/published"), project)
+        == pin_registered(small_config(), project)
+        == []
+    )
 
 
 @pytest.mark.parametrize(

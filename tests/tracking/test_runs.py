@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from magicdrive_core.config.load import load_config
 from magicdrive_core.config.schema import Config, Tracking
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.tracking.runs import PARENT, MetricLog, Store, close_parent, flatten, open_parent
+from magicdrive_core.tracking.runs import (
+    PARENT,
+    MetricLog,
+    Store,
+    close_parent,
+    first_and_last,
+    flatten,
+    log_submission,
+    open_parent,
+)
 
 PROFILE = Path(__file__).resolve().parents[2] / "profiles/demo.yaml"
 
@@ -132,6 +141,38 @@ def test_a_broken_database_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "tracking/mlflow.db").write_bytes(b"this is no database" * 100)
     with pytest.raises(MagicDriveError, match=r"MLflow cannot use sqlite:///tracking/mlflow\.db"):
         Store(Tracking(), tmp_path)
+
+
+def test_a_second_report_updates_the_run_of_the_submission(project: Path) -> None:
+    config, folder = load_config(PROFILE), project / "outputs/submission-0"
+    folder.mkdir(parents=True)
+    page = folder / "report.html"
+    page.write_text("first")
+    run = log_submission(config, folder, {"small_224": 0.5}, [page, folder / "none.json"], {"model": "a"}, project)
+    page.write_text("second")
+    assert log_submission(config, folder, {"small_224": 0.25}, [page], {"model": "b"}, project) == run
+    store = Store(config.tracking, project)
+    found = store.client.get_run(run)
+    assert (found.info.status, found.data.metrics) == ("FINISHED", {"small_224": 0.25})
+    assert found.data.params["submission.team"] == "demo"
+    assert found.data.tags["model"] == "b"
+    assert [file.path for file in store.client.list_artifacts(run)] == ["report.html"]
+    copy = store.client.download_artifacts(run, "report.html", str(project))
+    assert Path(copy).read_text() == "second"
+
+
+@pytest.mark.parametrize(
+    ("losses", "ends"),
+    [
+        ([3.0], (3.0, 3.0)),
+        ([3.0, 1.0], (3.0, 1.0)),
+        ([4.0, 2.0, 1.0, 1.0], (3.0, 1.0)),  # half of all
+        ([2.0] * 8 + [5.0] * 60 + [1.0] * 8, (2.0, 1.0)),  # eight
+        ([2.0] * 20 + [5.0] * 160 + [1.0] * 20, (2.0, 1.0)),  # a tenth
+    ],
+)
+def test_first_and_last_losses_of_short_and_long_runs(losses: list[float], ends: tuple[float, float]) -> None:
+    assert first_and_last(losses) == pytest.approx(ends)
 
 
 leaf = st.integers() | st.booleans() | st.text(max_size=5)
