@@ -36,7 +36,7 @@ def test_a_training_is_a_parent_with_children(project: Path, config: Config) -> 
     parent = open_parent(config, "train-demo", project)
     store = Store(config.tracking, project)
     child = store.open("stage1", {"stage": "stage1"}, parent)
-    store.params(child, {"training": {"clip": 1.0, "betas": [0.9, 0.999]}})
+    store.params(child, {"training": {"max_grad_norm": 1.0, "betas": [0.9, 0.999]}})
     store.close(child, "FINISHED", weights_sha256="ab")
     close_parent(config, parent, "FINISHED", project)
 
