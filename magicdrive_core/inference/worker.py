@@ -54,7 +54,7 @@ def generate_in_group(config: Config, model: Path, out: Path, shard: tuple[int, 
     )
 
 
-@record  # torchrun's report then names the rank that failed first, with its exception
+@record  # so that the launcher can name the rank that failed first, with its exception
 def main() -> None:
     """Generates, or helps to."""
     job = read_json(Path(sys.argv[1]))

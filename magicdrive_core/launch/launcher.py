@@ -8,7 +8,7 @@ from collections.abc import Callable
 from magicdrive_core.config.schema import Cluster
 from magicdrive_core.launch.job import Job
 from magicdrive_core.launch.kubernetes import KubernetesQueue
-from magicdrive_core.launch.process_group import run_group, torchrun_words
+from magicdrive_core.launch.process_group import agent_command, run_group
 from magicdrive_core.launch.queue import Queue, run_queued
 from magicdrive_core.launch.slurm import SlurmQueue
 
@@ -32,12 +32,12 @@ def run_job(cluster: Cluster, job: Job, on_poll: Callable[[], None] | None = Non
 
 
 def show_job(cluster: Cluster, job: Job) -> str:
-    """What would be started: the script, the manifest, or torchrun's command line. Nothing is written."""
+    """Return what would be started: a batch script, a manifest, or the agent's command line. Nothing is written."""
     queue = _queue(cluster)
     if queue is not None:
         return queue.render(job)
     variables = [f"{name}={shlex.quote(value)}" for name, value in sorted(job.environment.items())]
-    return " ".join([*variables, "torchrun", *map(shlex.quote, torchrun_words(job.command, job.ranks))]) + "\n"
+    return " ".join([*variables, "python", *map(shlex.quote, agent_command(job.command, job.ranks))]) + "\n"
 
 
 def _queue(cluster: Cluster) -> Queue | None:

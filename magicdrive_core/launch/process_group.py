@@ -1,19 +1,19 @@
-"""One supervised process group of ``torchrun`` on this host, or this host's part of a larger one.
+"""A supervised process group: the ranks of this host, alone or as part of a group of several hosts.
 
-Log, stall detection, a clean end in every case: the group leads a session of its own, so that Ctrl-C or an
-orchestrator's signal reaches only the launcher, which ends the group in order: SIGTERM to the ranks, time to save a
-checkpoint, SIGKILL. A pipe on the ranks' standard input closes when the launcher is killed outright; ranks that watch
-it (``LAUNCHER_PIPE``) end themselves.
+``run_group`` starts the agent (elastic.py), which starts the ranks. It keeps their log, detects stalls, and ends the
+group in order in every case. The agent leads a session of its own, so that Ctrl-C or an orchestrator's signal reaches
+only the launcher, which sends SIGTERM to the ranks, waits while they save a checkpoint, and then sends SIGKILL. A pipe
+on the ranks' standard input closes when the launcher is killed outright; ranks that watch it (``LAUNCHER_PIPE``) stop.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,33 +25,34 @@ from types import FrameType
 import psutil
 
 from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.launch.elastic import LOOPBACK, RankFailure
+from magicdrive_core.utils.files import read_json
 
-RESUMABLE = 75  # exit status of ranks that saved a checkpoint because they were asked to stop (EX_TEMPFAIL)
+RESUMABLE = 75  # exit status of ranks that saved a checkpoint because a stop was requested (EX_TEMPFAIL)
 LAUNCHER_PIPE = "MAGICDRIVE_LAUNCHER_PIPE"  # set in the ranks' environment: end of file on stdin = launcher is gone
 GRACE_SECONDS = 25.0  # between SIGTERM and SIGKILL; orchestrators allow 30
 POLL_SECONDS = 0.5
-# torchrun itself would kill ranks 30 s after such a signal, whatever they still have to save. A scheduler signals every
-# process of a host, so that torchrun has to be deaf: the launcher ends the group.
-_DEAF_TORCHRUN = """
-import signal
-for name in ("SIGTERM", "SIGINT", "SIGUSR2"):
-    signal.signal(getattr(signal, name), lambda *_: None)  # not SIG_IGN, which its ranks would inherit
-from torch.distributed.run import main
-main()
-"""
+RESUME_HINT = "run the same command again to resume from the last checkpoint"
 
 
 @dataclass(frozen=True)
 class HostPlacement:
-    """This host among the hosts of a process group."""
+    """This host among the hosts of a process group.
 
-    host: int  # counted from 0
+    Attributes:
+        host: number of this host, from 0.
+        hosts: how many there are.
+        address: of host 0.
+        port: on host 0 where all hosts meet.
+    """
+
+    host: int
     hosts: int
-    address: str  # of host 0
-    port: int  # on it
+    address: str
+    port: int
 
 
-SINGLE_HOST = HostPlacement(0, 1, "127.0.0.1", 0)
+SINGLE_HOST = HostPlacement(0, 1, LOOPBACK, 0)
 
 
 def run_group(
@@ -68,33 +69,34 @@ def run_group(
     grace_seconds: float = GRACE_SECONDS,
     placement: HostPlacement = SINGLE_HOST,
 ) -> int:
-    """Runs ``command`` on ``ranks`` processes of this host until all of them end.
+    """Run a command on ``ranks`` processes of this host until all of them end.
 
     Args:
-        command: what torchrun shall run: a script and its arguments, or ``-m module arguments``.
-        ranks: processes.
-        log: their output is appended here.
-        status: a file that the ranks touch as they go on.
-        stall_seconds: the group is stopped when ``status`` does not change for so long.
-        threads: CPU threads of a rank; 0: the host's cores shared evenly.
+        command: what each rank runs: a script and its arguments, or ``-m module arguments``.
+        ranks: processes on this host.
+        log: file to which their output is appended.
+        status: a file that the ranks touch while they make progress.
+        stall_seconds: the group is stopped when ``status`` has not changed for this long.
+        threads: CPU threads of a rank; 0 shares the host's cores evenly.
         environment: variables added to this process's.
         on_poll: called twice a second, e.g. to move a progress bar.
-        stop: asked twice a second; once it says yes, the group is ended in order.
+        stop: called twice a second; once it returns True, the group is ended in order.
         grace_seconds: between SIGTERM and SIGKILL when the group must end early.
-        placement: where other hosts run ranks of the same group; ``ranks`` are those of each host.
+        placement: of this host, where other hosts run as many ranks of the same group.
 
     Returns:
-        0, or ``RESUMABLE``: the ranks saved and want to be started again.
+        0, or ``RESUMABLE`` when the ranks saved a checkpoint and want to be started again.
 
     Raises:
-        MagicDriveError: a rank failed (with its last line), or the group stalled.
-        BaseException: whatever interrupts the launcher is raised again after the group has ended.
+        MagicDriveError: a rank failed (the message has its reason), or the group stalled.
+        BaseException: whatever interrupted the launcher, raised again after the group has ended.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as output, terminable():
-        begin = output.tell()
+    with tempfile.TemporaryDirectory() as folder, log.open("ab") as output, terminable():
+        report = Path(folder) / "failures.json"
+        start = output.tell()
         process = subprocess.Popen(
-            [sys.executable, "-c", _DEAF_TORCHRUN, *torchrun_words(command, ranks, placement)],
+            [sys.executable, *agent_command(command, ranks, placement, report)],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -122,18 +124,21 @@ def run_group(
             _kill(members)
             if process.stdin is not None:
                 process.stdin.close()
-    return _outcome(process.returncode, log, begin, stopped)
+        failures = [RankFailure(**each) for each in read_json(report)] if report.is_file() else []
+    return 0 if process.returncode == 0 else _outcome(failures, log, start, stopped)
 
 
-def torchrun_words(command: Sequence[str], ranks: int, placement: HostPlacement = SINGLE_HOST) -> list[str]:
-    """torchrun's arguments for this host's ranks."""
-    if placement.hosts == 1:
-        # A rendezvous on a free port, so that no port can be in use; the host's own name need not resolve.
-        meeting = ["--standalone", "--local-addr", "127.0.0.1"]
-    else:
-        meeting = ["--nnodes", str(placement.hosts), "--node-rank", str(placement.host)]
-        meeting += ["--master-addr", placement.address, "--master-port", str(placement.port)]
-    return [*meeting, "--nproc-per-node", str(ranks), "--signals-to-handle", "SIGHUP", *command]
+def agent_command(
+    command: Sequence[str], ranks: int, placement: HostPlacement = SINGLE_HOST, failures: Path | None = None
+) -> list[str]:
+    """Return the interpreter's arguments that run ``command`` on this host's ranks; see elastic.py."""
+    words = ["-m", "magicdrive_core.launch.elastic", "--ranks", str(ranks)]
+    if placement.hosts > 1:
+        words += ["--hosts", str(placement.hosts), "--host", str(placement.host)]
+        words += ["--address", placement.address, "--port", str(placement.port)]
+    if failures is not None:
+        words += ["--failures", str(failures)]
+    return [*words, "--", *command]
 
 
 def _environment(ranks: int, threads: int, placement: HostPlacement) -> dict[str, str]:
@@ -143,7 +148,7 @@ def _environment(ranks: int, threads: int, placement: HostPlacement) -> dict[str
         "PYTHONUNBUFFERED": "1",  # the log is complete when a rank is killed
         LAUNCHER_PIPE: "1",
     }
-    # Blocks of unequal clips would otherwise leave holes that no other clip's tensors fit into.
+    # Without it, clips of unequal length leave holes in the device's memory that no other clip's tensors fit into.
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_NPU_ALLOC_CONF"):
         if name not in os.environ:
             variables[name] = "expandable_segments:True"
@@ -173,12 +178,12 @@ class _StallWatch:
         elif time.monotonic() - self.since > self.seconds:
             raise MagicDriveError(
                 f"no progress for {self.seconds:.0f} s: the processes were stopped; log: {log}",
-                "run again to resume from the last checkpoint; a slower machine needs a larger cluster.stall_seconds",
+                f"{RESUME_HINT}; a slower machine needs a larger cluster.stall_seconds",
             )
 
 
 def _descendants(process: subprocess.Popen[bytes], *, recursive: bool = True) -> list[psutil.Process]:
-    """torchrun's children, the ranks, each of which leads a session of its own and would outlive a killed torchrun."""
+    """Return the agent's children, the ranks; each leads its own session and would outlive a killed agent."""
     try:
         return psutil.Process(process.pid).children(recursive)
     except psutil.NoSuchProcess:
@@ -186,16 +191,16 @@ def _descendants(process: subprocess.Popen[bytes], *, recursive: bool = True) ->
 
 
 def _stop(process: subprocess.Popen[bytes], grace_seconds: float) -> None:
-    """SIGTERM to the ranks, and SIGKILL to what is left after the grace."""
+    """Send SIGTERM to the ranks, and SIGKILL to all that still run after the grace."""
     members: list[psutil.Process] = []
-    told: set[int] = set()
+    signalled: set[int] = set()
     end = time.monotonic() + grace_seconds
     try:
         while process.poll() is None and time.monotonic() < end:
             members = _descendants(process) or members
-            for rank in _descendants(process, recursive=False):  # also those that were just being started
-                if rank.pid not in told:
-                    told.add(rank.pid)
+            for rank in _descendants(process, recursive=False):  # also those that have just been started
+                if rank.pid not in signalled:
+                    signalled.add(rank.pid)
                     with suppress(psutil.NoSuchProcess):
                         rank.terminate()
             with _suppress_timeout():
@@ -210,7 +215,7 @@ def _stop(process: subprocess.Popen[bytes], grace_seconds: float) -> None:
 def _kill(members: list[psutil.Process]) -> None:
     for member in members:
         try:
-            member.kill()  # psutil refuses a process id that was given to another process since
+            member.kill()  # psutil refuses a process id that another process has now
         except psutil.NoSuchProcess:
             continue
 
@@ -225,7 +230,7 @@ def _suppress_timeout() -> Iterator[None]:
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM raises in here, where it would otherwise end this process and leave the group behind."""
+    """Turn SIGTERM into SystemExit inside the block; it would end this process and leave the group running."""
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
         return
@@ -240,59 +245,35 @@ def terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-@dataclass(frozen=True)
-class _Failure:
-    rank: int
-    exit_code: int
-    reason: str  # last line of what torchrun knows
+def _outcome(failures: Sequence[RankFailure], log: Path, start: int, stopped: bool) -> int:
+    """Return ``RESUMABLE`` where the ranks may be started again, and raise the first failure otherwise.
 
-
-_FAILURE = re.compile(
-    r"^ +rank +: (?P<rank>\d+) .*?^ +exitcode +: (?P<code>-?\d+) .*?^ +traceback : (?P<trace>.*?)(?=^[-=\[]{1})",
-    re.MULTILINE | re.DOTALL,
-)
-_NO_REASON = "To enable traceback see"
-
-
-def _failures(text: str) -> list[_Failure]:
-    """torchrun's report at the end of a log, root cause first."""
-    report = text[text.rfind("ChildFailedError:") :] if "ChildFailedError:" in text else ""
-    others, _, root = report.partition("Root Cause")
-    found = []
-    for match in [*_FAILURE.finditer(root), *_FAILURE.finditer(others)]:
-        lines = [line.strip() for line in match["trace"].splitlines() if line.strip()]
-        reason = lines[-1] if lines and not lines[-1].startswith(_NO_REASON) else ""
-        found.append(_Failure(int(match["rank"]), int(match["code"]), reason))
-    return found
-
-
-def _outcome(return_code: int, log: Path, begin: int, stopped: bool) -> int:
-    if return_code == 0:
-        return 0
-    with log.open("rb") as file:
-        file.seek(begin)
-        text = file.read().decode(errors="replace")
-    failures = _failures(text)
-    # A rank that was asked to stop before it could listen has nothing to save.
+    Args:
+        failures: the earliest first; none where the agent itself failed or was killed.
+        log: of the ranks.
+        start: byte at which the log of this start begins.
+        stopped: whether the launcher ended the group because a stop was requested.
+    """
+    # A rank that gets SIGTERM before it handles signals has nothing to save.
     good = {RESUMABLE, -signal.SIGTERM} if stopped else {RESUMABLE}
     if failures and all(failure.exit_code in good for failure in failures):
         return RESUMABLE
     if not failures:
-        if stopped:  # torchrun had to be killed: the ranks did not end in time, or had not been started
+        if stopped:  # the agent had to be killed: ranks did not end in time, or had not been started
             return RESUMABLE
-        raise MagicDriveError(f"the launcher's torchrun failed: {_last_line(text)}; log: {log}")
-    # A killed rank makes its peers fail too, and within one second the report cannot order them.
-    killed = [f for f in failures if f.exit_code < 0 and f.exit_code != -signal.SIGTERM]
+        raise MagicDriveError(f"the ranks could not be started: {_last_line(log, start)}; log: {log}")
+    # A killed rank makes its peers fail too, and torch's times are whole seconds, too coarse to order them.
+    killed = [each for each in failures if each.exit_code < 0 and each.exit_code != -signal.SIGTERM]
     failure = (killed or failures)[0]
     if failure.exit_code < 0:
         what = f"was killed by {signal.Signals(-failure.exit_code).name}"
     else:
-        what = "failed: " + re.sub(r"^magicdrive_core\.errors\.\w+: ", "", failure.reason or _last_line(text))
-    raise MagicDriveError(f"rank {failure.rank} {what}; log: {log}", "run again to resume from the last checkpoint")
+        what = f"failed: {failure.reason.removeprefix('MagicDriveError: ') or _last_line(log, start)}"
+    raise MagicDriveError(f"rank {failure.rank} {what}; log: {log}", RESUME_HINT)
 
 
-def _last_line(text: str) -> str:
-    """The last line that the ranks wrote before torchrun's own report."""
-    own = re.compile(r"^[EWI]\d{4} .*torch/distributed/elastic", re.MULTILINE).search(text)
-    lines = [line.strip() for line in text[: own.start() if own else None].splitlines() if line.strip()]
-    return lines[-1] if lines else "it wrote nothing"
+def _last_line(log: Path, start: int) -> str:
+    with log.open("rb") as file:
+        file.seek(start)
+        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else "they wrote nothing"

@@ -65,7 +65,7 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-@record  # torchrun's report then names the rank that failed first, with its exception
+@record  # so that the launcher can name the rank that failed first, with its exception
 def main() -> None:
     """Trains, and exits with 0 (done) or 75 (saved, to be started again)."""
     stop = StopRequest()

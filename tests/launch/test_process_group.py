@@ -1,9 +1,10 @@
-"""The supervised process group, on real torchrun groups of a small script."""
+"""The supervised process group, with a small script as its ranks."""
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ import psutil
 import pytest
 
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.launch.process_group import RESUMABLE, run_group
+from magicdrive_core.launch.process_group import RESUMABLE, HostPlacement, run_group
 
 SCRIPT = """
 import os, pathlib, select, signal, sys, time
@@ -32,6 +33,19 @@ while not (folder / f"started-{1 - rank}").exists():
     time.sleep(0.01)
 if mode == "fail" and rank == 1:
     raise ValueError("the disk is on fire")
+if mode == "recorded":
+    from torch.distributed.elastic.multiprocessing.errors import record
+    from magicdrive_core.errors import MagicDriveError
+    @record
+    def fail():
+        raise MagicDriveError("no clip is left")
+    if rank == 1:
+        time.sleep(120)
+    try:
+        fail()
+    finally:
+        print("later line", flush=True)
+        os._exit(1)
 if mode == "resumable":
     sys.exit(75)
 if mode == "killed" and rank == 1:
@@ -46,6 +60,14 @@ if mode == "killed":  # the peer fails in its next collective
 if mode == "orphan":
     select.select([sys.stdin], [], [])
     (folder / f"noticed-{rank}").touch()
+    sys.exit(0)
+if mode == "meet":
+    import torch.distributed as dist
+    dist.init_process_group("gloo")
+    dist.barrier()
+    (folder / f"met-{rank}").touch()
+    while not (folder / "seen").exists():
+        time.sleep(0.01)
     sys.exit(0)
 if mode != "ok":
     time.sleep(120)
@@ -85,16 +107,36 @@ def test_a_group_that_ends_well(script: Path) -> None:
     assert polls
 
 
-def test_ranks_that_ask_to_be_started_again(script: Path) -> None:
-    (script.parent / "log.txt").write_text("ChildFailedError:\n of an earlier start\n")
+def test_a_local_group_listens_on_loopback_only(script: Path) -> None:
+    folder, addresses = script.parent, set()
+
+    def look() -> None:
+        if (folder / "met-0").exists() and (folder / "met-1").exists():
+            for process in psutil.Process().children(recursive=True):
+                listening = [each for each in process.net_connections("inet") if each.status == psutil.CONN_LISTEN]
+                addresses.update(each.laddr.ip for each in listening)
+            (folder / "seen").touch()
+
+    assert launch(script, "meet", on_poll=look) == 0
+    assert addresses == {"127.0.0.1"}
+
+
+def test_ranks_that_saved_may_be_started_again(script: Path) -> None:
     assert launch(script, "resumable") == RESUMABLE
 
 
-def test_a_failing_rank_is_named_with_its_last_line(script: Path) -> None:
+def test_a_failing_rank_is_named_with_its_exception(script: Path) -> None:
     with pytest.raises(MagicDriveError) as caught:
         launch(script, "fail")
     assert caught.value.message.startswith("rank 1 failed: ValueError: the disk is on fire; log: ")
     assert_ended(script)
+
+
+def test_the_reason_of_a_failure_is_what_the_rank_recorded(script: Path) -> None:
+    """A rank may write more after its exception; the recorded exception counts, without the project's own class."""
+    with pytest.raises(MagicDriveError) as caught:
+        launch(script, "recorded")
+    assert caught.value.message.startswith("rank 0 failed: no clip is left; log: ")
 
 
 def test_a_killed_rank_is_named_and_ends_the_others(script: Path) -> None:
@@ -109,9 +151,34 @@ def test_a_stalled_group_is_stopped_though_it_ignores_signals(script: Path) -> N
     assert_ended(script)
 
 
-def test_a_command_that_does_not_exist(tmp_path: Path) -> None:
+def test_a_command_that_does_not_exist_is_reported_with_the_last_line(tmp_path: Path) -> None:
     with pytest.raises(MagicDriveError, match=r"can't open file .*missing\.py"):
         launch(tmp_path / "missing.py", "ok")
+
+
+def test_the_failing_rank_of_another_host_is_named_by_its_global_rank(script: Path) -> None:
+    """Two launchers on this machine stand for two hosts of one rank each."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    folder, messages = script.parent, {}
+
+    def run(host: int) -> None:
+        paths = {"log": folder / f"log-{host}.txt", "status": folder / f"status-{host}"}
+        placement = HostPlacement(host, 2, "127.0.0.1", port)
+        try:
+            run_group([str(script), str(folder), "fail"], 1, **paths, stall_seconds=60, placement=placement)
+        except MagicDriveError as error:
+            messages[host] = error.message
+
+    hosts = [threading.Thread(target=run, args=(host,)) for host in range(2)]
+    hosts[1].start()
+    wait_for(folder / "log-1.txt")
+    hosts[0].start()
+    hosts[1].join(60)
+    assert messages[1].startswith("rank 1 failed: ValueError: the disk is on fire; log: ")
+    os.kill(int((folder / "started-0").read_text()), signal.SIGKILL)
+    hosts[0].join(60)
+    assert messages[0].startswith("rank 0 was killed by SIGKILL")
 
 
 def test_sigterm_to_the_launcher_lets_the_ranks_save(script: Path) -> None:

@@ -105,9 +105,10 @@ def test_pods_that_saved_or_were_evicted_are_started_again_and_others_are_not() 
     assert rule["action"] == "RestartJobSetAndIgnoreMaxRestarts"
 
 
-def test_torchrun_on_this_host() -> None:
+def test_the_command_line_of_a_local_group() -> None:
     of = cluster(hosts=1, ranks=2)
-    assert show_job(of, job(of)).startswith(f"MLFLOW_RUN_ID={'f' * 32} torchrun --standalone")
+    agent = "python -m magicdrive_core.launch.elastic --ranks 2 -- -m magicdrive_core.training.worker runs/stage3-"
+    assert show_job(of, job(of)).startswith(f"MLFLOW_RUN_ID={'f' * 32} {agent}")
 
 
 @pytest.mark.parametrize(
