@@ -1,4 +1,4 @@
-"""The schema of params.yaml, section cluster: each setting with its meaning, its bounds and its default."""
+"""Settings of where a process group runs: this host, Slurm or Kubernetes."""
 
 from __future__ import annotations
 
@@ -6,51 +6,129 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from magicdrive_core.config.base import Count, Positive, Section
+from magicdrive_core.config.base import Count, Positive, Section, about
 
 
 class Slurm(Section):
-    """A job of ``cluster.hosts`` whole nodes (``cluster.launcher: slurm``)."""
+    """A Slurm job of ``cluster.hosts`` whole nodes."""
 
-    partition: str | None = None  # null: the cluster's default
-    account: str | None = None
-    time: Annotated[str, Field(pattern=r"^(\d+-)?\d{1,2}:\d{2}:\d{2}$")] = "1-00:00:00"  # limit of a start: days-h:m:s
-    devices: str | None = "gpu"  # generic resource, cluster.ranks of it a node ("npu": Ascend); null: none is asked for
-    setup: list[str] = []  # shell lines before the ranks, such as: module load cuda
-    options: list[str] = []  # further ones of sbatch, such as: --qos=high
+    partition: Annotated[str | None, about("Partition. null: the cluster's default.", used_in="launch/slurm.sh.j2")] = (
+        None
+    )
+    account: Annotated[
+        str | None, about("Account that pays. null: the user's default.", used_in="launch/slurm.sh.j2")
+    ] = None
+    time: Annotated[
+        str,
+        Field(pattern=r"^(\d+-)?\d{1,2}:\d{2}:\d{2}$"),
+        about("Time limit of one start of the job.", unit="days-hours:minutes:seconds", used_in="launch/slurm.sh.j2"),
+    ] = "1-00:00:00"
+    devices: Annotated[
+        str | None,
+        about(
+            "Generic resource of which each node needs cluster.ranks, such as gpu, or npu for Ascend. null: none.",
+            used_in="launch/slurm.sh.j2",
+        ),
+    ] = "gpu"
+    setup: Annotated[
+        list[str],
+        about("Shell lines that run before the ranks, such as: module load cuda", used_in="launch/slurm.sh.j2"),
+    ] = []
+    options: Annotated[
+        list[str], about("Further options of sbatch, such as: --qos=high", used_in="launch/slurm.sh.j2")
+    ] = []
 
 
 class Kubernetes(Section):
-    """A JobSet of ``cluster.hosts`` pods (``cluster.launcher: kubernetes``)."""
+    """A JobSet of ``cluster.hosts`` pods."""
 
-    image: str  # holds the environment: python with this project's requirements
-    volume_claim: str  # of the shared volume that holds the project's folder
-    project: str = "."  # the project's folder, as seen from the volume's root
-    python: str = "python"  # in the image
-    namespace: str = "default"
-    devices: str | None = "nvidia.com/gpu"  # resource, cluster.ranks of it a pod ("huawei.com/Ascend910"); null: none
-    shared_memory: str = "64Gi"  # /dev/shm of a pod: ranks of a host talk through it
-    node_selector: dict[str, str] = {}
+    image: Annotated[
+        str,
+        about("Container image with Python and this project's requirements.", used_in="launch/kubernetes.py"),
+    ]
+    volume_claim: Annotated[
+        str, about("Claim of the shared volume that holds the project's folder.", used_in="launch/kubernetes.py")
+    ]
+    project: Annotated[
+        str, about("The project's folder, relative to the volume's root.", used_in="launch/kubernetes.py")
+    ] = "."
+    python: Annotated[str, about("Python's command in the image.", used_in="launch/kubernetes.py")] = "python"
+    namespace: Annotated[str, about("Namespace of the JobSet.", used_in="launch/kubernetes.py")] = "default"
+    devices: Annotated[
+        str | None,
+        about(
+            "Resource of which each pod needs cluster.ranks, such as huawei.com/Ascend910. null: none.",
+            used_in="launch/kubernetes.py",
+        ),
+    ] = "nvidia.com/gpu"
+    shared_memory: Annotated[
+        str,
+        about(
+            "Size of /dev/shm in a pod, through which the ranks of a host communicate.",
+            unit="Kubernetes quantity",
+            used_in="launch/kubernetes.py",
+        ),
+    ] = "64Gi"
+    node_selector: Annotated[
+        dict[str, str], about("Labels that a pod's node must have.", used_in="launch/kubernetes.py")
+    ] = {}
 
 
 class Cluster(Section):
-    """Where a process group runs: the same command line everywhere (docs/how-to/several-hosts.md)."""
+    """Where a process group runs; the command line is the same everywhere."""
 
-    launcher: Literal["local", "slurm", "kubernetes"] = "local"
-    hosts: Positive = 1  # more than one needs slurm or kubernetes
-    ranks: Positive  # processes on each host, one a device
-    sequence_parallel: Positive = 1  # neighbouring ranks that share a clip; divides all ranks and model.heads
-    threads: Count = 0  # CPU threads of a rank; 0: the host's cores shared evenly
-    stall_seconds: Positive = 1800  # without a finished step: the group is stopped
-    # between asking the ranks to save and killing them: the longest step and a checkpoint have to fit
-    grace_seconds: Positive = 25
-    environment: dict[str, str] = {}  # variables of the ranks
-    slurm: Slurm | None = None
-    kubernetes: Kubernetes | None = None
+    launcher: Annotated[
+        Literal["local", "slurm", "kubernetes"],
+        about("What starts the ranks.", used_in="launch/launcher.py"),
+    ] = "local"
+    hosts: Annotated[
+        Positive,
+        about("Number of hosts. More than one needs slurm or kubernetes.", unit="hosts", used_in="launch/job.py"),
+    ] = 1
+    ranks: Annotated[
+        Positive, about("Processes on each host, one per device.", unit="processes", used_in="launch/job.py")
+    ]
+    sequence_parallel: Annotated[
+        Positive,
+        about(
+            "Neighbouring ranks that share the tokens of each clip. Divides all ranks and model.heads.",
+            unit="ranks",
+            used_in="parallel/mesh.py",
+        ),
+    ] = 1
+    threads: Annotated[
+        Count,
+        about("CPU threads of a rank. 0: the host's cores, shared evenly.", unit="threads", used_in="launch/job.py"),
+    ] = 0
+    stall_seconds: Annotated[
+        Positive,
+        about(
+            "The group is stopped after this time without a finished step.",
+            unit="seconds",
+            used_in="launch/process_group.py",
+        ),
+    ] = 1800
+    grace_seconds: Annotated[
+        Positive,
+        about(
+            "Time between asking the ranks to save a checkpoint and killing them. The longest step and a checkpoint"
+            " must fit into it.",
+            unit="seconds",
+            used_in="launch/job.py",
+        ),
+    ] = 25
+    environment: Annotated[dict[str, str], about("Environment variables of the ranks.", used_in="launch/job.py")] = {}
+    slurm: Annotated[
+        Slurm | None,
+        about("Settings of launcher slurm; {} takes the cluster's defaults.", used_in="launch/slurm.py"),
+    ] = None
+    kubernetes: Annotated[
+        Kubernetes | None, about("Settings of launcher kubernetes.", used_in="launch/launcher.py")
+    ] = None
 
     @property
     def world(self) -> int:
-        """Ranks on all hosts."""
+        """Number of ranks on all hosts together."""
         return self.hosts * self.ranks
 
     @model_validator(mode="after")

@@ -1,6 +1,6 @@
-"""Files of settings (params.yaml, edits): read, overridden from the command line, validated.
+"""Reads files of settings (params.yaml, edits), applies overrides of the command line and validates them.
 
-A wrong file is refused with one line that names the key, its value and what would be right.
+A faulty file is refused with one line that names the key, its value and what would be valid.
 """
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ def load_config(path: Path | str = "params.yaml", overrides: list[str] | None = 
         path: the file.
         overrides: ``key.key=value`` texts of the command line's ``-S``; values are YAML.
 
+    Returns:
+        The validated settings.
+
     Raises:
         UsageError: unreadable file, unknown key, wrong type or impossible value, all in one line.
     """
     values = read_yaml(path, "run in the project's folder, or name the file with --params")
     if not isinstance(values, dict):
-        raise UsageError(f"{path} must hold a mapping of sections", "copy one of profiles/ to start with")
+        raise UsageError(f"{path} is not a mapping of sections", "start from a profile: magicdrive use demo")
     for override in overrides or []:
         apply_override(values, override)
     return parse_config(values, source=str(path))
@@ -36,8 +39,15 @@ def load_config(path: Path | str = "params.yaml", overrides: list[str] | None = 
 def parse_config(values: dict[str, Any], source: str = "params.yaml") -> Config:
     """Validates a mapping as params.yaml.
 
+    Args:
+        values: sections by name.
+        source: the file's name, for messages.
+
+    Returns:
+        The validated settings.
+
     Raises:
-        UsageError: the first fault, in one line that names the key, its value and what would be right.
+        UsageError: the first fault, in one line that names the key, its value and what would be valid.
     """
     try:
         return Config.model_validate(values)
@@ -46,14 +56,18 @@ def parse_config(values: dict[str, Any], source: str = "params.yaml") -> Config:
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
-    """Puts ``key.key=value`` into nested ``values``; the value is YAML.
+    """Writes ``key.key=value`` into nested ``values``.
+
+    Args:
+        values: sections by name; changed in place.
+        override: the text, whose value is YAML.
 
     Raises:
-        UsageError: not of that form, or no such section.
+        UsageError: the text has another form, or there is no such section.
     """
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise UsageError(f"-S {override}: not of the form key.key=value", "for example -S training.stage1.steps=100")
+        raise UsageError(f"-S {override}: write key.key=value", "for example -S training.stage1.steps=100")
     *parents, last = key.split(".")
     target: Any = values
     for parent in parents:
@@ -67,7 +81,11 @@ def apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def read_yaml(path: Path | str, hint: str) -> Any:
-    """What a YAML file holds; ``hint`` says what to do where there is none.
+    """Reads a YAML file.
+
+    Args:
+        path: the file.
+        hint: what to do where it is missing.
 
     Raises:
         UsageError: the file is missing or not YAML.
@@ -81,7 +99,7 @@ def read_yaml(path: Path | str, hint: str) -> Any:
 
 
 def first_fault(error: ValidationError, model: type[BaseModel]) -> str:
-    """One line for what was found wrong in values of ``model``: the key, its value, what would be right."""
+    """Describes the first fault of values for ``model`` in one line: the key, its value, what would be valid."""
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"]) or "the file"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
@@ -96,7 +114,7 @@ def first_fault(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _suggestion(location: tuple[int | str, ...], model: Any) -> str:
-    """The known keys beside an unknown one."""
+    """Lists the known keys of the section in which an unknown key was found."""
     for part in location[:-1]:
         field = model.model_fields.get(part) if isinstance(part, str) and hasattr(model, "model_fields") else None
         if field is None:

@@ -1,4 +1,4 @@
-"""Profiles: ready settings in ``profiles/``, copied to params.yaml with the user's overrides."""
+"""Profiles: complete settings in ``profiles/``, copied to params.yaml with the user's overrides."""
 
 from __future__ import annotations
 
@@ -13,10 +13,17 @@ from magicdrive_core.errors import UsageError
 from magicdrive_core.utils.files import atomic_file
 
 HEADER = "# Made by: magicdrive use "
+_EDITOR = "# yaml-language-server: $schema="  # the line that tells an editor the schema, relative to the file
 
 
 def use_profile(name: str, overrides: list[str], *, force: bool = False, project: Path = Path()) -> None:
     """Writes ``project/params.yaml`` from ``project/profiles/<name>.yaml``, comments and layout kept.
+
+    Args:
+        name: the profile.
+        overrides: ``key.key=value`` texts that change the profile's values.
+        force: replace a params.yaml that was changed by hand.
+        project: the project's folder.
 
     Raises:
         UsageError: no such profile, an impossible value, or a params.yaml that was changed by hand (unless ``force``).
@@ -29,20 +36,20 @@ def use_profile(name: str, overrides: list[str], *, force: bool = False, project
             return
         if not force and not _was_made_by_use(old, project):
             raise UsageError(
-                "params.yaml holds changes of yours, which this would overwrite",
-                "`make run` works with it as it stands; `git checkout params.yaml`, or --force, gives them up",
+                "params.yaml was changed by hand, and this would overwrite the changes",
+                "`make run` uses params.yaml as it is; --force or `git checkout params.yaml` drops the changes",
             )
     with atomic_file(params) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def _render(name: str, overrides: list[str], project: Path) -> str:
-    """The text of params.yaml: the profile's own, or with overrides a first line that says how it was made."""
+    """Returns the text of params.yaml: the profile's; with overrides, a first line says how it was made."""
     source = project / "profiles" / f"{name}.yaml"
     if not source.is_file():
         known = ", ".join(sorted(path.stem for path in source.parent.glob("*.yaml")))
         raise UsageError(f"there is no profile {name!r}", f"known: {known}" if known else "run in the project's folder")
-    text = source.read_text(encoding="utf-8")
+    text = _profile_text(source)
     yaml = YAML()
     yaml.width = 4096  # never fold a line
     yaml.indent(mapping=2, sequence=4, offset=2)
@@ -58,11 +65,16 @@ def _render(name: str, overrides: list[str], project: Path) -> str:
     return f"{HEADER}{command}\n{out.getvalue()}"
 
 
+def _profile_text(source: Path) -> str:
+    """Returns a profile as it reads one folder higher: the schema's path is relative to the file."""
+    return source.read_text(encoding="utf-8").replace(f"{_EDITOR}../", _EDITOR)
+
+
 def _was_made_by_use(text: str, project: Path) -> bool:
     """Whether ``text`` can be made again, so that overwriting it loses nothing."""
     first = text.partition("\n")[0]
     if not first.startswith(HEADER):
-        return any(text == path.read_text(encoding="utf-8") for path in (project / "profiles").glob("*.yaml"))
+        return any(text == _profile_text(path) for path in (project / "profiles").glob("*.yaml"))
     name, *words = shlex.split(first.removeprefix(HEADER))
     try:
         return text == _render(name, words[1::2], project)

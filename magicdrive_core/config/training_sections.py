@@ -1,4 +1,4 @@
-"""The schema of params.yaml, section training: each setting with its meaning, its bounds and its default."""
+"""Settings of the network, of rectified flow's noise levels and of the three training stages."""
 
 from __future__ import annotations
 
@@ -6,21 +6,115 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from magicdrive_core.config.base import Count, Frames, Positive, PositiveFloat, Probability, Section, Size, bucket_name
+from magicdrive_core.config.base import (
+    PUBLISHED,
+    Count,
+    Frames,
+    Positive,
+    PositiveFloat,
+    Probability,
+    Section,
+    Size,
+    about,
+    bucket_name,
+    parse_size,
+)
 
 Stage = Literal["stage1", "stage2", "stage3"]
 STAGES: tuple[Stage, ...] = ("stage1", "stage2", "stage3")
 
 
-class Bucket(Section):
-    """Clips of one size and length, and how many of them make a micro-batch of one rank."""
+class Flow(Section):
+    """Noise levels of rectified flow."""
 
-    resolution: Size  # not "size": DVC #10296, which leaves that word out when it looks for an earlier run
-    frames: Frames
-    batch: Positive
-    # one clip a scene, from its first frame on, of the most 8n+1 frames that it has, up to ``frames``
-    whole: bool = False
-    repeat: Positive = 1  # each clip comes so often in an epoch
+    base_size: Annotated[
+        Size,
+        about(
+            "Size at which the noise levels of a single picture stay as drawn. Larger videos are shifted to more noise,"
+            " smaller ones to less. Small videos need a small base: else training hardly ever sees the noise levels"
+            " that decide what a picture shows.",
+            unit="pixels",
+            source=PUBLISHED,
+            used_in="diffusion/rectified_flow.py",
+        ),
+    ] = "512x512"
+
+    @property
+    def base_pixels(self) -> int:
+        """Pixels of ``base_size``."""
+        height, width = parse_size(self.base_size)
+        return height * width
+
+
+class Model(Section):
+    """Sizes of the network. The published XL network has width 1152, depth 28, heads 16 and control_depth 13."""
+
+    width: Annotated[Positive, about("Width C of every token.", unit="channels", used_in="model/transformer.py")]
+    depth: Annotated[
+        Positive,
+        about("Number of layers, each a spatial and a temporal block.", unit="layers", used_in="model/transformer.py"),
+    ]
+    heads: Annotated[Positive, about("Heads of every attention.", unit="heads", used_in="model/transformer.py")]
+    control_depth: Annotated[
+        Positive,
+        about(
+            "Layers, from the first on, that have control blocks, which bring in the BEV map.",
+            unit="layers",
+            used_in="model/transformer.py",
+        ),
+    ]
+    temporal_heads: Annotated[
+        Positive,
+        about(
+            "Heads of the temporal attention in the embedders of boxes and ego motion.",
+            unit="heads",
+            used_in="model/transformer.py",
+        ),
+    ]
+    box_widths: Annotated[
+        list[Positive],
+        about(
+            "Hidden widths of the box projection, after its first linear layer.",
+            unit="channels",
+            used_in="model/transformer.py",
+        ),
+    ]
+    map_channels: Annotated[
+        list[Positive],
+        about("Channels of the BEV map's convolutions.", unit="channels", used_in="model/transformer.py"),
+    ]
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Model:
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise ValueError(f"width {self.width} must split into heads ({self.heads}) of even width")
+        if self.width % self.temporal_heads or (self.width // self.temporal_heads) % 2:
+            raise ValueError(f"width {self.width} must split into temporal_heads ({self.temporal_heads}) of even width")
+        if self.width % 4:
+            raise ValueError(f"width {self.width} must be a multiple of 4 (position embedding)")
+        if self.control_depth > self.depth:
+            raise ValueError(f"control_depth {self.control_depth} must be at most depth {self.depth}")
+        return self
+
+
+class Bucket(Section):
+    """Clips of one size and length."""
+
+    # The name is "resolution", not "size": DVC leaves "size" out when it looks for an earlier run (its issue 10296).
+    resolution: Annotated[Size, about("Size of the videos.", unit="pixels", used_in="training/loader.py")]
+    frames: Annotated[Frames, about("Length of a clip: 8n+1.", unit="frames at 12 Hz", used_in="training/loader.py")]
+    batch: Annotated[Positive, about("Clips of a micro-batch of one rank.", unit="clips", used_in="training/loader.py")]
+    whole: Annotated[
+        bool,
+        about(
+            "Take one clip of each scene, from its first frame on: the most frames of the form 8n+1 that the scene has,"
+            " up to frames. Needs batch 1.",
+            used_in="experiment/stages.py",
+        ),
+    ] = False
+    repeat: Annotated[
+        Positive, about("How often each clip comes in an epoch.", unit="times", used_in="experiment/stages.py")
+    ] = 1
 
     @model_validator(mode="after")
     def _one_length(self) -> Bucket:
@@ -30,63 +124,241 @@ class Bucket(Section):
 
     @property
     def name(self) -> str:
-        """As in folders and metrics; clips of one size and length share their latents."""
+        """Name in folders and metrics; buckets of one size and length share their latents."""
         return bucket_name(self.resolution, self.frames)
 
 
 class StageConfig(Section):
     """One of the three progressive stages."""
 
-    buckets: list[Bucket] = Field(min_length=1)
-    steps: Positive
-    accumulate: Positive = 1  # micro-batches of each rank (or group that shares clips) whose gradients make a step
-    learning_rate: PositiveFloat
-    warmup: Count  # steps of linear warm-up, then constant
-    seed: Count
-    freeze_text: bool = False  # the text projection is trained in stage 1 only
-    checkpoint_blocks: bool | Positive = False  # activation checkpointing: of every block, or of every n-th
-    balance: bool = False  # scenes of night and rain as often as the others, and "Daytime." said of those
-    mask_ratios: dict[str, Probability] = {}  # conditioning-frame masks, from 8 latent frames on
-    # published only: parallel sizes whose padding rows a micro-batch may get, drawn from those not below the real one
-    simulate_sizes: list[Positive] = []
+    buckets: Annotated[
+        list[Bucket],
+        Field(min_length=1),
+        about("Sizes and lengths of the clips that this stage trains on.", used_in="training/loader.py"),
+    ]
+    steps: Annotated[Positive, about("Optimizer steps.", unit="steps", used_in="training/loop.py")]
+    accumulate: Annotated[
+        Positive,
+        about(
+            "Micro-batches of each rank (or sequence-parallel group) whose gradients are added to one step.",
+            unit="micro-batches",
+            used_in="training/loop.py",
+        ),
+    ] = 1
+    learning_rate: Annotated[
+        PositiveFloat, about("Learning rate after the warm-up; constant from then on.", used_in="training/loop.py")
+    ]
+    warmup: Annotated[
+        Count, about("Steps in which the learning rate rises linearly.", unit="steps", used_in="training/loop.py")
+    ]
+    seed: Annotated[Count, about("Seed of the initial weights and of all random numbers.", used_in="training/stage.py")]
+    freeze_text: Annotated[
+        bool,
+        about(
+            "Keep the text projection as it is. It is trained in stage 1 only.",
+            source=PUBLISHED,
+            used_in="training/stage.py",
+        ),
+    ] = False
+    checkpoint_blocks: Annotated[
+        bool | Positive,
+        about(
+            "Activation checkpointing. true: every block is computed again in the backward pass; n: every n-th block;"
+            " false: none. Gradients are the same bit for bit.",
+            unit="blocks",
+            used_in="training/stage.py",
+        ),
+    ] = False
+    balance: Annotated[
+        bool,
+        about(
+            'Scenes of night and of rain come as often as the others, whose captions then start with "Daytime.".',
+            source=f"{PUBLISHED}, stage 3",
+            used_in="experiment/stages.py, training/loader.py",
+        ),
+    ] = False
+    mask_ratios: Annotated[
+        dict[str, Probability],
+        about(
+            "Probability of each kind of conditioning-frame mask, for clips of at least 8 latent frames. The rest of 1"
+            " has no conditioning frames.",
+            unit="probability",
+            source=PUBLISHED,
+            used_in="diffusion/frame_masks.py",
+        ),
+    ] = {}
+    simulate_sizes: Annotated[
+        list[Positive],
+        about(
+            "Sequence-parallel sizes whose padding rows a micro-batch may get, drawn from those not below the real"
+            " size. Needs published: true.",
+            unit="ranks",
+            source=f"{PUBLISHED}: simulate_sp_size",
+            used_in="training/loader.py",
+        ),
+    ] = []
 
 
 class Training(Section):
     """What all stages share."""
 
-    stage1: StageConfig
-    stage2: StageConfig
-    stage3: StageConfig
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"  # of weights and gradients; masters and EMA are fp32
-    betas: tuple[Probability, Probability] = (0.9, 0.999)
-    eps: PositiveFloat = 1e-15
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    max_grad_norm: PositiveFloat = 1.0  # gradient norm
-    ema: Probability = 0.99
-    drop_condition: Probability = 0.15  # of samples: no text, cameras, ego motion, boxes
-    drop_frame: Probability = 0.4  # share of middle frames without boxes and ego motion
-    hide_boxes: Probability = 0.4  # of frames between key frames: all boxes hidden
-    add_boxes: Probability = 0.1  # of views and frames: up to three unseen boxes shown too
-    skip_empty: bool = False  # train without the buckets that the data has no clip for, instead of refusing them
-    # micro-batches of like cost come in groups of so many: choose ranks / sequence_parallel; 1: the published order
-    pair_ranks: Positive = 1
-    # memory of each rank for micro-batches that wait; null: a tenth of what the container leaves free
-    prefetch_mbytes: Positive | None = None
-    checkpoint_every: Positive  # steps
-    keep_checkpoints: Positive = 2  # the newest
-    keep_every: Positive | None = None  # steps: the first checkpoint of each so many is kept for good; null: none is
-    # steps in a row whose loss or gradient is not finite: fewer are skipped, so many end the training
-    max_skipped: Positive = 3
-    # gradients travel while the backward pass goes on: faster, but suspected of the NaN of ColossalAI #6091
-    overlap_communication: bool = False
-    # the network's blocks by torch.compile: faster steps after minutes at each start, the same to rounding. aot_eager
-    # makes no machine code; it tells whose fault a fault is
-    compile: Literal["inductor", "aot_eager"] | None = None
-    preview_every: Positive  # steps
-    preview_clips: Positive = 3  # validation clips in a preview, of as many scenes
-    log_every: Positive = 1
-    peak_tflops: PositiveFloat | None = None  # of a device in this precision; null: those that resources.py knows
+    stage1: Annotated[StageConfig, about("Stage 1: single frames.")]
+    stage2: Annotated[StageConfig, about("Stage 2: short clips; adds the temporal blocks.")]
+    stage3: Annotated[StageConfig, about("Stage 3: long clips of mixed sizes.")]
+    precision: Annotated[
+        Literal["fp32", "bf16", "fp16"],
+        about(
+            "Type of weights, activations and gradients. Master weights, moments and EMA are always fp32.",
+            source=PUBLISHED,
+            used_in="training/engine.py",
+        ),
+    ] = "bf16"
+    betas: Annotated[
+        tuple[Probability, Probability],
+        about("Decay of Adam's two moments.", source=PUBLISHED, used_in="training/engine.py"),
+    ] = (0.9, 0.999)
+    eps: Annotated[
+        PositiveFloat, about("Added to Adam's denominator.", source=PUBLISHED, used_in="training/engine.py")
+    ] = 1e-15
+    weight_decay: Annotated[
+        float, Field(ge=0), about("AdamW's weight decay.", source=PUBLISHED, used_in="training/engine.py")
+    ] = 0.01
+    max_grad_norm: Annotated[
+        PositiveFloat,
+        about(
+            "Largest norm of all gradients together; larger gradients are scaled down to it.",
+            source=PUBLISHED,
+            used_in="training/engine.py",
+        ),
+    ] = 1.0
+    ema: Annotated[
+        Probability,
+        about(
+            "Decay of the weights' exponential moving average, per step.", source=PUBLISHED, used_in="training/loop.py"
+        ),
+    ] = 0.99
+    drop_condition: Annotated[
+        Probability,
+        about(
+            "Share of samples that are trained without text, cameras, ego motion and boxes.",
+            unit="probability",
+            source=PUBLISHED,
+            used_in="training/loader.py",
+        ),
+    ] = 0.15
+    drop_frame: Annotated[
+        Probability,
+        about(
+            "Share of middle frames without boxes and ego motion.",
+            unit="probability",
+            source=PUBLISHED,
+            used_in="training/loader.py",
+        ),
+    ] = 0.4
+    hide_boxes: Annotated[
+        Probability,
+        about(
+            "Share of frames between key frames in which all boxes are hidden.",
+            unit="probability",
+            source=PUBLISHED,
+            used_in="training/loader.py",
+        ),
+    ] = 0.4
+    add_boxes: Annotated[
+        Probability,
+        about(
+            "Share of views and frames that also get up to three boxes which that view does not see.",
+            unit="probability",
+            source=PUBLISHED,
+            used_in="training/loader.py",
+        ),
+    ] = 0.1
+    skip_empty: Annotated[
+        bool,
+        about(
+            "Train without the buckets for which the data has no clip, instead of refusing them.",
+            used_in="training/supervise.py",
+        ),
+    ] = False
+    pair_ranks: Annotated[
+        Positive,
+        about(
+            "Micro-batches of similar cost come in groups of this size; choose ranks / sequence_parallel."
+            " 1: the published order.",
+            unit="micro-batches",
+            used_in="training/loader.py",
+        ),
+    ] = 1
+    prefetch_mbytes: Annotated[
+        Positive | None,
+        about(
+            "Memory of each rank for micro-batches that wait. null: a tenth of what the container leaves free.",
+            unit="MB",
+            used_in="training/budget.py",
+        ),
+    ] = None
+    checkpoint_every: Annotated[
+        Positive,
+        about(
+            "Steps between checkpoints.",
+            unit="steps",
+            source=f"{PUBLISHED} has 2500 in stage 1, then 1250",
+            used_in="training/loop.py",
+        ),
+    ]
+    keep_checkpoints: Annotated[
+        Positive, about("Newest checkpoints that are kept.", unit="checkpoints", used_in="training/loop.py")
+    ] = 2
+    keep_every: Annotated[
+        Positive | None,
+        about(
+            "The first checkpoint of each n steps is kept for good. null: none is.",
+            unit="steps",
+            used_in="training/loop.py",
+        ),
+    ] = None
+    max_skipped: Annotated[
+        Positive,
+        about(
+            "Steps in a row with a non-finite loss or gradient that end the training. Fewer are skipped.",
+            unit="steps",
+            used_in="training/loop.py",
+        ),
+    ] = 3
+    overlap_communication: Annotated[
+        bool,
+        about(
+            "Reduce gradients while the backward pass still runs: faster, but suspected of the NaN of"
+            " ColossalAI issue 6091.",
+            used_in="training/engine.py",
+        ),
+    ] = False
+    compile: Annotated[
+        Literal["inductor", "aot_eager"] | None,
+        about(
+            "Compile the network's blocks with torch.compile: faster steps after minutes at each start, equal to"
+            " rounding. aot_eager makes no machine code; it shows which part is at fault. null: no compilation.",
+            used_in="training/stage.py",
+        ),
+    ] = None
+    preview_every: Annotated[Positive, about("Steps between previews.", unit="steps", used_in="training/loop.py")]
+    preview_clips: Annotated[
+        Positive,
+        about("Validation clips in a preview, each of another scene.", unit="clips", used_in="training/preview.py"),
+    ] = 3
+    log_every: Annotated[
+        Positive, about("Steps between entries in MLflow.", unit="steps", used_in="training/recorder.py")
+    ] = 1
+    peak_tflops: Annotated[
+        PositiveFloat | None,
+        about(
+            "Peak speed of one device in this precision, for the utilisation in the log. null: the data sheet's, for"
+            " known devices.",
+            unit="TFLOP/s",
+            used_in="training/recorder.py",
+        ),
+    ] = None
 
     def stage(self, name: Stage) -> StageConfig:
-        """The settings of one stage."""
+        """Returns the settings of one stage."""
         return {"stage1": self.stage1, "stage2": self.stage2, "stage3": self.stage3}[name]

@@ -68,7 +68,7 @@ def test_use_never_overwrites_changes_made_by_hand(project: Path) -> None:
     params = project / "params.yaml"
     mine = params.read_text().replace("start_stride: 4", "start_stride: 2")
     params.write_text(mine)
-    with pytest.raises(UsageError, match="changes of yours"):
+    with pytest.raises(UsageError, match="changed by hand"):
         use_profile("demo", [], project=project)
     assert params.read_text() == mine
     use_profile("demo", ["latents.start_stride=3"], project=project, force=True)
