@@ -1,1 +1,1 @@
-"""The command line: groups of verbs, no work in them."""
+"""The command line ``magicdrive``: one module for each group of verbs, which call the packages that do the work."""

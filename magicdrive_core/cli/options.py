@@ -1,4 +1,4 @@
-"""What the verbs share: their options, the folders of the DVC stages, and how the options are read."""
+"""What the verbs share: options, the folders of the DVC stages, and how options are read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 INFOS, CONDITIONS, ENCODERS = Path("artifacts/infos"), Path("artifacts/conditions"), Path("artifacts/encoders")
 TEXT, LATENTS = Path("artifacts/text"), Path("artifacts/latents")
 
-Params = Annotated[Path, typer.Option("--params", metavar="FILE", help="The settings' file.")]
+Params = Annotated[Path, typer.Option("--params", metavar="FILE", help="The file of settings.")]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", "-S", metavar="KEY=VALUE", help="Override a setting, e.g. -S training.stage1.steps=50."),
@@ -24,10 +24,10 @@ DEFAULT_PARAMS = Path("params.yaml")
 
 
 def read_config(params: Path, overrides: list[str] | None) -> Config:
-    """The settings that a verb works with.
+    """Reads the settings of a verb.
 
     Raises:
-        UsageError: they are wrong.
+        UsageError: they are not valid.
     """
     from magicdrive_core.config.load import load_config
 
@@ -35,7 +35,7 @@ def read_config(params: Path, overrides: list[str] | None) -> Config:
 
 
 def read_stage(name: str) -> Stage:
-    """A stage by its name.
+    """Checks the name of a training stage.
 
     Raises:
         UsageError: there is no such stage.
@@ -45,3 +45,60 @@ def read_stage(name: str) -> Stage:
     if name not in STAGES:
         raise UsageError(f"there is no stage {name!r}", f"known: {', '.join(STAGES)}")
     return name
+
+
+def read_shard(text: str) -> tuple[int, int]:
+    """Reads ``I/N`` of the option --shard as (I - 1, N).
+
+    Raises:
+        UsageError: the text has another form, or I is not within 1 to N.
+    """
+    share, slash, shares = text.partition("/")
+    if not (slash and share.isdecimal() and shares.isdecimal() and 1 <= int(share) <= int(shares)):
+        raise UsageError(f"--shard {text}: write I/N with 1 <= I <= N", "for example --shard 2/8")
+    return int(share) - 1, int(shares)
+
+
+def read_size(text: str) -> str:
+    """Checks the option --size.
+
+    Raises:
+        UsageError: it is not HEIGHTxWIDTH in multiples of 8.
+    """
+    from magicdrive_core.config.schema import parse_size
+
+    try:
+        parse_size(text)
+    except ValueError as error:
+        raise UsageError(f"--size {text}: {error}") from None
+    return text
+
+
+def read_frames(count: int) -> int:
+    """Checks the option --frames.
+
+    Raises:
+        UsageError: no clip has this number of frames.
+    """
+    from magicdrive_core.config.schema import check_frames
+
+    try:
+        return check_frames(count)
+    except ValueError as error:
+        raise UsageError(f"--frames {count}: {error}") from None
+
+
+def write_or_print(text: str, out: Path | None) -> None:
+    """Writes a text to a file and prints the file's name; without a file, prints the text.
+
+    Raises:
+        MagicDriveError: the disk is full or not writable.
+    """
+    if out is None:
+        print(text, end="")
+        return
+    from magicdrive_core.utils.files import atomic_file
+
+    with atomic_file(out) as partial:
+        partial.write_text(text, encoding="utf-8")
+    print(out)

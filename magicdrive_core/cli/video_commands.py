@@ -1,7 +1,4 @@
-"""Verbs that make videos of what lies on the disk: ``magicdrive video``.
-
-Everything heavy is imported inside its verb.
-"""
+"""Verbs for video files: ``magicdrive video``."""
 
 from __future__ import annotations
 
@@ -12,31 +9,34 @@ import typer
 
 from magicdrive_core.errors import UsageError
 
-app = typer.Typer(no_args_is_help=True, help="Make videos of frames.")
+app = typer.Typer(no_args_is_help=True, help="Encode videos.")
 
 
 @app.callback()
 def _group() -> None:
-    """Keeps the verb's name where there is one only."""
+    """Keep the verb's name, which typer drops from a group of one verb."""
 
 
 @app.command("from-frames")
 def from_frames(
-    folder: Annotated[Path, typer.Argument(help="PNG frames of one size, in the order of the numbers in their names.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT.mp4", help="The file to write.")],
+    folder: Annotated[Path, typer.Argument(help="PNG frames of one size, ordered by the numbers in their names.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT.mp4", help="File to write.")],
     max_mbit_s: Annotated[
-        float, typer.Option(min=0, help="Cap of the file's average bit rate; 0: the encoder decides.")
+        float, typer.Option(min=0, help="Largest average bit rate of the file; 0: the encoder decides.")
     ] = 4.0,
     fps: Annotated[int, typer.Option(min=1, help="Frames per second.")] = 12,
     head: Annotated[int, typer.Option(min=0, metavar="N", help="Leave out the first N frames.")] = 0,
     tail: Annotated[int, typer.Option(min=0, metavar="N", help="Leave out the last N frames.")] = 0,
 ) -> None:
-    """Make an mp4 of a folder of PNG frames, under a limit that the written file keeps."""
+    """Encode a folder of PNG frames as mp4. The written file keeps the limit of the bit rate.
+
+    Example: magicdrive video from-frames frames/ video.mp4 --max-mbit-s 4
+    """
     from magicdrive_core.video.encoder import encode_video
     from magicdrive_core.video.frames import frame_files, read_frame
 
     if out.suffix != ".mp4":
-        raise UsageError(f"{out} is no name of an mp4 file", "for example video.mp4")
+        raise UsageError(f"{out} does not end with .mp4", "for example video.mp4")
     files = frame_files(folder)
     kept = files[head : len(files) - tail]
     if not kept:

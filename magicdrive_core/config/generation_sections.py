@@ -107,7 +107,7 @@ class Generate(Section):
             "The blocks are computed again only where the noise level has fallen by more than this since they last"
             " were; in between, what they added last is added again. null: at every step.",
             unit="noise levels of 1000",
-            source="error and saving: benchmarks/step_cache.py",
+            source="error and saving: benchmarks/results/generation.md",
             used_in="inference/sampler.py",
         ),
     ] = None

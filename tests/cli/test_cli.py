@@ -1,4 +1,4 @@
-"""The command line as a user meets it: exit codes, one line and a hint, no traceback."""
+"""The command line for its user: exit codes, one line and a hint, no traceback."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from magicdrive_core.cli import main as cli
+from magicdrive_core.cli.main import main
 from tests.conftest import PROJECT
 
 MAGICDRIVE = str(Path(sys.executable).with_name("magicdrive"))
@@ -28,7 +28,7 @@ def run(*words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, list
     before = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(SystemExit) as ended:
-            cli.main(list(words))
+            main(list(words))
     finally:
         signal.signal(signal.SIGTERM, before)
     out, err = capsys.readouterr()
@@ -39,8 +39,8 @@ def run(*words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, list
 
 def test_help_loads_nothing_heavy() -> None:
     program = (
-        "import sys; from magicdrive_core.cli import main as cli\n"
-        "try: cli.main(['--help'])\n"
+        "import sys; from magicdrive_core.cli.main import main\n"
+        "try: main(['--help'])\n"
         "except SystemExit: print(sorted({'torch', 'numpy', 'pydantic', 'mlflow', 'av'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -87,7 +87,7 @@ def test_missing_settings_exit_2(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert err[1].startswith(" hint: ")
 
 
-def test_wrong_words_exit_2(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_command_line_exits_2(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["flyy"], ["train"], ["train", "stage4"], ["generate", "--shard", "3/2"], ["use", "demos"]):
         code, out, err = run(*words, capsys=capsys)
         assert (code, out) == (2, ""), words
@@ -114,7 +114,7 @@ def test_a_full_disk_is_explained(
     assert "/some/file" in err[0]
 
 
-def test_debug_shows_where(project: Path) -> None:
+def test_debug_shows_the_traceback(project: Path) -> None:
     words = [MAGICDRIVE, "--debug", "infos", "-S", "data.rot=1"]
     done = subprocess.run(words, cwd=project, capture_output=True, text=True)
     assert done.returncode == 1
@@ -125,14 +125,14 @@ def test_debug_shows_where(project: Path) -> None:
 def test_an_interrupted_verb_leaves_no_half_written_file(project: Path, number: signal.Signals, code: int) -> None:
     program = (
         "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from magicdrive_core.cli import main as cli\n"
+        "from magicdrive_core.cli.main import main\n"
         "from magicdrive_core.utils import files\n"
         "import magicdrive_core.data.infos as infos\n"
         "def slow(config, out):\n"
         "    with files.atomic_folder(out) as folder:\n"
         "        (folder / 'half').write_text('x'); print('ready', flush=True); time.sleep(60)\n"
         "infos.build_infos = slow\n"
-        "cli.main(['infos'])"
+        "main(['infos'])"
     )
     with subprocess.Popen([sys.executable, "-c", program], cwd=project, stdout=subprocess.PIPE) as child:
         assert child.stdout is not None

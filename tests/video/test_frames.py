@@ -62,7 +62,7 @@ def test_what_is_wrong_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
     cases = [
         (([str(tmp_path / "none"), out]), 1, "none is no folder"),
         (([str(tmp_path), out]), 1, "holds no PNG frames"),
-        (([str(folder), str(tmp_path / "out.avi")]), 2, "no name of an mp4 file"),
+        (([str(folder), str(tmp_path / "out.avi")]), 2, "does not end with .mp4"),
         (([str(folder), out, "--head", "1", "--tail", "1"]), 2, "leave none"),
     ]
     for words, code, message in cases:

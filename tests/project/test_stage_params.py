@@ -9,7 +9,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from magicdrive_core.cli.main import main as cli
+from magicdrive_core.cli import data_commands
 from magicdrive_core.config.load import load_config
 from magicdrive_core.config.schema import Config, Section
 from tests.conftest import PROJECT
@@ -61,7 +61,7 @@ def test_params_are_those_that_are_read(
     monkeypatch.setattr("magicdrive_core.config.load.load_config", lambda *_: config)
     with monkeypatch.context() as patch:
         reads = Reads(config, patch)
-        getattr(cli, stage)()
+        getattr(data_commands, stage)()
     declared = set(STAGES[stage]["params"])
 
     def covers(outer: str, inner: str) -> bool:
