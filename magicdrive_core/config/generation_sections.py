@@ -98,7 +98,7 @@ class Generate(Section):
         about(
             "Guidance's two passes run at the same time on different devices, twice as many as sequence_parallel."
             " The bits are the same.",
-            used_in="inference/generate.py",
+            used_in="inference/worker.py",
         ),
     ] = False
     step_cache: Annotated[

@@ -49,18 +49,18 @@ class Flow(Section):
 class Model(Section):
     """Sizes of the network. The published XL network has width 1152, depth 28, heads 16 and control_depth 13."""
 
-    width: Annotated[Positive, about("Width C of every token.", unit="channels", used_in="model/transformer.py")]
+    width: Annotated[Positive, about("Width C of every token.", unit="channels", used_in="model/config.py")]
     depth: Annotated[
         Positive,
-        about("Number of layers, each a spatial and a temporal block.", unit="layers", used_in="model/transformer.py"),
+        about("Number of layers, each a spatial and a temporal block.", unit="layers", used_in="model/config.py"),
     ]
-    heads: Annotated[Positive, about("Heads of every attention.", unit="heads", used_in="model/transformer.py")]
+    heads: Annotated[Positive, about("Heads of every attention.", unit="heads", used_in="model/config.py")]
     control_depth: Annotated[
         Positive,
         about(
             "Layers, from the first on, that have control blocks, which bring in the BEV map.",
             unit="layers",
-            used_in="model/transformer.py",
+            used_in="model/config.py",
         ),
     ]
     temporal_heads: Annotated[
@@ -68,7 +68,7 @@ class Model(Section):
         about(
             "Heads of the temporal attention in the embedders of boxes and ego motion.",
             unit="heads",
-            used_in="model/transformer.py",
+            used_in="model/config.py",
         ),
     ]
     box_widths: Annotated[
@@ -76,12 +76,12 @@ class Model(Section):
         about(
             "Hidden widths of the box projection, after its first linear layer.",
             unit="channels",
-            used_in="model/transformer.py",
+            used_in="model/config.py",
         ),
     ]
     map_channels: Annotated[
         list[Positive],
-        about("Channels of the BEV map's convolutions.", unit="channels", used_in="model/transformer.py"),
+        about("Channels of the BEV map's convolutions.", unit="channels", used_in="model/config.py"),
     ]
 
     @model_validator(mode="after")
@@ -166,7 +166,7 @@ class StageConfig(Section):
             "Activation checkpointing. true: every block is computed again in the backward pass; n: every n-th block;"
             " false: none. Gradients are the same bit for bit.",
             unit="blocks",
-            used_in="training/stage.py",
+            used_in="training/loop.py",
         ),
     ] = False
     balance: Annotated[
@@ -338,7 +338,7 @@ class Training(Section):
         about(
             "Compile the network's blocks with torch.compile: faster steps after minutes at each start, equal to"
             " rounding. aot_eager makes no machine code; it shows which part is at fault. null: no compilation.",
-            used_in="training/stage.py",
+            used_in="training/loop.py",
         ),
     ] = None
     preview_every: Annotated[Positive, about("Steps between previews.", unit="steps", used_in="training/loop.py")]
