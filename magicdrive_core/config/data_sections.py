@@ -92,7 +92,7 @@ class Conditions(Section):
             " columns of the latents, an eighth of the video's.",
             unit="cells",
             source=PUBLISHED,
-            used_in="data/bev_maps.py",
+            used_in="data/map_cache.py",
         ),
     ]
     maps: Annotated[
@@ -267,7 +267,7 @@ class Latents(Section):
         bool,
         about(
             "JPEG pictures are decoded at a lower scale: several times as fast, 50 dB from full decoding.",
-            source="measured with benchmarks/data.py",
+            source="benchmarks/results/data.md",
             used_in="encoders/caches.py",
         ),
     ] = False

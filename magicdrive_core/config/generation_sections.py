@@ -175,7 +175,7 @@ class Generate(Section):
             "Initial frames of each clip. real: the scene's own pictures, as many as initial_latent_frames says."
             " A folder of an earlier generation (outputs/generate-...): its videos are continued up to frames."
             " null: every frame is generated.",
-            used_in="inference/initial_frames.py",
+            used_in="inference/sampler.py",
         ),
     ] = None
 

@@ -114,7 +114,7 @@ class Config(Section):
     model: Annotated[Model, about("Sizes of the network.")]
     training: Annotated[Training, about("The three stages and what they share.")]
     cluster: Annotated[Cluster, about("Where a process group runs.")]
-    generate: Annotated[Generate, about("Sampling.")]
+    generate: Annotated[Generate, about("Sampling with the trained network.")]
     video: Annotated[Video, about("The files of generated views.")]
     submission: Annotated[Submission, about("The W-CODA 2024 package.")]
     scores: Annotated[Scores, about("What the package is scored with.")] = Scores()
