@@ -9,8 +9,8 @@ from magicdrive_core.config.schema import Config
 from magicdrive_core.evaluation.score_sheet import SHEET, Sheet
 from magicdrive_core.experiment.run_paths import find_run_paths
 from magicdrive_core.report.page import write_report
-from magicdrive_core.tracking.runs import log_submission
 from magicdrive_core.tracking.lineage import lineage_tags
+from magicdrive_core.tracking.runs import log_submission
 from magicdrive_core.wcoda.package import MANIFEST, ZIP, read_package
 from magicdrive_core.wcoda.validator import VERDICT, judge
 from magicdrive_core.wcoda.workflow import expected_package
