@@ -1,9 +1,9 @@
-"""Argoverse 2 sensor logs: ``root/version/<log id>/`` with annotations, poses, calibration, map and camera folders.
+"""The Argoverse 2 adapter: sensor logs in ``root/version/<log id>/``.
 
-Sweeps are annotated at 10 Hz. Every fifth is a key frame; the half second between two is cut into six, boxes are
-interpolated between the sweeps around, and a camera's picture is the one nearest in time. The ring has seven cameras
-for six views: the left rear one is left out (``CAMERAS``). Pictures are not 16:9: the views show the widest 16:9 part
-about their middle (``cameras.full_window``). The map knows drivable areas, crossings and painted lane boundaries.
+Sweeps are annotated at 10 Hz. Every fifth is a key frame; the half second between two key frames is cut into six, boxes
+are interpolated between neighbouring sweeps, and a camera's picture is the one nearest in time. The ring has seven
+cameras for six views: the rear left one is not used (``CAMERAS``). Pictures are not 16:9: views show their largest
+central 16:9 window (``cameras.full_window``). Maps hold drivable areas, crossings and painted lane boundaries.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 
-KEY_EVERY = 5  # sweeps: 2 Hz
+KEY_EVERY = 5  # sweeps from key frame to key frame: 2 Hz
 LIDAR = "up_lidar"
 CAMERAS = (  # in the order of cameras.VIEWS
     "ring_front_left",
@@ -41,7 +41,7 @@ CAMERAS = (  # in the order of cameras.VIEWS
     "ring_rear_right",
     "ring_side_left",
 )
-NAMES = {
+CATEGORY_CLASSES = {  # classes of the annotated categories; other categories are left out
     "REGULAR_VEHICLE": "car",
     "LARGE_VEHICLE": "truck",
     "BOX_TRUCK": "truck",
@@ -59,18 +59,18 @@ NAMES = {
     "CONSTRUCTION_CONE": "traffic_cone",
     "CONSTRUCTION_BARREL": "traffic_cone",
 }
-_QUATERNION, _PLACE = ("qw", "qx", "qy", "qz"), ("tx_m", "ty_m", "tz_m")
+_QUATERNION, _TRANSLATION = ("qw", "qx", "qy", "qz"), ("tx_m", "ty_m", "tz_m")
 
 
 class Argoverse:
-    """Logs below ``data.root``/``data.version``, as ``adapters.Adapter``; a scene's name is its log's id."""
+    """The ``adapters.Adapter`` of logs below ``data.root``/``data.version``; a scene's name is the id of its log."""
 
     def __init__(self, config: Config, project: Path) -> None:
         self.root = project / config.data.root
         self._version = config.data.version
 
     def names(self) -> list[str]:
-        """The folders that hold annotations."""
+        """List the folders that hold annotations."""
         folder = self.root / self._version
         names = sorted(path.parent.name for path in folder.glob("*/annotations.feather"))
         if not names:
@@ -78,50 +78,51 @@ class Argoverse:
         return names
 
     def read(self, name: str, split: str) -> Scene:
-        """One log at 12 Hz."""
+        """Read one log at 12 Hz."""
         log = _Log(self.root / self._version / name)
         return log.scene(self.root, split)
 
     def pictures(self, scene: Scene) -> dict[str, tuple[int, int]]:
-        """Sizes as ``intrinsics.feather`` states them."""
+        """Return picture sizes as ``intrinsics.feather`` states them."""
         sizes = _Log(self.root / self._version / scene.name).picture_sizes
         return {path: sizes[camera] for views in scene.pictures for camera, path in zip(CAMERAS, views, strict=True)}
 
     def digest(self) -> str:
-        """Of poses, calibration and annotations, and of the pictures' names."""
+        """Digest poses, calibration, annotations, and the names of pictures."""
         logs = [self.root / self._version / name for name in self.names()]
         pictures = [file.relative_to(self.root).as_posix() for log in logs for file in log.glob("sensors/cameras/*/*")]
         return fingerprint(sorted(pictures), self._files("*.feather"), self._files("calibration/*.feather"))
 
     def map_digest(self) -> str:
-        """Of all logs' maps."""
+        """Digest the maps of all logs."""
         return fingerprint(self._files("map/log_map_archive_*.json"))
 
     def _files(self, pattern: str) -> dict[str, str]:
-        """The digest of each file of the logs that fits, by path."""
+        """Digest each file of the logs that matches a pattern, by path below the root."""
         files = sorted((self.root / self._version).glob(f"*/{pattern}"))
         return {file.relative_to(self.root).as_posix(): sha256_file(file) for file in files}
 
     def vector_map(self, scene: Scene) -> VectorMap:
-        """The log's own map."""
+        """Read the map of the scene's log."""
         return _Log(self.root / self._version / scene.name).vector_map()
 
 
 class _Log:
-    """The folder of one log."""
+    """The files of one log, read on demand."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def scene(self, root: Path, split: str) -> Scene:
+        """Build the scene of the log at 12 Hz; picture paths are relative to ``root``."""
         sweeps = np.unique(self._annotations["timestamp_ns"])
         if len(sweeps) <= KEY_EVERY:
-            raise MagicDriveError(f"{self.folder}/annotations.feather has {len(sweeps)} sweeps, at least 6 are needed")
+            raise MagicDriveError(f"{self.folder}/annotations.feather has {len(sweeps)} sweeps, expected at least 6")
         key_times = sweeps[::KEY_EVERY] // 1000
         grid = Grid.between(key_times, published=False)
         times = np.rint(grid.interpolate(key_times)).astype(np.int64)
         ego_to_global = self._ego.pose_at(times)
-        # A lidar frame as nuScenes has it, x right and y forward, where the upper lidar is.
+        # A lidar frame with the axes of nuScenes (x right, y forward) at the position of the upper lidar.
         lidar_to_ego = poses.pose([np.sqrt(0.5), 0, 0, -np.sqrt(0.5)], self._sensor_to_ego(LIDAR)[:3, 3])
         lidar_to_ego = np.broadcast_to(lidar_to_ego, (len(times), 4, 4)).copy()
         global_to_lidar = poses.inverse(ego_to_global @ lidar_to_ego)
@@ -155,7 +156,7 @@ class _Log:
         )
 
     def vector_map(self) -> VectorMap:
-        """Rings and lines of ``map/log_map_archive_*.json``."""
+        """Read rings and lines from ``map/log_map_archive_*.json``."""
         values = read_json(self._map_file)
         drivable, crossing, divider, lane = (
             MAP_LAYERS.index(layer) for layer in ("drivable_area", "ped_crossing", "road_divider", "lane_divider")
@@ -172,12 +173,12 @@ class _Log:
                     layer = divider if "YELLOW" in mark else lane  # yellow paint divides opposite directions
                     paths.append((layer, False, _points(segment[f"{side}_lane_boundary"])))
         except KeyError as error:
-            raise MagicDriveError(f"{self._map_file} has no {error}, which an Argoverse 2 map has") from None
+            raise MagicDriveError(f"{self._map_file} lacks {error}, which an Argoverse 2 map must hold") from None
         return VectorMap.of(sorted(paths, key=lambda path: path[0]))
 
     @cached_property
     def picture_sizes(self) -> dict[str, tuple[int, int]]:
-        """Width and height in pixels, by camera."""
+        """Width and height of pictures in pixels, by camera."""
         table = self._intrinsics
         return {
             name: (int(width), int(height))
@@ -185,7 +186,12 @@ class _Log:
         }
 
     def _objects(self, sweeps: NDArray[np.int64], times: NDArray[np.int64]) -> list[Objects]:
-        """The objects at each of ``times`` (microseconds) in the global frame."""
+        """Interpolate the objects at some times, in the global frame.
+
+        Args:
+            sweeps: (R,) times of annotated sweeps in nanoseconds.
+            times: (F,) microseconds.
+        """
         keys = [self._objects_at(sweep) for sweep in sweeps]
         after = np.clip(np.searchsorted(sweeps // 1000, times, side="right"), 1, len(sweeps) - 1)
         out = []
@@ -198,7 +204,7 @@ class _Log:
 
     def _objects_at(self, sweep: int) -> Objects:
         table = self._annotations
-        rows = np.flatnonzero((table["timestamp_ns"] == sweep) & np.isin(table["category"], list(NAMES)))
+        rows = np.flatnonzero((table["timestamp_ns"] == sweep) & np.isin(table["category"], list(CATEGORY_CLASSES)))
         sizes = np.stack([table[name][rows] for name in ("width_m", "length_m", "height_m")], axis=1)
         if len(rows) and not np.all(sizes > 0):
             row = rows[int(np.argmin((sizes > 0).all(1)))]
@@ -208,20 +214,20 @@ class _Log:
         rotations = poses.multiply(poses.quaternion(ego_to_global[:3, :3]), object_to_ego[0])
         return Objects(
             ids=[str(token) for token in table["track_uuid"][rows]],
-            names=[NAMES[category] for category in table["category"][rows]],
+            names=[CATEGORY_CLASSES[category] for category in table["category"][rows]],
             centres=poses.transform(ego_to_global, object_to_ego[1]),
             rotations=rotations,
             sizes=sizes,
         )
 
     def _sensor_to_ego(self, sensor: str) -> Floats:
-        table = self._read("calibration/egovehicle_SE3_sensor.feather", ("sensor_name", *_QUATERNION, *_PLACE))
+        table = self._read("calibration/egovehicle_SE3_sensor.feather", ("sensor_name", *_QUATERNION, *_TRANSLATION))
         row = self._row(table, sensor, "egovehicle_SE3_sensor.feather")
-        rotations, places = self._poses(table, row, "calibration/egovehicle_SE3_sensor.feather")
-        return poses.pose(rotations[0], places[0])
+        rotations, translations = self._poses(table, row, "calibration/egovehicle_SE3_sensor.feather")
+        return poses.pose(rotations[0], translations[0])
 
     def _matrix(self, camera: str) -> Floats:
-        """Intrinsics (3, 3) of the part of the camera's picture that a view shows, as 1600x900 pixels."""
+        """Compute the intrinsics (3, 3) of the central 16:9 window of a camera, scaled to 1600x900 pixels."""
         table = self._intrinsics
         row = self._row(table, camera, "intrinsics.feather")[0]
         left, top, right, _ = full_window(*self.picture_sizes[camera])
@@ -232,21 +238,30 @@ class _Log:
     def _pictures(self, camera: str) -> list[Path]:
         files = sorted((self.folder / "sensors/cameras" / camera).glob("*.jpg"), key=lambda file: int(file.stem))
         if not files:
-            raise MagicDriveError(f"{self.folder}/sensors/cameras/{camera} holds no picture", "complete the download")
+            raise MagicDriveError(f"{self.folder}/sensors/cameras/{camera} holds no pictures", "complete the download")
         return files
 
     @cached_property
     def _ego(self) -> SensorTrack:
-        table = self._read("city_SE3_egovehicle.feather", ("timestamp_ns", *_QUATERNION, *_PLACE))
+        table = self._read("city_SE3_egovehicle.feather", ("timestamp_ns", *_QUATERNION, *_TRANSLATION))
         rows = np.argsort(table["timestamp_ns"], kind="stable")
-        rotations, places = self._poses(table, rows, "city_SE3_egovehicle.feather")
+        rotations, translations = self._poses(table, rows, "city_SE3_egovehicle.feather")
         times = table["timestamp_ns"][rows] // 1000
         empty = np.zeros((len(rows), 0))
-        return SensorTrack("ego", times, [], rotations, places, empty, empty, np.zeros(0, np.int64))
+        return SensorTrack("ego", times, [], rotations, translations, empty, empty, np.zeros(0, np.int64))
 
     @cached_property
     def _annotations(self) -> dict[str, NDArray[Any]]:
-        wanted = ("timestamp_ns", "track_uuid", "category", "length_m", "width_m", "height_m", *_QUATERNION, *_PLACE)
+        wanted = (
+            "timestamp_ns",
+            "track_uuid",
+            "category",
+            "length_m",
+            "width_m",
+            "height_m",
+            *_QUATERNION,
+            *_TRANSLATION,
+        )
         return self._read("annotations.feather", wanted)
 
     @cached_property
@@ -262,17 +277,19 @@ class _Log:
         return files[0]
 
     def _poses(self, table: dict[str, NDArray[Any]], rows: NDArray[np.int64], file: str) -> tuple[Floats, Floats]:
-        """Quaternions (n, 4) and places (n, 3) of some rows."""
-        rotations, places = (np.stack([table[name][rows] for name in names], axis=1) for names in (_QUATERNION, _PLACE))
-        wrong = ~(np.isfinite(rotations).all(1) & np.isfinite(places).all(1) & rotations.any(1))
+        """Read quaternions (n, 4) and translations (n, 3) of some rows, and check that they are poses."""
+        rotations, translations = (
+            np.stack([table[name][rows] for name in names], axis=1) for names in (_QUATERNION, _TRANSLATION)
+        )
+        wrong = ~(np.isfinite(rotations).all(1) & np.isfinite(translations).all(1) & rotations.any(1))
         if wrong.any():
-            raise MagicDriveError(f"{self.folder / file}: row {rows[int(np.argmax(wrong))]} is no pose")
-        return rotations, places
+            raise MagicDriveError(f"{self.folder / file}: row {rows[int(np.argmax(wrong))]} is not a pose")
+        return rotations, translations
 
     def _row(self, table: dict[str, NDArray[Any]], sensor: str, file: str) -> NDArray[np.int64]:
         rows = np.flatnonzero(table["sensor_name"] == sensor)
         if len(rows) != 1:
-            raise MagicDriveError(f"{self.folder}/calibration/{file} has {len(rows)} rows for {sensor}, not one")
+            raise MagicDriveError(f"{self.folder}/calibration/{file} has {len(rows)} rows for {sensor}, expected 1")
         return rows
 
     def _read(self, file: str, columns: tuple[str, ...]) -> dict[str, NDArray[Any]]:

@@ -1,12 +1,12 @@
-"""Which clips make the micro-batches of a rank, over buckets of unequal sizes and lengths.
+"""The micro-batches of each rank, over buckets of different video sizes and lengths.
 
-Every epoch: each bucket's clips are shuffled and cut into micro-batches, the micro-batches of all buckets are
-shuffled, and dealt to the ranks in turn. So each rank may work on another bucket in the same step, and the ranks wait
-for the slowest of them. With ``group`` the order is made of groups of like cost instead: the ranks of a step, if their
-number divides it, then wait less (``idle_share``).
+In every epoch each bucket's clips are shuffled and cut into micro-batches, the micro-batches of all buckets are
+shuffled, and dealt to the ranks in turn. The ranks of a step may work on different buckets and wait for the slowest.
+With ``group``, micro-batches of similar cost stay together in the order; if the number of ranks divides ``group``, the
+ranks of a step then wait less (``idle_share``).
 
-The order depends on neither ranks nor rank: after n micro-batches of all ranks together, any number of ranks goes on
-where they stopped.
+The order depends neither on the rank nor on the number of ranks: after n micro-batches in total, training resumes at
+the same point with any number of ranks.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ import numpy as np
 from magicdrive_core.config.schema import parse_size
 from magicdrive_core.errors import UsageError
 
-MicroBatch = tuple[int, list[int]]  # bucket, clips of it
+MicroBatch = tuple[int, list[int]]  # index of the bucket, indices of its clips
 
 
 class BucketSampler:
-    """Deals micro-batches to one of several ranks; the order depends on the seed and the epoch alone.
+    """Deal micro-batches to one of several ranks; the order depends only on the seed and the epoch.
 
     Args:
-        counts: clips in each bucket.
-        batches: clips in a micro-batch of each bucket; -1 leaves the bucket out.
-        ranks: that share the micro-batches.
-        rank: this one.
-        seed: of the shuffles.
-        drop_last: leave out clips that fill no micro-batch, and micro-batches that do not go to every rank;
-            otherwise repeat the first ones.
-        costs: of a micro-batch of each bucket, in any unit; needed with ``group``.
-        group: so many micro-batches of like cost come together; 1: the published order.
+        counts: number of clips in each bucket.
+        batches: number of clips in a micro-batch of each bucket; -1 leaves the bucket out.
+        ranks: number of ranks that share the micro-batches.
+        rank: index of this rank.
+        seed: seed of the shuffles.
+        drop_last: drop clips that do not fill a micro-batch, and micro-batches that do not go to every rank;
+            otherwise the first ones are repeated.
+        costs: cost of a micro-batch of each bucket, in any unit; needed with ``group``.
+        group: number of micro-batches of similar cost that stay together; 1 is the published order.
 
     Raises:
-        UsageError: nothing to deal.
+        UsageError: the buckets hold too few clips for one micro-batch a rank.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class BucketSampler:
         self.seed = seed
         self.drop_last = drop_last
         self.group = group
-        # Costs within a tenth of each other are equal, so that buckets of like cost mix.
+        # Costs within a tenth of each other count as equal, so that buckets of similar cost mix.
         self.levels = [round(math.log(cost) / math.log(1.1)) for cost in costs or []]
         if not len(self):
             raise UsageError(
@@ -69,23 +69,23 @@ class BucketSampler:
             )
 
     def __len__(self) -> int:
-        """Micro-batches of a rank in an epoch."""
+        """Return the number of micro-batches of a rank in an epoch."""
         total = sum(self._filled(bucket) // batch for bucket, batch in enumerate(self.batches) if batch > 0)
         return total // self.ranks if self.drop_last else -(-total // self.ranks)
 
     def epoch(self, epoch: int) -> list[MicroBatch]:
-        """The micro-batches of this rank in one published epoch, which every rank ends after as many steps."""
+        """List this rank's micro-batches in one epoch as published: equally many on every rank."""
         dealt = self.order(epoch)
-        padded = [dealt[place % len(dealt)] for place in range(len(self) * self.ranks)]
+        padded = [dealt[index % len(dealt)] for index in range(len(self) * self.ranks)]
         return padded[self.rank :: self.ranks]
 
     def order(self, epoch: int) -> list[MicroBatch]:
-        """The micro-batches of all ranks together in one epoch."""
-        generator = _Generator(self.seed + epoch)
+        """List the micro-batches of one epoch in the order in which they are dealt to all ranks."""
+        generator = _TorchGenerator(self.seed + epoch)
         queues: list[list[list[int]]] = []
         for bucket, (count, batch) in enumerate(zip(self.counts, self.batches, strict=True)):
             if batch < 0:
-                generator.permutation(count)  # as published: a bucket that is left out leaves the others in their order
+                generator.permutation(count)  # as published: skipping a bucket keeps the order of the others
                 queues.append([])
                 continue
             clips = generator.permutation(self._filled(bucket)) % max(1, count)
@@ -96,45 +96,49 @@ class BucketSampler:
         return self._grouped(dealt, generator) if self.group > 1 else dealt
 
     def stream(self, done: int = 0) -> Iterator[MicroBatch]:
-        """Endless micro-batches of this rank, epoch after epoch, after the first ``done`` of all ranks together."""
+        """Yield this rank's micro-batches without end, epoch after epoch.
+
+        Args:
+            done: micro-batches that all ranks have already consumed in total.
+        """
         total = sum(self._filled(bucket) // batch for bucket, batch in enumerate(self.batches) if batch > 0)
         length = -(-total // self.group) * self.group
-        epoch, place = divmod(done + self.rank, length)
+        epoch, index = divmod(done + self.rank, length)
         order = self.order(epoch)
         while True:
-            yield order[place]
-            passed, place = divmod(place + self.ranks, length)
+            yield order[index]
+            passed, index = divmod(index + self.ranks, length)
             if passed:
                 epoch += passed
                 order = self.order(epoch)
 
-    def _grouped(self, dealt: list[MicroBatch], generator: _Generator) -> list[MicroBatch]:
-        """Groups of like cost in random order; the one of the highest cost is filled up with repeats."""
+    def _grouped(self, dealt: list[MicroBatch], generator: _TorchGenerator) -> list[MicroBatch]:
+        """Reorder into random groups of similar cost; repeats fill the group of the highest cost."""
         rising = sorted(dealt, key=lambda batch: self.levels[batch[0]])
         missing = -len(rising) % self.group
-        rising += [rising[-1 - place % len(rising)] for place in range(missing)]
+        rising += [rising[-1 - index % len(rising)] for index in range(missing)]
         starts = generator.permutation(len(rising) // self.group) * self.group
         return [batch for start in starts.tolist() for batch in rising[start : start + self.group]]
 
     def _filled(self, bucket: int) -> int:
-        """Clips of a bucket after leaving out or repeating some, a multiple of its micro-batch."""
+        """Return the number of clips of a bucket after dropping or repeating some: a multiple of its micro-batch."""
         count, batch = self.counts[bucket], self.batches[bucket]
         return count // batch * batch if self.drop_last else -(-count // batch) * batch
 
 
 def relative_cost(size: str, frames: int, batch: int, width: int, context: int) -> float:
-    """Multiply-adds of a micro-batch in the network's blocks, up to a constant factor.
+    """Estimate the multiply-adds of a micro-batch in the network's blocks, up to a constant factor.
 
-    A token of a spatial and a temporal block takes about 32 width^2 in linear layers (attention with its projections,
-    attention to the context and to two neighbouring views, two MLPs), and width times the keys that it looks at: three
-    frames of S tokens, T frames, twice the context.
+    In a spatial and a temporal block, a token costs about 32 width^2 in linear layers (self-attention with its
+    projections, attention to the context and to two neighbouring views, two MLPs), and width times the number of keys
+    that it attends to: three frames of S tokens, T latent frames, twice the context.
 
     Args:
-        size: of the video, such as "224x400".
-        frames: of a clip.
-        batch: clips.
-        width: of the network.
-        context: tokens that every frame attends to.
+        size: height and width of the video, such as "224x400".
+        frames: number of frames of a clip.
+        batch: number of clips.
+        width: width of the network (C).
+        context: number of context tokens that every frame attends to (L).
     """
     height, pixels_wide = parse_size(size)
     tokens = math.ceil(height / 16) * math.ceil(pixels_wide / 16)  # S: the VAE's stride of 8, patches of 2
@@ -144,29 +148,29 @@ def relative_cost(size: str, frames: int, batch: int, width: int, context: int) 
 
 
 def idle_share(batches: Sequence[MicroBatch], costs: Sequence[float], ranks: int) -> float:
-    """The share of their time that ranks wait for the slowest one, where each step takes the next ``ranks`` of batches.
+    """Compute the share of time that ranks wait for the slowest rank of their step.
 
     Args:
-        batches: of all ranks together; a last step that is not full is left out.
-        costs: of a micro-batch of each bucket.
-        ranks: that share a step.
+        batches: micro-batches in the order of ``BucketSampler.order``; an incomplete last step is left out.
+        costs: cost of a micro-batch of each bucket.
+        ranks: number of ranks; each step takes the next ``ranks`` micro-batches.
     """
     steps = np.array([costs[bucket] for bucket, _ in batches[: len(batches) // ranks * ranks]]).reshape(-1, ranks)
     return float(1 - steps.sum() / (ranks * steps.max(axis=1).sum()))
 
 
-class _Generator:
-    """torch's CPU generator and ``torch.randperm``, without torch: MT19937, Fisher-Yates over 32-bit words."""
+class _TorchGenerator:
+    """``torch.randperm`` on torch's CPU generator, without torch: MT19937, Fisher-Yates over 32-bit words."""
 
     def __init__(self, seed: int) -> None:
         self.state = np.random.RandomState(seed % 2**32)
 
     def permutation(self, count: int) -> np.ndarray:
-        places = np.arange(count)
+        indices = np.arange(count)
         if count > 1:
             words = np.frombuffer(self.state.bytes(4 * (count - 1)), "<u4").astype(np.int64)
-            order = places.tolist()
-            for place, other in enumerate((places[:-1] + words % (count - places[:-1])).tolist()):
-                order[place], order[other] = order[other], order[place]
-            places = np.array(order)
-        return places
+            order = indices.tolist()
+            for index, other in enumerate((indices[:-1] + words % (count - indices[:-1])).tolist()):
+                order[index], order[other] = order[other], order[index]
+            indices = np.array(order)
+        return indices

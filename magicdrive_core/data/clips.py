@@ -1,4 +1,4 @@
-"""Which clips a scene is cut into, and what is said about it."""
+"""Cut scenes into clips, caption them, and balance training over weather."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ WEATHER_WORDS = {"night": {"night"}, "rain": {"rain", "rainy", "raining"}}
 def list_clips(
     scenes: Sequence[Scene] | Sequence[SceneHeader], split: str, frames: int, stride: int, *, whole: bool = False
 ) -> list[Clip]:
-    """The clips of a split, scene by scene in time order.
+    """List the clips of a split, scene by scene in order of time.
 
     Args:
-        scenes: all scenes; those of the split "both" belong to each.
-        split: "train": a clip begins at every ``stride``-th frame, single frames are the key frames; "val": each
-            scene gives one clip, from its first frame on.
-        frames: of a clip; scenes that are shorter give none.
-        stride: in frames.
-        whole: one clip a scene, of the most 8n+1 frames that it has, up to ``frames``.
+        scenes: all scenes; those of the split "both" belong to either split.
+        split: "train": a clip starts at every ``stride``-th frame, single frames are the key frames; "val": each scene
+            gives one clip, its first frames.
+        frames: length of a clip; shorter scenes give none.
+        stride: frames from the start of a clip to the start of the next.
+        whole: take one clip from each scene, as long as possible with 8n+1 frames and at most ``frames``.
     """
     clips = []
     for scene in scenes:
@@ -45,23 +45,23 @@ def list_clips(
 
 
 def caption(scene: Scene | SceneHeader, *, say_daytime: bool = False) -> str:
-    """The text of every clip of a scene.
+    """Write the caption that all clips of a scene share.
 
     Args:
-        scene: its location and description are said.
-        say_daytime: "Daytime. " in front of the description: of scenes of neither night nor rain, where balanced scenes
-            are trained on.
+        scene: the scene or its header; location and description are used.
+        say_daytime: put "Daytime. " before the description; training on balanced weather does so for scenes that are
+            neither night nor rain.
     """
     daytime = "Daytime. " if say_daytime else ""
     return f"A driving scene image at {scene.location}. {daytime}{scene.description}."
 
 
 def weather_groups(description: str, *, published: bool = False) -> list[str]:
-    """Which of "night", "rain" and "none" a description speaks of, by word.
+    """Find the weather groups of a description: "night", "rain" or both, otherwise "none".
 
     Args:
-        description: of a scene.
-        published: by substring, so that a train and a terrain are rain (oddity 20).
+        description: description of a scene.
+        published: match substrings instead of words, so that "train" and "terrain" count as rain (oddity 20).
     """
     text = description.lower()
     if published:
@@ -73,9 +73,11 @@ def weather_groups(description: str, *, published: bool = False) -> list[str]:
 
 
 def balance_weather(scenes: Sequence[AnyScene], *, published: bool = False) -> list[AnyScene]:
-    """Scenes of night, of rain and of neither, each group repeated as often as it fits into the largest one.
+    """Repeat the scenes of each weather group as often as the group fits into the largest one.
 
-    A scene of both night and rain is in both groups.
+    Args:
+        scenes: scenes or headers; a scene of both night and rain is in both groups.
+        published: match substrings, see ``weather_groups``.
     """
     groups: dict[str, list[AnyScene]] = {"night": [], "rain": [], "none": []}
     for scene in scenes:

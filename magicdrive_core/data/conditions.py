@@ -1,4 +1,7 @@
-"""The conditions of clips: BEV maps made once for all frames, the rest computed from the infos when a clip is read."""
+"""The conditions of clips: built from a scene, augmented in training, and the stage that prepares maps for all of them.
+
+BEV maps are drawn once for all frames (``map_cache``); everything else is computed from the infos when a clip is read.
+"""
 
 from __future__ import annotations
 
@@ -22,49 +25,22 @@ from magicdrive_core.utils.files import resumable_folder, write_json
 
 Floats = NDArray[np.float64]
 
+HIDDEN, NO_BOX, SHOWN = -1, 0, 1  # values of ClipConditions.box_masks
+ANCHOR = 6  # published: every sixth frame of a clip is taken as a key frame
+MOST_ADDED = 3  # boxes out of view that ``add_boxes`` shows at once
 FPS = 12
-FPS_OF_STILLS = 120  # what the network is told about single frames
-
-
-def build_conditions(config: Config, infos: Path | str, out: Path | str) -> None:
-    """Writes ``bev/<cells>/<scene token>.npz`` and ``clips.json`` to the folder ``out``, whole or not at all.
-
-    Interrupted, it goes on after the scenes that are drawn. With ``conditions.maps: live`` there are no maps to write.
-
-    Raises:
-        MagicDriveError: unusable infos or maps, named, or the disk is too small.
-    """
-    scenes = read_scenes(infos)
-    maps = open_adapter(config).map_digest()
-    key = fingerprint(config.conditions, config.data, infos_digest(infos), maps, used_cells(config))
-    with resumable_folder(out, key) as folder:
-        if config.conditions.maps == "cached":
-            draw_maps(config, scenes, folder)
-        write_json(folder / "clips.json", count_clips(config, [SceneHeader.of(scene) for scene in scenes]))
-
-
-def count_clips(config: Config, scenes: Sequence[SceneHeader]) -> dict[str, dict[str, dict[str, int]]]:
-    """Clips by split, size and length, for every bucket that is trained and for what is generated."""
-    buckets = [bucket for stage in STAGES for bucket in config.training.stage(stage).buckets]
-    kinds = {(bucket.resolution, bucket.frames, bucket.whole) for bucket in buckets}
-    kinds.add((config.generate.resolution, config.generate.frames, False))
-    counts: dict[str, dict[str, dict[str, int]]] = {}
-    for split in ("train", "val"):
-        for size, frames, whole in sorted(kinds):
-            clips = list_clips(scenes, split, frames, config.latents.start_stride, whole=whole)
-            counts.setdefault(split, {}).setdefault(size, {})["whole" if whole else str(frames)] = len(clips)
-    return counts
+FPS_OF_STILLS = 120  # the published frame rate condition of single frames
 
 
 def clip_conditions(scene: Scene, clip: Clip, size: str, bits: NDArray[np.uint8], *, published: bool) -> ClipConditions:
-    """What the network is told about a clip.
+    """Build the conditions of a clip.
 
     Args:
         scene: the clip's scene.
-        clip: frames of it.
-        size: of the video, for example "224x400".
-        bits: (F, h, w) BEV maps of the clip's frames.
-        published: every box corner h/2 too high, as the published weights expect.
+        clip: frames of the scene.
+        size: height and width of the video, such as "224x400".
+        bits: (F, h, w) BEV maps of the clip's frames; bit c of a cell is layer c.
+        published: put every box corner h/2 too high, as the published weights expect (oddity 2).
     """
     frames = slice(clip.start, clip.start + clip.frames)
     assert len(bits) == clip.frames
@@ -87,7 +63,14 @@ def clip_conditions(scene: Scene, clip: Clip, size: str, bits: NDArray[np.uint8]
 
 
 def ego_motion(lidar_to_global: Floats) -> Floats:
-    """First lidar frame -> each lidar frame: (F, 4, 4) -> (F, 4, 4), entries below 1e-6 set to 0 as published."""
+    """Compute the motion from the first lidar frame to each lidar frame; entries below 1e-6 are set to 0 as published.
+
+    Args:
+        lidar_to_global: (F, 4, 4).
+
+    Returns:
+        (F, 4, 4) first lidar frame to lidar frame.
+    """
     motion = poses.inverse(lidar_to_global) @ lidar_to_global[0]
     motion[np.abs(motion) < 1e-6] = 0.0
     return motion
@@ -96,9 +79,9 @@ def ego_motion(lidar_to_global: Floats) -> Floats:
 def _boxes(
     frames: list[FrameBoxes], camera_to_lidar: Floats, *, published: bool
 ) -> tuple[list[str], NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
-    """Boxes in slots, one for each object of the clip: ids, corners, classes, masks as in ``ClipConditions``.
+    """Sort boxes into slots, one for each object of the clip: ids, corners, classes and masks of ``ClipConditions``.
 
-    A box is shown to a view (mask 1) where any of its corners is in front of the camera, in the picture or not.
+    A box is shown to a view (mask 1) if any of its corners is in front of the camera, inside the picture or not.
     """
     ids = sorted({token for frame in frames for token in frame.ids})
     slots = {token: slot for slot, token in enumerate(ids)}
@@ -108,26 +91,25 @@ def _boxes(
     box_classes = np.full((F, N), -1, np.int64)
     box_masks = np.zeros((F, V, N), np.int64)
     for index, frame in enumerate(frames):
-        places = [slots[token] for token in frame.ids]
-        right = corners(frame.boxes)
-        depth = np.einsum("vk,nck->vnc", lidar_to_depth[index, :, :3], right) + lidar_to_depth[index, :, None, None, 3]
-        box_corners[index, places] = corners(frame.boxes, published=True) if published else right
-        box_classes[index, places] = [CLASSES.index(name) for name in frame.names]
-        box_masks[index][:, places] = (depth > 0).any(-1)
+        columns = [slots[token] for token in frame.ids]
+        exact = corners(frame.boxes)
+        depth = np.einsum("vk,nck->vnc", lidar_to_depth[index, :, :3], exact) + lidar_to_depth[index, :, None, None, 3]
+        box_corners[index, columns] = corners(frame.boxes, published=True) if published else exact
+        box_classes[index, columns] = [CLASSES.index(name) for name in frame.names]
+        box_masks[index][:, columns] = (depth > 0).any(-1)
     return ids, box_corners, box_classes, box_masks
 
 
-# What training changes in a clip's conditions, so that the network does not lean on boxes being complete.
-
-HIDDEN, NO_BOX, SHOWN = -1, 0, 1
-ANCHOR = 6  # published: every sixth frame of a clip is taken for a key frame
-MOST_ADDED = 3
-
-
 def anchor_frames(scene: Scene, clip: Clip, *, published: bool) -> NDArray[np.bool_]:
-    """The frames of a clip (F) that always show their boxes: its key frames.
+    """Mark the frames of a clip whose boxes are never hidden: its key frames.
 
-    published: those whose index in the clip is a multiple of six, wherever the clip begins (oddity 17).
+    Args:
+        scene: the clip's scene.
+        clip: frames of the scene.
+        published: mark every sixth frame of the clip instead, wherever the clip starts (oddity 17).
+
+    Returns:
+        (F,) booleans.
     """
     if published:
         return np.arange(clip.frames) % ANCHOR == 0
@@ -137,13 +119,26 @@ def anchor_frames(scene: Scene, clip: Clip, *, published: bool) -> NDArray[np.bo
 def hide_boxes(
     conditions: ClipConditions, always: NDArray[np.bool_], probability: float, rng: np.random.Generator
 ) -> ClipConditions:
-    """Hides all boxes in all views of some frames, but not of those (F) that ``always`` show them."""
+    """Hide all boxes in all views of random frames.
+
+    Args:
+        conditions: conditions of a clip; they are not changed.
+        always: (F,) frames whose boxes are never hidden, see ``anchor_frames``.
+        probability: of hiding a frame's boxes.
+        rng: source of randomness.
+    """
     hidden = (rng.random(len(always)) < probability) & ~always
     return replace(conditions, box_masks=np.where(hidden[:, None, None], HIDDEN, conditions.box_masks))
 
 
 def add_boxes(conditions: ClipConditions, probability: float, rng: np.random.Generator) -> ClipConditions:
-    """Shows one to three boxes of the frame that a view does not see, in some views and frames."""
+    """Show one to three boxes that are out of view, in random views and frames.
+
+    Args:
+        conditions: conditions of a clip; they are not changed.
+        probability: of adding boxes to a view of a frame.
+        rng: source of randomness.
+    """
     masks = conditions.box_masks.copy()
     for frame, view in np.argwhere(rng.random(masks.shape[:2]) < probability):
         present = conditions.box_classes[frame] >= 0
@@ -154,8 +149,60 @@ def add_boxes(conditions: ClipConditions, probability: float, rng: np.random.Gen
 
 
 def drop_frames(frames: int, ratio: float, rng: np.random.Generator) -> NDArray[np.bool_]:
-    """Which frames keep their boxes and ego motion: all but ``int(ratio * (frames - 2))`` between first and last."""
+    """Choose the frames that keep their boxes and ego motion: all but ``int(ratio * (frames - 2))``.
+
+    Args:
+        frames: length of the clip; its first and last frame always keep theirs.
+        ratio: share of the other frames that lose theirs.
+        rng: source of randomness.
+
+    Returns:
+        (frames,) booleans.
+    """
     keep = np.ones(frames, np.bool_)
     if frames > 2:
         keep[1 + rng.permutation(frames - 2)[: int(ratio * (frames - 2))]] = False
     return keep
+
+
+def build_conditions(config: Config, infos: Path | str, out: Path | str) -> None:
+    """Write ``bev/<cells>/<scene token>.npz`` and ``clips.json`` to a folder, completely or not at all.
+
+    An interrupted run resumes after the scenes that are drawn. With ``conditions.maps: live`` no maps are written.
+
+    Args:
+        config: the whole configuration.
+        infos: the infos folder.
+        out: the conditions folder.
+
+    Raises:
+        MagicDriveError: infos or maps are unusable (the message names them), or the disk has too little space.
+    """
+    scenes = read_scenes(infos)
+    maps = open_adapter(config).map_digest()
+    key = fingerprint(config.conditions, config.data, infos_digest(infos), maps, used_cells(config))
+    with resumable_folder(out, key) as folder:
+        if config.conditions.maps == "cached":
+            draw_maps(config, scenes, folder)
+        write_json(folder / "clips.json", count_clips(config, [SceneHeader.of(scene) for scene in scenes]))
+
+
+def count_clips(config: Config, scenes: Sequence[SceneHeader]) -> dict[str, dict[str, dict[str, int]]]:
+    """Count clips by split, size and length, for every training bucket and for generation.
+
+    Args:
+        config: the whole configuration.
+        scenes: headers of all scenes.
+
+    Returns:
+        Counts by split, video size and number of frames ("whole" for buckets of whole scenes).
+    """
+    buckets = [bucket for stage in STAGES for bucket in config.training.stage(stage).buckets]
+    kinds = {(bucket.resolution, bucket.frames, bucket.whole) for bucket in buckets}
+    kinds.add((config.generate.resolution, config.generate.frames, False))
+    counts: dict[str, dict[str, dict[str, int]]] = {}
+    for split in ("train", "val"):
+        for size, frames, whole in sorted(kinds):
+            clips = list_clips(scenes, split, frames, config.latents.start_stride, whole=whole)
+            counts.setdefault(split, {}).setdefault(size, {})["whole" if whole else str(frames)] = len(clips)
+    return counts

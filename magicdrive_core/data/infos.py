@@ -1,7 +1,7 @@
-"""12 Hz infos: recordings -> ``frames.parquet``, the same rows as a file a scene, and ``infos.json``.
+"""The infos stage: recordings become 12 Hz scenes, written as ``frames.parquet``, one file a scene, and ``infos.json``.
 
-In the parquet file a frame is a row, a scene a row group (``table.SCHEMA`` documents the columns). The files of single
-scenes are for this house's own processes (``scene_files``).
+In the parquet file a frame is a row and a scene is a row group (``scene_store.SCHEMA`` documents the columns); it is
+meant for other programs. The files of single scenes hold the same rows; this project's processes map them into memory.
 """
 
 from __future__ import annotations
@@ -29,67 +29,71 @@ from magicdrive_core.utils.process_pool import for_each_scene
 
 FRAMES = "frames.parquet"
 SUMMARY = "infos.json"
-RULES = {False: "by time stamp", True: "published"}
+ALIGNMENTS = {False: "by time stamp", True: "published"}  # by config.published, see ``timeline``
 
 
 def build_infos(config: Config, out: Path | str) -> None:
-    """Writes the infos of every scene of ``config.data`` to the folder ``out``, whole or not at all.
+    """Write the infos of every scene of ``config.data`` to a folder, completely or not at all.
 
-    Interrupted, it goes on after the scenes that are written. With ``data.skip_bad``, scenes with broken records, maps
-    or pictures are left out, said on stderr and listed in ``infos.json``.
+    An interrupted run resumes after the scenes that are written. With ``data.skip_bad``, scenes with broken records,
+    maps or pictures are left out, reported on stderr and listed in ``infos.json``.
+
+    Args:
+        config: the whole configuration.
+        out: the infos folder.
 
     Raises:
-        MagicDriveError: unusable tables, maps or pictures, named.
-        UsageError: impossible ``data.val_scenes``.
+        MagicDriveError: tables, maps or pictures are unusable; the message names them.
+        UsageError: ``data.val_scenes`` is impossible.
     """
     adapter = open_adapter(config)
     names = adapter.names()
     splits = choose_splits(names, config.data.val_scenes, config.data.version)
     unpaired = "leave_out" if config.published else config.data.unpaired
-    facts = {"version": config.data.version, "rule": RULES[config.published], "unpaired": unpaired}
+    facts = {"version": config.data.version, "rule": ALIGNMENTS[config.published], "unpaired": unpaired}
     key = fingerprint(adapter.digest(), adapter.map_digest(), facts, splits, config.data.root, str(SCHEMA))
     with resumable_folder(out, key) as folder:
         make = partial(_make_scene, adapter=adapter, splits=splits, folder=folder, skip_bad=config.data.skip_bad)
-        # Tables of the whole of nuScenes take gigabytes and most of a minute to read: forked processes share them.
+        # The tables of all of nuScenes take gigabytes and most of a minute to read: forked processes share them.
         found = dict(zip(names, for_each_scene(make, names, "12 Hz infos", start="fork"), strict=True))
         quarantined = {name: fault.record for name, fault in found.items() if fault.record}
         for name, reason in quarantined.items():
             Console(stderr=True).print(f"{name} is left out: {reason}", highlight=False, soft_wrap=True)
         faults = [line for fault in found.values() for line in fault.pictures]
         if faults:
-            hint = f"complete the download, or draw them: {_DRAW.format(config.data.root, config.data.version)}"
-            raise MagicDriveError(_of(faults), hint)
+            hint = f"complete the download, or render them: {_RENDER.format(config.data.root, config.data.version)}"
+            raise MagicDriveError(_first_of(faults), hint)
         with InfosWriter(folder, facts, adapter.root, quarantined) as writer:
             for name in names:
                 if name not in quarantined:
                     writer.add(read_scene(scene_path(folder, name)), least=7 if config.published else 1)
         if not writer.scenes:
-            reason = "is whole" if quarantined else "has more than six frames"
+            reason = "is usable" if quarantined else "has more than six frames"
             raise MagicDriveError(f"{config.data.root}: no scene of {config.data.version} {reason}")
 
 
 @dataclass(frozen=True)
 class _Fault:
-    """What is wrong with a scene: the reason why it is left out, or one line for each unusable picture."""
+    """The fault of a scene: why it is left out, or one line for each unusable picture."""
 
     record: str = ""
     pictures: tuple[str, ...] = ()
 
 
 def _make_scene(name: str, adapter: Adapter, splits: Mapping[str, str], folder: Path, *, skip_bad: bool) -> _Fault:
-    """Writes a scene, unless an interrupted run did; nothing where it has faults."""
+    """Write a scene unless an interrupted run did; a scene with faults is not written."""
     if scene_path(folder, name).is_file():
         return _Fault()
     try:
         scene = adapter.read(name, splits[name])
-        adapter.vector_map(scene)  # a broken one would end the next stage, for all scenes
+        adapter.vector_map(scene)  # a broken map would end the next stage for all scenes
         broken = check_pictures(adapter.root, adapter.pictures(scene))
     except MagicDriveError as error:
         if not skip_bad:
             raise
         return _Fault(record=error.message)
     if broken and skip_bad:
-        return _Fault(record=_of(broken))
+        return _Fault(record=_first_of(broken))
     if broken:
         return _Fault(pictures=tuple(broken))
     write_scene(folder, scene)
@@ -97,21 +101,21 @@ def _make_scene(name: str, adapter: Adapter, splits: Mapping[str, str], folder: 
 
 
 def import_infos(files: Mapping[str, Path], root: Path, version: str, out: Path | str) -> int:
-    """Writes published info files as an infos folder, whole or not at all; pictures are not looked at.
+    """Write published info files as an infos folder, completely or not at all; pictures are not checked.
 
-    Scenes have the tokens and names that ``scene.json`` of the tables gives them, where those are there.
+    Scenes get their tokens and names from ``scene.json`` if the tables are there.
 
     Args:
-        files: by the split that they hold, "train" and "val".
+        files: the info file of each split, "train" and "val".
         root: the data root.
-        version: of its tables.
+        version: name of the table folder.
         out: the infos folder.
 
     Returns:
-        scenes.
+        The number of scenes.
 
     Raises:
-        MagicDriveError: a file is not plain data, or holds a broken record; what is wrong is named.
+        MagicDriveError: a file is not plain data or holds a broken record; the message names it.
     """
     names = _scene_names(root / version)
     scenes = [scene for split, path in files.items() for scene in read_published(path, split, names)]
@@ -123,7 +127,13 @@ def import_infos(files: Mapping[str, Path], root: Path, version: str, out: Path 
 
 
 def write_infos(scenes: Iterable[Scene], facts: Mapping[str, str], folder: Path) -> None:
-    """Writes the files of an infos folder; ``facts`` as for ``InfosWriter``, pictures are not looked at."""
+    """Write all files of an infos folder; pictures are not checked.
+
+    Args:
+        scenes: the scenes, in any order.
+        facts: how the scenes were made, see ``InfosWriter``.
+        folder: the infos folder, which must exist.
+    """
     with InfosWriter(folder, facts) as writer:
         for scene in sorted(scenes, key=lambda scene: scene.name):
             write_scene(folder, scene)
@@ -131,41 +141,45 @@ def write_infos(scenes: Iterable[Scene], facts: Mapping[str, str], folder: Path)
 
 
 def read_scenes(folder: Path | str) -> Scenes:
-    """The scenes of an infos folder, in the order of their names, mapped and not held.
+    """Open the scenes of an infos folder, in the order of their names; files are mapped, not loaded.
 
     Raises:
-        MagicDriveError: no infos there.
+        MagicDriveError: the folder holds no infos.
     """
     return Scenes(folder)
 
 
 def infos_digest(folder: Path | str) -> str:
-    """Changes with what an infos folder holds; the scenes' files hold what ``frames.parquet`` holds."""
+    """Digest an infos folder; ``frames.parquet`` stands for the files of single scenes, which hold the same rows."""
     return fingerprint({name: sha256_file(Path(folder) / name) for name in (FRAMES, SUMMARY)})
 
 
 def pictures_changed(infos: Path, root: Path) -> bool:
-    """Whether the pictures below ``root`` are others than those that the infos were made from; reads none of them.
+    """Check whether pictures changed since the infos were made, by names and lengths only.
 
-    DVC watches the tables alone: it would read every picture (docs/decisions/0002-data-versioning.md).
+    DVC tracks only the tables, because it would read every picture (docs/decisions/0002-data-versioning.md).
+
+    Args:
+        infos: the infos folder.
+        root: the data root.
     """
     if not (infos / SUMMARY).is_file():
         return False
     digest = read_json(infos / SUMMARY).get("picture_digest")
-    if digest is None:  # imported infos: nobody looked at the pictures
+    if digest is None:  # imported infos: pictures were not checked
         return False
     frames = pq.read_table(infos / FRAMES, columns=["pictures"])["pictures"].combine_chunks()
     return bool(digest != PictureInventory.of(root, frames.flatten().to_pylist()).digest)
 
 
 class InfosWriter:
-    """Writes ``frames.parquet`` scene by scene, and ``infos.json`` at the end.
+    """Write ``frames.parquet`` scene by scene, and ``infos.json`` at the end.
 
     Args:
-        folder: for both.
-        facts: version, rule and unpaired: how the scenes were made, for both files.
-        root: of the pictures, whose lengths are noted; None: nobody looks at them.
-        quarantined: why scenes are not there, by name.
+        folder: the infos folder.
+        facts: "version", "rule" (the alignment) and "unpaired": how the scenes were made, stored in both files.
+        root: the data root, whose picture lengths are recorded; None if pictures are not checked.
+        quarantined: why each missing scene was left out, by name.
     """
 
     def __init__(
@@ -186,7 +200,12 @@ class InfosWriter:
         self._classes: Counter[str] = Counter()
 
     def add(self, scene: Scene, least: int = 1) -> None:
-        """Adds a scene whose file is in the folder as a row group; of fewer than ``least`` frames, it is removed."""
+        """Add a scene as a row group, or remove its file if the scene is too short.
+
+        Args:
+            scene: a scene whose own file is in the folder already.
+            least: number of frames that a scene must have.
+        """
         if len(scene) < least:
             self.left_out.append(scene.name)
             scene_path(self._folder, scene.name).unlink()
@@ -203,15 +222,15 @@ class InfosWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._file.close()
         if error is None:
-            seen = None if self._root is None else PictureInventory.of(self._root, self._pictures)
+            inventory = None if self._root is None else PictureInventory.of(self._root, self._pictures)
             write_json(
                 self._folder / SUMMARY,
                 {
                     **self._facts,
                     **self._counts,
                     "pictures": len(self._pictures),
-                    "picture_bytes": seen.bytes if seen else None,
-                    "picture_digest": seen.digest if seen else None,
+                    "picture_bytes": inventory.bytes if inventory else None,
+                    "picture_digest": inventory.digest if inventory else None,
                     "boxes": {name: self._classes[name] for name in CLASSES},
                     "splits": self.scenes,
                     "left_out": self.left_out,
@@ -220,11 +239,11 @@ class InfosWriter:
             )
 
 
-_DRAW = "`magicdrive synth --render-for {} --version {}`"
+_RENDER = "`magicdrive synth --render-for {} --version {}`"
 
 
 def _scene_names(tables: Path) -> dict[str, tuple[str, str]]:
-    """(token, name) of the scene by the token of each sample; empty where the tables are not there."""
+    """Read (token, name) of the scene of each sample, by the sample's token; empty without tables."""
     if not (tables / "sample.json").is_file():
         return {}
     names = {scene["token"]: scene["name"] for scene in read_json(tables / "scene.json")}
@@ -232,6 +251,6 @@ def _scene_names(tables: Path) -> dict[str, tuple[str, str]]:
     return {sample["token"]: (sample["scene_token"], names[sample["scene_token"]]) for sample in samples}
 
 
-def _of(faults: Sequence[str]) -> str:
-    """The first fault, and how many there are."""
+def _first_of(faults: Sequence[str]) -> str:
+    """Return the first fault, and how many there are."""
     return faults[0] + (f" ({len(faults)} pictures are unusable)" if len(faults) > 1 else "")

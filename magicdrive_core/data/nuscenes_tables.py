@@ -1,7 +1,10 @@
-"""nuScenes tables through nuscenes-devkit, for any root and version.
+"""nuScenes tables through nuscenes-devkit, for any root and version, with errors that name the file and the record.
 
-The only importer of the devkit but for its own evaluation (``scores/detection.py``). It takes seconds to import:
-modules that merely read artefacts import this one inside the functions that need it.
+The devkit's own index stops at the first broken record among 850 scenes. This one assigns each broken record to its
+scene, so that the other scenes can still be read.
+
+Apart from the devkit's evaluation (``evaluation/detection.py``) this is the only module that imports the devkit, which
+takes seconds: modules that only read artefacts import this one inside the functions that need it.
 """
 
 from __future__ import annotations
@@ -26,12 +29,18 @@ from magicdrive_core.utils.files import read_json
 Record = dict[str, Any]
 
 LIDAR = "LIDAR_TOP"
-# Names of the official splits, by version: (training, validation).
+_REPAIR = "unpack the nuScenes metadata archive again, or make generated data with `magicdrive synth`"
+# The official splits for training and validation, by version.
 _OFFICIAL = {"v1.0-trainval": ("train", "val"), "v1.0-mini": ("mini_train", "mini_val")}
 
 
 class Tables(NuScenes):
-    """The devkit's tables, quiet, with errors that name the file and the record."""
+    """The devkit's tables, silent, with errors that name the file and the record.
+
+    Args:
+        root: the data root.
+        version: name of the table folder.
+    """
 
     def __init__(self, root: Path, version: str) -> None:
         super().__init__(version=version, dataroot=str(root), verbose=False)
@@ -42,14 +51,14 @@ class Tables(NuScenes):
         return Path(self.dataroot)
 
     def __load_table__(self, table_name: str) -> list[Record]:
-        """In place of the devkit's reader, which says neither which file is broken nor what a table is."""
+        """Override the devkit's reader, which does not say which file is broken and does not check its form."""
         records = read_json(self.path(table_name), _REPAIR)
         if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-            raise MagicDriveError(f"{self.path(table_name)} is no list of records", _REPAIR)
+            raise MagicDriveError(f"{self.path(table_name)} is not a list of records", _REPAIR)
         return records
 
     def __make_reverse_index__(self, verbose: bool) -> None:
-        """In place of the devkit's index, which knows no scene and stops at the first broken record."""
+        """Override the devkit's index, which stops at the first broken record."""
         self._token2ind: dict[str, dict[str, int]] = {}
         for table in self.table_names:
             rows = self._token2ind[table] = {}
@@ -60,14 +69,14 @@ class Tables(NuScenes):
         self._faults = link_records(self)
 
     def path(self, table: str) -> Path:
-        """The file of a table."""
+        """Return the file of a table."""
         return Path(self.table_root) / f"{table}.json"
 
     def getind(self, table_name: str, token: str) -> int:
-        """The row of a record.
+        """Find the row of a record.
 
         Raises:
-            MagicDriveError: the table has no such record.
+            MagicDriveError: the table does not hold the record.
         """
         try:
             return self._token2ind[table_name][token]
@@ -77,15 +86,24 @@ class Tables(NuScenes):
             ) from None
 
     def find(self, table: str, token: str | None) -> Record | None:
-        """A record by its token; None where there is none."""
+        """Find a record by its token; None if the table does not hold it."""
         row = self._token2ind[table].get(token or "")
         return None if row is None else getattr(self, table)[row]
 
     def follow(self, table: str, record: Record, field: str, to: str) -> Record:
-        """The record of the table ``to`` that a field of a record names.
+        """Follow a reference from one table to another.
+
+        Args:
+            table: table of the record.
+            record: the record that holds the reference.
+            field: the field that holds the token of the other record.
+            to: table of the other record.
+
+        Returns:
+            The other record.
 
         Raises:
-            MagicDriveError: the record has no such field, or ``to`` no such record.
+            MagicDriveError: the record lacks the field, or ``to`` lacks the other record.
         """
         token = self.field(table, record, field)
         row = self._token2ind[to].get(token)
@@ -99,21 +117,21 @@ class Tables(NuScenes):
         return found
 
     def field(self, table: str, record: Record, name: str) -> Any:
-        """A field of a record.
+        """Return a field of a record.
 
         Raises:
-            MagicDriveError: the record has no such field.
+            MagicDriveError: the record lacks the field.
         """
         if name not in record:
             raise MagicDriveError(f"{self.path(table)}: record {record.get('token')} has no {name}", _REPAIR)
         return record[name]
 
     def samples(self, scene: Record) -> list[Record]:
-        """The key frames of a scene in time order.
+        """List the key frames of a scene in order of time.
 
         Raises:
-            MagicDriveError: a record or field of the scene is missing, or a key frame is not later than the one
-                before it.
+            MagicDriveError: a record or field of the scene is missing, or a key frame is not later than the previous
+                one.
         """
         if scene["token"] in self._faults:
             raise self._faults[scene["token"]]
@@ -123,7 +141,7 @@ class Tables(NuScenes):
             if out and self.time("sample", sample) <= self.time("sample", out[-1]):
                 raise MagicDriveError(
                     f"{self.path('sample')}: timestamp of record {sample['token']} is not later than that of"
-                    f" {out[-1]['token']}, which comes before it"
+                    f" {out[-1]['token']}, the previous one"
                 )
             out.append(sample)
             if not self.field("sample", sample, "next"):
@@ -131,37 +149,43 @@ class Tables(NuScenes):
             sample = self.follow("sample", sample, "next", "sample")
 
     def time(self, table: str, record: Record) -> int:
-        """A record's time stamp in microseconds.
+        """Return a record's time stamp in microseconds.
 
         Raises:
-            MagicDriveError: it has none, or one that is no whole number.
+            MagicDriveError: the time stamp is missing or not an integer.
         """
         value = self.field(table, record, "timestamp")
         if not isinstance(value, int):
             raise MagicDriveError(
-                f"{self.path(table)}: timestamp of record {record['token']} is {value!r}, not microseconds"
+                f"{self.path(table)}: timestamp of record {record['token']} is {value!r}, expected integer microseconds"
             )
         return value
 
     def sensor_records(self, scene: Record) -> dict[str, list[Record]]:
-        """The ``sample_data`` records of a scene, key frames and sweeps, by channel in time order.
+        """Collect the ``sample_data`` records of a scene, key frames and sweeps, by channel in order of time.
 
         Raises:
-            MagicDriveError: a time stamp is none, or not later than that of the record before it.
+            MagicDriveError: a time stamp is missing, or not later than that of the previous record.
         """
         channels = self._records.get(scene["token"], {})
         return {channel: self._in_time_order(records) for channel, records in channels.items()}
 
     def location(self, scene: Record) -> str:
-        """The map that a scene drives on, for example singapore-onenorth."""
+        """Return the location of a scene, which names its map, such as "singapore-onenorth"."""
         log = self.follow("scene", scene, "log_token", "log")
         return str(self.field("log", log, "location"))
 
     def vectors(self, table: str, records: Sequence[Record], field: str, width: int) -> NDArray[np.float64]:
-        """One field of N records of ``table`` as an array (N, width).
+        """Stack one field of N records as an array (N, width).
+
+        Args:
+            table: table of the records.
+            records: the records.
+            field: name of the field.
+            width: how many numbers the field must hold.
 
         Raises:
-            MagicDriveError: a record's value is not ``width`` finite numbers.
+            MagicDriveError: a record's field does not hold ``width`` finite numbers, or a rotation is zero.
         """
         for record in records:
             value = self.field(table, record, field)
@@ -172,19 +196,19 @@ class Tables(NuScenes):
                 )
             if field == "rotation" and not any(value):
                 raise MagicDriveError(
-                    f"{self.path(table)}: rotation of record {record['token']} is zero, not a quaternion"
+                    f"{self.path(table)}: rotation of record {record['token']} is zero, expected a quaternion"
                 )
         return np.array([record[field] for record in records], np.float64).reshape(-1, width)
 
     def _in_time_order(self, records: list[Record]) -> list[Record]:
-        """Records of one sensor by time stamp, which must be the order in which they name each other."""
+        """Sort records of one sensor by time stamp, which must agree with their ``next`` links."""
         ordered = sorted(records, key=lambda record: self.time("sample_data", record))
-        places = {record["token"]: place for place, record in enumerate(ordered)}
-        for place, record in enumerate(ordered):
-            if places.get(record.get("next", ""), place + 1) <= place:
+        rows = {record["token"]: row for row, record in enumerate(ordered)}
+        for row, record in enumerate(ordered):
+            if rows.get(record.get("next", ""), row + 1) <= row:
                 raise MagicDriveError(
                     f"{self.path('sample_data')}: timestamp of record {record['next']} is not later than that of"
-                    f" {record['token']}, which comes before it"
+                    f" {record['token']}, the previous one"
                 )
         return ordered
 
@@ -193,31 +217,32 @@ class Tables(NuScenes):
         out: dict[str, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
         for record in self.sample_data:
             sample = self.find("sample", record.get("sample_token"))
-            if sample is not None and "channel" in record:  # else its scene has a fault, and is not read
+            if sample is not None and "channel" in record:  # otherwise its scene has a fault and is not read
                 out[self.field("sample", sample, "scene_token")][record["channel"]].append(record)
         return out
 
 
 def load_tables(root: Path | str, version: str) -> Tables:
-    """Loads the 13 tables of ``root/version``.
+    """Load the 13 tables of ``root/version``.
 
     Raises:
-        MagicDriveError: no such folder, a missing or broken table (named), a record that refers to a missing one.
+        MagicDriveError: the folder is missing, a table is missing or broken, or a record without a scene names a
+            missing record.
     """
     folder = find_tables(root, version)
     try:
         return Tables(Path(root), version)
-    except FileNotFoundError as error:  # of a map picture
+    except FileNotFoundError as error:  # a map picture is missing
         raise MagicDriveError(f"{error.filename} is missing", _REPAIR) from None
-    except AssertionError as error:  # the devkit's way to say that a map picture is missing
-        raise MagicDriveError(f"the tables in {folder} cannot be used: {error}", _REPAIR) from None
+    except AssertionError as error:  # the devkit asserts that map pictures exist
+        raise MagicDriveError(f"the tables in {folder} are unusable: {error}", _REPAIR) from None
     except (KeyError, IndexError, TypeError) as error:
         fault = f"{type(error).__name__}: {error}"
-        raise MagicDriveError(f"the tables in {folder} do not fit together ({fault})", _REPAIR) from None
+        raise MagicDriveError(f"the tables in {folder} are inconsistent ({fault})", _REPAIR) from None
 
 
 def official_split(version: str) -> tuple[set[str], set[str]] | None:
-    """Scene names of the official training and validation split; None where the devkit knows no split."""
+    """Return scene names of the official training and validation split; None if the devkit knows no such split."""
     if version not in _OFFICIAL:
         return None
     splits = create_splits_scenes()
@@ -226,27 +251,20 @@ def official_split(version: str) -> tuple[set[str], set[str]] | None:
 
 
 def detection_class(category: str) -> str | None:
-    """The detection class of a nuScenes category, None for categories that are not detected."""
+    """Return the detection class of a nuScenes category; None for categories outside the ten classes."""
     return category_to_detection_name(category)
 
 
-_REPAIR = "unpack the nuScenes metadata archive again, or make generated data with `magicdrive synth`"
-
-
-# How the records of nuScenes tables hang together, and to which scene each broken link belongs.
-#
-# The devkit's own index stops at the first broken record among 850 scenes. This one notes it for its scene and goes on.
-
-
 def link_records(tables: Tables) -> dict[str, MagicDriveError]:
-    """Adds to records what the devkit's index adds: ``category_name`` of annotations, ``channel`` of sensor records,
-    ``data`` and ``anns`` of samples.
+    """Add the fields that the devkit's index adds to records.
+
+    These are ``category_name`` of annotations, ``channel`` of sensor records, ``data`` and ``anns`` of samples.
 
     Returns:
-        the first fault of each scene that has one, by its token.
+        The first fault of each scene that has one, by the scene's token.
 
     Raises:
-        MagicDriveError: a broken record belongs to no scene that can be found.
+        MagicDriveError: no scene can be found for a broken record.
     """
     faults: dict[str, MagicDriveError] = {}
     for sample in tables.sample:
@@ -275,14 +293,14 @@ def link_records(tables: Tables) -> dict[str, MagicDriveError]:
 
 
 def _check_neighbours(tables: Tables, table: str, record: Record) -> None:
-    """A record that is missing between two others is known by them: a sensor that dropped a frame leaves no gap."""
+    """Check that the neighbours of a record exist; a frame that the sensor dropped is not linked by its neighbours."""
     for direction in ("prev", "next"):
         if record.get(direction):
             tables.follow(table, record, direction, table)
 
 
 def _scene_of(tables: Tables, table: str, record: Record, fault: MagicDriveError) -> str:
-    """The scene of a broken record: of its sample, else of the nearest record of its chain that has one."""
+    """Find the scene of a broken record: that of its sample, or of the nearest linked record that has a sample."""
     for direction in ("prev", "next"):
         near: Record | None = record
         passed: set[str] = set()

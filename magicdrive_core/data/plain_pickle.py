@@ -1,6 +1,6 @@
-"""Pickles that hold data and nothing else: numbers, texts, containers, NumPy arrays. Anything else is refused unread.
+"""A safe unpickler: it reads numbers, texts, containers and NumPy arrays, and refuses any other type before running it.
 
-A pickle is a program: an ordinary unpickler runs whatever its author wants. This one can only build the types below.
+A pickle is a program, and an ordinary unpickler runs whatever its author wants. This one only builds the types below.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from magicdrive_core.errors import MagicDriveError
 
 
 def _bytes(text: str, encoding: str = "latin1") -> bytes:
-    """What pickles of protocol 2 make bytes with; Latin-1 alone, other codecs are code."""
+    """Replace ``_codecs.encode``, which pickles of protocol 2 build bytes with; only Latin-1 is allowed."""
     if encoding not in ("latin1", "latin-1", "iso-8859-1"):
         raise pickle.UnpicklingError(f"bytes in the encoding {encoding!r}")
     return text.encode("latin1")
@@ -27,7 +27,7 @@ def _bytes(text: str, encoding: str = "latin1") -> bytes:
 _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
     **{
         (module, kind.__name__): kind
-        for module in ("builtins", "__builtin__")  # the latter up to protocol 2
+        for module in ("builtins", "__builtin__")  # __builtin__ up to protocol 2
         for kind in (set, frozenset, bytearray, complex)
     },
     ("collections", "OrderedDict"): OrderedDict,
@@ -36,7 +36,7 @@ _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
     ("numpy", "dtype"): np.dtype,
     **{
         (f"numpy.{core}.{module}", name): getattr(importlib.import_module(f"numpy.core.{module}"), name)
-        for core in ("core", "_core")  # of NumPy 1 and 2
+        for core in ("core", "_core")  # NumPy 1 and NumPy 2
         for module, name in (("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer"))
     },
 }
@@ -54,14 +54,15 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 class _NotPlainError(Exception):
-    """The pickle asks for something that is no data type."""
+    """The pickle asks for a type that is not in ``_ALLOWED``."""
 
 
 def read_plain_pickle(path: Path | str) -> Any:
-    """What a pickle file holds.
+    """Read a pickle file of plain data.
 
     Raises:
-        MagicDriveError: missing, broken, or not plain data (what it asked for is named, and was not run).
+        MagicDriveError: the file is missing, broken, or not plain data; the message names the type that it asks for,
+            which was not run.
     """
     path = Path(path)
     try:
@@ -71,8 +72,9 @@ def read_plain_pickle(path: Path | str) -> Any:
         raise MagicDriveError(f"{path} is missing") from None
     except _NotPlainError as error:
         raise MagicDriveError(
-            f"{path} is refused: it asks for {error}, which is no data type", "nothing in it was run; ask its author"
+            f"{path} is refused: it asks for {error}, which is not a plain data type",
+            "nothing in it was run; ask its author",
         ) from None
     except _BROKEN as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise MagicDriveError(f"{path} is not a whole pickle: {reason}", "fetch the file again") from None
+        raise MagicDriveError(f"{path} is not a complete pickle: {reason}", "download the file again") from None

@@ -1,6 +1,7 @@
-"""The published info files (``*_with_bid.pkl`` and the track-2 evaluation file): read into scenes, written from scenes.
+"""Read and write the published info files (``*_with_bid.pkl`` and the track-2 evaluation file).
 
-Their form: golden notes, section 3. They name no scenes, only lists of sample tokens, and hold one row a frame.
+Their format is described in the golden notes, section 3: one record a frame, and scenes as lists of sample tokens
+without names.
 """
 
 from __future__ import annotations
@@ -25,38 +26,44 @@ Floats = NDArray[np.float64]
 
 CAMERA_ORDER = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
 PROTOCOL = 4
-UNKNOWN = -1  # of lidar and radar points in a box, which the infos do not hold
+UNKNOWN = -1  # number of lidar and radar points in a box, which scenes do not hold
 
 
 def read_published(path: Path | str, split: str, names: Mapping[str, tuple[str, str]] | None = None) -> list[Scene]:
-    """The scenes of a published info file, in its order.
+    """Read the scenes of a published info file, in its order.
 
     Args:
-        path: the pickle.
-        split: that all of its scenes belong to.
-        names: (token, name) of the scene by the token of a sample. A scene that is not named there is called by the
-            token of its first frame.
+        path: the pickle file.
+        split: the split that all of its scenes belong to.
+        names: (token, name) of the scene of each sample, by the sample's token. A scene that is missing there takes
+            the token of its first frame as token and name.
 
     Raises:
-        MagicDriveError: not plain data, or a record or field is missing or impossible: named.
+        MagicDriveError: the file is not plain data, or a record or field is missing or impossible; the message names
+            it.
     """
     values = read_plain_pickle(path)
     if not isinstance(values, dict) or not {"infos", "scene_tokens"} <= set(values):
-        raise MagicDriveError(f"{path} is no published info file: it lacks infos or scene_tokens")
+        raise MagicDriveError(f"{path} is not a published info file: it lacks infos or scene_tokens")
     try:
         records = {record["token"]: record for record in values["infos"]}
         scenes = [[records[token] for token in tokens] for tokens in values["scene_tokens"] if len(tokens)]
     except (KeyError, TypeError) as error:
-        raise MagicDriveError(f"{path}: a scene names the frame {error}, which infos do not hold") from None
+        raise MagicDriveError(f"{path}: scene_tokens names the frame {error}, which infos does not hold") from None
     return [_read_scene(Path(path), frames, split, names or {}) for frames in scenes]
 
 
 def write_published(scenes: Sequence[Scene], path: Path | str, version: str) -> None:
-    """Writes scenes in the published form, for programs that read it.
+    """Write scenes as a published info file, for programs that read that format.
 
-    What the infos do not hold is said as unknown: no sweeps, -1 lidar and radar points. A camera's pose is the lidar's
-    at the frame's time and ``sensor2ego`` takes up the motion between the two times, so that the way from camera to
-    global is exact while its two parts are not those of the tables. Velocities are differences of neighbouring frames.
+    Values that scenes do not hold are marked as unknown: no sweeps, -1 lidar and radar points. A camera's ego pose is
+    that of the lidar, and ``sensor2ego`` includes the ego motion between lidar and camera time: camera to global is
+    exact, but its two parts differ from the tables. Velocities are differences between neighbouring frames.
+
+    Args:
+        scenes: the scenes to write.
+        path: the pickle file.
+        version: name of the table folder, stored in the metadata.
     """
     infos = [record for scene in scenes for record in _records(scene)]
     tokens = [list(scene.tokens) for scene in scenes]
@@ -69,7 +76,7 @@ def _read_scene(path: Path, records: Sequence[Record], split: str, names: Mappin
     frames = [_Frame(path, record) for record in records]
     tokens = [str(frame.field("token")) for frame in frames]
     known = set(tokens)
-    between = [token[:-1] in known for token in tokens]  # a key frame's token and one digit
+    between = [token[:-1] in known for token in tokens]  # the last key frame's token and one character
     token, name = names.get(tokens[0]) or names.get(tokens[0][:-1]) or (tokens[0], tokens[0])
     return Scene(
         token=token,
@@ -94,7 +101,7 @@ def _by_view(frames: Sequence[_Frame], read: Any) -> Floats:
 
 
 class _Frame:
-    """One record, or one camera of it, whose fields are checked as they are read."""
+    """One frame's record, or one camera in it, whose fields are checked when they are read."""
 
     def __init__(self, path: Path, record: Record, where: str = "") -> None:
         self._path, self._record = path, record
@@ -127,11 +134,11 @@ class _Frame:
         return _Frame(self._path, cameras.field(view), f"{view} of {self._where}")
 
     def picture(self) -> str:
-        """Below the data root: what comes before samples/ or sweeps/ is of the machine that made the file."""
+        """Return the path below the data root; what precedes samples/ or sweeps/ depends on the writer's machine."""
         path = str(self.field("data_path"))
         start = max(path.rfind("samples/"), path.rfind("sweeps/"))
         if start < 0:
-            raise MagicDriveError(f"{self._path}: data_path of {self._where} leads to neither samples/ nor sweeps/")
+            raise MagicDriveError(f"{self._path}: data_path of {self._where} is in neither samples/ nor sweeps/")
         return path[start:]
 
     def boxes(self) -> FrameBoxes:
@@ -195,7 +202,7 @@ def _camera(scene: Scene, frame: int, view: int) -> Record:
 
 
 def _parts(name: str, matrix: Floats) -> Record:
-    """A pose as quaternion (w, x, y, z) and translation."""
+    """Split a pose into quaternion (w, x, y, z) and translation."""
     return {
         f"{name}_rotation": poses.quaternion(matrix[:3, :3]).tolist(),
         f"{name}_translation": matrix[:3, 3].tolist(),
@@ -203,9 +210,14 @@ def _parts(name: str, matrix: Floats) -> Record:
 
 
 def _velocities(scene: Scene) -> list[Floats]:
-    """(N, 2) metres a second along the lidar's x and y; NaN for objects that no neighbouring frame holds."""
+    """Compute the velocities of objects from neighbouring frames.
+
+    Returns:
+        For each frame (N, 2) metres a second along the lidar's x and y; NaN for objects that neither neighbouring
+        frame holds.
+    """
     lidar_to_global = scene.ego_to_global @ scene.lidar_to_ego
-    places = [
+    positions = [
         dict(zip(boxes.ids, poses.transform(matrix, boxes.boxes[:, :3]), strict=True))
         for boxes, matrix in zip(scene.boxes, lidar_to_global, strict=True)
     ]
@@ -214,11 +226,11 @@ def _velocities(scene: Scene) -> list[Floats]:
         before, after = max(0, frame - 1), min(len(scene) - 1, frame + 1)
         velocity = np.full((len(boxes.ids), 2), np.nan)
         for row, token in enumerate(boxes.ids):
-            first = before if token in places[before] else frame
-            last = after if token in places[after] else frame
+            first = before if token in positions[before] else frame
+            last = after if token in positions[after] else frame
             if last > first:
                 seconds = (scene.timestamps[last] - scene.timestamps[first]) / 1e6
-                moved = (places[last][token] - places[first][token]) / seconds
+                moved = (positions[last][token] - positions[first][token]) / seconds
                 velocity[row] = (lidar_to_global[frame, :3, :3].T @ moved)[:2]
         out.append(velocity)
     return out

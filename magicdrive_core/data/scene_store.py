@@ -1,7 +1,10 @@
-"""A scene as rows of ``frames.parquet``, a row a frame.
+"""Scenes as Arrow tables: one row a frame, one memory-mapped file a scene.
 
-``SCHEMA`` documents the columns. Matrices are flattened row by row; poses are ``a_to_b`` and 4x4; views come in the
-order of ``cameras.VIEWS``.
+``SCHEMA`` documents the columns, which ``frames.parquet`` shares. Matrices are flattened row by row; poses are 4x4
+``a_to_b`` matrices; views are in the order of ``cameras.VIEWS``.
+
+The kernel owns the pages of a mapped file: all ranks and workers of a host share them, and it can reclaim them. A
+process owns only the scene that it is working on.
 """
 
 from __future__ import annotations
@@ -19,17 +22,20 @@ from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.geometry.cameras import VIEWS
 from magicdrive_core.utils.files import atomic_file
 
+SCENES = "scenes"  # folder of the scenes' files in an infos folder
+_REMAKE = "run `dvc repro infos` to make it again"
+
 _V = len(VIEWS)
-_WORD = pa.dictionary(pa.int32(), pa.string())
+_TEXT = pa.dictionary(pa.int32(), pa.string())
 _POSE = pa.list_(pa.float64(), 16)
 SCHEMA = pa.schema(
     [
-        ("scene", _WORD),  # scene token
-        ("name", _WORD),  # scene name
-        ("split", _WORD),  # "train", "val" or "both"
-        ("location", _WORD),  # of the map
-        ("description", _WORD),
-        ("token", pa.string()),  # of the sample; between key frames that of the key frame before and a digit
+        ("scene", _TEXT),  # scene token
+        ("name", _TEXT),  # scene name
+        ("split", _TEXT),  # "train", "val" or "both"
+        ("location", _TEXT),  # of the map
+        ("description", _TEXT),
+        ("token", pa.string()),  # of the sample; between key frames, that of the last key frame and one character
         ("key_frame", pa.bool_()),
         ("timestamp", pa.int64()),  # microseconds
         ("lidar_to_ego", _POSE),
@@ -37,15 +43,15 @@ SCHEMA = pa.schema(
         ("pictures", pa.list_(pa.string(), _V)),  # paths below the data root
         ("intrinsics", pa.list_(pa.float64(), _V * 9)),  # V, 3, 3 pixels of the full picture
         ("camera_to_lidar", pa.list_(pa.float64(), _V * 16)),  # V, 4, 4
-        ("box_ids", pa.list_(_WORD)),  # N instance tokens
-        ("box_names", pa.list_(_WORD)),  # N of CLASSES
+        ("box_ids", pa.list_(_TEXT)),  # N instance tokens
+        ("box_names", pa.list_(_TEXT)),  # N of CLASSES
         ("boxes", pa.list_(pa.list_(pa.float64(), 7))),  # N of x, y, z (centre, lidar frame), w, l, h, yaw'
     ]
 )
 
 
 def to_table(scene: Scene) -> pa.Table:
-    """A scene as rows of ``SCHEMA``."""
+    """Convert a scene to rows of ``SCHEMA``."""
     F = len(scene)
     offsets = np.cumsum([0, *(len(frame.ids) for frame in scene.boxes)]).astype(np.int32)
     boxes = np.concatenate([frame.boxes for frame in scene.boxes])
@@ -78,12 +84,12 @@ def to_table(scene: Scene) -> pa.Table:
 
 
 def from_table(table: pa.Table) -> Scene:
-    """The scene whose rows these are; its arrays are views of the table's memory."""
+    """Convert rows of ``SCHEMA`` to a scene; its arrays are views of the table's memory."""
     columns = {name: _one(table.column(name)) for name in SCHEMA.names}
     F = table.num_rows
     offsets = columns["boxes"].offsets.to_numpy()
     boxes = _array(columns["boxes"].flatten(), 7)
-    ids, names = _words(columns["box_ids"].flatten()), _words(columns["box_names"].flatten())
+    ids, names = _texts(columns["box_ids"].flatten()), _texts(columns["box_names"].flatten())
     spans = [slice(*span) for span in pairwise(offsets - offsets[0])]
     return Scene(
         token=columns["scene"][0].as_py(),
@@ -104,7 +110,7 @@ def from_table(table: pa.Table) -> Scene:
 
 
 def _one(column: pa.ChunkedArray) -> pa.Array:
-    """A column in one piece, copied only where it has several."""
+    """Return a column in one piece, copied only if it has several."""
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
@@ -113,42 +119,33 @@ def _fixed(values: np.ndarray, width: int) -> pa.FixedSizeListArray:
 
 
 def _array(column: pa.FixedSizeListArray, *shape: int) -> np.ndarray:
-    """The values of a fixed-size list column, a read-only view of its memory."""
+    """Return the values of a fixed-size list column as a read-only view of its memory."""
     values = column.flatten().to_numpy()
     return values.reshape(shape if len(shape) > 1 else (-1, *shape))
 
 
-def _words(column: pa.DictionaryArray) -> list[str]:
-    """The words of a dictionary column; equal words are one object."""
-    words = column.dictionary.to_pylist()
-    return [words[index] for index in column.indices.to_pylist()]
-
-
-# The scenes of an infos folder as processes read them: an Arrow file a scene, mapped and not copied.
-#
-# The pages of a mapped file are the kernel's: all ranks and workers of a host share them, and they count as memory that
-# can be had back. What a process holds of its own is what it is working on.
-
-SCENES = "scenes"
-_REMAKE = "run `dvc repro infos` to make it again"
+def _texts(column: pa.DictionaryArray) -> list[str]:
+    """Return the texts of a dictionary column; equal texts are one object."""
+    texts = column.dictionary.to_pylist()
+    return [texts[index] for index in column.indices.to_pylist()]
 
 
 def scene_path(folder: Path, name: str) -> Path:
-    """The file of a scene in an infos folder."""
+    """Return the file of a scene in an infos folder."""
     return folder / SCENES / f"{name}.arrow"
 
 
 def write_scene(folder: Path, scene: Scene) -> None:
-    """Writes the file of a scene, whole or not at all, with the rows of ``table.SCHEMA``."""
+    """Write the file of a scene, completely or not at all."""
     with atomic_file(scene_path(folder, scene.name)) as partial, pa.ipc.new_file(str(partial), SCHEMA) as file:
         file.write_table(to_table(scene).combine_chunks())
 
 
 def read_scene(path: Path) -> Scene:
-    """One scene; its arrays are read-only views of the mapped file.
+    """Read one scene; its arrays are read-only views of the mapped file.
 
     Raises:
-        MagicDriveError: missing, broken, or of another version.
+        MagicDriveError: the file is missing, broken, or was written by another version.
     """
     try:
         file = pa.ipc.open_file(pa.memory_map(str(path)))
@@ -162,10 +159,13 @@ def read_scene(path: Path) -> Scene:
 
 
 class Scenes(Sequence[Scene]):
-    """The scenes of an infos folder in the order of their names; each is read again whenever it is asked for.
+    """The scenes of an infos folder in the order of their names; each access reads the scene again.
+
+    Args:
+        folder: the infos folder.
 
     Raises:
-        MagicDriveError: there are none.
+        MagicDriveError: the folder holds no scenes.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -187,17 +187,22 @@ class Scenes(Sequence[Scene]):
 
 
 class ScenesByToken(Mapping[str, Scene]):
-    """Scenes by token, without holding those of a ``Scenes``."""
+    """Scenes by token, read at each access.
 
-    def __init__(self, scenes: Sequence[Scene], outlines: Sequence[SceneHeader]) -> None:
+    Args:
+        scenes: a lazy sequence such as ``Scenes``.
+        headers: the header of each scene, in the same order.
+    """
+
+    def __init__(self, scenes: Sequence[Scene], headers: Sequence[SceneHeader]) -> None:
         self._scenes = scenes
-        self._places = {outline.token: place for place, outline in enumerate(outlines)}
+        self._indices = {header.token: index for index, header in enumerate(headers)}
 
     def __getitem__(self, token: str) -> Scene:
-        return self._scenes[self._places[token]]
+        return self._scenes[self._indices[token]]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self._indices)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._indices)

@@ -177,7 +177,7 @@ def with_value(file: str, column: str, value: Any) -> Change:
         (with_value("annotations.feather", "length_m", 0.0), "annotations.feather: the size in row 4 is not positive"),
         (
             with_value("city_SE3_egovehicle.feather", "tx_m", float("nan")),
-            "city_SE3_egovehicle.feather: row 4 is no pose",
+            "city_SE3_egovehicle.feather: row 4 is not a pose",
         ),
         (lambda log: next((log / "map").iterdir()).unlink(), "holds no log_map_archive"),
     ],

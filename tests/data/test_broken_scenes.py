@@ -107,7 +107,7 @@ CASES = {
     ),
     "no time": (
         lambda b: b.set("sample_data", 4, "timestamp", "noon"),
-        r"sample_data.json: timestamp of record {0} is 'noon', not microseconds",
+        r"sample_data.json: timestamp of record {0} is 'noon', expected integer microseconds",
     ),
     "NaN in a place": (
         lambda b: b.set("ego_pose", 2, "translation", [NAN, 0.0, 0.0]),
@@ -168,7 +168,7 @@ def test_a_table_that_is_no_json_ends_the_stage_with_file_line_and_column(
             build_infos(config.model_copy(update={"data": data}), tmp_path / "infos")
         assert not (tmp_path / "infos").exists()
     (root_copy / "v1.0-demo/sample_data.json").write_text('{"token": []}')
-    with pytest.raises(MagicDriveError, match=r"sample_data.json is no list of records"):
+    with pytest.raises(MagicDriveError, match=r"sample_data.json is not a list of records"):
         build_infos(config, tmp_path / "infos")
 
 

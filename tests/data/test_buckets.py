@@ -15,7 +15,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from magicdrive_core.data.buckets import BucketSampler, _Generator, idle_share, relative_cost
+from magicdrive_core.data.buckets import BucketSampler, _TorchGenerator, idle_share, relative_cost
 from magicdrive_core.errors import UsageError
 from tests.conftest import PROJECT
 
@@ -59,7 +59,7 @@ def test_recorded_batches_beside_a_bucket_that_is_left_out(golden: dict[str, Any
 
 @given(st.integers(0, 2**40), st.lists(st.integers(0, 300), min_size=1, max_size=4))
 def test_permutations_are_those_of_torch(seed: int, counts: list[int]) -> None:
-    own, generator = _Generator(seed), torch.Generator().manual_seed(seed)
+    own, generator = _TorchGenerator(seed), torch.Generator().manual_seed(seed)
     for count in counts:
         np.testing.assert_array_equal(own.permutation(count), torch.randperm(count, generator=generator).numpy())
 

@@ -255,7 +255,12 @@ def test_a_missing_record_is_named(root_copy: Path) -> None:
         ("calibrated_sensor", "translation", None, "calibrated_sensor.json: translation of record .* is not 3 finite"),
         ("sample_annotation", "size", [0.0, 1.0, 1.0], "size of record .* is not positive"),
         ("sample", "timestamp", 7, "sample.json: timestamp of record .* is not later"),
-        ("sample_data", "timestamp", "noon", "sample_data.json: timestamp of record .* is 'noon', not microseconds"),
+        (
+            "sample_data",
+            "timestamp",
+            "noon",
+            "sample_data.json: timestamp of record .* is 'noon', expected integer microseconds",
+        ),
     ],
 )
 def test_impossible_values_are_named(root_copy: Path, table: str, field: str, value: Any, message: str) -> None:
@@ -290,7 +295,7 @@ def test_bad_scenes_are_quarantined_on_request(
     assert str(picture) in entry[1]
     assert f"{broken.name} is left out" in capsys.readouterr().err
     edit(root_copy, "sample_annotation", lambda records: [record.update(size=[1, 0, 1]) for record in records])
-    with pytest.raises(MagicDriveError, match=r"no scene of v1.0-demo is whole"):
+    with pytest.raises(MagicDriveError, match=r"no scene of v1.0-demo is usable"):
         build_infos(skipping, tmp_path / "infos")
     assert len(read_scenes(tmp_path / "infos")) == 1  # the earlier result stays
 

@@ -103,7 +103,7 @@ def test_what_is_no_data_is_refused_and_not_run(tmp_path: Path, protocol: int, f
     argument = str(tmp_path / "trace") if function is os.mkdir else "1"
     path = tmp_path / "infos.pkl"
     path.write_bytes(pickle.dumps({"infos": [Malicious(function, argument)]}, protocol=protocol))
-    with pytest.raises(MagicDriveError, match=r"infos.pkl is refused: it asks for .*, which is no data type"):
+    with pytest.raises(MagicDriveError, match=r"infos.pkl is refused: it asks for .*, which is not a plain data type"):
         read_plain_pickle(path)
     assert not (tmp_path / "trace").exists()
 
@@ -133,7 +133,7 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
         if broken.endswith(b"\x93."):
             assert read_plain_pickle(path) is np.dtype  # a type alone is harmless
             continue
-        with pytest.raises(MagicDriveError, match=r"a.pkl is not a whole pickle"):
+        with pytest.raises(MagicDriveError, match=r"a.pkl is not a complete pickle"):
             read_plain_pickle(path)
     with pytest.raises(MagicDriveError, match="is missing"):
         read_plain_pickle(tmp_path / "b.pkl")
@@ -153,7 +153,7 @@ def drop(*keys: Any) -> Callable[[dict[str, Any]], None]:
     ("change", "message"),
     [
         (drop("scene_tokens"), "lacks infos or scene_tokens"),
-        (drop("infos", 3), "a scene names the frame"),
+        (drop("infos", 3), "scene_tokens names the frame"),
         (drop("infos", 2, "gt_boxes"), r"frame \w+ has no gt_boxes"),
         (drop("infos", 2, "cams", "CAM_BACK"), r"frame \w+ has no CAM_BACK"),
         (drop("infos", 2, "cams", "CAM_BACK", "data_path"), r"CAM_BACK of frame \w+ has no data_path"),

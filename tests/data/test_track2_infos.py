@@ -132,6 +132,6 @@ def test_code_in_it_is_refused_and_not_run(pickled: Path, tmp_path: Path, monkey
     call = b"cos\nmkdir\n(X\x05\x00\x00\x00tracetR"
     pickled.write_bytes(whole.replace(b"X\r\x00\x00\x00v1.0-trainval", call))
     result = CliRunner().invoke(app, ["import-infos", "--val", pickled.name])
-    assert "is refused: it asks for os.mkdir, which is no data type" in str(result.exception)
+    assert "is refused: it asks for os.mkdir, which is not a plain data type" in str(result.exception)
     assert not Path("trace").exists()
     assert not Path("artifacts").exists()
