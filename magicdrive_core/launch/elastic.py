@@ -16,39 +16,16 @@ import signal
 import socket
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from magicdrive_core.launch.process_group import LOOPBACK, RankFailure
 from magicdrive_core.utils.files import write_json
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
     from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
-
-LOOPBACK = "127.0.0.1"
-
-
-@dataclass(frozen=True)
-class RankFailure:
-    """A rank that did not exit with 0.
-
-    Attributes:
-        rank: global rank.
-        exit_code: of the process; a negative one is the signal that ended it.
-        reason: the exception that ended the rank, in one line; empty where it left none (see ``record`` in torch).
-    """
-
-    rank: int
-    exit_code: int
-    reason: str
-
-    @classmethod
-    def of(cls, rank: int, failure: ProcessFailure) -> RankFailure:
-        """Take what the report needs from torch's record of a failed process."""
-        message = failure.error_file_data["message"]  # the placeholder "<NONE>", or what ``record`` wrote
-        reason = message["message"].splitlines()[0] if isinstance(message, dict) else ""
-        return cls(rank, failure.exitcode, reason)
 
 
 def launch(options: argparse.Namespace) -> list[RankFailure]:
@@ -76,8 +53,15 @@ def launch(options: argparse.Namespace) -> list[RankFailure]:
             elastic_launch(config, sys.executable)("-u", *options.command)
         except ChildFailedError as error:
             earliest_first = sorted(error.failures.items(), key=lambda item: item[1].timestamp)
-            return [RankFailure.of(rank, failure) for rank, failure in earliest_first]
+            return [_failure(rank, process) for rank, process in earliest_first]
     return []
+
+
+def _failure(rank: int, process: ProcessFailure) -> RankFailure:
+    """Take what the report needs from torch's record of a failed process."""
+    message = process.error_file_data["message"]  # what ``record`` wrote, or the placeholder "<NONE>"
+    reason = message["message"].splitlines()[0] if isinstance(message, dict) else ""
+    return RankFailure(rank, process.exitcode, reason)
 
 
 def _loopback_rendezvous(parameters: RendezvousParameters) -> RendezvousHandler:

@@ -25,13 +25,13 @@ from types import FrameType
 import psutil
 
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.launch.elastic import LOOPBACK, RankFailure
 from magicdrive_core.utils.files import read_json
 
 RESUMABLE = 75  # exit status of ranks that saved a checkpoint because a stop was requested (EX_TEMPFAIL)
 LAUNCHER_PIPE = "MAGICDRIVE_LAUNCHER_PIPE"  # set in the ranks' environment: end of file on stdin = launcher is gone
 GRACE_SECONDS = 25.0  # between SIGTERM and SIGKILL; orchestrators allow 30
 POLL_SECONDS = 0.5
+LOOPBACK = "127.0.0.1"
 RESUME_HINT = "run the same command again to resume from the last checkpoint"
 
 
@@ -53,6 +53,21 @@ class HostPlacement:
 
 
 SINGLE_HOST = HostPlacement(0, 1, LOOPBACK, 0)
+
+
+@dataclass(frozen=True)
+class RankFailure:
+    """A rank that did not exit with 0.
+
+    Attributes:
+        rank: global rank.
+        exit_code: of the process; a negative one is the signal that ended it.
+        reason: the exception that ended the rank, in one line; empty where it recorded none.
+    """
+
+    rank: int
+    exit_code: int
+    reason: str
 
 
 def run_group(
