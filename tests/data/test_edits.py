@@ -1,4 +1,4 @@
-"""Changes to scenes: what each of them does to the boxes, the text and the way of the car, and what is refused."""
+"""Scene edits: their effect on boxes, caption and ego trajectory, and the files that are refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from magicdrive_core.data.edits import Edits, Point, edit_scene, load_edits, under, way
+from magicdrive_core.data.edits import Edits, Waypoint, describe_weather, edit_scene, follow, load_edits
 from magicdrive_core.data.records import FrameBoxes, Scene
 from magicdrive_core.errors import UsageError
 from magicdrive_core.geometry import poses
@@ -23,7 +23,7 @@ HEIGHT = 1.8  # of the lidar
 
 @pytest.fixture(scope="module")
 def scene() -> Scene:
-    """The car drives straight at 6 m/s; a parked car, a car ahead at its own speed, a walker in the first half."""
+    """Straight ego trajectory at 6 m/s; a parked car, a car ahead at equal speed, a pedestrian in the first half."""
     seconds = np.arange(F) / 12
     lidar_to_ego = poses.pose([np.sqrt(0.5), 0, 0, -np.sqrt(0.5)], [1.0, 0, HEIGHT])
     heading = 0.7
@@ -67,13 +67,13 @@ def box(scene: Scene, frame: int, token: str) -> np.ndarray:
 
 
 def assert_boxes(actual: np.ndarray, wanted: Any) -> None:
-    """Equal rows; headings may differ by whole turns."""
+    """Check that rows are equal; headings may differ by whole turns."""
     np.testing.assert_allclose(actual[:6], np.asarray(wanted)[:6], atol=1e-6)
     turns = (actual[6] - wanted[6]) / (2 * np.pi)
     np.testing.assert_allclose(turns, np.rint(turns), atol=1e-6)
 
 
-def test_nothing_asked_nothing_changed(scene: Scene) -> None:
+def test_empty_edits_change_nothing(scene: Scene) -> None:
     assert edited(scene) is scene
     assert edited(scene, scenes=["scene-0002"], weather="night") is scene
     same = edited(scene, classes=["car", "pedestrian"])
@@ -92,11 +92,11 @@ def test_nothing_asked_nothing_changed(scene: Scene) -> None:
         ("daytime", "After rain, night", "Daytime."),
     ],
 )
-def test_the_text_speaks_of_the_weather(weather: str, description: str, wanted: str) -> None:
-    assert under(weather, description) == wanted
+def test_edited_weather_replaces_the_weather_in_the_description(weather: str, description: str, wanted: str) -> None:
+    assert describe_weather(weather, description) == wanted
 
 
-def test_published_options(scene: Scene) -> None:
+def test_weather_classes_and_dropped_boxes(scene: Scene) -> None:
     assert edited(scene, weather="night").description == "Night. Parked cars, peds"
     assert {name for frame in edited(scene, classes=["car"]).boxes for name in frame.names} == {"car"}
     assert {token for frame in edited(scene, drop_nearest_cars=1).boxes for token in frame.ids} == {"parked", "walker"}
@@ -116,12 +116,12 @@ def test_remove_move_and_replace(scene: Scene) -> None:
         assert_boxes(box(shifted, frame, "ahead"), box(scene, frame, "ahead"))
     bus = edited(scene, objects=[{"replace": "parked", "with": "bus", "size": [3, 11, 3.6]}])
     wanted = box(scene, 4, "parked").copy()
-    wanted[2:6] = wanted[2] + 1, 3, 11, 3.6  # it stands on the same ground
+    wanted[2:6] = wanted[2] + 1, 3, 11, 3.6  # on the same ground
     assert_boxes(box(bus, 4, "parked"), wanted)
     assert bus.boxes[4].names[bus.boxes[4].ids.index("parked")] == "bus"
 
 
-def test_added_objects_stand_on_the_ground_or_drive(scene: Scene) -> None:
+def test_added_objects_stand_or_move_on_the_ground(scene: Scene) -> None:
     standing = edited(scene, objects=[{"add": "truck", "points": [{"at": [4, 10], "heading": 90}]}])
     for frame in range(F):
         row = box(standing, frame, "added-0")
@@ -134,17 +134,17 @@ def test_added_objects_stand_on_the_ground_or_drive(scene: Scene) -> None:
     for frame in there:
         row = box(crossing, frame, "added-0")
         np.testing.assert_allclose(row[:2], [-10 * (frame / 12 - 0.25), 5 - 6 * frame / 12], atol=1e-5)
-        np.testing.assert_allclose(np.cos(-row[6] - np.pi / 2), -1, atol=1e-9)  # it walks to the left
+        np.testing.assert_allclose(np.cos(-row[6] - np.pi / 2), -1, atol=1e-9)  # heading left
 
 
-def test_a_trajectory_takes_the_place_of_the_old_one(scene: Scene) -> None:
+def test_drive_replaces_the_trajectory_of_an_object(scene: Scene) -> None:
     points = [{"at": [0, 12]}, {"at": [0, 12], "second": 1}]
     stopped = edited(scene, objects=[{"drive": "ahead", "points": points}])
     np.testing.assert_allclose([box(stopped, f, "ahead")[1] for f in range(F)], 12 - 6 * np.arange(F) / 12, atol=1e-5)
     np.testing.assert_allclose(box(stopped, 5, "ahead")[3:6], [2, 4.5, 1.6])
 
 
-def test_another_way_of_the_car_moves_what_it_sees(scene: Scene) -> None:
+def test_a_new_ego_trajectory_moves_boxes_in_the_lidar_frame_only(scene: Scene) -> None:
     stands = edited(scene, ego=[{"at": [0, 0]}])
     np.testing.assert_allclose(stands.ego_to_global, np.tile(scene.ego_to_global[0], (F, 1, 1)), atol=1e-9)
     for frame in range(F):
@@ -154,7 +154,7 @@ def test_another_way_of_the_car_moves_what_it_sees(scene: Scene) -> None:
     lidar = poses.inverse(scene.ego_to_global[0] @ scene.lidar_to_ego[0]) @ left.ego_to_global @ left.lidar_to_ego
     np.testing.assert_allclose(lidar[-1, :3, 3], [-4, 0, 0], atol=1e-6)
     np.testing.assert_allclose(lidar[-1, :3, 1], [-1, 0, 0], atol=1e-6)  # forward is now the old left
-    for frame in range(F):  # nothing moved in the world
+    for frame in range(F):  # in the global frame nothing moves
         for token in scene.boxes[frame].ids:
             places = [
                 poses.transform(s.ego_to_global[frame] @ s.lidar_to_ego[frame], box(s, frame, token)[:3])
@@ -163,7 +163,7 @@ def test_another_way_of_the_car_moves_what_it_sees(scene: Scene) -> None:
             np.testing.assert_allclose(*places, atol=1e-6)
 
 
-def test_a_generated_scene_comes_back_from_the_start_frame(scenes: list[Scene]) -> None:
+def test_boxes_survive_the_round_trip_through_the_start_frame(scenes: list[Scene]) -> None:
     scene = scenes[0]
     same = edited(scene, classes=sorted({name for frame in scene.boxes for name in frame.names}))
     for own, frame in zip(same.boxes, scene.boxes, strict=True):
@@ -173,15 +173,15 @@ def test_a_generated_scene_comes_back_from_the_start_frame(scenes: list[Scene]) 
 
 
 @given(st.lists(st.floats(-3, 3), min_size=3, max_size=3), st.floats(-3, 3), st.floats(-3, 3))
-def test_moved_boxes_come_back(place: list[float], turn: float, heading: float) -> None:
-    matrix = poses.pose([np.cos(turn / 2), 0, 0, np.sin(turn / 2)], place)
+def test_transforming_boxes_and_back_is_the_identity(translation: list[float], turn: float, heading: float) -> None:
+    matrix = poses.pose([np.cos(turn / 2), 0, 0, np.sin(turn / 2)], translation)
     row = np.array([[1.0, 2, 3, 1, 2, 3, heading]])
     assert_boxes(transform_boxes(transform_boxes(row, matrix), poses.inverse(matrix))[0], row[0])
 
 
-def test_headings_take_the_short_way_round() -> None:
-    points = [Point(at=(0, 0), heading=170), Point(at=(0, 0), second=1, heading=-170)]
-    _, headings = way(points, np.array([0.5]))
+def test_headings_turn_along_the_shorter_arc() -> None:
+    points = [Waypoint(at=(0, 0), heading=170), Waypoint(at=(0, 0), second=1, heading=-170)]
+    _, headings = follow(points, np.array([0.5]))
     np.testing.assert_allclose(np.cos(headings), -1, atol=1e-9)
 
 
@@ -202,7 +202,7 @@ def test_headings_take_the_short_way_round() -> None:
         ("objects: {", "not valid YAML"),
     ],
 )
-def test_wrong_files_are_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:
+def test_invalid_files_are_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "edits.yaml"
     path.write_text(text)
     with pytest.raises(UsageError, match=message) as error:
@@ -212,13 +212,13 @@ def test_wrong_files_are_refused_in_one_line(tmp_path: Path, text: str, message:
 
 
 def test_unknown_and_ambiguous_objects_are_refused(scene: Scene) -> None:
-    with pytest.raises(UsageError, match="entry 1: no object begins with 'bike' in scene-0001") as error:
+    with pytest.raises(UsageError, match="entry 1: no object matches 'bike' in scene-0001") as error:
         edited(scene, objects=[{"remove": "walker"}, {"remove": "bike"}])
     assert "preview-edits" in error.value.hint
     twice = replace(
         scene, boxes=[FrameBoxes([f"car-{n}" for n in range(len(f.ids))], f.names, f.boxes) for f in scene.boxes]
     )
-    with pytest.raises(UsageError, match="3 objects begin with 'car-'"):
+    with pytest.raises(UsageError, match="3 objects match 'car-'"):
         edited(twice, objects=[{"remove": "car-"}])
 
 
