@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from magicdrive_core.config.schema import STAGES, Config, fingerprint, parse_size
+from magicdrive_core.config.versions import BEV_MAPS_VERSION
 from magicdrive_core.data.adapters import open_adapter
 from magicdrive_core.data.bev_maps import unpack
 from magicdrive_core.data.clips import caption, list_clips
@@ -180,7 +181,9 @@ def build_conditions(config: Config, infos: Path | str, out: Path | str) -> None
     """
     scenes = read_scenes(infos)
     maps = open_adapter(config).map_digest()
-    key = fingerprint(config.conditions, config.data, infos_digest(infos), maps, used_cells(config))
+    key = fingerprint(
+        *(config.conditions, config.data, infos_digest(infos), maps, used_cells(config), BEV_MAPS_VERSION)
+    )
     with resumable_folder(out, key) as folder:
         if config.conditions.maps == "cached":
             draw_maps(config, scenes, folder)

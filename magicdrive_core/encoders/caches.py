@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from magicdrive_core.config.schema import STAGES, Config, bucket_name, fingerprint, parse_size
+from magicdrive_core.config.versions import CITY_VERSION, LATENTS_VERSION, VAE_VERSION
 from magicdrive_core.data.clips import caption, weather_groups
 from magicdrive_core.data.infos import infos_digest, read_scenes
 from magicdrive_core.data.pictures import read_clip
@@ -113,7 +114,8 @@ def write_latent_cache(config: Config, infos: Path, encoders: Path, out: Path) -
     )
     chosen = sorted({(bucket.resolution, bucket.frames, bucket.whole) for bucket in buckets})
     key = fingerprint(
-        made["digest"], infos_digest(infos), config.data.root, config.vae.chunk_frames, config.latents, chosen
+        *(made["digest"], infos_digest(infos), config.data.root, config.vae.chunk_frames, config.latents, chosen),
+        *(CITY_VERSION, VAE_VERSION, LATENTS_VERSION),
     )
     with resumable_folder(out, key) as folder:
         there = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 
 from magicdrive_core.config.schema import Config, fingerprint
+from magicdrive_core.config.versions import SCORES_VERSION
 from magicdrive_core.data.records import Scene
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.evaluation.bev_masks import Masks, evaluate_masks, map_masks
@@ -124,7 +125,7 @@ def question(config: Config, package: str, project: Path = Path()) -> str:
     settings = config.scores
     named = [*settings.detections, *settings.bev_masks, *([settings.bev_truth] if settings.bev_truth else [])]
     digests = {file: sha256_file(project / file) for file in named if (project / file).is_file()}
-    return fingerprint(settings, config.generate.generations, package, digests)
+    return fingerprint(settings, config.generate.generations, package, digests, SCORES_VERSION)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 from magicdrive_core.config.load import parse_config
 from magicdrive_core.config.schema import STAGES, Bucket, Config, Stage, fingerprint
+from magicdrive_core.config.versions import training_versions
 from magicdrive_core.data.clips import balance_weather, list_clips
 from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.data.records import Clip, SceneHeader
@@ -71,7 +72,8 @@ def plan_stage(config: Config, stage: Stage, project: Path = Path()) -> StagePla
                 config.flow,
                 config.model,
             ),
-            *(shared, name, config.training.stage(name), inputs, plan.fingerprint if plan else None),
+            *(shared, name, config.training.stage(name), inputs, training_versions()),
+            plan.fingerprint if plan else None,
         )
         plan = StagePlan(name, project / "runs" / f"{name}-{print_[:12]}", print_, inputs, plan)
     assert plan is not None

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, partial
-from importlib.metadata import version
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import magicdrive_core
 from magicdrive_core.config.schema import Config, fingerprint
+from magicdrive_core.config.versions import generation_versions
 from magicdrive_core.data.edits import chosen_edits
 from magicdrive_core.data.records import Clip, Scene
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.experiment.run_paths import EXECUTION_SETTINGS
 from magicdrive_core.geometry.cameras import PICTURE_HEIGHT, PICTURE_WIDTH
 from magicdrive_core.tracking import lineage
-from magicdrive_core.utils.files import read_json, sha256_file
+from magicdrive_core.utils.files import read_json
 from magicdrive_core.video.decoder import probe
 from magicdrive_core.video.frames import frame_files, read_frame
 from magicdrive_core.video.item_record import RECORD, ItemRecord, item_name
@@ -69,22 +67,6 @@ def plan_windows(frames: int, longest: int, overlap: int, *, begun: bool = False
 
 
 # Which clips are generated, and what decides their pixels. No torch.
-
-# Source that turns params and weights into pixels; all other inputs enter an item's fingerprint by their digests.
-_CODE = (
-    "data/conditions.py",
-    "diffusion",
-    "encoders",
-    "geometry",
-    "inference",
-    "kernels",
-    "model",
-    "parallel",
-    "video/colour.py",
-    "video/decoder.py",
-    "video/encoder.py",
-    "video/frames.py",
-)
 
 REAL = "real"  # generate.initial_frames: the scene's own pictures
 
@@ -157,17 +139,26 @@ def item_windows(config: Config, item: Item) -> list[Window]:
 
 
 def input_digests(config: Config, stage_folder: Path, project: Path = Path()) -> dict[str, str]:
-    """Digests of everything that an item is made from, by name: weights, DVC stages' outputs, source code, edits.
+    """Describe everything that an item is made from, for its fingerprint and its record.
+
+    Args:
+        config: All settings; those of the edits are read.
+        stage_folder: The run whose weights generate.
+        project: The project's folder.
+
+    Returns:
+        By name: digests of the weights, of the edits and of the DVC stages' outputs; under ``versions`` the versions
+        of the computations.
 
     Raises:
-        MagicDriveError: the stage is not trained.
+        MagicDriveError: The stage is not trained.
     """
     run = read_json(stage_folder / "run.json", "train the stage first: magicdrive train")
     data = {Path(path).name: digest for path, digest in lineage.input_digests(project).items()}
     data.pop("latents")  # training's own
     return {
         "model": run["weights_sha256"],
-        "code": code_version(),
+        "versions": ", ".join(f"{name} {number}" for name, number in generation_versions().items()),
         "edits": chosen_edits(config, project).digest,
         **data,
     }
@@ -187,18 +178,6 @@ def item_fingerprint(config: Config, item: Item, digests: Mapping[str, str]) -> 
         digests: of the inputs, as ``input_digests`` gives them.
     """
     return fingerprint(_settings(config), asdict(item), dict(digests))
-
-
-@lru_cache
-def code_version() -> str:
-    """The package's version and a digest of the source that makes pixels."""
-    root = Path(magicdrive_core.__file__).parent
-    digest = hashlib.sha256()
-    for part in _CODE:
-        path = root / part
-        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
-            digest.update(f"{file.relative_to(root).as_posix()}\0{sha256_file(file)}\n".encode())
-    return f"{version('magicdrive')}+{digest.hexdigest()[:12]}"
 
 
 def _settings(config: Config) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from magicdrive_core.config.schema import Synth
+from magicdrive_core.config.versions import CITY_VERSION
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.synthetic.city import city
 from magicdrive_core.synthetic.map_expansion import write_expansion, write_mask
@@ -21,7 +22,6 @@ from magicdrive_core.synthetic.traffic import Plan, plan_scene
 from magicdrive_core.utils.files import atomic_file, read_json, sha256_file, sync_folder, write_json, write_unsynced
 from magicdrive_core.utils.progress import track
 
-GENERATOR = 1  # to be raised with every change that changes a byte of the data: tests hold a digest of it
 STAMP = "synth.json"
 MANIFEST = "manifest.csv"
 
@@ -38,7 +38,7 @@ def synthesize(synth: Synth, root: Path, version: str, workers: int | None = Non
     Raises:
         MagicDriveError: the root holds other data, or the disk is full or not writable.
     """
-    stamp = {"generator": GENERATOR, "version": version, **synth.model_dump(mode="json")}
+    stamp = {"generator": CITY_VERSION, "version": version, **synth.model_dump(mode="json")}
     found = read_json(root / STAMP) if (root / STAMP).is_file() else None
     if found == {**stamp, "complete": True} and _is_complete(root):
         return

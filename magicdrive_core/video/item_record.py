@@ -44,7 +44,7 @@ class ItemRecord:
     caption: str
     seed: int
     size: str  # HEIGHTxWIDTH as sampled
-    lineage: dict[str, str]  # digests of model, encoders, data and code
+    lineage: dict[str, str]  # digests of model, encoders and data, versions of computations
     seconds: dict[str, float]  # wall time by part of the work
     views: dict[str, ViewFile] = field(default_factory=dict)
 

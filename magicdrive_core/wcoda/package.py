@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from magicdrive_core.config.schema import Config, fingerprint
+from magicdrive_core.config.versions import VIDEO_VERSION
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.geometry.cameras import VIEWS
 from magicdrive_core.utils.files import atomic_file, atomic_folder, read_json, sha256_file, write_json
@@ -69,7 +70,8 @@ def pack(
     _check_complete(config, records, generated)
     long = read_long(config, records, project)
     every = [*records, *(record for weather in long.values() for record in weather.values())]
-    key = fingerprint(config.submission, config.video, [asdict(record)["views"] for record in every], VIEWS)
+    sources = [asdict(record)["views"] for record in every]
+    key = fingerprint(config.submission, config.video, sources, VIEWS, VIDEO_VERSION)
     folder, zip_path = out / f"{config.submission.team}_standard", out / ZIP
     done = _packed_before(out, folder, zip_path, key)
     if done is not None:

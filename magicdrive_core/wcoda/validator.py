@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 
+from magicdrive_core.config.versions import VALIDATOR_VERSION
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.evaluation.protocol import KEY_FRAMES
 from magicdrive_core.utils.files import read_json, sha256_file, write_json
@@ -191,10 +192,10 @@ def judge(zip_path: Path, expected: Expected) -> list[str]:
     if not zip_path.is_file():
         return validate(zip_path, expected)
     path = zip_path.with_name(VERDICT)
-    question = {"zip_sha256": sha256_file(zip_path), "expected": asdict(expected)}
+    question = {"zip_sha256": sha256_file(zip_path), "expected": asdict(expected), "version": VALIDATOR_VERSION}
     if path.is_file():
         verdict = read_json(path)
-        if {key: verdict[key] for key in question} == question:
+        if {key: verdict.get(key) for key in question} == question:
             return list(verdict["faults"])
     faults = validate(zip_path, expected)
     write_json(path, {**question, "faults": faults})

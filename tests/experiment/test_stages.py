@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from magicdrive_core.config import versions
 from magicdrive_core.config.load import load_config
 from magicdrive_core.config.schema import STAGES
 from magicdrive_core.experiment import stages as plan
@@ -63,6 +64,14 @@ def test_what_decides_a_result_changes_its_stage_and_the_later_ones(tmp_path: Pa
 )
 def test_what_decides_nothing_changes_no_fingerprint(tmp_path: Path, override: str) -> None:
     assert prints(tmp_path) == prints(tmp_path, override)
+
+
+def test_a_raised_version_of_the_network_is_another_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = prints(tmp_path)
+    monkeypatch.setattr(versions, "SAMPLER_VERSION", versions.SAMPLER_VERSION + 1)
+    assert prints(tmp_path) == before
+    monkeypatch.setattr(versions, "NETWORK_VERSION", versions.NETWORK_VERSION + 1)
+    assert all(a != b for a, b in zip(before, prints(tmp_path), strict=True))
 
 
 def test_other_data_is_another_training(tmp_path: Path) -> None:

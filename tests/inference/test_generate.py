@@ -58,7 +58,7 @@ def test_an_item_is_six_videos_a_record_and_a_sheet(made: Path, items: list[Item
         assert entry.mbit_s is not None
         assert entry.mbit_s <= small_config().video.max_mbit_s
     assert (record.generated, record.frames) == (9, 2)
-    assert {"model", "code", "infos", "conditions", "encoders", "text"} <= record.lineage.keys()
+    assert {"model", "versions", "infos", "conditions", "encoders", "text"} <= record.lineage.keys()
     with Image.open(made / items[0].name / "sheet.png") as sheet:
         assert sheet.width > 2 * 3 * 64
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from magicdrive_core.config import versions
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.inference.items import code_version, item_fingerprint, item_seed, list_items
+from magicdrive_core.inference.items import input_digests, item_fingerprint, item_seed, list_items
+from magicdrive_core.utils.files import write_json
 from tests.inference.project import small_config, small_scene
 
-DIGESTS = {"model": "m", "code": "c", "infos": "i"}
+DIGESTS = {"model": "m", "versions": "v", "infos": "i"}
 
 
 def test_one_item_a_validation_scene_and_generation() -> None:
@@ -78,10 +81,13 @@ def test_the_fingerprint_changes_with_what_decides_the_pixels_and_nothing_else()
     assert item_fingerprint(config, replace(item, kept=1), DIGESTS) != print_
 
 
-def test_the_code_has_a_version() -> None:
-    version, _, digest = code_version().partition("+")
-    assert version
-    assert len(digest) == 12
+def test_a_raised_version_makes_other_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_json(tmp_path / "run.json", {"weights_sha256": "m"})
+    before = input_digests(small_config(), tmp_path, tmp_path)
+    monkeypatch.setattr(versions, "SAMPLER_VERSION", versions.SAMPLER_VERSION + 1)
+    after = input_digests(small_config(), tmp_path, tmp_path)
+    assert {name for name in before if before[name] != after[name]} == {"versions"}
+    assert f"sampler {versions.SAMPLER_VERSION}," in after["versions"]
 
 
 def test_planning_and_packing_need_no_torch() -> None:

@@ -6,7 +6,7 @@ import csv
 import pydoc
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from magicdrive_core.utils.files import read_json, sha256_file
 from tests.projects import change, copy_project, run
 
 pytestmark = pytest.mark.timeout(900)  # the first one waits for all stages, and other workers need the cores, too
+VERSIONS = "magicdrive_core/config/versions.py"
 STAGES = {"infos", "conditions", "encoders", "text", "latents"}
 
 
@@ -26,6 +27,15 @@ STAGES = {"infos", "conditions", "encoders", "text", "latents"}
 def project(reproduced_project: Path, tmp_path: Path) -> Path:
     """A copy that a test may change."""
     return copy_project(reproduced_project, tmp_path / "project")
+
+
+def rewrite(path: Path, change_text: Callable[[str], str]) -> None:
+    """Changes a file that may be a link to another project's."""
+    text = path.read_text()
+    changed = change_text(text)
+    assert changed != text
+    path.unlink()
+    path.write_text(changed)
 
 
 def status(project: Path) -> set[str]:
@@ -61,6 +71,31 @@ def test_every_stage_runs_once(reproduced_project: Path) -> None:
 def test_a_changed_value_makes_only_its_stages_stale(project: Path, override: str, stale: set[str]) -> None:
     change(project, override)
     assert status(project) == stale
+
+
+@pytest.mark.parametrize(
+    ("version", "stale"),
+    [
+        ("INFOS_VERSION", {"infos"}),
+        ("BEV_MAPS_VERSION", {"conditions"}),
+        ("CONDITIONS_VERSION", {"conditions", "text", "latents"}),
+        ("CITY_VERSION", {"encoders", "latents"}),
+        ("ENCODERS_VERSION", {"encoders"}),
+        ("TEXT_VERSION", {"text"}),
+        ("VAE_VERSION", {"encoders", "latents"}),
+        ("LATENTS_VERSION", {"latents"}),
+        ("NETWORK_VERSION", set()),
+    ],
+)
+def test_a_raised_version_makes_its_stages_stale(project: Path, version: str, stale: set[str]) -> None:
+    rewrite(project / VERSIONS, lambda text: re.sub(rf"(?m)^{version} = \d+$", f"{version} = 99", text))
+    assert status(project) == stale
+
+
+def test_a_comment_in_the_source_makes_no_stage_stale(project: Path) -> None:
+    for file in (VERSIONS, "magicdrive_core/data/infos.py", "magicdrive_core/encoders/vae.py"):
+        rewrite(project / file, lambda text: text + "\n# A comment.\n")
+    assert status(project) == set()
 
 
 def test_only_the_stale_stage_runs_again(project: Path) -> None:

@@ -62,7 +62,7 @@ def test_params_are_those_that_are_read(
     with monkeypatch.context() as patch:
         reads = Reads(config, patch)
         getattr(data_commands, stage)()
-    declared = set(STAGES[stage]["params"])
+    declared = {entry for entry in STAGES[stage]["params"] if isinstance(entry, str)}  # others name versions.py
 
     def covers(outer: str, inner: str) -> bool:
         return inner == outer or inner.startswith(f"{outer}.")

@@ -27,7 +27,7 @@ def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_pictures_tables_and_maps_have_their_known_digests(synthetic_root: Path) -> None:
-    """The same on every machine: a change here needs a higher write.GENERATOR, and a new data.dvc."""
+    """The same on every machine: a change here needs a higher CITY_VERSION, and a new data.dvc."""
     digests = {
         "manifest": sha256_file(synthetic_root / MANIFEST),
         "tables": sha256_folder(synthetic_root / "v1.0-demo"),

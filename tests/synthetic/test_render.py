@@ -123,7 +123,7 @@ def test_a_rainy_picture_has_the_same_pixels_everywhere(synthetic_root: Path) ->
     prepare_process()
     shapes = read_shapes(synthetic_root, scene.location)
     picture = draw(shot.lens, RAIN, prepare_place(shapes, furnish(shapes)), scene.things(shot.timestamp))
-    assert hashlib.sha256(picture.tobytes()).hexdigest() == RAINY, "raise write.GENERATOR if the picture should change"
+    assert hashlib.sha256(picture.tobytes()).hexdigest() == RAINY, "raise CITY_VERSION if the picture should change"
 
 
 RAINY = "f4146d787536b413873af1ebc9b000f12034b5812464210560aec17b854aeeba"
