@@ -314,7 +314,7 @@ class _EditedScene:
         return ground[nearest, 2]
 
     def lidar_along(self, points: Sequence[Waypoint]) -> Floats:
-        """Move the lidar along points: (F, 4, 4) lidar to global, with the height above ground and tilt of the start."""
+        """Move the lidar along points: (F, 4, 4) lidar to global, at the height above ground and tilt of the start."""
         positions, headings = follow(points, self.seconds)
         start = np.zeros(2)[None]
         turn = np.zeros((len(positions), 4))

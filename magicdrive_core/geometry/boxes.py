@@ -1,7 +1,7 @@
-"""Oriented boxes in the lidar frame: rows of (x, y, z, w, l, h, yaw'), z at the centre, yaw' = -yaw - pi/2.
+"""Oriented boxes in the lidar frame: rows of (x, y, z, w, l, h, yaw') with z at the centre and yaw' = -yaw - pi/2.
 
-The nuScenes lidar frame has x right, y forward and z up. A box's own x axis is its length, so a box of yaw' = 0 has
-its width along the lidar's x.
+The nuScenes lidar frame has x right, y forward and z up. The x axis of a box runs along its length, so a box of
+yaw' = 0 has its width along the x axis of the lidar frame. Lengths are metres, angles radians.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from magicdrive_core.geometry.poses import rotation_matrix, transform
 
 Array = NDArray[np.float64]
 
-# Corners of the unit box about its centre, in the order that the network was trained with.
+# Corners of the unit box about its centre, in the order that the published weights were trained with.
 _UNIT = np.array(
     [[-1, -1, -1], [-1, -1, 1], [-1, 1, 1], [-1, 1, -1], [1, -1, -1], [1, -1, 1], [1, 1, 1], [1, 1, -1]],
     dtype=np.float64,
@@ -21,16 +21,16 @@ _UNIT = np.array(
 
 
 def lidar_boxes(centres: ArrayLike, rotations: ArrayLike, sizes: ArrayLike, global_to_lidar: Array) -> Array:
-    """Boxes of the global frame as rows of the lidar frame.
+    """Convert boxes from the global frame to rows of the lidar frame.
 
     Args:
-        centres: (N, 3) metres, global.
+        centres: (N, 3) metres in the global frame.
         rotations: (N, 4) quaternions (w, x, y, z), box to global.
         sizes: (N, 3) width, length, height in metres.
-        global_to_lidar: (4, 4).
+        global_to_lidar: (4, 4) pose.
 
     Returns:
-        (N, 7); the heading is that of the box's x axis seen from above, small tilts are left out.
+        (N, 7) rows; the heading is that of the box's x axis seen from above, so small tilts are lost.
     """
     rotation = global_to_lidar[:3, :3] @ rotation_matrix(np.asarray(rotations, dtype=np.float64).reshape(-1, 4))
     headings = np.arctan2(rotation[:, 1, 0], rotation[:, 0, 0])
@@ -40,12 +40,15 @@ def lidar_boxes(centres: ArrayLike, rotations: ArrayLike, sizes: ArrayLike, glob
 
 
 def corners(boxes: Array, *, published: bool = False) -> Array:
-    """The eight corners of each box: (N, 7) -> (N, 8, 3) metres in the lidar frame.
+    """Compute the eight corners of each box.
 
     Args:
-        boxes: rows of (x, y, z, w, l, h, yaw').
-        published: take z as the bottom, so that every corner lies h/2 too high (oddity 2 of the published system,
-            which its weights expect).
+        boxes: (N, 7) rows of (x, y, z, w, l, h, yaw').
+        published: take z as the bottom of the box, so that every corner is h/2 too high (oddity 2 of the published
+            system, which its weights expect).
+
+    Returns:
+        (N, 8, 3) metres in the lidar frame.
     """
     local = _UNIT * boxes[:, None, 3:6]
     if published:
@@ -56,11 +59,14 @@ def corners(boxes: Array, *, published: bool = False) -> Array:
 
 
 def transform_boxes(boxes: Array, matrix: Array) -> Array:
-    """Boxes (N, 7) of one frame as rows of another one.
+    """Transform boxes from one frame to another.
 
     Args:
-        boxes: rows of (x, y, z, w, l, h, yaw').
-        matrix: (4, 4) rigid motion from their frame to the other.
+        boxes: (N, 7) rows of (x, y, z, w, l, h, yaw').
+        matrix: (4, 4) rigid motion from the frame of the boxes to the other frame.
+
+    Returns:
+        (N, 7) rows in the other frame.
     """
     headings = -boxes[:, 6] - np.pi / 2
     ahead = np.stack([np.cos(headings), np.sin(headings), np.zeros(len(boxes))], axis=1) @ matrix[:3, :3].T

@@ -1,6 +1,7 @@
-"""The ring of six cameras, and what resizing and cropping a picture does to its pixels.
+"""The ring of six cameras, pinhole projection, and how resizing and cropping move pixels.
 
-Camera frames are nuScenes': x right, y down, z forward; pixel centres at integer + 0.5 of the full 1600x900 picture.
+Camera frames are those of nuScenes: x right, y down, z forward; pixel centres are at integer + 0.5 of the full 1600x900
+picture.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-# Model order: clockwise seen from above, so that neighbours in the list are neighbours on the car.
+# Order of views in the network: clockwise seen from above, so that neighbours in the list are neighbours on the car.
 VIEWS = (
     "CAM_FRONT_LEFT",
     "CAM_FRONT",
@@ -25,28 +26,28 @@ PICTURE_HEIGHT, PICTURE_WIDTH = 900, 1600
 
 
 def ring_neighbours(views: int) -> list[tuple[int, int]]:
-    """The left and right neighbour of every view of a closed ring."""
+    """List the left and right neighbour of every view of a closed ring."""
     return [((view - 1) % views, (view + 1) % views) for view in range(views)]
 
 
 @dataclass(frozen=True)
 class Framing:
-    """How a 1600x900 picture becomes a video frame: resized by ``ratio``, then ``crop`` rows cut off the top.
+    """The way a 1600x900 picture becomes a video frame: resized by ``ratio``, then ``crop`` rows cut off the top.
 
     224x400: ratio 1/4, 1 row; 424x800: 1/2, 26 rows; 848x1600: 1, 52 rows (golden notes, section 1).
     """
 
-    height: int
+    height: int  # of the video, pixels
     width: int
 
     @property
     def ratio(self) -> float:
-        """Pixels of the video for one of the picture."""
+        """Video pixels for each picture pixel, along one axis."""
         return self.width / PICTURE_WIDTH
 
     @property
     def resized_height(self) -> int:
-        """Rows of the resized picture before the crop."""
+        """Rows of the resized picture, before the crop."""
         return int(PICTURE_HEIGHT * self.ratio)
 
     @property
@@ -56,7 +57,7 @@ class Framing:
 
     @property
     def matrix(self) -> Array:
-        """4x4 matrix from picture pixels to frame pixels: diag(r, r) and a shift of -crop rows."""
+        """The (4, 4) matrix from picture pixels to video pixels: scale by ``ratio``, shift by -``crop`` rows."""
         out = np.eye(4)
         out[0, 0] = out[1, 1] = self.ratio
         out[1, 3] = -self.crop
@@ -64,10 +65,16 @@ class Framing:
 
 
 def full_window(width: int, height: int) -> tuple[float, float, float, float]:
-    """The part of a picture that the intrinsics speak of, scaled to 1600x900: the largest one of that shape, centred.
+    """Find the window of a picture that views show: the largest central one of 16:9.
+
+    Intrinsics refer to this window, scaled to 1600x900.
+
+    Args:
+        width: width of the picture in pixels.
+        height: height of the picture in pixels.
 
     Returns:
-        left, top, right, bottom in the picture's own pixels; the whole picture where it is 16:9.
+        Left, top, right and bottom in pixels of the picture; the whole picture if it is 16:9.
     """
     ratio = min(width / PICTURE_WIDTH, height / PICTURE_HEIGHT)
     left, top = (width - ratio * PICTURE_WIDTH) / 2, (height - ratio * PICTURE_HEIGHT) / 2
@@ -75,14 +82,14 @@ def full_window(width: int, height: int) -> tuple[float, float, float, float]:
 
 
 def project(points: Array, intrinsics: Array) -> tuple[Array, Array]:
-    """Pinhole projection of points in a camera frame.
+    """Project points of a camera frame by a pinhole camera.
 
     Args:
         points: (..., 3) metres.
         intrinsics: (3, 3) pixels.
 
     Returns:
-        pixels (..., 2) as (column, row), meaningful where the depth is positive; depth (...) in metres.
+        Pixels (..., 2) as (column, row), meaningful where the depth is positive; and depth (...) in metres.
     """
     image = np.asarray(points) @ intrinsics.T
     depth = image[..., 2]

@@ -1,4 +1,7 @@
-"""Rigid motions as 4x4 matrices: ``a_to_b`` maps the coordinates of a point in frame a to those in frame b."""
+"""Rigid motions as 4x4 matrices, and unit quaternions (w, x, y, z).
+
+A matrix ``a_to_b`` maps the coordinates of a point in frame a to its coordinates in frame b. Translations are metres.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ Array = NDArray[np.float64]
 
 
 def rotation_matrix(quaternion: ArrayLike) -> Array:
-    """Rotation matrices of quaternions (w, x, y, z), normalised first: (..., 4) -> (..., 3, 3)."""
+    """Convert quaternions (..., 4), which are normalised first, to rotation matrices (..., 3, 3)."""
     q = np.asarray(quaternion, dtype=np.float64)
     w, x, y, z = np.moveaxis(q / np.linalg.norm(q, axis=-1, keepdims=True), -1, 0)
     rows = [
@@ -21,7 +24,15 @@ def rotation_matrix(quaternion: ArrayLike) -> Array:
 
 
 def pose(rotation: ArrayLike, translation: ArrayLike) -> Array:
-    """4x4 matrices of quaternions (..., 4) or rotation matrices (..., 3, 3), and translations (..., 3) in metres."""
+    """Build poses from rotations and translations.
+
+    Args:
+        rotation: (..., 4) quaternions or (..., 3, 3) rotation matrices.
+        translation: (..., 3) metres.
+
+    Returns:
+        (..., 4, 4).
+    """
     rotation = np.asarray(rotation, dtype=np.float64)
     translation = np.asarray(translation, dtype=np.float64)
     matrix = rotation if rotation.shape[-2:] == (3, 3) else rotation_matrix(rotation)
@@ -33,7 +44,7 @@ def pose(rotation: ArrayLike, translation: ArrayLike) -> Array:
 
 
 def inverse(matrix: Array) -> Array:
-    """Inverses of rigid 4x4 matrices (..., 4, 4)."""
+    """Invert rigid motions (..., 4, 4)."""
     rotation = np.swapaxes(matrix[..., :3, :3], -1, -2)
     out = np.zeros_like(matrix)
     out[..., :3, :3] = rotation
@@ -43,29 +54,29 @@ def inverse(matrix: Array) -> Array:
 
 
 def transform(matrix: Array, points: ArrayLike) -> Array:
-    """Applies one 4x4 matrix to points (..., 3)."""
+    """Apply one (4, 4) matrix to points (..., 3)."""
     return np.asarray(points, dtype=np.float64) @ matrix[:3, :3].T + matrix[:3, 3]
 
 
 def slerp(start: ArrayLike, end: ArrayLike, fraction: ArrayLike) -> Array:
-    """The unit quaternions at ``fraction`` in [0, 1] of the shorter great arcs from ``start`` to ``end``.
+    """Interpolate quaternions along the shorter great arc (spherical linear interpolation).
 
     Args:
-        start: (..., 4) quaternions (w, x, y, z), normalised first.
-        end: (..., 4) likewise.
-        fraction: (...), broadcast against both.
+        start: (..., 4) quaternions, which are normalised first.
+        end: (..., 4) quaternions, which are normalised first.
+        fraction: (...) in [0, 1], broadcast against both.
 
     Returns:
-        (..., 4).
+        (..., 4) unit quaternions.
     """
     a, b = (np.asarray(q, dtype=np.float64) for q in (start, end))
     a, b = (q / np.linalg.norm(q, axis=-1, keepdims=True) for q in (a, b))
     t = np.asarray(fraction, dtype=np.float64)[..., None]
     cosine = np.sum(a * b, axis=-1, keepdims=True)
     b = np.where(cosine < 0, -b, b)
-    # The angle from both chords keeps its digits where the arc is short; arccos of the cosine loses half of them.
+    # The angle from both chords is precise on short arcs, where arccos of the cosine loses half of its digits.
     angle = 2 * np.arctan2(np.linalg.norm(a - b, axis=-1, keepdims=True), np.linalg.norm(a + b, axis=-1, keepdims=True))
-    # sin(t angle) / sin(angle), with np.sinc(x) = sin(pi x) / (pi x) whole at zero
+    # sin(t angle) / sin(angle), where np.sinc(x) = sin(pi x) / (pi x) is finite at zero
     weight = t * np.sinc(t * angle / np.pi) / np.sinc(angle / np.pi)
     rest = (1 - t) * np.sinc((1 - t) * angle / np.pi) / np.sinc(angle / np.pi)
     mixed = rest * a + weight * b
@@ -73,12 +84,12 @@ def slerp(start: ArrayLike, end: ArrayLike, fraction: ArrayLike) -> Array:
 
 
 def yaw(rotation: Array) -> float:
-    """Heading in radians of the x axis of a 3x3 rotation, about +z."""
+    """Compute the heading of the x axis of a (3, 3) rotation, in radians about +z."""
     return float(np.arctan2(rotation[1, 0], rotation[0, 0]))
 
 
 def multiply(a: ArrayLike, b: ArrayLike) -> Array:
-    """Products of quaternions (w, x, y, z): first the turn of ``b``, then that of ``a``: (..., 4), broadcast."""
+    """Multiply quaternions (..., 4), broadcast: the product rotates by ``b`` first, then by ``a``."""
     w, x, y, z = np.moveaxis(np.asarray(a, dtype=np.float64), -1, 0)
     p, q, r, s = np.moveaxis(np.asarray(b, dtype=np.float64), -1, 0)
     return np.stack(
@@ -93,9 +104,9 @@ def multiply(a: ArrayLike, b: ArrayLike) -> Array:
 
 
 def quaternion(rotation: ArrayLike) -> Array:
-    """Unit quaternions (w, x, y, z), w not negative, of rotation matrices (..., 3, 3): (..., 4).
+    """Convert rotation matrices (..., 3, 3) to unit quaternions (..., 4) with w >= 0.
 
-    The outer product of a quaternion with itself is linear in its matrix: the longest column is the best conditioned.
+    The outer product of a quaternion with itself is linear in its matrix; the longest column is the best conditioned.
     """
     m = np.asarray(rotation, dtype=np.float64)
     xx, yy, zz = m[..., 0, 0], m[..., 1, 1], m[..., 2, 2]

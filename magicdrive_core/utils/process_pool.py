@@ -1,4 +1,4 @@
-"""Work on many scenes: one after the other, or in a process on each core where there are enough of them."""
+"""Run a function over many scenes: one after the other, or in one process a core if there are enough scenes."""
 
 from __future__ import annotations
 
@@ -19,39 +19,45 @@ from magicdrive_core.utils.progress import track
 T = TypeVar("T")
 R = TypeVar("R")
 
-SCENES_A_WORKER = 8  # fewer are done faster than processes start
-_PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
+SCENES_A_WORKER = 8  # with fewer scenes, starting processes costs more than it saves
+_PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+
+_work: Callable[[Any], Any]  # the function of this worker process
 
 
 def count_workers(scenes: int) -> int:
-    """How many processes ``for_each_scene`` shares so many scenes out among."""
+    """Return the number of processes that ``for_each_scene`` uses for a number of scenes."""
     return max(1, min(len(os.sched_getaffinity(0)), scenes // SCENES_A_WORKER))
 
 
 def for_each_scene(
     work: Callable[[T], R], scenes: Sequence[T], description: str, start: Literal["spawn", "fork"] = "spawn"
 ) -> list[R]:
-    """``work`` of every scene, in their order, under a progress bar.
+    """Call a function on every scene, under a progress bar.
 
     Args:
-        work: leaves its result whole or not at all, so that it can be stopped at any moment.
-        scenes: what it is called with.
-        description: of the bar.
-        start: of the processes. "spawn" hands ``work`` to each of them. "fork" lets them see this one's memory: for
-            work that holds gigabytes of tables. No other thread may hold a lock then.
+        work: the function. It must write its results completely or not at all, because it may be stopped at any moment.
+        scenes: the argument of each call.
+        description: text of the progress bar.
+        start: how processes start. "spawn" pickles ``work`` to each of them. "fork" shares this process's memory, for
+            functions that hold gigabytes of tables; no other thread may hold a lock then.
+
+    Returns:
+        The results, in the order of the scenes.
 
     Raises:
-        MagicDriveError: a process was killed; or what ``work`` raises. The others are stopped, not waited for.
+        MagicDriveError: a process was killed. Errors of ``work`` are raised unchanged. In both cases the other
+            processes are stopped without waiting for them.
     """
     workers = count_workers(len(scenes))
     if workers == 1:
-        with closing(track(scenes, description)) as rest:  # or an error would be told before the bar ends
-            return [work(scene) for scene in rest]
+        with closing(track(scenes, description)) as tracked:  # closes the bar before an error is printed
+            return [work(scene) for scene in tracked]
     others = set(multiprocessing.active_children())
     context = multiprocessing.get_context(start)
-    gc.freeze()  # or each collection in a forked process would copy the tables that it only reads
+    gc.freeze()  # otherwise each collection in a forked process copies the tables that it only reads
     try:
-        with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(work,)) as pool:
+        with ProcessPoolExecutor(workers, context, initializer=_initialise, initargs=(work,)) as pool:
             futures = [pool.submit(_run, scene) for scene in scenes]
             try:
                 with closing(track(as_completed(futures), description, len(futures))) as done:
@@ -64,23 +70,20 @@ def for_each_scene(
             return [future.result() for future in futures]
     except BrokenProcessPool:
         raise MagicDriveError(
-            f"{description}: a process was killed", "most likely the memory is full: close other programs"
+            f"{description}: a worker process was killed", "the host may be out of memory: close other programs"
         ) from None
     finally:
         gc.unfreeze()
 
 
-_work: Callable[[Any], Any]  # of this process
-
-
 def end_with_parent() -> None:
-    """For a process of a pool: it never outlives the one that started it, and leaves Ctrl-C to that one."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # else it would wait for ever where the parent is killed
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent stops the others
+    """Tie this worker process to its parent: end when the parent ends, and leave Ctrl-C to the parent."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # otherwise it waits forever after the parent was killed
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group: the parent stops its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _begin(work: Callable[[Any], Any]) -> None:
+def _initialise(work: Callable[[Any], Any]) -> None:
     global _work
     _work = work
     end_with_parent()
