@@ -53,7 +53,7 @@ demo: $(READY)  ## everything end to end on generated data, or on yours: make de
 	magicdrive use $(PROFILE) $(if $(DATA),-S data.root='$(abspath $(DATA))' -S data.version='$(VERSION)' -S synth=null)
 	python -m flows.pipeline
 
-learn: $(READY)  ## a training after which conditions rule the picture, and how well they do: docs/how-to/control-fidelity.md
+learn: $(READY)  ## train small pictures and measure control fidelity: docs/how-to/control-fidelity.md
 	magicdrive use learn
 	python -m flows.prepare
 	python -m flows.train

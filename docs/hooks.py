@@ -24,6 +24,7 @@ from magicdrive_core.cli.main import app
 PROJECT = Path(__file__).resolve().parents[1]
 COPIED = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 CORE = PROJECT / "magicdrive_core"
+EXAMPLE = re.compile(r"^Example: (.*)$", re.M)
 
 
 def on_config(config: MkDocsConfig) -> None:
@@ -62,7 +63,7 @@ def command_line() -> str:
     for path, command in _verbs(typer.main.get_command(app), "magicdrive"):
         context = command.make_context(path, [], resilient_parsing=True)
         usage = " ".join([path, *command.collect_usage_pieces(context)])
-        lines += [f"## {path}", "", command.help or "", "", "```text", usage, "```", ""]
+        lines += [f"## {path}", "", EXAMPLE.sub(r"Example: `\1`", command.help or ""), "", "```text", usage, "```", ""]
         records = [record for parameter in command.params if (record := parameter.get_help_record(context))]
         if records:
             rows = [f"| `{name}` | {meaning.replace('|', chr(92) + '|')} |" for name, meaning in records]
@@ -72,7 +73,7 @@ def command_line() -> str:
 
 def _verbs(command: Any, path: str) -> Iterator[tuple[str, Any]]:
     if hasattr(command, "commands"):
-        for name in sorted(command.commands):
+        for name in command.commands:
             yield from _verbs(command.commands[name], f"{path} {name}")
     else:
         yield path, command

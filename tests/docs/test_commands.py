@@ -169,6 +169,7 @@ def test_commands_that_need_nothing_run(reproduced_project: Path, tmp_path: Path
     """In a small generated project, in the order of the documents, each block from the same state."""
     project = copy_project(reproduced_project, tmp_path / "project")
     (project / "benchmarks").symlink_to(PROJECT / "benchmarks")
+    (project / "docs/reference").mkdir(parents=True)
     (project / "edits.yaml").write_text(EDITS)
     shutil.copytree(first_frames(project), project / "frames/CAM_FRONT")
     params = (project / "params.yaml").read_text()
