@@ -1,5 +1,5 @@
-"""Prefect flows: when, where and how often. No numerics, no torch."""
+"""Prefect flows: when, where and how often the commands run. No numerics, no torch."""
 
 from magicdrive_core.utils.offline import stay_silent
 
-stay_silent()  # the one statement in a package's __init__: it must run before any flow imports prefect or mlflow
+stay_silent()  # must run before any flow imports prefect or mlflow

@@ -1,6 +1,6 @@
-"""Flow ``benchmark``: videos -> W-CODA package -> validation -> scores -> report.
+"""Flow ``benchmark``: generate, package, validate, score and report, for W-CODA.
 
-python -m flows.benchmark
+Run it with ``python -m flows.benchmark``, or as the deployment ``benchmark/wcoda``.
 """
 
 from __future__ import annotations
@@ -21,9 +21,19 @@ from magicdrive_core.wcoda.validator import VERDICT
 
 @flow(name="benchmark", validate_parameters=False)
 def benchmark(params: str = "params.yaml", overrides: list[str] | None = None) -> str:
-    """Generates, packages (which validates), scores and reports; returns the folder of package and report.
+    """Generates the clips, packages and validates them, scores the package and writes the report.
 
-    Scenes that are too short for W-CODA's 16 frames (a data set of single key frames) get a report without a package.
+    Where clips are shorter than a W-CODA video (a data set of single key frames), there is a report without a package.
+
+    Args:
+        params: the file of settings.
+        overrides: ``key.key=value`` texts.
+
+    Returns:
+        The folder of package and report.
+
+    Raises:
+        MagicDriveError: a step failed; finished work is kept.
     """
     overrides = [*(overrides or []), *pin_registered(load_config(params, overrides))]
     config = load_config(params, overrides)
@@ -34,11 +44,14 @@ def benchmark(params: str = "params.yaml", overrides: list[str] | None = None) -
     short = [item for item in items if item.kept < config.submission.frames]
     if short:
         get_run_logger().warning(
-            "no package: %s has %d frame(s), a W-CODA video %d", short[0].name, short[0].kept, config.submission.frames
+            "no package: %s has %d frame(s), a W-CODA video has %d",
+            short[0].name,
+            short[0].kept,
+            config.submission.frames,
         )
     else:
         run_verb("package", *settings)
-        run_verb("score", *settings)  # does nothing where the same package was scored with the same files
+        run_verb("score", *settings)  # returns at once if the same package was scored with the same files
     sources = [paths.generated / item.name / RECORD for item in items] + [
         paths.submission / VERDICT,
         paths.submission / "scores.json",
@@ -49,7 +62,7 @@ def benchmark(params: str = "params.yaml", overrides: list[str] | None = None) -
 
 
 def _newer(path: Path, sources: list[Path]) -> bool:
-    """Whether a file was written after all of those that exist."""
+    """Whether a file is newer than all sources that exist."""
     return path.exists() and all(
         source.stat().st_mtime <= path.stat().st_mtime for source in sources if source.exists()
     )

@@ -1,7 +1,7 @@
-"""What the flows share: children that never outlive a flow, and errors that read as one line.
+"""What the flows share: child processes that never outlive a flow, and errors of one line.
 
-A flow's heavy work runs in child processes, each in a session of its own. When the flow is cancelled (SIGTERM from a
-worker, Ctrl-C, a failed neighbour) the whole group of each child is asked to stop, then made to.
+A flow's heavy work runs in child processes, each in its own session. When the flow is cancelled (SIGTERM from a worker,
+Ctrl-C, another task that failed), the process group of each child is asked to stop and then killed.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from prefect.settings import PREFECT_API_URL
 from magicdrive_core.errors import ERROR_NOTE, MagicDriveError, UsageError, report_error
 from magicdrive_core.utils.files import read_json
 
-# SIGINT first: `dvc repro` leaves its stage running on SIGTERM. All of it fits into the 30 s that Prefect gives.
+# SIGINT first: on SIGTERM, `dvc repro` leaves its stage running. The sum fits into the 30 s that Prefect allows.
 STOP = ((signal.SIGINT, 10.0), (signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0))
 
 _children: set[subprocess.Popen[bytes]] = set()
 _children_lock = threading.Lock()
-_interrupted = threading.Event()  # the flow's body was left early: tasks on other threads must not try again
+_interrupted = threading.Event()  # the flow's body has failed or was cancelled: tasks on other threads must not retry
 
 
 def tool(name: str) -> str:
-    """Path of a command of this environment (``magicdrive``, ``dvc``)."""
+    """Returns the path of a command of this environment, such as ``magicdrive`` or ``dvc``."""
     return str(Path(sys.executable).with_name(name))
 
 
@@ -46,46 +46,50 @@ def run_child(
     variables: Mapping[str, str] | None = None,
     folder: Path | None = None,
 ) -> None:
-    """Runs a command to its end in a process group of its own.
+    """Runs a command in its own process group and waits for it.
 
     Args:
         command: program and arguments.
-        log: where its output goes; by default to this process's own.
-        variables: of its environment, beside this process's own, which go first.
-        folder: where it runs; by default where this process does.
+        log: file for its output; None: the output of this process.
+        variables: additional environment variables; those of this process take precedence.
+        folder: working directory; None: that of this process.
 
     Raises:
-        MagicDriveError: it ended with another exit code than 0; the message is its own where it is of this project.
-        UsageError: likewise, where that was one.
+        MagicDriveError: the command failed; a command of this project supplies the message.
+        UsageError: a command of this project failed with this error.
     """
     with TemporaryDirectory(prefix="magicdrive-") as notes, _output(log) as output:
         note = Path(notes) / "error.json"
-        bin_folder = str(Path(sys.executable).parent)  # dvc.yaml's commands are found there
+        bin_folder = str(Path(sys.executable).parent)  # where dvc.yaml's commands are found
         path = os.pathsep.join([bin_folder, os.environ.get("PATH", "")])
         environment = {**(variables or {}), **os.environ} | {"PATH": path, ERROR_NOTE: str(note)}
-        before = _interrupted.is_set()  # long ago: then this child has nothing to do with it
-        child = subprocess.Popen(
-            command, env=environment, cwd=folder, stdout=output, stderr=output, start_new_session=True
-        )
+        before = _interrupted.is_set()  # an earlier interruption does not concern this child
+        child: subprocess.Popen[bytes] | None = None
         try:
-            with _children_lock:
-                _children.add(child)
-                late = _interrupted.is_set() and not before  # `no_orphans` has looked for children already
+            with _deferred_signals():  # an exception within Popen would leave a child that nobody knows
+                child = subprocess.Popen(
+                    command, env=environment, cwd=folder, stdout=output, stderr=output, start_new_session=True
+                )
+                with _children_lock:
+                    _children.add(child)
+                    late = _interrupted.is_set() and not before  # `no_orphans` has already stopped those it knew
             if late:
                 stop_child(child)
             code = child.wait()
         except BaseException:
-            stop_child(child)
+            if child is not None:
+                stop_child(child)
             raise
         finally:
-            with _children_lock:
-                _children.discard(child)
+            if child is not None:
+                with _children_lock:
+                    _children.discard(child)
         if code:
             raise _failure(command, code, note, log)
 
 
 def stop_child(child: subprocess.Popen[bytes]) -> None:
-    """Ends a child's whole process group, politely first."""
+    """Stops a child's whole process group: SIGINT, SIGTERM, then SIGKILL."""
     for number, seconds in STOP:
         with suppress(ProcessLookupError):
             os.killpg(child.pid, number)
@@ -98,9 +102,9 @@ def stop_child(child: subprocess.Popen[bytes]) -> None:
 
 @contextmanager
 def no_orphans() -> Iterator[None]:
-    """Stops the children that tasks on other threads still wait for when the flow's body is interrupted.
+    """Stops the children of tasks on other threads when the flow's body is interrupted.
 
-    Signals reach the main thread only, so that a mapped task never sees the cancellation itself.
+    Signals reach only the main thread, so a mapped task never sees the cancellation itself.
     """
     _interrupted.clear()
     try:
@@ -115,26 +119,26 @@ def no_orphans() -> Iterator[None]:
 
 
 def unless_interrupted(*_: object) -> bool:
-    """Prefect's ``retry_condition_fn``: a child that failed gets another try, one that was stopped does not."""
+    """Returns whether Prefect may retry a task (``retry_condition_fn``): a failed child yes, a stopped child no."""
     return not _interrupted.is_set()
 
 
 @task(cache_policy=NO_CACHE, task_run_name="{verb}")
 def run_verb(verb: str, *arguments: str) -> None:
-    """A task that runs one ``magicdrive`` verb as a child."""
+    """Runs one ``magicdrive`` verb as a child process."""
     run_child([tool("magicdrive"), verb, *arguments])
 
 
 def setting_words(params: str, overrides: Sequence[str] | None) -> list[str]:
-    """The command line words that hand a flow's settings to a verb."""
+    """Returns the options that hand a flow's settings to a verb."""
     return ["--params", params, *(word for override in overrides or () for word in ("-S", override))]
 
 
 def flow_command(run: Callable[[str, list[str] | None], object]) -> Callable[[], None]:
-    """The command line of a flow that takes the settings' file and overrides."""
+    """Makes the command line of a flow that takes a file of settings and overrides."""
 
     def command(
-        params: Annotated[str, typer.Option(metavar="FILE", help="The settings' file.")] = "params.yaml",
+        params: Annotated[str, typer.Option(metavar="FILE", help="The file of settings.")] = "params.yaml",
         overrides: Annotated[list[str] | None, typer.Option("--set", "-S", metavar="KEY=VALUE")] = None,
     ) -> None:
         run(params, overrides)
@@ -143,24 +147,24 @@ def flow_command(run: Callable[[str, list[str] | None], object]) -> Callable[[],
 
 
 def main(run: Callable[[], object]) -> None:
-    """Runs a flow from the command line; what a user can mend is one line and a hint, as with ``magicdrive``."""
+    """Runs a flow from the command line. An error that the user can fix is one line and a hint, as in `magicdrive`."""
     _one_line_errors()
     try:
         _start_server()
         run()
     except (MagicDriveError, OSError) as error:
-        sys.exit(report_error(error, "mend that, then run again: what is done is kept").exit_code)
+        sys.exit(report_error(error, "fix this and run again; finished work is reused").exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 def _start_server() -> None:
-    """Prefect's temporary server, where none is configured, out of reach of Ctrl-C.
+    """Starts Prefect's temporary server, if none is configured, so that Ctrl-C does not reach it.
 
-    A terminal sends that to the server too, and a flow whose server is gone calls for it for minutes before it ends.
+    A terminal sends Ctrl-C to the server too, and a flow whose server is gone retries its calls for minutes.
     """
     if not PREFECT_API_URL.value():
-        from prefect.server.api.server import SubprocessASGIServer  # seconds to import, needed here alone
+        from prefect.server.api.server import SubprocessASGIServer  # takes seconds to import
 
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the server inherits it
         try:
@@ -170,7 +174,7 @@ def _start_server() -> None:
 
 
 def _one_line_errors() -> None:
-    """Prefect prints each failure with its traceback, then once more as the run's last state: that line is enough.
+    """Drops the tracebacks of known errors from Prefect's console, which prints each failure twice.
 
     The server's record of the run keeps the traceback.
     """
@@ -180,6 +184,27 @@ def _one_line_errors() -> None:
 
     for handler in logging.getLogger().handlers:  # Prefect's console
         handler.addFilter(wanted)
+
+
+@contextmanager
+def _deferred_signals() -> Iterator[None]:
+    """Delays SIGINT and SIGTERM to the end of the block; on other threads than the main one they never arrive."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in handlers.items():
+        if callable(handler):
+            signal.signal(number, lambda number, _: received.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            if callable(handler):
+                signal.signal(number, handler)
+        for late in received:
+            signal.raise_signal(late)
 
 
 @contextmanager
@@ -193,12 +218,12 @@ def _output(log: Path | None) -> Iterator[int | None]:
 
 
 def _failure(command: Sequence[str], code: int, note: Path, log: Path | None) -> MagicDriveError:
-    """The error that a child left behind, or what can be said of one that left none."""
+    """Returns the error that a child left in its note, or one that names its command and exit code."""
     if note.is_file():
         message, hint, exit_code = read_json(note)
         return (UsageError if exit_code == UsageError.exit_code else MagicDriveError)(message, hint)
     words = " ".join([Path(command[0]).name, *map(shlex.quote, command[1:])])
     return MagicDriveError(
         f"`{words}` ended with exit code {code}",
-        f"its output stands in {log}" if log else "its own message stands above",
+        f"see its output in {log}" if log else "see the lines above",
     )

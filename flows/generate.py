@@ -1,10 +1,9 @@
 """Flow ``generate``: the validation clips by fan-out.
 
-    python -m flows.generate
-
-``generate.workers`` children share the items (one clip x one generation each). An item that is done with these
-settings and weights is skipped, so that a shard that failed is simply started again. With ``generate.task_runner``
-dask or ray they run wherever Prefect's own task runner of that kind sends them, in the same shared folder.
+Run it with ``python -m flows.generate``. ``generate.workers`` children share the items (an item is one generation of
+one clip). Items that are finished with these settings and weights are skipped, so a failed shard is simply started
+again. With ``generate.task_runner`` dask or ray, Prefect's task runner of that kind places the children on hosts that
+share the project's folder.
 """
 
 from __future__ import annotations
@@ -30,15 +29,20 @@ from magicdrive_core.inference.items import input_digests, is_done, item_fingerp
 from magicdrive_core.utils.progress import progress_bar
 from magicdrive_core.video.item_record import RECORD
 
-# Prefect's task runners for many hosts: module and class. Extras of this project: pip install 'magicdrive[dask]'.
+# Prefect's task runners for many hosts: module and class. Ray is an extra: pip install 'magicdrive[ray]'.
 RUNNERS = {"dask": ("prefect_dask", "DaskTaskRunner"), "ray": ("prefect_ray", "RayTaskRunner")}
 
 
 @task(cache_policy=NO_CACHE, task_run_name="shard {shard}", retries=1, retry_condition_fn=unless_interrupted)
 def generate_shard(shard: str, settings: list[str], log: Path, project: Path, cores: float = 1.0) -> None:
-    """One child's share of the items: ``shard`` is "2/8" for the second of eight; ``cores`` its part of this host's.
+    """Generates one worker's share of the items in a child process, possibly on another host.
 
-    It may run on another host, which finds ``project`` at the same path.
+    Args:
+        shard: "2/8" for the second of eight workers.
+        settings: the options that hand the settings to ``magicdrive generate``.
+        log: the file for the child's output.
+        project: the project's folder, at the same path on every host.
+        cores: share of the host's cores that the child may use.
     """
     threads = max(1, int(len(os.sched_getaffinity(0)) * cores))
     command = [tool("magicdrive"), "generate", "--shard", shard, *settings]
@@ -47,10 +51,17 @@ def generate_shard(shard: str, settings: list[str], log: Path, project: Path, co
 
 @flow(name="generate", validate_parameters=False)
 def generate(params: str = "params.yaml", overrides: list[str] | None = None) -> str:
-    """Generates all validation clips, with the last stage or with ``generate.weights``; returns the folder of items.
+    """Generates all validation clips with the last trained stage or with ``generate.weights``.
+
+    Args:
+        params: the file of settings.
+        overrides: ``key.key=value`` texts.
+
+    Returns:
+        The folder of the items.
 
     Raises:
-        MagicDriveError: no weights, or a shard failed twice; what was finished is kept.
+        MagicDriveError: there are no weights, or a shard failed twice; finished items are kept.
     """
     overrides = [*(overrides or []), *pin_registered(load_config(params, overrides))]
     config = load_config(params, overrides)
@@ -63,7 +74,7 @@ def generate(params: str = "params.yaml", overrides: list[str] | None = None) ->
     shards = min(config.generate.workers, len(missing))
     settings = setting_words(params, overrides)
     kind, arguments = config.generate.task_runner, (shards, settings, paths.generated)
-    with no_orphans(), _counted(paths.generated, len(items)):
+    with no_orphans(), _progress(paths.generated, len(items)):
         scheduler = config.generate.scheduler
         cores = 1.0 if scheduler else 1 / max(1, shards)
         if kind == "threads":
@@ -76,20 +87,20 @@ def generate(params: str = "params.yaml", overrides: list[str] | None = None) ->
 
 
 def _fan_out(shards: int, settings: list[str], out: Path, cores: float = 1.0) -> None:
-    """Runs all shards to their end."""
+    """Runs all shards and waits for them."""
     project = Path.cwd()
     futures = [
         generate_shard.submit(f"{number}/{shards}", settings, project / out / f"shard-{number}.log", project, cores)
         for number in range(1, shards + 1)
     ]
     for future in futures:
-        future.wait()  # all of them, before the first failure is raised: the others' work is kept
+        future.wait()  # for all of them, before the first failure is raised: the others finish their work
     for future in futures:
         future.result()
 
 
 def _task_runner(kind: str, scheduler: str | None) -> TaskRunner[Any]:
-    """Prefect's task runner of a kind of ``RUNNERS``.
+    """Makes Prefect's task runner of one kind of ``RUNNERS``.
 
     Raises:
         UsageError: it is not installed.
@@ -101,21 +112,21 @@ def _task_runner(kind: str, scheduler: str | None) -> TaskRunner[Any]:
         raise UsageError(
             f"generate.task_runner {kind}: {error.name} is not installed", f"pip install 'magicdrive[{kind}]'"
         ) from None
-    made: TaskRunner[Any] = runner(address=scheduler) if scheduler else runner()
-    return made
+    task_runner: TaskRunner[Any] = runner(address=scheduler) if scheduler else runner()
+    return task_runner
 
 
 @contextmanager
-def _counted(folder: Path, items: int) -> Iterator[None]:
-    """One bar over all shards: the items that are there, counted once a second."""
-    ended = threading.Event()
+def _progress(folder: Path, items: int) -> Iterator[None]:
+    """Shows one progress bar for all shards, which counts the finished items once a second."""
+    finished = threading.Event()
     with progress_bar() as bar:
         row = bar.add_task("generate", total=items)
 
         def count() -> None:
-            going = True
-            while going:
-                going = not ended.wait(1.0)
+            running = True
+            while running:
+                running = not finished.wait(1.0)
                 bar.update(row, completed=sum(1 for _ in folder.glob(f"*/{RECORD}")))
 
         counter = threading.Thread(target=count, daemon=True)
@@ -123,7 +134,7 @@ def _counted(folder: Path, items: int) -> Iterator[None]:
         try:
             yield
         finally:
-            ended.set()
+            finished.set()
             counter.join()
 
 

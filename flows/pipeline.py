@@ -1,6 +1,6 @@
-"""Flow ``pipeline``: everything, as params.yaml says. What ``make demo`` runs; what is done already is skipped.
+"""Flow ``pipeline``: prepare, train and benchmark, as params.yaml says. Finished work is skipped.
 
-python -m flows.pipeline
+Run it with ``python -m flows.pipeline``; ``make demo`` and ``make run`` do that.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from magicdrive_core.wcoda.package import ZIP
 
 @flow(name="pipeline", validate_parameters=False)
 def pipeline() -> None:
-    """Data, preprocessing, training, videos, package, report."""
+    """Runs the flows ``prepare``, ``train`` and ``benchmark`` one after the other."""
     prepare()
     train()
     benchmark()
 
 
 def run() -> None:
-    """Runs the flow and says where everything is."""
+    """Runs the flow and prints where the results are."""
     pipeline()
     config = load_config()
     paths = find_run_paths(config)
     package = paths.submission / ZIP
     print(f"\nreport     {paths.submission / 'report.html'}")
     print(f"videos     {paths.generated}/")
-    print(f"package    {package if package.exists() else 'none: the scenes are too short'}")
+    print(f"package    {package if package.exists() else 'none: the clips are too short'}")
     print(f"weights    {paths.model.weights}")
     print("tracking   make ui")
 

@@ -1,9 +1,7 @@
 """Flow ``prepare``: the data and everything that is computed from it before training.
 
-    python -m flows.prepare
-
-``magicdrive synth`` where the profile asks for generated data, then ``dvc repro``: DVC knows what is stale and runs
-just that. Both read params.yaml, because DVC does.
+Run it with ``python -m flows.prepare``. It calls ``magicdrive synth`` if params.yaml asks for generated data, then
+``dvc repro``, which runs the stages that are stale. It takes no overrides, because DVC reads params.yaml.
 """
 
 from __future__ import annotations
@@ -23,21 +21,23 @@ DATA_VERSION, INFOS = Path("data.dvc"), Path("artifacts/infos")
 
 @task(cache_policy=NO_CACHE, task_run_name="dvc repro")
 def reproduce() -> None:
-    """Runs the stages of dvc.yaml that are stale; says so when the data is no longer what data.dvc names."""
+    """Runs the stale stages of dvc.yaml; warns if the data is no longer the version that data.dvc names."""
     before = _read(DATA_VERSION)
     data = load_config().data
-    check_root(data.root, data.version)  # DVC would name the missing folder, but not the way out
+    check_root(data.root, data.version)  # DVC would name the missing folder, but not what to do
     if pictures_changed(INFOS, Path(data.root)):
-        get_run_logger().warning("the pictures below %s changed: all that was made from them is made again", data.root)
+        get_run_logger().warning(
+            "the pictures below %s have changed: everything that depends on them is made again", data.root
+        )
         run_child([tool("dvc"), "repro", "--force", "--single-item", "infos"])
     run_child([tool("dvc"), "repro"])
     if _read(DATA_VERSION) != before:
-        get_run_logger().warning("data/ differs from the version that %s named; it names the new one now", DATA_VERSION)
+        get_run_logger().warning("data/ has changed; %s now names the new version", DATA_VERSION)
 
 
 @flow(name="prepare", validate_parameters=False)
 def prepare() -> None:
-    """Data, infos, conditions, encoders, text features and latents, as params.yaml says."""
+    """Makes data, infos, conditions, encoders, text features and latents, as params.yaml says."""
     config = load_config()
     if config.synth is not None:
         run_verb("synth")

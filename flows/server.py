@@ -1,11 +1,11 @@
-"""A Prefect server, the deployments and a worker on this machine, for trying deployments without a cluster.
+"""Starts and stops a Prefect server, the deployments and a worker on this machine, without a cluster.
 
     python -m flows.server up --port 4200
     python -m flows.server down
 
-Everything listens on 127.0.0.1 and lies in ``.prefect/``: database, logs, process ids, and a profile that points the
+The server listens on 127.0.0.1. ``.prefect/`` holds the database, logs, process ids, and a profile that points the
 ``prefect`` commands typed in this folder at the server. On a cluster the server runs elsewhere: set PREFECT_API_URL,
-then ``prefect deploy --all`` here and ``prefect worker start --pool magicdrive`` on each training host.
+then run ``prefect deploy --all`` here and ``prefect worker start --pool magicdrive`` on each training host.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from magicdrive_core.utils.files import atomic_file, read_json, write_json
 
 HOME = Path(".prefect")
 PROFILE = HOME / "profiles.toml"
-PROCESSES = HOME / "processes.json"  # name -> process id and its start, so that no stranger is ever signalled
+PROCESSES = HOME / "processes.json"  # name -> process id and start time, so that no other process is ever signalled
 POOL = "magicdrive"
-RUN_SECONDS = 40.0  # to end a flow run: more than it gives its children (common.STOP) and ranks (launch.GRACE_SECONDS)
-END_SECONDS = 15.0  # to end a worker without flow runs, and a server: each takes two to four
-START_SECONDS = 180.0  # the first start makes the database
+RUN_SECONDS = 40.0  # for a flow run to stop: more than it allows its children (common.STOP) and ranks
+END_SECONDS = 15.0  # for a worker without flow runs, or a server, to stop: each needs two to four
+START_SECONDS = 180.0  # the first start creates the database
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -43,7 +43,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 def up(port: Annotated[int, typer.Option(min=1, max=65535)] = 4200) -> None:
     """Start server and worker, and register the deployments of prefect.yaml."""
     if _alive():
-        raise MagicDriveError("the server runs already", "`make down` stops it")
+        raise MagicDriveError("the Prefect server is already running", "`make down` stops it")
     _check_port(port)
     api = f"http://127.0.0.1:{port}/api"
     server = _start("server", ["server", "start", "--host", "127.0.0.1", "--port", str(port)], {})
@@ -52,10 +52,10 @@ def up(port: Annotated[int, typer.Option(min=1, max=65535)] = 4200) -> None:
         with atomic_file(PROFILE) as partial:
             partial.write_text(f'active = "local"\n\n[profiles.local]\nPREFECT_API_URL = "{api}"\n', encoding="utf-8")
         _prefect(["work-pool", "create", POOL, "--type", "process", "--overwrite"])
-        # A training uses every device of its host, so that flow runs wait for each other.
+        # A training uses every device of its host, so flow runs wait for each other.
         _prefect(["work-pool", "set-concurrency-limit", POOL, "1"])
         _prefect(["--no-prompt", "deploy", "--all"])
-        _bury_dead_runs(api)
+        _crash_lost_runs(api)
         _start("worker", ["worker", "start", "--pool", POOL, "--type", "process"], {"PREFECT_API_URL": api})
     except BaseException:
         down()
@@ -67,9 +67,9 @@ def up(port: Annotated[int, typer.Option(min=1, max=65535)] = 4200) -> None:
 
 @app.command()
 def down() -> None:
-    """Stop them; what they recorded stays."""
+    """Stop server and worker; their records are kept."""
     processes = _alive()
-    for name in ("worker", "server"):  # a worker whose server is gone calls for it, and complains, before it ends
+    for name in ("worker", "server"):  # a worker whose server is gone retries and complains before it stops
         if name in processes:
             _end(processes[name])
     PROCESSES.unlink(missing_ok=True)
@@ -78,23 +78,23 @@ def down() -> None:
 
 
 def _end(process: psutil.Process) -> None:
-    """Ends a process, before it its children: a worker that is stopped would kill its flow runs outright."""
+    """Stops the children of a process, then the process: a worker that stops first would kill its flow runs."""
     family = process.children(recursive=True)
     _stop(process.children(), RUN_SECONDS)
     _stop([process], END_SECONDS)
-    _stop(family, 0.0)  # what a flow run that had to be killed left behind
+    _stop(family, 0.0)  # left by a flow run that had to be killed
 
 
 def _stop(processes: list[psutil.Process], seconds: float) -> None:
-    """SIGTERM, so many seconds to save a checkpoint and to close what is recorded, SIGKILL."""
+    """Sends SIGTERM, waits so many seconds for checkpoints and records, then sends SIGKILL."""
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.terminate()
-    _, stubborn = psutil.wait_procs(processes, timeout=seconds)
-    for process in stubborn:
+    _, surviving = psutil.wait_procs(processes, timeout=seconds)
+    for process in surviving:
         with suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(stubborn)
+    psutil.wait_procs(surviving)
 
 
 def _check_port(port: int) -> None:
@@ -107,7 +107,7 @@ def _check_port(port: int) -> None:
 
 
 def _start(name: str, arguments: list[str], environment: dict[str, str]) -> psutil.Popen:
-    """Starts a ``prefect`` command that outlives this one."""
+    """Starts a ``prefect`` command that outlives this process, and notes its id."""
     HOME.mkdir(exist_ok=True)
     environment = os.environ | {"PREFECT_HOME": str(HOME.absolute())} | environment
     with (HOME / f"{name}.log").open("ab") as log:
@@ -125,7 +125,7 @@ def _start(name: str, arguments: list[str], environment: dict[str, str]) -> psut
 
 
 def _alive() -> dict[str, psutil.Process]:
-    """The processes that an earlier ``up`` started and that still run."""
+    """Returns the processes of an earlier ``up`` that still run."""
     found = {}
     for name, (pid, born) in (read_json(PROCESSES) if PROCESSES.exists() else {}).items():
         try:
@@ -146,18 +146,18 @@ def _wait_for(api: str, server: psutil.Popen) -> None:
                     return
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             time.sleep(0.5)
-    raise MagicDriveError("the Prefect server did not come up", f"its log: {HOME}/server.log")
+    raise MagicDriveError("the Prefect server did not start", f"see {HOME}/server.log")
 
 
-def _bury_dead_runs(api: str) -> None:
-    """Marks flow runs as crashed that ended without telling the server: they would hold the pool's one place for ever.
+def _crash_lost_runs(api: str) -> None:
+    """Marks flow runs as crashed whose process ended unnoticed: each would block the pool's only slot for ever.
 
-    No worker of this pool runs yet, so that whatever is said to be running is not.
+    No worker of this pool runs yet, so nothing that the server calls running is running.
     """
     states = {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}
     wanted = {"flow_runs": {"state": states}, "work_pools": {"name": {"any_": [POOL]}}}
     for run in _post(f"{api}/flow_runs/filter", wanted):
-        state = {"type": "CRASHED", "message": "its worker was ended without it"}
+        state = {"type": "CRASHED", "message": "its worker stopped without reporting it"}
         _post(f"{api}/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
 
 
@@ -171,9 +171,7 @@ def _prefect(arguments: list[str]) -> None:
     done = subprocess.run([tool("prefect"), *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
         reason = " ".join((done.stderr or done.stdout).split()[-40:])
-        raise MagicDriveError(
-            f"`prefect {' '.join(arguments)}` failed: {reason}", f"the server's log: {HOME}/server.log"
-        )
+        raise MagicDriveError(f"`prefect {' '.join(arguments)}` failed: {reason}", f"see {HOME}/server.log")
 
 
 if __name__ == "__main__":

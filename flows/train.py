@@ -1,9 +1,8 @@
 """Flow ``train``: the three progressive stages, one process group after the other.
 
-    python -m flows.train --stage stage3 -S training.stage1.steps=50
-
-Each stage starts from the last one's EMA weights; a stage that is done with these settings is skipped, one that was
-interrupted goes on from its last checkpoint. MLflow gets a parent run with a child run for each stage.
+Run it with ``python -m flows.train --stage stage3 -S training.stage1.steps=50``. Each stage starts from the EMA weights
+of the stage before. A stage that is finished with these settings is skipped; an interrupted one resumes from its last
+checkpoint. MLflow gets a parent run with a child run for each stage.
 """
 
 from __future__ import annotations
@@ -25,16 +24,24 @@ from magicdrive_core.training.supervise import StageResult, train_stage
 
 @task(cache_policy=NO_CACHE, task_run_name="{stage}")
 def run_stage(stage: Stage, params: str, overrides: list[str], parent: str) -> StageResult:
-    """Trains one stage. To be called, not submitted: a cancellation reaches the flow's own thread only."""
+    """Trains one stage. Call it, do not submit it: a cancellation reaches only the flow's own thread."""
     return train_stage(params, overrides, stage, parent)
 
 
 @flow(name="train", validate_parameters=False)
 def train(stage: Stage = "stage3", params: str = "params.yaml", overrides: list[str] | None = None) -> str:
-    """Trains the stages up to ``stage``, as far as the data reaches; returns the last one's folder.
+    """Trains the stages up to ``stage`` for which the data has clips.
+
+    Args:
+        stage: the last stage.
+        params: the file of settings.
+        overrides: ``key.key=value`` texts.
+
+    Returns:
+        The folder of the last trained stage.
 
     Raises:
-        MagicDriveError: missing or unfit data, or a rank failed.
+        MagicDriveError: the data is missing or unfit, or a rank failed.
     """
     logger = get_run_logger()
     overrides = overrides or []
@@ -43,14 +50,14 @@ def train(stage: Stage = "stage3", params: str = "params.yaml", overrides: list[
     for note in paths.notes:
         logger.warning(note)
     if paths.model.done:
-        logger.info("%s is done: %s", paths.model.stage, paths.model.folder)
+        logger.info("%s is finished: %s", paths.model.stage, paths.model.folder)
     else:
         _train(config, paths, params, overrides)
     return str(paths.model.folder)
 
 
 def _train(config: Config, paths: RunPaths, params: str, overrides: list[str]) -> None:
-    os.environ.setdefault("PREFECT__FLOW_RUN_ID", str(runtime.flow_run.id))  # for lineage; a worker has set it
+    os.environ.setdefault("PREFECT__FLOW_RUN_ID", str(runtime.flow_run.id))  # for lineage; a worker sets it itself
     parent = open_parent(config, f"train-{config.profile}")
     status: Status = "KILLED"
     try:

@@ -1,4 +1,4 @@
-"""Deployment benchmark/wcoda, really run: from a registered model to a validated submission and a score sheet."""
+"""Runs the deployment benchmark/wcoda: from a registered model to a validated submission and a score sheet."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def prefect(project: Path, api: str, *words: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_registered_model_becomes_a_valid_submission_with_scores(prefect_api: str, project: Path) -> None:
-    """A worker runs the deployment; items come from a Dask cluster that lives as long as the flow."""
+    """A worker runs the deployment; a Dask cluster that exists as long as the flow makes the items."""
     lay_out(project)
     with get_client(sync_client=True) as client:
         client.create_work_pool(WorkPoolCreate(name=POOL, type="process"))

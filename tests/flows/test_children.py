@@ -1,4 +1,4 @@
-"""Children of flows: they end with the flow, whatever ends it."""
+"""Child processes of flows: none outlives the flow, whatever stops it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FAMILY = ["sh", "-c", 'sleep 300 & echo "$$ $!" > "$0"; wait']
 
 
 def family(file: Path, seconds: float = 60) -> list[int]:
-    """The process ids, as soon as they are written."""
+    """Waits for the process ids in a file and returns them."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if file.exists() and (words := file.read_text().split()):
@@ -47,14 +47,14 @@ def assert_gone(pids: list[int]) -> None:
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """Undoes that a shell lets the jobs that it starts with ``&`` ignore Ctrl-C, which children inherit."""
+    """Restores Ctrl-C, which a shell makes its background jobs and their children ignore."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
-def test_a_failing_verb_s_error_is_the_flow_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also through others: DVC says of a stage that failed no more than that it did."""
+def test_the_error_of_a_failed_verb_reaches_the_flow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error also passes through other programs: DVC reports only that a stage failed."""
     monkeypatch.chdir(tmp_path)
     use = [common.tool("magicdrive"), "use", "nowhere"]
     for command in (use, ["sh", "-c", f"{' '.join(use)} || exit 255"]):
@@ -63,7 +63,7 @@ def test_a_failing_verb_s_error_is_the_flow_s_own(tmp_path: Path, monkeypatch: p
         assert raised.value.hint == "run in the project's folder"
 
 
-def test_a_child_of_others_is_told_by_its_command(tmp_path: Path) -> None:
+def test_the_error_of_another_program_names_its_command_and_log(tmp_path: Path) -> None:
     with pytest.raises(MagicDriveError, match=r"`sh -c 'exit 3'` ended with exit code 3") as raised:
         common.run_child(["sh", "-c", "exit 3"], tmp_path / "logs/shard-1.log")
     assert str(tmp_path / "logs/shard-1.log") in raised.value.hint
@@ -76,7 +76,7 @@ def test_a_child_finds_the_tools_of_this_environment(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_an_interrupt_ends_the_whole_family(tmp_path: Path) -> None:
+def test_an_interrupt_stops_child_and_grandchild(tmp_path: Path) -> None:
     file = tmp_path / "pids"
     threading.Thread(target=lambda: (family(file), os.kill(os.getpid(), signal.SIGINT)), daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
@@ -84,7 +84,24 @@ def test_an_interrupt_ends_the_whole_family(tmp_path: Path) -> None:
     assert_gone(family(file))
 
 
-def test_children_of_other_threads_end_with_the_body(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("interruptible")
+def test_an_interrupt_while_a_child_is_being_started_stops_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The child exists before Popen returns; an exception in between would leave it to nobody."""
+    file, start = tmp_path / "pids", subprocess.Popen
+
+    def interrupted(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
+        child: subprocess.Popen[bytes] = start(*arguments, **options)
+        family(file)
+        os.kill(os.getpid(), signal.SIGINT)
+        return child
+
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        common.run_child([*FAMILY, str(file)])
+    assert_gone(family(file))
+
+
+def test_children_of_other_threads_stop_with_the_body(tmp_path: Path) -> None:
     file = tmp_path / "pids"
     failures: list[MagicDriveError] = []
 
@@ -105,13 +122,13 @@ def test_children_of_other_threads_end_with_the_body(tmp_path: Path) -> None:
         body()
     thread.join(30)
     assert_gone(family(file))
-    assert len(failures) == 1  # the thread sees a failed child, no silence
+    assert len(failures) == 1  # the thread sees that its child failed
 
 
-def test_a_child_that_begins_while_the_flow_is_interrupted_ends_too(
+def test_a_child_that_starts_while_the_flow_is_interrupted_is_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It may be there before its thread has noted it, and then nobody else stops it."""
+    """The child may start before its thread has recorded it; then nobody else stops it."""
     file, start = tmp_path / "pids", subprocess.Popen
 
     def interrupted(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
@@ -121,7 +138,7 @@ def test_a_child_that_begins_while_the_flow_is_interrupted_ends_too(
             raise KeyboardInterrupt
         return child
 
-    with common.no_orphans():  # whatever was interrupted before
+    with common.no_orphans():  # forgets earlier interruptions
         pass
     monkeypatch.setattr(subprocess, "Popen", interrupted)
     with pytest.raises(MagicDriveError, match="ended with"):
@@ -129,8 +146,8 @@ def test_a_child_that_begins_while_the_flow_is_interrupted_ends_too(
     assert_gone(family(file))
 
 
-def test_a_terminated_flow_takes_its_children_along(prefect_api: str, tmp_path: Path) -> None:
-    """The real shard task has a retry, which a child that was stopped must not get."""
+def test_a_terminated_flow_stops_its_children(prefect_api: str, tmp_path: Path) -> None:
+    """A stopped child must not be retried, although the real shard task has a retry."""
     called, submitted, program = tmp_path / "called", tmp_path / "submitted", tmp_path / "magicdrive"
     program.write_text(f'#!/bin/sh\nsleep 300 & echo "$$ $!" >> {submitted}; wait\n')
     program.chmod(0o755)
@@ -161,8 +178,8 @@ work()
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("interruptible")
-def test_ctrl_c_in_a_terminal_ends_a_flow_at_once(tmp_path: Path) -> None:
-    """A terminal sends it to the whole group: to Prefect's temporary server as well, to which a flow tells its end."""
+def test_ctrl_c_in_a_terminal_stops_a_flow_at_once(tmp_path: Path) -> None:
+    """A terminal sends Ctrl-C to the whole group, also to Prefect's temporary server, which the flow still needs."""
     called = tmp_path / "called"
     body = f"""
 from prefect import flow
@@ -179,7 +196,7 @@ main(work)
     }
     command = [sys.executable, "-c", body]
     options: dict[str, Any] = {"cwd": tmp_path, "env": environment, "start_new_session": True}
-    with (tmp_path / "said").open("wb") as said, subprocess.Popen(command, stderr=said, **options) as flow:
+    with (tmp_path / "output").open("wb") as output, subprocess.Popen(command, stderr=output, **options) as flow:
         try:
             pids = family(called, seconds=240)
             os.killpg(flow.pid, signal.SIGINT)
@@ -188,10 +205,10 @@ main(work)
             with suppress(ProcessLookupError):
                 os.killpg(flow.pid, signal.SIGKILL)
     assert_gone(pids)
-    assert "Traceback" not in (tmp_path / "said").read_text()
+    assert "Traceback" not in (tmp_path / "output").read_text()
 
 
-def test_an_error_of_the_system_is_two_lines(prefect_api: str, tmp_path: Path) -> None:
+def test_a_system_error_is_two_lines(prefect_api: str, tmp_path: Path) -> None:
     body = """
 import errno, os, sys
 from prefect import flow, task
@@ -211,7 +228,7 @@ main(outer)
             errno.ENOSPC,
             ["error: no space left on the disk of runs/x: No space left on device", " hint: free some space"],
         ),
-        (errno.ENOTDIR, [f"error: [Errno {errno.ENOTDIR}] Not a directory: 'runs/x'", " hint: mend that, then run"]),
+        (errno.ENOTDIR, [f"error: [Errno {errno.ENOTDIR}] Not a directory: 'runs/x'", " hint: fix this and run again"]),
     ]:
         command = [sys.executable, "-c", body, str(number)]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
@@ -221,7 +238,7 @@ main(outer)
             assert line.startswith(wanted)
 
 
-def test_a_failed_flow_ends_with_the_cause_and_without_a_traceback(prefect_api: str, tmp_path: Path) -> None:
+def test_a_failed_flow_prints_the_cause_without_a_traceback(prefect_api: str, tmp_path: Path) -> None:
     body = """
 from prefect import flow
 from flows.common import main, run_verb

@@ -1,4 +1,4 @@
-"""Shards on Prefect's task runners: in other processes, and clear words where a runner is not installed."""
+"""Shards on Prefect's task runners, also in other processes; a message for a runner that is not installed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_scheduler_is_handed_to_the_runner(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.slow
 @pytest.mark.usefixtures("prefect_api")
 def test_shards_run_in_the_processes_of_a_dask_cluster(tmp_path: Path) -> None:
-    """What a shard needs travels with it. Its verb is told to explain itself, and that is all."""
+    """A shard carries all that it needs to another process. Its verb only prints its help."""
     fan_out = flow(task_runner=generate._task_runner("dask", None), validate_parameters=False)(generate._fan_out)
     fan_out(2, ["--help"], tmp_path)
     for number in (1, 2):

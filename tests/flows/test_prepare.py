@@ -1,4 +1,4 @@
-"""Flow `prepare`: what it looks at before it calls DVC. DVC's own runs: tests/platform/test_dvc.py."""
+"""Flow `prepare`: what it checks before it calls DVC. For the DVC stages see tests/project/test_dvc.py."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FORCED = ["repro", "--force", "--single-item", "infos"]
 
 @pytest.fixture
 def calls(synthetic_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """What DVC is asked to do, in a project whose infos are made."""
+    """Collects the calls of DVC in a project that has infos."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(synthetic_root, tmp_path / "data", copy_function=os.link)
     shutil.copy(PROJECT / "profiles/demo.yaml", tmp_path / "params.yaml")
@@ -39,19 +39,19 @@ def reproduce() -> None:
         prepare.reproduce.fn()
 
 
-def test_exchanged_pictures_force_the_infos(calls: list[list[str]]) -> None:
+def test_changed_pictures_force_the_infos_stage(calls: list[list[str]]) -> None:
     reproduce()
     assert calls == [REPRO]
     picture = next(Path("data/samples/CAM_BACK").iterdir())
     data = picture.read_bytes()
-    picture.unlink()  # it is a link to another root's
+    picture.unlink()  # a hard link to the shared root
     picture.write_bytes(data + b"\0")
     reproduce()
     assert calls == [REPRO, FORCED, REPRO]
 
 
 @pytest.mark.parametrize(("folder", "hint"), [("v1.0-demo", "set data.root"), ("maps", "map expansion v1.3")])
-def test_a_root_without_tables_or_maps_never_reaches_dvc(calls: list[list[str]], folder: str, hint: str) -> None:
+def test_missing_tables_or_maps_are_reported_before_dvc_starts(calls: list[list[str]], folder: str, hint: str) -> None:
     shutil.rmtree(Path("data") / folder)
     with pytest.raises(MagicDriveError, match=f"data/{folder} is missing: no nuScenes") as raised:
         reproduce()
@@ -59,8 +59,8 @@ def test_a_root_without_tables_or_maps_never_reaches_dvc(calls: list[list[str]],
     assert calls == []
 
 
-def test_a_pipeline_without_data_ends_with_what_to_do(prefect_api: str, tmp_path: Path) -> None:
-    """DVC alone would name the missing folder only."""
+def test_a_pipeline_without_data_says_what_to_do(prefect_api: str, tmp_path: Path) -> None:
+    """DVC would only name the missing folder."""
     values = yaml.safe_load((PROJECT / "profiles/demo.yaml").read_text()) | {"synth": None}
     values["data"]["root"] = "nowhere"
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))

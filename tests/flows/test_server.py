@@ -1,4 +1,4 @@
-"""`make up` where it cannot work. That it works is tried by hand (docs/how-to/prefect.md): it takes a minute."""
+"""`make up` and `make down`: faults and stubborn processes. A full start takes a minute and is not tested here."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ def test_a_port_in_use_is_named_and_nothing_is_started(tmp_path: Path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_down_stops_no_stranger(
+def test_down_never_signals_another_process_with_the_same_id(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     server.HOME.mkdir()
-    server.PROCESSES.write_text(f'{{"server": [{os.getpid()}, 1.0]}}')  # this process's number, another one's birth
+    server.PROCESSES.write_text(f'{{"server": [{os.getpid()}, 1.0]}}')  # the id of this process with another start time
     server.down()
     assert "nothing was running" in capsys.readouterr().out
     assert not server.PROCESSES.exists()
 
 
-# A worker that ends at once and kills its flow run, as Prefect's does; the run needs a second to close its records.
+# A worker that stops at once and kills its flow run, as Prefect's does; the run needs a second to close its records.
 WORKER = """
 import signal, subprocess, sys
 run = subprocess.Popen([sys.executable, "-c", sys.argv[1]])
@@ -74,7 +74,7 @@ def test_down_lets_a_flow_run_close_its_records(tmp_path: Path, monkeypatch: pyt
     assert (tmp_path / "closed").exists()
 
 
-# A server that notes its end; a worker that does so too, whose flow run heeds no signal and has a child on its own.
+# A server and a worker that record their end; the worker's flow run ignores signals and has a child.
 NOTING = """
 import signal, sys
 def end(*_):
@@ -93,7 +93,7 @@ child.wait()
 """
 
 
-def test_down_leaves_nothing_and_ends_the_worker_before_its_server(
+def test_down_leaves_nothing_and_stops_the_worker_before_its_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -114,8 +114,8 @@ def test_down_leaves_nothing_and_ends_the_worker_before_its_server(
     assert (tmp_path / "ended").read_text().split() == ["worker", "server"]
 
 
-def test_a_run_that_died_unseen_gives_its_place_back(prefect_api: str) -> None:
-    """The pool has one place: a run that is running for ever lets no other one start."""
+def test_a_lost_run_frees_the_slot_of_the_pool(prefect_api: str) -> None:
+    """The pool has one slot: a run that never ends would block all others."""
     pool = WorkPoolCreate(name=server.POOL, type="process")
     with get_client(sync_client=True) as client:
         client.create_work_pool(pool)
@@ -123,6 +123,6 @@ def test_a_run_that_died_unseen_gives_its_place_back(prefect_api: str) -> None:
         deployment = client.create_deployment(flow_id, "dead", work_pool_name=server.POOL)
         dead, waiting = (client.create_flow_run_from_deployment(deployment) for _ in range(2))
         client.set_flow_run_state(dead.id, Running(), force=True)
-        server._bury_dead_runs(prefect_api)
+        server._crash_lost_runs(prefect_api)
         states = [client.read_flow_run(run.id).state for run in (dead, waiting)]
     assert [state.type for state in states if state] == [StateType.CRASHED, StateType.SCHEDULED]

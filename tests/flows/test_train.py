@@ -1,4 +1,4 @@
-"""Flow `train`, really run: what it records when it is done, when a rank fails and when it is terminated."""
+"""Runs the flow `train`: what it records when it finishes, when a rank fails and when it is terminated."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ train("stage1")
 """
 RANK = """
 import os, signal, sys, time
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))  # saved, to be started again
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))  # saved; to be restarted
 with open("pids", "a") as file: print(os.getpid(), os.getppid(), file=file)
 """
 
 
 @pytest.mark.parametrize(("rank", "status"), [("time.sleep(300)", "KILLED"), ("sys.exit(3)", "FAILED")])
-def test_mlflow_knows_how_a_training_ended(
+def test_mlflow_records_how_a_training_ended(
     prefect_api: str, project: Path, synthetic_root: Path, rank: str, status: str
 ) -> None:
     """Prefect turns SIGTERM into an exception of its own, which must close parent and child run as killed."""

@@ -1,4 +1,4 @@
-"""The DVC stages, really run: what is reproduced, when, and on whose data."""
+"""Runs the DVC stages: what is reproduced, when, and on which data."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from magicdrive_core.config.schema import Config
 from magicdrive_core.utils.files import read_json, sha256_file
 from tests.projects import change, copy_project, run
 
-pytestmark = pytest.mark.timeout(900)  # the first one waits for all stages, and other workers need the cores, too
 VERSIONS = "magicdrive_core/config/versions.py"
+pytestmark = pytest.mark.timeout(900)  # the first test waits for all stages while other workers use the cores
 STAGES = {"infos", "conditions", "encoders", "text", "latents"}
 
 
 @pytest.fixture
 def project(reproduced_project: Path, tmp_path: Path) -> Path:
-    """A copy that a test may change."""
+    """Makes a copy that a test may change."""
     return copy_project(reproduced_project, tmp_path / "project")
 
 
@@ -39,13 +39,13 @@ def rewrite(path: Path, change_text: Callable[[str], str]) -> None:
 
 
 def status(project: Path) -> set[str]:
-    """Names of the stages that `dvc status` finds stale, and "data.dvc"."""
+    """Returns the names of the stages that `dvc status` finds stale, and "data.dvc"."""
     with Repo(str(project)) as repo:
         found: dict[str, Any] = repo.status()
     return {re.split("[:/]", name)[-1] for name in found}
 
 
-def test_every_stage_runs_once(reproduced_project: Path) -> None:
+def test_every_stage_runs_once_and_is_then_up_to_date(reproduced_project: Path) -> None:
     first = (reproduced_project / "reproduced").read_text()
     assert all(f"Running stage '{stage}'" in first for stage in STAGES)
     assert status(reproduced_project) == set()
@@ -68,7 +68,7 @@ def test_every_stage_runs_once(reproduced_project: Path) -> None:
         ("training.stage2.buckets=[{resolution: 80x144, frames: 17, batch: 1}]", {"conditions", "latents"}),
     ],
 )
-def test_a_changed_value_makes_only_its_stages_stale(project: Path, override: str, stale: set[str]) -> None:
+def test_a_changed_setting_makes_only_its_stages_stale(project: Path, override: str, stale: set[str]) -> None:
     change(project, override)
     assert status(project) == stale
 
@@ -105,15 +105,15 @@ def test_only_the_stale_stage_runs_again(project: Path) -> None:
     assert status(project) == set()
 
 
-def test_an_earlier_run_with_another_resolution_is_not_taken(project: Path) -> None:
-    """DVC leaves every key called size out when it looks for an earlier run (its #10296)."""
+def test_an_earlier_run_with_another_resolution_is_not_reused(project: Path) -> None:
+    """DVC ignores every key named size when it looks for an earlier run (its issue 10296)."""
     change(project, "training.stage2.buckets=[{resolution: 96x176, frames: 9, batch: 1}]")
     out = run(project, "dvc", "repro", "conditions")
     assert "Running stage 'conditions':" in out
     assert set(read_json(project / "artifacts/conditions/clips.json")["train"]) == {"80x144", "96x176"}
 
 
-def test_no_setting_has_a_name_that_dvc_leaves_out() -> None:
+def test_no_setting_has_a_name_that_dvc_ignores() -> None:
     def names(model: type[BaseModel]) -> Iterator[str]:
         for name, field in model.model_fields.items():
             yield name
@@ -145,15 +145,15 @@ def test_pictures_are_versioned_by_their_digests_alone(project: Path) -> None:
     assert "data.dvc" not in status(project)
 
 
-def test_a_changed_table_is_noticed(project: Path) -> None:
+def test_a_changed_table_makes_the_data_and_the_infos_stale(project: Path) -> None:
     table = project / "data/v1.0-demo/scene.json"
     text = table.read_text()
-    table.unlink()  # it is a link to another project's
+    table.unlink()  # a hard link to another project's file
     table.write_text(text + "\n")
     assert status(project) == {"data.dvc", "infos"}
 
 
-def test_data_elsewhere_leaves_data_dvc_alone(project: Path, synthetic_root: Path) -> None:
+def test_data_in_another_folder_leaves_data_dvc_unchanged(project: Path, synthetic_root: Path) -> None:
     before = (project / "data.dvc").read_bytes()
     change(project, f"data.root={synthetic_root}")
     change(project, "synth=null")

@@ -1,4 +1,4 @@
-"""The lock file and what pip says about it."""
+"""The lock file against what is installed, and what pip reports about it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 
 from tests.conftest import PROJECT
 
-# ColossalAI's own pins, and what only its command line needs: docs/decisions/0001-environment.md.
+# ColossalAI's pins, and what only its command line needs: docs/decisions/0001-environment.md.
 KNOWN = {
     "contexttimer, which is not installed",
     "diffusers==0.29.0",
@@ -27,7 +27,7 @@ KNOWN = {
     "transformers==4.51.3",
     "uvicorn==0.29.0",
 }
-# A build of one's own, and what every virtual environment has.
+# Torch is a build for the machine; every virtual environment has the others.
 OUTSIDE = {"torch", "setuptools", "pip"}
 
 
@@ -41,7 +41,7 @@ def _locked() -> dict[str, str]:
     return {_name(name): version for name, version in pairs}
 
 
-def test_pip_complains_of_colossalais_own_pins_only() -> None:
+def test_pip_reports_conflicts_with_colossalais_pins_only() -> None:
     done = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True)
     complaints = set()
     for line in done.stdout.splitlines():
@@ -51,7 +51,7 @@ def test_pip_complains_of_colossalais_own_pins_only() -> None:
     assert complaints == KNOWN
 
 
-def test_the_lock_is_what_is_installed_and_names_no_address() -> None:
+def test_the_lock_is_installed_and_names_no_address() -> None:
     locked = _locked()
     assert "://" not in (PROJECT / "requirements.lock").read_text()
     assert "torch" not in locked
@@ -60,13 +60,13 @@ def test_the_lock_is_what_is_installed_and_names_no_address() -> None:
 
 
 @pytest.mark.parametrize("python", ["3.11.0", "3.11.2", "3.11.99"])
-def test_every_python_3_11_finds_what_it_needs(python: str) -> None:
-    """Debian's 3.11.2 needs a backport that later ones do not, which no test on those would miss."""
+def test_the_lock_is_complete_for_every_python_3_11(python: str) -> None:
+    """Python 3.11.2 needs a backport that later versions do not need, so a test on those would not miss it."""
     here = {**default_environment(), "python_full_version": python, "extra": ""}
     locked = _locked()
     missing = {
         (package, requirement.name)
-        for package in locked.keys() - {"colossalai"}  # what it lacks is held above
+        for package in locked.keys() - {"colossalai"}  # what it lacks is in KNOWN
         for requirement in map(Requirement, metadata.requires(package) or [])
         if (requirement.marker is None or requirement.marker.evaluate(here))
         and _name(requirement.name) not in locked.keys() | OUTSIDE

@@ -1,4 +1,4 @@
-"""dvc.yaml names exactly the keys of params.yaml that each stage's code reads."""
+"""dvc.yaml lists exactly the keys of params.yaml that the code of each stage reads."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from magicdrive_core.config.schema import Config, Section
 from tests.conftest import PROJECT
 from tests.projects import copy_project
 
-pytestmark = pytest.mark.timeout(900)  # the first one waits for `dvc repro`
+pytestmark = pytest.mark.timeout(900)  # the first test waits for `dvc repro`
 STAGES: dict[str, dict[str, Any]] = yaml.safe_load((PROJECT / "dvc.yaml").read_text())["stages"]
 
 
 class Reads:
-    """Records the leaf keys that are read of one configuration, and the sections that are dumped whole."""
+    """Records which keys of one configuration are read, and which sections are dumped whole."""
 
     def __init__(self, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
         self.keys: set[str] = set()
@@ -52,7 +52,7 @@ class Reads:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_params_are_those_that_are_read(
+def test_the_listed_params_are_those_that_are_read(
     stage: str, reproduced_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project = copy_project(reproduced_project, tmp_path / "project")
@@ -67,7 +67,7 @@ def test_params_are_those_that_are_read(
     def covers(outer: str, inner: str) -> bool:
         return inner == outer or inner.startswith(f"{outer}.")
 
-    # The version and root of the data are in the path of the dependency, too.
+    # The version and root of the data are also in the path of the dependency.
     missing = {key for key in reads.keys if not any(covers(entry, key) for entry in declared)}
     assert not missing, "read, but not in dvc.yaml"
     idle = {entry for entry in declared if not any(covers(entry, key) or covers(key, entry) for key in reads.keys)}
