@@ -27,8 +27,9 @@ from rich.table import Table
 
 from magicdrive_core.video import encoder
 from magicdrive_core.video.colour import Picture
-from magicdrive_core.video.encoder import START, FrameSpool
+from magicdrive_core.video.encoder import FrameSpool
 from magicdrive_core.video.frames import full_size_image
+from magicdrive_core.video.rate_search import START_QUALITY
 
 FRAMES, FPS, CAP = 16, 12, 4.0
 PARTS = ("convert", "passes", "measure")
@@ -116,7 +117,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch, "a.mp4")
         for name, make in contents.items():
-            frames, start = list(make()), START
+            frames, start = list(make()), START_QUALITY
             unit = unit_pass(frames, path)
             for view in ("first", "later"):
                 made, clock = measured(frames, path, start)

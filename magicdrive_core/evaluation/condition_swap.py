@@ -70,5 +70,5 @@ def draw_exchanged(
         sampler = _Exchanged(
             config, models, items[scene.token], scene, Edits(), maps, other=theirs, fields=FIELDS[what]
         )
-        pictures += [next(frames) for frames in sampler.frames(sampler.sample(SingleProcess()))]
+        pictures += [next(frames) for frames in sampler.decode_views(sampler.sample(SingleProcess()))]
     return pictures

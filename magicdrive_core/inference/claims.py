@@ -1,12 +1,12 @@
-"""One worker an item, among any number of workers and hosts that share a folder.
+"""Claims: at most one worker makes an item, among any number of workers and hosts that share a folder.
 
-A claim is a file that is created exclusively, which every file system does for one process only; no lock of the system
-is asked for, because shared file systems keep those badly or not at all. Its owner touches it as long as it works, so
-that the claim of a dead host can be told by its age; that of a dead process of this host is told at once. The files of
-an item are numbered: a claim that is given back or dead stays, and the next one is the file after it. So no file is
-ever removed or taken over, and of all who see the same dead claim one alone creates the next.
+A claim is a file that is created exclusively, which every file system does for one process only. Locks of the operating
+system are not used, because shared file systems support them badly or not at all. The owner touches its file while it
+works: a claim of a dead process on this host is free at once, one of another host when it is old. The files of an item
+are numbered: a released or dead claim stays, and the next claim is the file with the next number. So no file is ever
+removed or taken over, and of all workers that see the same dead claim only one creates the next.
 
-A worker that is stopped for longer than ``EXPIRY`` can lose its claim without noticing: see ``Claim.holds``.
+A worker that is stopped for longer than ``EXPIRY`` can lose its claim without noticing: see ``Claim.is_held``.
 """
 
 from __future__ import annotations
@@ -24,46 +24,52 @@ from uuid import uuid4
 import psutil
 
 FOLDER = ".claims"
-BEAT = 10.0  # seconds between two touches
-EXPIRY = 180.0  # seconds without a touch; network file systems may show times a minute late
-CLOCK_SLACK = 3.0  # seconds by which the start of a process may be told differently
+HEARTBEAT = 10.0  # seconds between two touches
+EXPIRY = 180.0  # seconds without a touch; network file systems may show times that are a minute late
+CLOCK_SLACK = 3.0  # seconds by which two readings of a process's start time may differ
 
 
 class Claim:
-    """One item that this process has."""
+    """The claim of this process on one item.
+
+    Args:
+        path: file of the claim.
+        successor: file that another worker creates if it takes this claim for dead.
+    """
 
     def __init__(self, path: Path, successor: Path) -> None:
         self.path = path
         self._successor = successor
 
     @property
-    def holds(self) -> bool:
-        """Whether nobody took this worker for dead: to be asked before a result is put in place."""
+    def is_held(self) -> bool:
+        """Whether no other worker took this one for dead; asked before a result replaces the item's folder."""
         return not self._successor.exists()
 
     def touch(self) -> None:
-        """Shows that the owner lives."""
+        """Shows that the owner is alive."""
         with suppress(FileNotFoundError):  # the folder was removed: whoever did that wants no claims
             os.utime(self.path)
 
-    def give_back(self) -> None:
-        """Lets others claim the item; the file says no more than that."""
+    def release(self) -> None:
+        """Lets other workers claim the item, whether it was made or not."""
         with suppress(FileNotFoundError):
-            self.path.write_text(json.dumps({"given_back": True}))
+            self.path.write_text(json.dumps({"released": True}))
 
 
 class Claims:
-    """The items that this process has. Leaving the context gives all of them back.
+    """All claims of this process; leaving the context releases them.
 
     Args:
-        out: the shared folder of the items' folders.
-        beat, expiry: see ``BEAT`` and ``EXPIRY``; the same for all workers.
+        out: shared folder of the items' folders.
+        heartbeat: seconds between two touches of a held claim.
+        expiry: seconds without a touch after which a claim of another host is dead; the same for all workers.
     """
 
-    def __init__(self, out: Path, *, beat: float = BEAT, expiry: float = EXPIRY) -> None:
+    def __init__(self, out: Path, *, heartbeat: float = HEARTBEAT, expiry: float = EXPIRY) -> None:
         self._folder = out / FOLDER
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._beat, self._expiry = beat, expiry
+        self._heartbeat, self._expiry = heartbeat, expiry
         self._owner = json.dumps(_this_process())
         self._clock = self._folder / f".clock-{uuid4().hex}"
         self._held: dict[str, Claim] = {}
@@ -79,18 +85,18 @@ class Claims:
         self._ended.set()
         self._thread.join()
         for name in list(self._held):
-            self.give_back(name)
+            self.release(name)
         self._clock.unlink(missing_ok=True)
 
     def take(self, name: str) -> Claim | None:
-        """Claims an item; None: another worker has it. Does not wait."""
+        """Claims an item without waiting; returns None if another worker has claimed it."""
         for number in count():
             path, successor = (self._folder / f"{name}.{n}" for n in (number, number + 1))
             try:
                 with path.open("x") as file:
                     file.write(self._owner)
             except FileExistsError:
-                if successor.exists() or self._is_over(path):
+                if successor.exists() or self._is_free(path):
                     continue
                 return None
             claim = Claim(path, successor)
@@ -99,30 +105,30 @@ class Claims:
             return claim
         raise AssertionError("unreachable")
 
-    def give_back(self, name: str) -> None:
-        """Ends a claim, whatever became of the item, unless it ended before."""
+    def release(self, name: str) -> None:
+        """Releases a claim, unless it was released before."""
         with self._changing:
             claim = self._held.pop(name, None)
         if claim is not None:
-            claim.give_back()
+            claim.release()
 
-    def _is_over(self, path: Path) -> bool:
-        """Whether a claim was given back, or its owner is dead."""
-        with path.open() as file:  # opening asks the server of a network file system for the present times
+    def _is_free(self, path: Path) -> bool:
+        """Whether a claim was released, or its owner is dead."""
+        with path.open() as file:  # opening asks the server of a network file system for the current times
             text, touched = file.read(), os.fstat(file.fileno()).st_mtime
         try:
             owner: dict[str, Any] = json.loads(text)
         except json.JSONDecodeError:
             owner = {}  # being written
-        return "given_back" in owner or _is_dead(owner) or self._now() - touched > self._expiry
+        return "released" in owner or _is_dead(owner) or self._now() - touched > self._expiry
 
     def _now(self) -> float:
-        """The file system's own clock, by which files were touched: those of hosts differ."""
+        """Time of the file system's own clock, which dates the touches; the clocks of hosts differ."""
         self._clock.touch()
         return self._clock.stat().st_mtime
 
     def _keep_alive(self) -> None:
-        while not self._ended.wait(self._beat):
+        while not self._ended.wait(self._heartbeat):
             with self._changing:
                 held = list(self._held.values())
             for claim in held:
@@ -131,11 +137,16 @@ class Claims:
 
 def _this_process() -> dict[str, Any]:
     pid = os.getpid()
-    return {"host": socket.gethostname(), "room": _room(), "pid": pid, "started": psutil.Process(pid).create_time()}
+    return {
+        "host": socket.gethostname(),
+        "pid_namespace": _pid_namespace(),
+        "pid": pid,
+        "started": psutil.Process(pid).create_time(),
+    }
 
 
-def _room() -> str:
-    """Where process ids mean what they mean here: this start of this machine, this container."""
+def _pid_namespace() -> str:
+    """Identifies where process ids mean what they mean here: this boot of this machine, this container."""
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
@@ -143,8 +154,8 @@ def _room() -> str:
 
 
 def _is_dead(owner: dict[str, Any]) -> bool:
-    """Whether an owner is known to be gone; of other hosts and containers nothing is known."""
-    if owner.get("room") != _room():
+    """Whether an owner is known to have ended; nothing is known about other hosts and containers."""
+    if owner.get("pid_namespace") != _pid_namespace():
         return False
     try:
         return bool(abs(psutil.Process(owner["pid"]).create_time() - owner["started"]) > CLOCK_SLACK)

@@ -1,4 +1,7 @@
-"""Items shared out among workers: which are done, who makes the others, what happens to those that fail. No torch."""
+"""Items shared among workers: which are finished, who makes the others, and what happens to those that fail.
+
+This module imports no torch; what making an item means is up to its caller.
+"""
 
 from __future__ import annotations
 
@@ -15,92 +18,109 @@ from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.inference.claims import Claim, Claims
 from magicdrive_core.inference.items import Item, is_done
 
-ATTEMPTS = 2  # of an item that fails
-PAUSE = 2.0  # seconds between two looks at items that others have
+ATTEMPTS = 2  # for an item that fails
+PAUSE = 2.0  # seconds between two looks at items that other workers have claimed
 
 Make = Callable[[Item, Claim], "Future[None]"]
-"""Begins to make an item; the future ends when its folder is in place. The next item may begin before that."""
+"""Starts to make an item; the future ends when its folder is complete. The next item may start before that."""
 
 
 @dataclass
 class Summary:
-    """What one worker did with the items, by name."""
+    """Names of the items of one worker's run.
+
+    Attributes:
+        made: items that this worker made.
+        skipped: items that were finished before, or by another worker meanwhile.
+    """
 
     made: list[str] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)  # done before, or by another worker meanwhile
+    skipped: list[str] = field(default_factory=list)
 
 
 def share_items(
     items: Sequence[Item],
     out: Path,
-    wanted: Callable[[Item], str],
+    fingerprint_of: Callable[[Item], str],
     make: Make,
     *,
     shard: tuple[int, int] = (0, 1),
-    survives: tuple[type[Exception], ...] = (MagicDriveError,),
+    recoverable: tuple[type[Exception], ...] = (MagicDriveError,),
     wait: Callable[[float], None] = time.sleep,
     advance: Callable[[], None] = lambda: None,
 ) -> Summary:
-    """Makes the items that no other worker makes; returns when all of them are there.
+    """Makes the items that no other worker makes; returns when all of them are finished.
 
-    A worker begins with its own share and then helps the others. Those that others are at it waits for, and makes them
-    itself should their worker die. An item that fails is tried again when the others are through.
+    A worker starts with the items of its shard and then helps the others. It waits for items that others have claimed,
+    and makes them itself if their worker dies. An item that fails is tried again after the others.
 
     Args:
         items: all items, the same list for every worker.
         out: folder of the items' folders.
-        wanted: the fingerprint that makes an item's folder the right one.
-        make: makes an item of this worker.
+        fingerprint_of: returns the fingerprint that an item's folder must have to count as finished.
+        make: starts to make an item that this worker has claimed.
         shard: (number of this worker, number of workers).
-        survives: failures of an item after which the next one can be made.
-        wait: sleeps.
-        advance: called whenever an item is through.
+        recoverable: failures of an item after which the next one can be made.
+        wait: sleeps for some seconds.
+        advance: called whenever an item needs no more work.
+
+    Returns:
+        Names of the items that were made and skipped.
 
     Raises:
-        MagicDriveError: items failed again; all others are there.
+        MagicDriveError: some items failed ``ATTEMPTS`` times; all others are finished.
     """
-    work = _Share(out, wanted, make, survives)
+    share = _Share(out, fingerprint_of, make, recoverable)
     left = _in_turn(items, shard)
     with Claims(out) as claims:
         while left:
             before = len(left)
-            left = work.go_through(left, claims, advance)
+            left = share.go_through(left, claims, advance)
             if len(left) == before:
                 wait(PAUSE)
-    if work.failed:
-        reasons = "; ".join(f"{name}: {error}" for name, error in sorted(work.failed.items()))
+    if share.failed:
+        reasons = "; ".join(f"{name}: {error}" for name, error in sorted(share.failed.items()))
         raise MagicDriveError(
-            f"{len(work.failed)} of {len(items)} items failed, each {ATTEMPTS} times. {reasons}",
-            "run again: what is done is kept",
+            f"{len(share.failed)} of {len(items)} items failed, each {ATTEMPTS} times. {reasons}",
+            "fix this and run again; finished items are skipped",
         )
-    return work.summary
+    return share.summary
 
 
 class _Share:
-    """One worker's way through the items."""
+    """One worker's work on the items.
+
+    Attributes:
+        summary: names of the items made and skipped so far.
+        failed: last error of each item that failed ``ATTEMPTS`` times, by name.
+    """
 
     def __init__(
-        self, out: Path, wanted: Callable[[Item], str], make: Make, survives: tuple[type[Exception], ...]
+        self,
+        out: Path,
+        fingerprint_of: Callable[[Item], str],
+        make: Make,
+        recoverable: tuple[type[Exception], ...],
     ) -> None:
-        self._out, self._wanted, self._make, self._survives = out, wanted, make, survives
+        self._out, self._fingerprint_of, self._make, self._recoverable = out, fingerprint_of, make, recoverable
         self._attempts: Counter[str] = Counter()
         self.summary = Summary()
         self.failed: dict[str, Exception] = {}
 
     def go_through(self, items: Sequence[Item], claims: Claims, advance: Callable[[], None]) -> list[Item]:
-        """Once through; returns the items that have to be looked at again."""
+        """Goes through the items once and returns those that are claimed by others or have to be tried again."""
         again: list[Item] = []
-        begun: deque[tuple[Item, Future[None]]] = deque()
+        started: deque[tuple[Item, Future[None]]] = deque()
 
         def settle() -> None:
-            item, future = begun.popleft()
-            if self._ended(item, future):
+            item, future = started.popleft()
+            if self._is_settled(item, future):
                 advance()
             else:
                 again.append(item)
 
         for item in items:
-            while begun and begun[0][1].done():
+            while started and started[0][1].done():
                 settle()
             if self._is_done(item):
                 self.summary.skipped.append(item.name)
@@ -109,40 +129,41 @@ class _Share:
             claim = claims.take(item.name)
             if claim is None:
                 again.append(item)
-            elif self._is_done(item):  # by another worker since
-                claims.give_back(item.name)
+            elif self._is_done(item):  # finished by another worker between the first look and the claim
+                claims.release(item.name)
                 self.summary.skipped.append(item.name)
                 advance()
             else:
-                self._clear(item)
-                future = self._begun(item, claim)
-                future.add_done_callback(partial(_give_back, claims, item.name))
-                begun.append((item, future))
-        while begun:
+                self._remove_partial(item)
+                future = self._start(item, claim)
+                future.add_done_callback(partial(_release, claims, item.name))
+                started.append((item, future))
+        while started:
             settle()
         return again
 
     def _is_done(self, item: Item) -> bool:
-        return is_done(self._out / item.name, self._wanted(item))
+        return is_done(self._out / item.name, self._fingerprint_of(item))
 
-    def _clear(self, item: Item) -> None:
-        """Removes what workers left behind that were killed at this item."""
-        for half in self._out.glob(f".{item.name}.*"):
-            shutil.rmtree(half, ignore_errors=True)
+    def _remove_partial(self, item: Item) -> None:
+        """Removes the partial folders of workers that were killed while they made this item."""
+        for partial_folder in self._out.glob(f".{item.name}.*"):
+            shutil.rmtree(partial_folder, ignore_errors=True)
 
-    def _begun(self, item: Item, claim: Claim) -> Future[None]:
+    def _start(self, item: Item, claim: Claim) -> Future[None]:
+        """Starts an item; a recoverable failure at the start is one of the future."""
         try:
             return self._make(item, claim)
-        except self._survives as error:
+        except self._recoverable as error:
             failed: Future[None] = Future()
             failed.set_exception(error)
             return failed
 
-    def _ended(self, item: Item, future: Future[None]) -> bool:
-        """Waits for an item; whether nothing more is to be done about it."""
+    def _is_settled(self, item: Item, future: Future[None]) -> bool:
+        """Waits for an item; returns whether it was made or failed for the last time."""
         try:
             future.result()
-        except self._survives as error:
+        except self._recoverable as error:
             self._attempts[item.name] += 1
             if self._attempts[item.name] < ATTEMPTS:
                 return False
@@ -152,11 +173,11 @@ class _Share:
         return True
 
 
-def _give_back(claims: Claims, name: str, _: Future[None]) -> None:
-    claims.give_back(name)
+def _release(claims: Claims, name: str, _: Future[None]) -> None:
+    claims.release(name)
 
 
 def _in_turn(items: Sequence[Item], shard: tuple[int, int]) -> list[Item]:
-    """This worker's own items, then those of the others, beginning with its neighbour's."""
+    """Returns the items of this worker's shard, then those of the other shards, starting with the next one."""
     index, count = shard
     return [item for other in range(count) for item in items[(index + other) % count :: count]]

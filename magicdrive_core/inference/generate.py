@@ -1,4 +1,8 @@
-"""Generation: items to folders of six videos, by any number of workers that share the items."""
+"""Generation: items to folders of six videos, by any number of workers that share the items.
+
+The whole way of a clip: ``generate_items`` (here) takes an item, ``sampler.Sampler`` samples its latents and decodes
+them, ``writer.FrameQueue`` hands the frames to the encoder's thread, and ``writer.ItemWriter`` writes the files.
+"""
 
 from __future__ import annotations
 
@@ -33,13 +37,13 @@ def generate_items(
     out: Path,
     *,
     shard: tuple[int, int] = (0, 1),
-    team: SingleProcess | None = None,
+    processes: SingleProcess | None = None,
     project: Path = Path(),
 ) -> Summary:
-    """Generates items into ``out/<item>/``; those that are done already, byte for byte, are left alone.
+    """Generates items into ``out/<item>/``; finished ones, equal byte for byte to what was written, are skipped.
 
-    The result of an item depends on neither order, share nor number of workers. While one is encoded the next one is
-    sampled.
+    The result of an item does not depend on the order, the shard or the number of workers. While one item is encoded
+    the next one is sampled.
 
     Args:
         config: sampling and video settings.
@@ -47,75 +51,87 @@ def generate_items(
         stage_folder: a finished training run, ``runs/<stage>-<fingerprint>``.
         out: folder of the items' folders.
         shard: (number of this worker, number of workers).
-        team: the processes that are this worker; None: this one alone. The others ``follow_leader``.
-        project: the project's folder.
+        processes: the processes that are this worker; None: this one alone. Followers call ``follow_leader``.
+        project: folder of the project.
+
+    Returns:
+        Names of the items that this worker generated and skipped.
 
     Raises:
         MagicDriveError: the inputs are missing, or items failed twice; the others are finished first.
     """
     digests = input_digests(config, stage_folder, project)
-    team = team or SingleProcess()
-    work = _Work(config, stage_folder, project, team)
-    prints = {item: item_fingerprint(config, item, digests) for item in items}
+    processes = processes or SingleProcess()
+    inputs = _Inputs(config, stage_folder, project, processes)
+    fingerprints = {item: item_fingerprint(config, item, digests) for item in items}
     with FrameQueue() as frame_queue, progress_bar() as bar:
         row = bar.add_task("generate", total=len(items))
 
         def make(item: Item, claim: Claim) -> Future[None]:
-            began, sampler = time.perf_counter(), work.sampler(item, bar)
-            caption, _ = sampler.first.caption, sampler.features  # where these fail, nobody waits yet
-            beginning = sampler.beginning(project)
-            team.name(item)
-            latents = sampler.sample(team, beginning)
+            began, sampler = time.perf_counter(), inputs.sampler(item, bar)
+            # What can fail is computed before the item is announced, while no follower waits for it.
+            caption, _ = sampler.first.caption, sampler.features
+            initial = sampler.initial_frames(project)
+            processes.announce(item)
+            latents = sampler.sample(processes, initial)
             writer = ItemWriter(
                 config=config,
                 item=item,
                 scene=sampler.scene,
                 caption=caption,
-                fingerprint=prints[item],
+                fingerprint=fingerprints[item],
                 lineage=digests,
-                given=beginning.pictures if beginning else None,
+                initial_images=initial.images if initial else None,
                 times=(began, time.perf_counter()),
-                holds=lambda: claim.holds,
+                is_claimed=lambda: claim.is_held,
             )
-            views = (FrameFile(frames) for frames in sampler.frames(latents))
+            views = (FrameFile(frames) for frames in sampler.decode_views(latents))
             return frame_queue.write(views, lambda views: writer.write(out / item.name, views))
 
         return share_items(
             items,
             out,
-            prints.__getitem__,
+            fingerprints.__getitem__,
             make,
             shard=shard,
-            survives=team.survives,
-            wait=team.wait,
+            recoverable=processes.recoverable,
+            wait=processes.wait,
             advance=lambda: bar.advance(row),
         )
 
 
-def follow_leader(config: Config, stage_folder: Path, team: ProcessGroup, project: Path = Path()) -> None:
-    """Samples the items that the leader of ``team`` names, until there are no more; the leader writes them."""
-    work = _Work(config, stage_folder, project, team)
-    for item in team.named():
-        work.sampler(item).sample(team)
+def follow_leader(config: Config, stage_folder: Path, processes: ProcessGroup, project: Path = Path()) -> None:
+    """Samples the items that the leader announces, until there are no more; the leader decodes and writes them.
+
+    Args:
+        config: sampling settings, equal to the leader's.
+        stage_folder: the finished training run that the leader uses.
+        processes: the process group.
+        project: folder of the project.
+    """
+    inputs = _Inputs(config, stage_folder, project, processes)
+    for item in processes.announced_items():
+        inputs.sampler(item).sample(processes)
 
 
 @dataclass(frozen=True)
-class _Work:
-    """What the items of a worker share, loaded when the first one is made."""
+class _Inputs:
+    """Inputs that all items of a worker share, loaded when the first item needs them."""
 
     config: Config
     stage_folder: Path
     project: Path
-    team: SingleProcess
+    processes: SingleProcess
 
     def sampler(self, item: Item, bar: Progress | None = None) -> Sampler:
+        """Makes the sampler of an item, which shows its steps in ``bar``."""
         scene = edit_scene(self._scenes[item.clip.scene], self._edits)
-        progress = partial(_shown, bar, f"  {scene.name} #{item.generation}") if bar else iter
+        progress = partial(_in_row, bar, f"  {scene.name} #{item.generation}") if bar else iter
         return Sampler(self.config, self._models, item, scene, self._edits, self._maps, progress)
 
     @cached_property
     def _models(self) -> Models:
-        return Models.load(self.config, self.stage_folder, self.project, self.team.sequence_group)
+        return Models.load(self.config, self.stage_folder, self.project, self.processes.sequence_group)
 
     @cached_property
     def _edits(self) -> Edits:
@@ -130,8 +146,8 @@ class _Work:
         return BevMaps(self.config, self.project)
 
 
-def _shown(bar: Progress, title: str, steps: Iterable[int]) -> Iterator[int]:
-    """Steps with a row of their own, as long as they take."""
+def _in_row(bar: Progress, title: str, steps: Iterable[int]) -> Iterator[int]:
+    """Yields steps and shows them in a row of the progress display that goes when they end."""
     row = bar.add_task(title)
     try:
         yield from bar.track(steps, task_id=row)

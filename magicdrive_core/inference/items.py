@@ -1,4 +1,8 @@
-"""How a clip that is longer than what the network samples at once is cut into windows. No torch."""
+"""Items: the clips to generate, their windows, what decides their pixels, and whether they are finished.
+
+An item is one clip, generated once; its folder holds a video file for each view, a contact sheet and ``item.json``.
+This module imports no torch, so that planning and packing work on a machine without it.
+"""
 
 from __future__ import annotations
 
@@ -23,72 +27,95 @@ from magicdrive_core.video.decoder import probe
 from magicdrive_core.video.frames import frame_files, read_frame
 from magicdrive_core.video.item_record import RECORD, ItemRecord, item_name
 
-STRIDE = 4  # frames of a latent frame, the first excepted (the VAE's TIME_STRIDE, whose module needs torch)
-
-
-@dataclass(frozen=True)
-class Window:
-    """Frames that are sampled at once."""
-
-    start: int  # in the clip
-    frames: int  # 8n+1
-    given: int  # latent frames at its beginning that are there already: of the window before, or first frames
-
-    @property
-    def given_frames(self) -> int:
-        """Pictures that the given latent frames stand for."""
-        return given_frames(self.given)
-
-
-def given_frames(latents: int) -> int:
-    """Pictures of so many latent frames at the beginning of a window: the first one stands for one, others for four."""
-    return STRIDE * (latents - 1) + 1 if latents else 0
-
-
-def plan_windows(frames: int, longest: int, overlap: int, *, begun: bool = False) -> list[Window]:
-    """Cuts a clip into windows of the longest length that overlap by at least ``overlap`` latent frames, evenly.
-
-    None is shorter than the others: a network makes what it was trained on.
-
-    Args:
-        frames: of the clip, 8n+1.
-        longest: frames of a window, 8n+1.
-        overlap: latent frames, fewer than a window has.
-        begun: whether the first window's ``overlap`` is given too.
-    """
-    first = overlap if begun else 0
-    if frames <= longest:
-        return [Window(0, frames, first)]
-    count = 1 + -(-(frames - longest) // (longest - given_frames(overlap)))
-    places = [(frames - longest) * n // (count - 1) for n in range(count)]
-    starts = [start - start % STRIDE for start in places]
-    shared = [(before + longest - start - 1) // STRIDE + 1 for before, start in pairwise(starts)]
-    return [Window(start, longest, given) for start, given in zip(starts, [first, *shared], strict=True)]
-
-
-# Which clips are generated, and what decides their pixels. No torch.
-
-REAL = "real"  # generate.initial_frames: the scene's own pictures
+REAL = "real"  # value of generate.initial_frames: the scene's own pictures
+TIME_STRIDE = 4  # frames of a latent frame, except the first: equal to encoders.vae.TIME_STRIDE, which needs torch
 
 
 @dataclass(frozen=True)
 class Item:
-    """One clip, generated once."""
+    """One clip, generated once.
+
+    Attributes:
+        clip: scene, first frame and number of frames, initial frames included.
+        generation: number of the generation of this clip, from 0.
+        name: ``{first sample token}_gen{generation}``, also the name of the item's folder.
+        kept: frames of the clip that are written.
+        initial_frames: frames at the start of the clip that are copied, not generated (``generate.initial_frames``).
+        initial_source: what the initial frames are: ``REAL``, or a digest of the earlier item's files; "" without any.
+    """
 
     clip: Clip
     generation: int
-    name: str  # and its folder's: {first sample token}_gen{generation}
-    kept: int  # frames that are written of the clip's
-    begun: int = 0  # frames at its beginning that are given (generate.initial_frames)
-    beginning: str = ""  # what they are: a digest of an earlier item's files, or "real"
+    name: str
+    kept: int
+    initial_frames: int = 0
+    initial_source: str = ""
+
+
+@dataclass(frozen=True)
+class Window:
+    """Frames of a clip that are sampled at once.
+
+    Attributes:
+        start: first frame, counted from the start of the clip.
+        frames: number of frames, 8n+1.
+        conditioning_latents: latent frames at its start that condition the network: encoded initial frames, or the last
+            frames of the window before.
+    """
+
+    start: int
+    frames: int
+    conditioning_latents: int
+
+    @property
+    def conditioning_frames(self) -> int:
+        """Number of frames that the conditioning latent frames stand for."""
+        return decoded_frames(self.conditioning_latents)
+
+
+def decoded_frames(latent_frames: int) -> int:
+    """Number of frames that the first latent frames of a window decode to: 1 for the first one, 4 for each other."""
+    return TIME_STRIDE * (latent_frames - 1) + 1 if latent_frames else 0
+
+
+def plan_windows(frames: int, longest: int, overlap: int, *, conditioned: bool = False) -> list[Window]:
+    """Cuts a clip into windows that overlap evenly, all of the longest length.
+
+    No window is shorter than the others, so that the network samples only lengths that it was trained on.
+
+    Args:
+        frames: frames of the clip, 8n+1.
+        longest: frames of a window, 8n+1.
+        overlap: least number of latent frames that a window shares with the one before; less than a window has.
+        conditioned: whether the first window starts with ``overlap`` conditioning latent frames too.
+
+    Returns:
+        Windows in the order in which they are sampled; the last one ends with the clip.
+    """
+    first = overlap if conditioned else 0
+    if frames <= longest:
+        return [Window(0, frames, first)]
+    count = 1 + -(-(frames - longest) // (longest - decoded_frames(overlap)))
+    even = [(frames - longest) * n // (count - 1) for n in range(count)]
+    starts = [start - start % TIME_STRIDE for start in even]
+    shared = [(before + longest - start - 1) // TIME_STRIDE + 1 for before, start in pairwise(starts)]
+    return [Window(start, longest, latents) for start, latents in zip(starts, [first, *shared], strict=True)]
 
 
 def list_items(config: Config, scenes: Sequence[Scene], project: Path = Path()) -> list[Item]:
-    """Every validation scene's first clip, ``generate.generations`` times.
+    """Lists the first clip of every validation scene, ``generate.generations`` times each.
 
-    A clip has ``generate.frames`` frames, or the most 8n+1 that a shorter scene has. The last frame of W-CODA's 17 is
-    there only because a clip has 8n+1: it is not written. With first frames of an earlier generation 8n+1 counts from
-    the first one that the network is given.
+    A clip has ``generate.frames`` frames, or the most 8n+1 that a shorter scene allows. The last of W-CODA's 17 frames
+    exists only because a clip has 8n+1 frames: it is not written. When a clip continues an earlier generation, 8n+1
+    counts from the first frame that the network is given.
+
+    Args:
+        config: settings; sections ``generate`` and ``submission`` are read.
+        scenes: all scenes of the infos.
+        project: folder of the project.
+
+    Returns:
+        Items, the same list on every worker.
 
     Raises:
         MagicDriveError: no scene is for validation, or the earlier generation lacks an item or leaves nothing to do.
@@ -103,59 +130,61 @@ def list_items(config: Config, scenes: Sequence[Scene], project: Path = Path()) 
         kept = wanted if wanted <= frames < wanted + 8 else frames
         for generation in range(config.generate.generations):
             item = Item(Clip(scene.token, 0, frames), generation, item_name(scene.first_sample, generation), kept)
-            items.append(_begun(config, item, project))
+            items.append(_with_initial_frames(config, item, project))
     return items
 
 
-def _begun(config: Config, item: Item, project: Path) -> Item:
-    """With its first frames, where they are given."""
-    settings, shown = config.generate, given_frames(config.generate.initial_latent_frames)
+def _with_initial_frames(config: Config, item: Item, project: Path) -> Item:
+    """Returns the item with its initial frames, if ``generate.initial_frames`` asks for any."""
+    settings, conditioning = config.generate, decoded_frames(config.generate.initial_latent_frames)
     if settings.initial_frames is None:
         return item
     if settings.initial_frames == REAL:
-        begun, beginning = shown, REAL
+        initial, source = conditioning, REAL
     else:
         record = ItemRecord.read(project / settings.initial_frames / item.name)
-        begun, beginning = record.frames, fingerprint({view: file.sha256 for view, file in record.views.items()})
+        initial, source = record.frames, fingerprint({view: file.sha256 for view, file in record.views.items()})
     frames = item.clip.frames
-    frames -= (frames - 1 - (begun - shown)) % 8
-    if begun < shown or frames <= begun:
+    frames -= (frames - 1 - (initial - conditioning)) % 8
+    if initial < conditioning or frames <= initial:
         raise MagicDriveError(
-            f"{item.name}: a clip of {item.clip.frames} frames cannot go on from {begun} first frames,"
-            f" {shown} of which the network is given",
+            f"{item.name}: a clip of {item.clip.frames} frames cannot continue from {initial} initial frames,"
+            f" the last {conditioning} of which condition the network",
             "set generate.frames higher, or generate.initial_latent_frames lower, or use longer scenes",
         )
     kept = frames if item.kept == item.clip.frames else min(item.kept, frames)
-    return replace(item, clip=replace(item.clip, frames=frames), kept=kept, begun=begun, beginning=beginning)
+    clip = replace(item.clip, frames=frames)
+    return replace(item, clip=clip, kept=kept, initial_frames=initial, initial_source=source)
 
 
 def item_windows(config: Config, item: Item) -> list[Window]:
-    """What is sampled at once, in turn; starts are counted from the clip's."""
+    """Plans the windows of an item in the order in which they are sampled; starts are counted from the clip's."""
     settings = config.generate
-    offset = item.begun - given_frames(settings.initial_latent_frames) if item.begun else 0
+    overlap = settings.initial_latent_frames
+    offset = item.initial_frames - decoded_frames(overlap) if item.initial_frames else 0
     frames = item.clip.frames - offset
-    windows = plan_windows(frames, settings.window or frames, settings.initial_latent_frames, begun=item.begun > 0)
+    windows = plan_windows(frames, settings.window or frames, overlap, conditioned=item.initial_frames > 0)
     return [replace(window, start=offset + window.start) for window in windows]
 
 
 def input_digests(config: Config, stage_folder: Path, project: Path = Path()) -> dict[str, str]:
-    """Describe everything that an item is made from, for its fingerprint and its record.
+    """Collects what identifies the inputs of all items, for their fingerprints and records.
 
     Args:
-        config: All settings; those of the edits are read.
-        stage_folder: The run whose weights generate.
-        project: The project's folder.
+        config: settings; those of the edits are read.
+        stage_folder: training run whose weights generate.
+        project: folder of the project.
 
     Returns:
         By name: digests of the weights, of the edits and of the DVC stages' outputs; under ``versions`` the versions
         of the computations.
 
     Raises:
-        MagicDriveError: The stage is not trained.
+        MagicDriveError: the stage is not trained.
     """
     run = read_json(stage_folder / "run.json", "train the stage first: magicdrive train")
     data = {Path(path).name: digest for path, digest in lineage.input_digests(project).items()}
-    data.pop("latents")  # training's own
+    data.pop("latents")  # read by training only
     return {
         "model": run["weights_sha256"],
         "versions": ", ".join(f"{name} {number}" for name, number in generation_versions().items()),
@@ -165,23 +194,23 @@ def input_digests(config: Config, stage_folder: Path, project: Path = Path()) ->
 
 
 def item_seed(config: Config, item: Item, part: str = "") -> int:
-    """The seed of (a part of) an item's noise, the same in any order, on any worker and host."""
+    """Returns the seed of the noise of an item, or of a part of it: equal in any order, on any worker and host."""
     return int(fingerprint(config.generate.seed, asdict(item.clip), item.generation, part)[:15], 16)
 
 
 def item_fingerprint(config: Config, item: Item, digests: Mapping[str, str]) -> str:
-    """Changes with everything that decides the item's files.
+    """Returns a fingerprint that changes with everything that decides the item's files.
 
     Args:
-        config: sampling, video and framing settings are taken from it.
+        config: settings; those of sampling, noise levels and video files are taken from it.
         item: what is generated.
-        digests: of the inputs, as ``input_digests`` gives them.
+        digests: of the inputs, from ``input_digests``.
     """
     return fingerprint(_settings(config), asdict(item), dict(digests))
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """The settings that decide the pixels of an item that is given; how many items there are does not."""
+    """Returns the settings that decide the pixels of one item; how many items there are does not."""
     sampling = config.generate.model_dump(
         mode="json", exclude=EXECUTION_SETTINGS | {"generations", "frames", "weights", "edits", "initial_frames"}
     )
@@ -193,39 +222,42 @@ def _settings(config: Config) -> dict[str, Any]:
     }
 
 
-# Which items are done: their fingerprint, their bytes and a look into each of their files agree. No torch.
-#
-# Every video was decoded whole when it was written (its PSNR is measured so), and its digest taken then. Equal bytes
-# decode equally; the look into the files is for records that came by wrong digests, and for another host's decoder.
-
-_SIZE = (PICTURE_HEIGHT, PICTURE_WIDTH)
+_FULL_SIZE = (PICTURE_HEIGHT, PICTURE_WIDTH)
 
 
 def is_done(folder: Path, wanted: str) -> bool:
-    """Whether the item's folder holds files of exactly this fingerprint, as they were written, that can be decoded."""
+    """Tells whether an item's folder holds the files of a fingerprint, as they were written and decodable.
+
+    Every video was decoded completely when it was written, for its PSNR, and its digest taken then; equal bytes decode
+    equally. Opening each file as well catches records with wrong digests and decoders of other hosts.
+
+    Args:
+        folder: folder of the item.
+        wanted: fingerprint that the item must have.
+    """
     if not (folder / RECORD).is_file():
         return False
     try:
         record = ItemRecord.read(folder)
-        return record.fingerprint == wanted and not record.faults(folder) and _opens(record, folder)
+        return record.fingerprint == wanted and not record.faults(folder) and _all_views_open(record, folder)
     except MagicDriveError:
         return False
 
 
-def _opens(record: ItemRecord, folder: Path) -> bool:
-    """Whether each view has the record's frames, at its rate and in full size, and its first frame can be decoded.
+def _all_views_open(record: ItemRecord, folder: Path) -> bool:
+    """Tells whether each view has the record's frames, rate and full size, and a first frame that can be decoded.
 
     Raises:
         MagicDriveError: a file cannot be read.
     """
     paths = [folder / entry.file for entry in record.views.values()]
-    with ThreadPoolExecutor(len(paths)) as pool:  # decoding leaves the interpreter to the others
+    with ThreadPoolExecutor(len(paths)) as pool:  # decoding releases the interpreter lock
         return all(pool.map(partial(_view_opens, record), paths))
 
 
 def _view_opens(record: ItemRecord, path: Path) -> bool:
     if path.suffix == ".mp4":
         info = probe(path, first_frame=True)
-        return (info.frames, info.fps, (info.height, info.width)) == (record.frames, record.fps, _SIZE)
+        return (info.frames, info.fps, (info.height, info.width)) == (record.frames, record.fps, _FULL_SIZE)
     files = frame_files(path) if path.is_dir() else [path]
-    return len(files) == record.frames and read_frame(files[0]).shape == (*_SIZE, 3)
+    return len(files) == record.frames and read_frame(files[0]).shape == (*_FULL_SIZE, 3)

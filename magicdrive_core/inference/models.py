@@ -1,4 +1,4 @@
-"""What generation holds in memory: the trained network, the VAE, and the text features from their cache."""
+"""The models of generation: the trained network, the VAE and the text features, and which one is on the device."""
 
 from __future__ import annotations
 
@@ -28,14 +28,23 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Models:
-    """Ready to sample; weights are frozen."""
+    """Models with frozen weights, ready to sample.
+
+    Attributes:
+        network: the diffusion transformer.
+        vae: encodes frames to latents and decodes them.
+        text: cached features of the captions of all scenes.
+        encode_text: encodes captions that the cache does not hold: those of edited scenes.
+        device: where models work.
+        offload: whether the model that is not at work waits in main memory.
+    """
 
     network: MagicDrive
     vae: Vae
     text: TextCache
-    encode_text: Callable[[str], Tensor]  # for captions that the cache has not: of edited scenes
+    encode_text: Callable[[str], Tensor]
     device: torch.device
-    offload: bool  # what is not at work waits in main memory
+    offload: bool
 
     @classmethod
     def load(
@@ -43,12 +52,18 @@ class Models:
     ) -> Models:
         """Loads the EMA weights of a finished stage, and the project's encoders.
 
-        The network has ``generate.precision``; where that is bf16 on a GPU, the VAE has it too, else fp32. With
-        ``generate.offload`` the network waits in main memory.
+        The network has the precision ``generate.precision``. The VAE has it too if it is bf16 on a GPU, else fp32. With
+        ``generate.offload`` the network waits in main memory at first.
+
+        Args:
+            config: settings; sections ``generate``, ``model``, ``vae`` and ``text`` are read.
+            stage_folder: the finished training run.
+            project: folder of the project.
+            sequence_group: ranks that share the tokens of every frame; None: this process has all of them.
 
         Raises:
-            MagicDriveError: the stage is not finished, its weights were changed, or are of another model section, or
-                imported ones meet ``published: false``.
+            MagicDriveError: the stage is not finished; its weights have changed since, or belong to another model
+                section; or imported weights meet ``published: false``.
         """
         device = this_device()
         as_trained = config.training.precision if device.type != "cpu" else "fp32"
@@ -81,28 +96,30 @@ class Models:
             offload=config.generate.offload,
         )
 
-    def make_room_for(self, wanted: nn.Module) -> None:
-        """With ``offload`` the device holds ``wanted``, network or VAE, and the other one waits."""
+    def move_to_device(self, wanted: nn.Module) -> None:
+        """With ``offload``, moves the other model to main memory and then ``wanted``, network or VAE, to the device."""
         if self.offload:
             waiting = self.vae.model if wanted is self.network else self.network
             waiting.to("cpu")
             wanted.to(self.device)
 
     def features(self, caption: str) -> Tensor:
-        """(l, D) float32: the features of a caption's own tokens, from the cache or encoded now."""
+        """Returns the features (l, D) of a caption's l tokens in float32, from the cache or encoded now."""
         return self.text.features(caption) if caption in self.text else self.encode_text(caption)
 
 
 def _load_network(config: Config, stage_folder: Path, project: Path) -> MagicDrive:
+    """Builds the network of a finished stage and loads its EMA weights, after checks of both."""
     run = read_json(stage_folder / "run.json", "train the stage first: magicdrive train")
     weights = stage_folder / "ema.safetensors"
     if not weights.is_file() or sha256_file(weights) != run["weights_sha256"]:
         raise MagicDriveError(
-            f"{weights} is missing or not the file that training wrote", "delete the folder and train the stage again"
+            f"{weights} is missing or is not the file that training wrote",
+            "delete the folder and train the stage again",
         )
     if run.get("published", config.published) != config.published:
         raise MagicDriveError(
-            f"{weights} are imported weights, which need the published network's oddities",
+            f"{weights} holds imported weights, which need the published network's oddities",
             "set published: true in params.yaml, then dvc repro (docs/decisions/0003-published-switch.md)",
         )
     network = build_stage_network(config, run["stage"], project)
@@ -117,14 +134,19 @@ def _load_network(config: Config, stage_folder: Path, project: Path) -> MagicDri
     return network.eval().requires_grad_(False)
 
 
-# The network before its first step, in the place of a finished training: what generation makes without learning.
-
-
 def write_untrained(config: Config, stage: Stage, folder: Path, project: Path = Path()) -> None:
-    """Writes initial weights of a stage's network and their ``run.json``, as a finished training leaves them.
+    """Writes a stage's network with its initial weights in the form of a finished training run.
+
+    Generation with it shows what comes out without any learning, the lower bound of scores.
+
+    Args:
+        config: settings.
+        stage: whose network and seed.
+        folder: folder of the run, made if missing; holds ``ema.safetensors`` and ``run.json`` afterwards.
+        project: folder of the project.
 
     Raises:
-        MagicDriveError: the project's encoders are not made yet.
+        MagicDriveError: the project's encoders are not built yet.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.stage(stage).seed)

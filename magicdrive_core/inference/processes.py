@@ -1,4 +1,4 @@
-"""The processes that sample an item together: one of them alone, or a leader that names items and others that help."""
+"""The processes that sample an item: a single one, or a process group whose leader announces items to followers."""
 
 from __future__ import annotations
 
@@ -15,53 +15,54 @@ from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.inference.items import Item
 from magicdrive_core.parallel.sequence_parallel import RankGroup
 
-_WAIT = "wait"  # said from time to time, so that nobody takes the leader for dead
+_ALIVE = "alive"  # sent while there is no item, so that the followers' collectives do not time out
 
 
 class SingleProcess:
-    """One process.
+    """One process that samples alone, and the interface of ``ProcessGroup``.
 
     Attributes:
-        sequence_group: ranks that share the tokens of every frame; None: this one has all.
-        guidance_group: two ranks, each of which makes one of guidance's passes; None: this one makes both.
-        survives: failures of an item after which the next one can be made.
+        sequence_group: ranks that share the tokens of every frame; None: this process has all of them.
+        guidance_group: two ranks, one for each pass of guidance; None: this process makes both.
+        recoverable: failures of an item after which the next one can be sampled.
     """
 
     sequence_group: RankGroup | None = None
     guidance_group: RankGroup | None = None
-    survives: tuple[type[Exception], ...] = (MagicDriveError, torch.OutOfMemoryError)
+    recoverable: tuple[type[Exception], ...] = (MagicDriveError, torch.OutOfMemoryError)
 
-    def name(self, item: Item) -> None:
-        """Says which item is sampled next, to those who help."""
+    def announce(self, item: Item) -> None:
+        """Announces the item that is sampled next to the followers."""
 
-    def made_once(self, make: Callable[[], Tensor]) -> Tensor:
-        """What ``make`` of the leader returns, on the CPU of all of them."""
+    def from_leader(self, make: Callable[[], Tensor]) -> Tensor:
+        """Calls ``make`` on the leader only and returns its result, a tensor on the CPU, on every process."""
         return make()
 
     def wait(self, seconds: float) -> None:
-        """Of the leader, who has nothing to name for now."""
+        """Sleeps while there is no item to announce; called by the leader."""
         time.sleep(seconds)
 
 
 class ProcessGroup(SingleProcess):
-    """All processes of this process group; rank 0 leads.
+    """All processes of the default process group; rank 0 leads, the others follow.
 
     With ``split_guidance`` the first half of the ranks makes guidance's conditional pass, the second half the
     unconditional one.
 
     Args:
-        status: a file that is touched with every item: sign of life for the launcher.
+        status: file that is touched with every item, the sign of life that the launcher watches.
+        split_guidance: whether the two passes of guidance are made by different ranks.
     """
 
-    # Out of memory in the middle of sampling, the others wait for this process: all of them have to end.
-    survives = (MagicDriveError,)
+    # Not out of memory: in the middle of sampling the other ranks wait for this one, so that all of them have to end.
+    recoverable = (MagicDriveError,)
 
     def __init__(self, status: Path, *, split_guidance: bool = False) -> None:
         world, rank = dist.get_world_size(), dist.get_rank()
         sharing = world // 2 if split_guidance else world
         same_pass = [range(first, first + sharing) for first in range(0, world, sharing)]
         partners = [range(first, world, sharing) for first in range(sharing)] if split_guidance else []
-        for ranks in [*same_pass, *partners]:  # every process makes every group, in one order
+        for ranks in [*same_pass, *partners]:  # every process creates every group, in the same order
             group = dist.new_group(list(ranks))
             if rank in ranks and len(ranks) > 1:
                 if ranks in partners:
@@ -70,40 +71,40 @@ class ProcessGroup(SingleProcess):
                     self.sequence_group = RankGroup(group)
         self._status = status
 
-    def name(self, item: Item | None) -> None:
-        """Of the leader; None: there are no more."""
-        self._say(item)
+    def announce(self, item: Item | None) -> None:
+        """Announces the next item to the followers, or with None that there are no more."""
+        self._broadcast(item)
 
-    def made_once(self, make: Callable[[], Tensor]) -> Tensor:
-        told = [make() if dist.get_rank() == 0 else None]
-        dist.broadcast_object_list(told, src=0)
-        assert told[0] is not None
-        return told[0]
+    def from_leader(self, make: Callable[[], Tensor]) -> Tensor:
+        shared = [make() if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(shared, src=0)
+        assert shared[0] is not None
+        return shared[0]
 
     def wait(self, seconds: float) -> None:
         super().wait(seconds)
-        self._say(_WAIT)
+        self._broadcast(_ALIVE)
 
     @contextmanager
     def leading(self) -> Iterator[None]:
-        """Of the leader: afterwards there are no more items."""
+        """Tells the followers at the end of the context that there are no more items."""
         try:
             yield
-        except self.survives:
-            self.name(None)
+        except self.recoverable:
+            self.announce(None)
             raise
-        self.name(None)
+        self.announce(None)
 
-    def named(self) -> Iterator[Item]:
-        """Of the others: the items as they are named."""
+    def announced_items(self) -> Iterator[Item]:
+        """Yields the items on a follower as the leader announces them, until there are no more."""
         while True:
-            heard: list[Item | str | None] = [None]
-            dist.broadcast_object_list(heard, src=0)
-            if heard[0] is None:
+            received: list[Item | str | None] = [None]
+            dist.broadcast_object_list(received, src=0)
+            if received[0] is None:
                 return
-            if isinstance(heard[0], Item):
-                yield heard[0]
+            if isinstance(received[0], Item):
+                yield received[0]
 
-    def _say(self, word: Item | str | None) -> None:
+    def _broadcast(self, message: Item | str | None) -> None:
         self._status.touch()
-        dist.broadcast_object_list([word], src=0)
+        dist.broadcast_object_list([message], src=0)

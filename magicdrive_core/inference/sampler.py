@@ -1,6 +1,6 @@
-"""From an item to its latents: conditions, noise of the item's own seed, window by window where a clip is long.
+"""From an item to its latents and frames: conditions, noise, and window after window for a long clip.
 
-Shapes: V views, C latent channels, T latent frames, h, w latents; F frames, H, W pixels.
+Shapes: V views, C latent channels, T latent frames, h, w rows and columns of latents; F frames, H, W pixels.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from magicdrive_core.config.schema import Config, parse_size
@@ -26,13 +25,13 @@ from magicdrive_core.diffusion.rectified_flow import RectifiedFlow
 from magicdrive_core.encoders.vae import latent_shape, to_video
 from magicdrive_core.geometry.cameras import VIEWS, Framing
 from magicdrive_core.inference.guided_sampling import sample_latents, unconditional
-from magicdrive_core.inference.items import REAL, Item, Window, given_frames, item_seed, item_windows
+from magicdrive_core.inference.items import REAL, Item, Window, decoded_frames, item_seed, item_windows
 from magicdrive_core.inference.models import Models
 from magicdrive_core.inference.processes import SingleProcess
 from magicdrive_core.model.inputs import Conditions, collate
 from magicdrive_core.parallel.sequence_parallel import RankGroup
 from magicdrive_core.video.colour import Picture
-from magicdrive_core.video.frames import full_size_image, read_view
+from magicdrive_core.video.frames import crop_to_frame, full_size_image, read_view
 from magicdrive_core.video.item_record import ItemRecord
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
@@ -40,98 +39,135 @@ Progress = Callable[[Iterable[int]], Iterable[int]]
 
 @dataclass(frozen=True)
 class Sampler:
-    """Samples one item. Everything random comes from seeds of the item's own, whoever samples what else."""
+    """Samples one item; all its random numbers come from seeds of the item, so that no other item changes them.
+
+    Attributes:
+        config: settings of sampling.
+        models: network, VAE and text features.
+        item: the clip to generate.
+        scene: its scene, with the edits applied.
+        edits: the edits, which decide whether BEV maps have to be drawn again.
+        maps: BEV maps of all scenes.
+        progress: wraps the sampling steps of each window.
+    """
 
     config: Config
     models: Models
     item: Item
-    scene: Scene  # edited
+    scene: Scene
     edits: Edits
     maps: BevMaps
     progress: Progress = iter
 
     @property
     def windows(self) -> list[Window]:
-        """In their order; starts are counted from the clip's."""
+        """Windows in the order in which they are sampled; starts are counted from the clip's."""
         return item_windows(self.config, self.item)
 
     @cached_property
     def first(self) -> ClipConditions:
-        """What the network is told about the first window."""
+        """Conditions of the first window."""
         return self.conditions(self.windows[0])
 
     @cached_property
     def features(self) -> Tensor:
-        """Of the clip's text."""
+        """Text features (l, D) of the clip's caption."""
         return self.models.features(self.first.caption)
 
     @property
     def objects(self) -> list[str]:
-        """Instance tokens of the whole clip."""
+        """Instance tokens of all objects of the clip, sorted."""
         clip = self.item.clip
         return sorted(
             {token for frame in self.scene.boxes[clip.start : clip.start + clip.frames] for token in frame.ids}
         )
 
     def conditions(self, window: Window) -> ClipConditions:
-        """What the network is told about a window's frames."""
+        """Conditions of the frames of a window."""
         size = self.config.generate.resolution
         clip = Clip(self.item.clip.scene, self.item.clip.start + window.start, window.frames)
         bits = self.maps.of_clip(self.scene, clip, size, draw=self.edits.moves_lidar(self.scene.name))
         return clip_conditions(self.scene, clip, size, bits, published=self.config.published)
 
-    def beginning(self, project: Path) -> Beginning | None:
-        """The item's first frames, where they are given."""
+    def initial_frames(self, project: Path) -> InitialFrames | None:
+        """Reads the item's initial frames; None if everything is generated.
+
+        Raises:
+            MagicDriveError: a picture or a video is missing or broken.
+        """
         if self.config.generate.initial_frames is None:
             return None
-        return read_beginning(self.config, self.item, self.scene, self.windows[0].given_frames, project)
+        return read_initial_frames(self.config, self.item, self.scene, self.windows[0].conditioning_frames, project)
 
-    def sample(self, team: SingleProcess, beginning: Beginning | None = None) -> list[Tensor]:
-        """Latents (V, C, T, h, w) of each window, on the CPU.
+    def sample(self, processes: SingleProcess, initial: InitialFrames | None = None) -> list[Tensor]:
+        """Samples all windows of the clip.
 
-        A window goes on from the pictures that the one before ends with, encoded anew: latent frames are not alike
-        (the first of a clip stands for one picture, all others for four), so that none of its own would fit.
+        A window continues from the last frames of the window before, which are decoded and encoded again. The latent
+        frames themselves would not fit: the first one of a window stands for one frame, all others for four.
 
         Args:
-            team: who sample together; all of them call this.
-            beginning: of the leader, where the item has one.
+            processes: the processes that sample together; all of them call this.
+            initial: initial frames of the item; only the leader needs them.
+
+        Returns:
+            Scaled latents (V, C, T, h, w) of each window, on the CPU.
         """
         latents: list[Tensor] = []
         for number, window in enumerate(self.windows):
-            given = None
-            if window.given:
+            conditioning = None
+            if window.conditioning_latents:
 
-                def make(window: Window = window) -> Tensor:
-                    last = beginning.pixels if beginning and not latents else self._end(latents[-1], window)
-                    return self._encode(last)
+                def encode(window: Window = window) -> Tensor:
+                    frames = initial.pixels if initial and not latents else self._last_frames(latents[-1], window)
+                    return self._encode(frames)
 
-                given = team.made_once(make)
-            latents.append(self._window(number, window, given, team.guidance_group))
+                conditioning = processes.from_leader(encode)
+            latents.append(self._sample_window(number, window, conditioning, processes.guidance_group))
         return latents
 
-    def frames(self, latents: Sequence[Tensor]) -> Iterator[Iterator[Picture]]:
-        """The generated frames (H, W, 3) that are written, view by view, a few at a time; of what ``sample`` gave."""
-        self.models.make_room_for(self.models.vae.model)
+    def decode_views(self, latents: Sequence[Tensor]) -> Iterator[Iterator[Picture]]:
+        """Decodes the generated frames that are written.
+
+        Args:
+            latents: what ``sample`` returned.
+
+        Yields:
+            For each view, an iterator over its frames (H, W, 3) without the initial ones. Few are in memory at a time.
+        """
+        self.models.move_to_device(self.models.vae.model)
         for view in range(len(latents[0])):
             new = (
-                islice(self._decoded(part[view]), window.given_frames, None)
+                islice(self._decode(part[view]), window.conditioning_frames, None)
                 for window, part in zip(self.windows, latents, strict=True)
             )
-            yield islice(chain.from_iterable(new), self.item.kept - self.item.begun)
+            yield islice(chain.from_iterable(new), self.item.kept - self.item.initial_frames)
 
-    def _window(self, number: int, window: Window, given: Tensor | None, guidance_group: RankGroup | None) -> Tensor:
+    def _sample_window(
+        self, number: int, window: Window, conditioning: Tensor | None, guidance_group: RankGroup | None
+    ) -> Tensor:
+        """Samples one window.
+
+        Args:
+            number: number of the window in the clip, part of its seed.
+            window: the window.
+            conditioning: latents (V, C, window.conditioning_latents, h, w) that it continues from; None: it has none.
+            guidance_group: ranks that share the two passes of guidance.
+
+        Returns:
+            Latents (V, C, T, h, w) on the CPU.
+        """
         models, settings = self.models, self.config.generate
-        told = self.first if number == 0 else self.conditions(window)
+        clip = self.first if number == 0 else self.conditions(window)
         features = self.features
-        models.make_room_for(models.network)
+        models.move_to_device(models.network)
         generator = torch.Generator().manual_seed(item_seed(self.config, self.item, f"window {number}"))
-        conditions = self._with_objects(collate([told], [features], self.config.text.max_tokens), told.box_ids)
+        conditions = self._with_object_latents(collate([clip], [features], self.config.text.max_tokens), clip.box_ids)
         shape = latent_shape(window.frames, *parse_size(settings.resolution))
         x_0 = x_mask = None
-        if given is not None:
-            x_0 = torch.zeros(1, *given.shape[:2], *shape)
-            x_0[0, :, :, : window.given] = given
-            x_mask = (torch.arange(shape[0]) >= window.given)[None]
+        if conditioning is not None:
+            x_0 = torch.zeros(1, *conditioning.shape[:2], *shape)
+            x_0[0, :, :, : window.conditioning_latents] = conditioning
+            x_mask = (torch.arange(shape[0]) >= window.conditioning_latents)[None]
             x_0 = x_0.to(models.device)
         conditions = replace(conditions.to(models.device), pad_patches=settings.pad_patches)
         latents = sample_latents(
@@ -151,8 +187,8 @@ class Sampler:
         )
         return latents[0].cpu()
 
-    def _with_objects(self, conditions: Conditions, ids: list[str]) -> Conditions:
-        """With each object's own random vector, the same in all windows of the clip."""
+    def _with_object_latents(self, conditions: Conditions, ids: list[str]) -> Conditions:
+        """Adds a random vector for each object, the same in all windows of the clip, if the network wants any."""
         network = self.models.network.config
         if not network.instance_latent:
             return conditions
@@ -162,53 +198,66 @@ class Sampler:
         rows = [objects.index(token) for token in ids] or [0]
         return replace(conditions, box_latent=drawn[None, rows])
 
-    def _end(self, latents: Tensor, window: Window) -> Pixels:
-        """The last pictures of a window (V, F, H, W, 3), those that ``window`` goes on from."""
-        self.models.make_room_for(self.models.vae.model)
-        frames = given_frames(latents.shape[2])
-        ends = [list(islice(self._decoded(view), frames - window.given_frames, None)) for view in latents]
-        return np.asarray(ends)
+    def _last_frames(self, latents: Tensor, following: Window) -> Pixels:
+        """Decodes the last frames (V, F, H, W, 3) of a window, those that the ``following`` one continues from."""
+        self.models.move_to_device(self.models.vae.model)
+        first = decoded_frames(latents.shape[2]) - following.conditioning_frames
+        return np.asarray([list(islice(self._decode(view), first, None)) for view in latents])
 
     def _encode(self, pixels: Pixels) -> Tensor:
-        """(V, F, H, W, 3) -> (V, C, T, h, w), without noise."""
+        """Encodes frames (V, F, H, W, 3) to latents (V, C, T, h, w), without sampling noise."""
         models = self.models
-        models.make_room_for(models.vae.model)
+        models.move_to_device(models.vae.model)
         return models.vae.latents(models.vae.moments(to_video(pixels)))
 
-    def _decoded(self, latents: Tensor) -> Iterator[Picture]:
-        """Frames (H, W, 3) of one view (C, T, h, w), a few at a time."""
+    def _decode(self, latents: Tensor) -> Iterator[Picture]:
+        """Yields the frames (H, W, 3) of one view's latents (C, T, h, w)."""
         for group in self.models.vae.decode(latents[None].to(self.models.device)):
             yield from group[0]
 
 
 @dataclass(frozen=True)
-class Beginning:
-    """The given frames of one item.
+class InitialFrames:
+    """Frames that an item starts with and that are not generated (``generate.initial_frames``).
 
     Attributes:
-        pixels: (V, F, H, W, 3), the last of them at the network's size: what the first window goes on from.
+        pixels: the last of them (V, F, H, W, 3) at the network's size, which condition the first window.
     """
 
     pixels: Pixels
 
-    def pictures(self, view: int) -> Iterator[Picture]:
-        """All of them as they are written, (900, 1600, 3)."""
+    def images(self, view: int) -> Iterator[Picture]:
+        """Yields all of them for one view as full-size images (900, 1600, 3)."""
         return map(full_size_image, self.pixels[view])
 
 
 @dataclass(frozen=True)
-class EarlierItem(Beginning):
-    """An item of an earlier generation."""
+class EarlierItem(InitialFrames):
+    """Initial frames that are the files of an earlier generation; they are written again bit for bit if lossless.
+
+    Attributes:
+        folder: folder of the earlier item.
+        record: its record.
+    """
 
     folder: Path
     record: ItemRecord
 
-    def pictures(self, view: int) -> Iterator[Picture]:
+    def images(self, view: int) -> Iterator[Picture]:
         return read_view(self.folder / self.record.views[VIEWS[view]].file)
 
 
-def read_beginning(config: Config, item: Item, scene: Scene, frames: int, project: Path = Path()) -> Beginning:
-    """The first frames of an item, the last ``frames`` of them for the network.
+def read_initial_frames(
+    config: Config, item: Item, scene: Scene, conditioning: int, project: Path = Path()
+) -> InitialFrames:
+    """Reads the initial frames of an item.
+
+    Args:
+        config: settings; ``generate.initial_frames`` names the source.
+        item: the item.
+        scene: its scene.
+        conditioning: number of frames, the last ones, that condition the first window.
+        project: folder of the project.
 
     Raises:
         MagicDriveError: a picture or a video is missing or broken.
@@ -216,19 +265,13 @@ def read_beginning(config: Config, item: Item, scene: Scene, frames: int, projec
     settings = config.generate
     assert settings.initial_frames is not None
     if settings.initial_frames == REAL:
-        clip = Clip(scene.token, item.clip.start, frames)
-        return Beginning(read_clip(project / config.data.root, scene, clip, settings.resolution))
+        clip = Clip(scene.token, item.clip.start, conditioning)
+        return InitialFrames(read_clip(project / config.data.root, scene, clip, settings.resolution))
     folder = project / settings.initial_frames / item.name
     record = ItemRecord.read(folder)
     framing = Framing(*parse_size(settings.resolution))
     views = []
     for view in VIEWS:
-        last = islice(read_view(folder / record.views[view].file), item.begun - frames, None)
-        views.append([_framed(picture, framing) for picture in last])
+        last = islice(read_view(folder / record.views[view].file), item.initial_frames - conditioning, None)
+        views.append([crop_to_frame(image, framing) for image in last])
     return EarlierItem(np.asarray(views), folder, record)
-
-
-def _framed(picture: Picture, framing: Framing) -> Picture:
-    """A written picture at the network's size: ``framing.full_size_image`` undone."""
-    resized = Image.fromarray(picture).resize((framing.width, framing.resized_height), Image.Resampling.BICUBIC)
-    return np.asarray(resized)[framing.crop :]

@@ -1,7 +1,7 @@
-"""One of the processes that generate clips together: ``torchrun ... -m magicdrive_core.inference.worker JOB``.
+"""A worker of several devices: starts a supervised process group on this host, and is what each process of it runs.
 
-Rank 0 chooses the items, samples with the others, decodes and writes; the others sample what it names. A rank that
-fails ends all of them (launch.py): what is finished is kept.
+Rank 0 leads: it takes the items, samples with the other ranks, decodes and writes. The others follow: they sample the
+items that it announces. A rank that fails ends the whole group; finished items stay.
 """
 
 from __future__ import annotations
@@ -11,25 +11,23 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
-import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import record
-
 from magicdrive_core.config.load import parse_config
 from magicdrive_core.config.schema import Config
-from magicdrive_core.data.infos import read_scenes
-from magicdrive_core.device import backend, take_device
-from magicdrive_core.inference.generate import follow_leader, generate_items
-from magicdrive_core.inference.items import list_items
-from magicdrive_core.inference.processes import ProcessGroup
 from magicdrive_core.launch.process_group import run_group
 from magicdrive_core.utils.files import read_json, write_json
 
 
-def generate_in_group(config: Config, model: Path, out: Path, shard: tuple[int, int]) -> None:
-    """Runs ``rank.py`` on ``generate.devices`` processes of this host; arguments as of ``generate_items``.
+def generate_in_group(config: Config, stage_folder: Path, out: Path, shard: tuple[int, int]) -> None:
+    """Generates the items of a worker on ``generate.devices`` processes of this host.
+
+    Args:
+        config: settings.
+        stage_folder: a finished training run.
+        out: folder of the items' folders; the group's job, log and sign of life are written there too.
+        shard: (number of this worker, number of workers).
 
     Raises:
-        MagicDriveError: a process failed, or an item did; what is finished is kept.
+        MagicDriveError: a process failed, or an item did; finished items stay.
     """
     name = f"shard-{shard[0] + 1}"
     job, status = out / f"{name}.json", out / f"{name}.alive"
@@ -37,7 +35,7 @@ def generate_in_group(config: Config, model: Path, out: Path, shard: tuple[int, 
         job,
         {
             "config": config.model_dump(mode="json"),
-            "model": str(model),
+            "model": str(stage_folder),
             "out": str(out),
             "shard": shard,
             "status": str(status),
@@ -54,26 +52,40 @@ def generate_in_group(config: Config, model: Path, out: Path, shard: tuple[int, 
     )
 
 
-@record  # so that the launcher can name the rank that failed first, with its exception
-def main() -> None:
-    """Generates, or helps to."""
-    job = read_json(Path(sys.argv[1]))
-    config, (share, shares) = parse_config(job["config"], source=sys.argv[1]), job["shard"]
+def main(job_file: Path) -> None:
+    """Leads or follows, as one process of the group.
+
+    Args:
+        job_file: the job that ``generate_in_group`` wrote.
+    """
+    # Imported here: the process that starts the group needs no torch.
+    import torch.distributed as dist
+
+    from magicdrive_core.data.infos import read_scenes
+    from magicdrive_core.device import backend, take_device
+    from magicdrive_core.inference.generate import follow_leader, generate_items
+    from magicdrive_core.inference.items import list_items
+    from magicdrive_core.inference.processes import ProcessGroup
+
+    job = read_json(job_file)
+    config, (share, shares) = parse_config(job["config"], source=str(job_file)), job["shard"]
     # The workers of one host take turns at its devices.
     take_device(share * config.generate.devices + int(os.environ["LOCAL_RANK"]), share=True)
-    patience = timedelta(seconds=config.cluster.stall_seconds)  # of the others, while rank 0 decodes and writes
-    dist.init_process_group(backend(), timeout=patience)
-    team = ProcessGroup(Path(job["status"]), split_guidance=config.generate.devices > config.generate.sequence_parallel)
-    try:
-        if dist.get_rank() == 0:
-            items = list_items(config, read_scenes(Path("artifacts/infos")))
-            with team.leading():
-                generate_items(config, items, Path(job["model"]), Path(job["out"]), shard=(share, shares), team=team)
-        else:
-            follow_leader(config, Path(job["model"]), team)
-    finally:
-        dist.destroy_process_group()
+    # The followers wait as long as the launcher does while rank 0 decodes and writes.
+    dist.init_process_group(backend(), timeout=timedelta(seconds=config.cluster.stall_seconds))
+    split_guidance = config.generate.devices > config.generate.sequence_parallel
+    processes = ProcessGroup(Path(job["status"]), split_guidance=split_guidance)
+    if dist.get_rank() == 0:
+        items = list_items(config, read_scenes(Path("artifacts/infos")))
+        stage_folder, out = Path(job["model"]), Path(job["out"])
+        with processes.leading():
+            generate_items(config, items, stage_folder, out, shard=(share, shares), processes=processes)
+    else:
+        follow_leader(config, Path(job["model"]), processes)
+    dist.destroy_process_group()  # not after an error: it can wait for ever for ranks that are gone
 
 
 if __name__ == "__main__":
-    main()
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    record(main)(Path(sys.argv[1]))  # the launcher then knows which rank failed first, and its exception

@@ -1,4 +1,8 @@
-"""From the network's frames back to pictures of 1600x900, as W-CODA and nuScenes have them."""
+"""From generated frames to an item's folder: a queue to the encoder's thread, then video files, sheet and record.
+
+Encoding runs in a thread, so that the next item is sampled meanwhile. Frames that wait for it are in temporary files at
+the network's size, not in memory. This module imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -26,21 +30,28 @@ from magicdrive_core.video.colour import Picture
 from magicdrive_core.video.encoder import encode_video
 from magicdrive_core.video.frames import full_size_image, write_frames
 from magicdrive_core.video.item_record import ItemRecord, ViewFile, video_name
-from magicdrive_core.video.rate_search import START
+from magicdrive_core.video.rate_search import START_QUALITY
 from magicdrive_core.video.sheets import contact_sheet, six_views
 
-# Views on their way to the encoder, which has a thread of its own: the next item is sampled meanwhile.
-#
-# What waits lies in temporary files (``TMPDIR``) of the network's own size, not in memory.
+QUEUED_VIEWS = len(VIEWS)  # views that wait for the encoder before the decoder waits for it
+SHEET = "sheet.png"
+SHEET_VIEW = 400  # pixels: widest view in the contact sheet
 
-AHEAD = len(VIEWS)  # views that wait for the encoder before the decoder waits for it
+InitialImages = Callable[[int], Iterator[Picture]]
+"""Yields the initial images (900, 1600, 3) of a view, by its index in ``VIEWS``."""
 
 
 class FrameFile:
-    """Frames (H, W, 3) of one view in a temporary file without a name: gone with its owner, whatever ends it."""
+    """Frames of one view in a temporary file without a name, which vanishes with its process whatever ends it.
+
+    The file is in the folder for temporary files (``TMPDIR``).
+
+    Args:
+        frames: uint8 frames (H, W, 3) of one size; all are written at once.
+    """
 
     def __init__(self, frames: Iterable[Picture]) -> None:
-        self._file: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115 - read by another thread, closed there
+        self._file: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115 - read and closed by another thread
         self._shape: tuple[int, ...] = ()
         self._count = 0
         for frame in frames:
@@ -56,7 +67,7 @@ class FrameFile:
                 yield np.frombuffer(file.read(int(np.prod(self._shape))), dtype=np.uint8).reshape(self._shape)
 
     def close(self) -> None:
-        """Frees the disk, read or not."""
+        """Frees the disk, whether the frames were read or not."""
         self._file.close()
 
 
@@ -65,11 +76,14 @@ class _AbandonedError(Exception):
 
 
 class FrameQueue:
-    """The encoder's thread. Items are written one after the other, in the order in which they begin."""
+    """Queue of views from the decoder to the encoder's thread; items are written in the order in which they started.
+
+    Leaving the context waits until everything is written.
+    """
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "encoder")
-        self._views: Queue[FrameFile | BaseException | None] = Queue(AHEAD)
+        self._views: Queue[FrameFile | BaseException | None] = Queue(QUEUED_VIEWS)
 
     def __enter__(self) -> FrameQueue:
         return self
@@ -78,15 +92,19 @@ class FrameQueue:
         self._thread.shutdown(wait=True)
 
     def write(self, views: Iterable[FrameFile], write: Callable[[Iterator[FrameFile]], None]) -> Future[None]:
-        """Hands the views of an item to ``write`` on the encoder's thread, as fast as it takes them.
+        """Passes the views of an item to ``write`` on the encoder's thread; returns when all of them are queued.
+
+        Args:
+            views: the views, decoded while this iterates.
+            write: takes the views of one item and writes its folder.
 
         Returns:
-            What ends with ``write``.
+            A future that ends with ``write``.
 
         Raises:
-            Exception: ``views`` failed; ``write`` was ended too.
+            Exception: what ``views`` raised, after ``write`` has ended too.
         """
-        future = self._thread.submit(self._drained, write)
+        future = self._thread.submit(self._run, write)
         try:
             for view in views:
                 self._views.put(view)
@@ -97,34 +115,37 @@ class FrameQueue:
         self._views.put(None)
         return future
 
-    def _drained(self, write: Callable[[Iterator[FrameFile]], None]) -> None:
-        views = self._item()
+    def _run(self, write: Callable[[Iterator[FrameFile]], None]) -> None:
+        views = self._views_of_item()
         try:
             write(views)
         finally:
             with suppress(_AbandonedError):
-                for view in views:  # of an item that failed: the next one's come after them
+                for view in views:  # left over if writing failed: the views of the next item come after them
                     view.close()
 
-    def _item(self) -> Iterator[FrameFile]:
+    def _views_of_item(self) -> Iterator[FrameFile]:
         while (view := self._views.get()) is not None:
             if isinstance(view, BaseException):
                 raise _AbandonedError from view
             yield view
 
 
-# From the frames of an item to its folder: six files, a contact sheet, the record. No torch.
-
-SHEET = "sheet.png"
-SHEET_VIEW = 400  # pixels: the widest view in the contact sheet
-
-Given = Callable[[int], Iterator[Picture]]
-"""The pictures (900, 1600, 3) that a view begins with, by its number."""
-
-
 @dataclass(frozen=True)
 class ItemWriter:
-    """Writes one item."""
+    """Writes the folder of one item: a file for each view, a contact sheet and ``item.json``.
+
+    Attributes:
+        config: settings; sections ``video`` and ``generate`` are read.
+        item: the item.
+        scene: its scene.
+        caption: text that it was conditioned on.
+        fingerprint: of everything that decides its pixels.
+        lineage: digests of its inputs, by name.
+        initial_images: the initial frames, written before the generated ones; None: all frames are generated.
+        times: ``time.perf_counter()`` when sampling started and when decoding started.
+        is_claimed: tells whether this worker still holds the claim on the item.
+    """
 
     config: Config
     item: Item
@@ -132,58 +153,71 @@ class ItemWriter:
     caption: str
     fingerprint: str
     lineage: dict[str, str]
-    given: Given | None
-    times: tuple[float, float]  # of time.perf_counter: when sampling began, and decoding
-    holds: Callable[[], bool]  # whether the item is still this worker's
+    initial_images: InitialImages | None
+    times: tuple[float, float]
+    is_claimed: Callable[[], bool]
 
     def write(self, folder: Path, views: Iterable[FrameFile]) -> None:
-        """Puts the item's folder in place when all of it is there.
+        """Writes the item's folder, which appears when it is complete.
 
         Args:
-            folder: of the item.
-            views: the generated frames of each, as they come.
+            folder: folder of the item.
+            views: generated frames of each view, in the order of ``VIEWS``.
 
         Raises:
-            MagicDriveError: a view cannot be encoded, the disk is full, or another worker took the item over.
+            MagicDriveError: a view cannot be encoded, the disk is full, or another worker took over the item.
         """
         with atomic_folder(folder) as partial:
-            shown: list[list[Picture]] = []
+            thumbnails: list[list[Picture]] = []
             files: dict[str, ViewFile] = {}
-            quality = START  # of like views: each begins where the one before ended
+            quality = START_QUALITY  # the views are alike: each search starts where the one before ended
             for v, frames in enumerate(views):
-                shown.append([])
-                files[VIEWS[v]], quality = self._write_view(v, frames.read(), partial, shown[-1], quality)
-            self._write_sheet(partial / SHEET, shown)
+                thumbnails.append([])
+                files[VIEWS[v]], quality = self._write_view(v, frames.read(), partial, thumbnails[-1], quality)
+            self._write_sheet(partial / SHEET, thumbnails)
             self._record(files).write(partial)
-            if not self.holds():
+            if not self.is_claimed():
                 raise MagicDriveError(
-                    f"{self.item.name} was taken over by another worker", "this one was stopped too long"
+                    f"{self.item.name} was taken over by another worker",
+                    "this worker was suspended for too long; run again to finish the others",
                 )
 
     def _write_view(
-        self, v: int, frames: Iterator[Picture], folder: Path, shown: list[Picture], quality: float
+        self, v: int, frames: Iterator[Picture], folder: Path, thumbnails: list[Picture], quality: float
     ) -> tuple[ViewFile, float]:
-        """One view's file, and the quality that its encoder came out at; notes frames for the sheet in ``shown``."""
+        """Writes one view's file.
+
+        Args:
+            v: index of the view in ``VIEWS``.
+            frames: its generated frames (H, W, 3).
+            folder: where the file is written.
+            thumbnails: small frames for the sheet are appended to it.
+            quality: rate factor to start the search with.
+
+        Returns:
+            The file as measured, and the rate factor that the search ended with.
+        """
         video, kept = self.config.video, self.item.kept
-        given = self.given(v) if self.given else iter(())
+        initial = self.initial_images(v) if self.initial_images else iter(())
         width = min(SHEET_VIEW, parse_size(self.config.generate.resolution)[1])
-        pictures = _noted(islice(chain(given, map(full_size_image, frames)), kept), _moments(kept), width, shown)
+        images = islice(chain(initial, map(full_size_image, frames)), kept)
+        images = _with_thumbnails(images, _sheet_frames(kept), width, thumbnails)
         path = folder / video_name(self.scene.first_sample, VIEWS[v])
         if kept == 1:
             path = path.with_suffix(".png")
-            Image.fromarray(next(pictures)).save(path)
-            return ViewFile.of_pictures(path), quality
+            Image.fromarray(next(images)).save(path)
+            return ViewFile.of_images(path), quality
         if video.format == "png":
             path = path.with_suffix("")
-            write_frames(pictures, path)
-            return ViewFile.of_pictures(path), quality
-        made = encode_video(pictures, path, fps=video.fps, max_mbit_s=video.max_mbit_s, start=quality)
+            write_frames(images, path)
+            return ViewFile.of_images(path), quality
+        made = encode_video(images, path, fps=video.fps, max_mbit_s=video.max_mbit_s, start=quality)
         return ViewFile(path.name, sha256_file(path), made.bytes, made.mbit_s, made.psnr), made.quality
 
-    def _write_sheet(self, path: Path, shown: Sequence[Sequence[Picture]]) -> None:
-        """A picture of all views at the first, a middle and the last frame."""
-        grids = [six_views(np.stack(frames)) for frames in zip(*shown, strict=True)]
-        labels = [f"frame {moment}" for moment in _moments(self.item.kept)]
+    def _write_sheet(self, path: Path, thumbnails: Sequence[Sequence[Picture]]) -> None:
+        """Writes an image of all views at the first, a middle and the last frame."""
+        grids = [six_views(np.stack(frames)) for frames in zip(*thumbnails, strict=True)]
+        labels = [f"frame {frame}" for frame in _sheet_frames(self.item.kept)]
         title = f"{self.scene.name}, generation {self.item.generation}"
         Image.fromarray(contact_sheet([grids], (), labels, title, self.caption)).save(path)
 
@@ -211,16 +245,18 @@ class ItemWriter:
         )
 
 
-def _moments(frames: int) -> list[int]:
-    """The first, a middle and the last frame."""
+def _sheet_frames(frames: int) -> list[int]:
+    """Numbers of the frames in the sheet: the first, a middle and the last one."""
     return sorted({0, frames // 2, frames - 1})
 
 
-def _noted(frames: Iterable[Picture], wanted: Sequence[int], width: int, notes: list[Picture]) -> Iterator[Picture]:
-    """Passes ``frames`` on and keeps those of the numbers ``wanted``, resized to a width."""
+def _with_thumbnails(
+    frames: Iterable[Picture], wanted: Sequence[int], width: int, thumbnails: list[Picture]
+) -> Iterator[Picture]:
+    """Yields ``frames`` and appends those with the numbers ``wanted``, resized to a width, to ``thumbnails``."""
     for number, frame in enumerate(frames):
         if number in wanted:
             height = round(width * frame.shape[0] / frame.shape[1])
             small = Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC)
-            notes.append(np.asarray(small))
+            thumbnails.append(np.asarray(small))
         yield frame

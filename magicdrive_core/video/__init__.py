@@ -1,1 +1,1 @@
-"""H.264 encoding and decoding, frames, overlays and contact sheets."""
+"""Files and images of video: H.264 under a cap, PNG frames, records of generated clips, drawings and contact sheets."""

@@ -1,4 +1,4 @@
-"""Between RGB arrays and the colours of video: BT.709, limited range, 4:2:0, exact rounding."""
+"""Conversion between RGB arrays and the colours of video: BT.709, limited range, 4:2:0, rounded exactly."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _EXACT = (
 
 
 class ColourConverter:
-    """Converts the frames of one video; keeps swscale's tables between frames."""
+    """Converts the frames of one video, and keeps swscale's tables between frames."""
 
     def __init__(self) -> None:
         self._reformatter = VideoReformatter()
 
-    def to_video(self, picture: Picture) -> VideoFrame:
-        """An RGB picture (H, W, 3) as a yuv420p frame, BT.709, limited range."""
+    def to_yuv(self, picture: Picture) -> VideoFrame:
+        """Converts an RGB picture (H, W, 3) to a yuv420p frame in BT.709, limited range."""
         frame = VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
         return self._reformatter.reformat(
             frame,
@@ -38,10 +38,15 @@ class ColourConverter:
             interpolation=_EXACT,
         )
 
-    def to_picture(self, frame: VideoFrame, size: tuple[int, int] | None = None) -> Picture:
-        """A decoded frame as RGB (H, W, 3), by the matrix and range that the file is tagged with.
+    def to_rgb(self, frame: VideoFrame, size: tuple[int, int] | None = None) -> Picture:
+        """Converts a decoded frame to RGB, by the matrix and range that its file is tagged with.
 
-        ``size`` (H, W) scales it on the way, which is faster than scaling the picture.
+        Args:
+            frame: the decoded frame.
+            size: (H, W) to scale to, which is faster here than scaling the picture; None: the frame's own.
+
+        Returns:
+            RGB picture (H, W, 3).
         """
         height, width = size or (frame.height, frame.width)
         rgb = self._reformatter.reformat(frame, width=width, height=height, format="rgb24", interpolation=_EXACT)

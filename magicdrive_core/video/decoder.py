@@ -1,4 +1,4 @@
-"""Reading mp4: frames as arrays, and what a file measures."""
+"""Reading mp4: frames as arrays, and measurements of a file."""
 
 from __future__ import annotations
 
@@ -20,29 +20,47 @@ from magicdrive_core.video.colour import ColourConverter, Picture
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video file holds, counted and not taken from its header."""
+    """Contents of a video file, counted and not taken from its header.
+
+    Attributes:
+        frames: number of frames.
+        fps: frames per second.
+        height: rows of a frame.
+        width: columns of a frame.
+        codec: ffmpeg's name of the codec, such as "h264".
+        bytes: size of the file.
+        mbit_s: average bit rate of the whole file in Mbit/s: 8 bytes / (frames / fps).
+    """
 
     frames: int
     fps: float
-    height: int  # pixels
+    height: int
     width: int
-    codec: str  # ffmpeg's name: "h264"
+    codec: str
     bytes: int
-    mbit_s: float  # of the whole file: bytes * 8 / (frames / fps)
+    mbit_s: float
 
 
-# Opening a file would decode its first frame to see what it is: 9 to 16 ms at W-CODA's cap, before any of our checks.
+# Opening a file would decode its first frame to find its format: 9 to 16 ms at W-CODA's cap, before any check of ours.
 _UNDECODED = {"codec_whitelist": "none"}
-MAX_PIXELS = 8192 * 4352  # of a frame: no memory is given to a file that claims more
+MAX_PIXELS = 8192 * 4352  # of a frame; a file that claims more is refused before memory is allocated
 
 
 def decode_video(
     source: Path | str | BinaryIO, *, size: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS
 ) -> Iterator[Picture]:
-    """Yields the frames (H, W, 3) of a video in order of display, one at a time; scaled to ``size`` (H, W) if given.
+    """Yields the frames of a video in order of display, one at a time.
+
+    Args:
+        source: an mp4 file, by path or opened.
+        size: (H, W) to scale the frames to; None: the file's own.
+        max_pixels: most pixels of a frame that is decoded.
+
+    Yields:
+        RGB frames (H, W, 3).
 
     Raises:
-        MagicDriveError: the file is missing, is no video, its data is broken, or a frame has more than ``max_pixels``.
+        MagicDriveError: the file is missing, is not a video or is broken, or a frame has more than ``max_pixels``.
     """
     colours = ColourConverter()
     with _opened(source) as container:
@@ -50,24 +68,30 @@ def decode_video(
         stream.thread_type = "AUTO"
         stream.codec_context.options = _strict(max_pixels)
         for frame in container.decode(stream):
-            yield colours.to_picture(frame, size)
+            yield colours.to_rgb(frame, size)
 
 
 def scan_video(
     source: Path | str | BinaryIO, keep: Container[int], *, most: int, max_pixels: int = MAX_PIXELS
 ) -> tuple[int, dict[int, Picture]]:
-    """Decodes every frame up to ``most``, but turns only those numbered in ``keep`` into pictures: a third of the time.
+    """Decodes every frame but converts only some to RGB, in a third of the time of ``decode_video``.
+
+    Args:
+        source: an mp4 file, by path or opened.
+        keep: numbers of the frames that are converted.
+        most: number of frames after which decoding ends.
+        max_pixels: most pixels of a frame that is decoded.
 
     Returns:
-        how many frames were decoded, and the kept pictures (H, W, 3) by number.
+        Number of decoded frames, and the converted frames (H, W, 3) by number.
 
     Raises:
-        MagicDriveError: as ``decode_video``.
+        MagicDriveError: see ``decode_video``.
     """
     colours, kept, count = ColourConverter(), {}, 0
     for frame in _frames(source, max_pixels):
         if count in keep:
-            kept[count] = colours.to_picture(frame)
+            kept[count] = colours.to_rgb(frame)
         count += 1
         if count == most:
             break
@@ -75,10 +99,15 @@ def scan_video(
 
 
 def digest_frames(source: Path | str | BinaryIO, count: int, *, max_pixels: int = MAX_PIXELS) -> str:
-    """Hex SHA-256 over the decoded planes of the first ``count`` frames: equal where, and only where, pixels are.
+    """Returns the SHA-256 (hex) of the decoded planes of the first ``count`` frames: equal only if all pixels are.
+
+    Args:
+        source: an mp4 file, by path or opened.
+        count: number of frames.
+        max_pixels: most pixels of a frame that is decoded.
 
     Raises:
-        MagicDriveError: as ``decode_video``.
+        MagicDriveError: see ``decode_video``.
     """
     digest = hashlib.sha256()
     for frame in islice(_frames(source, max_pixels), count):
@@ -87,17 +116,21 @@ def digest_frames(source: Path | str | BinaryIO, count: int, *, max_pixels: int 
 
 
 def probe(source: Path | str | BinaryIO, *, first_frame: bool = False) -> VideoInfo:
-    """Counts the frames of a video and measures its bit rate, without decoding more than the first one, if asked to.
+    """Counts the frames of a video and measures its bit rate, without decoding it.
+
+    Args:
+        source: an mp4 file, by path or opened.
+        first_frame: whether the first frame is decoded, to see that it can be.
 
     Raises:
-        MagicDriveError: the file is missing or is no video, or its first frame is broken.
+        MagicDriveError: the file is missing or is not a video, or its first frame is broken.
     """
     with _opened(source) as container:
         stream = container.streams.video[0]
         frames = 0
         for packet in container.demux(stream):
             if packet.size and not frames and first_frame:
-                _decode_alone(packet)
+                _decode_first(packet)
             frames += packet.size > 0
         fps = float(stream.average_rate or 0)
         size = container.size
@@ -112,17 +145,21 @@ def probe(source: Path | str | BinaryIO, *, first_frame: bool = False) -> VideoI
         )
 
 
-def _decode_alone(packet: Packet) -> None:
-    """Decodes a packet that needs no others."""
+def _decode_first(packet: Packet) -> None:
+    """Decodes the packet of a first frame, which refers to no other packet.
+
+    Raises:
+        EOFError: the packet holds no decodable frame.
+    """
     context = packet.stream.codec_context
     context.thread_count = 1
     context.options = _strict(MAX_PIXELS)
     if not [*context.decode(packet), *context.decode(None)]:
-        raise EOFError("its first frame cannot be decoded")
+        raise EOFError("the first frame cannot be decoded")
 
 
 def _frames(source: Path | str | BinaryIO, max_pixels: int) -> Iterator[VideoFrame]:
-    """The decoder's own frames, on one thread: many files are decoded at once where this is used."""
+    """Yields the decoder's own frames. One thread decodes, because callers decode many files at once."""
     with _opened(source) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
@@ -131,12 +168,12 @@ def _frames(source: Path | str | BinaryIO, max_pixels: int) -> Iterator[VideoFra
 
 
 def _strict(max_pixels: int) -> dict[str, str]:
-    """Without "explode" the decoder paints over broken data and says nothing."""
+    """Options of the decoder: without "explode" it would conceal broken data silently."""
     return {"err_detect": "explode", "max_pixels": str(max_pixels)}
 
 
 def mbit_per_second(size: int, frames: int, fps: float) -> float:
-    """Average bit rate of a file of ``size`` bytes, container included, in Mbit/s."""
+    """Returns the average bit rate in Mbit/s of a file of ``size`` bytes, container included."""
     return size * 8 * fps / frames / 1e6
 
 
@@ -146,7 +183,7 @@ def _opened(source: Path | str | BinaryIO) -> Iterator[InputContainer]:
     try:
         with av.open(str(source) if isinstance(source, Path) else source, "r", options=_UNDECODED) as container:
             if not container.streams.video:
-                raise MagicDriveError(f"{name} holds no video stream")
+                raise MagicDriveError(f"{name} has no video stream")
             yield container
     except (av.FFmpegError, EOFError) as error:
         raise MagicDriveError(f"{name} cannot be read as a video: {_reason(error)}") from error

@@ -1,4 +1,10 @@
-"""Writing mp4: H.264 under a cap on the bit rate that holds, and files joined without decoding."""
+"""Writing mp4: H.264 whose bit rate stays under a cap, and files joined without decoding.
+
+The average bit rate of the *written file* is at most the cap. An encoder's rate option cannot promise that: white noise
+at 4 Mbit/s comes out at 7 and more. Its constant quality can, because the file shrinks steadily as the quality falls.
+So whole passes of constant quality search the best file under the cap (``rate_search``), each by what the files before
+it measured.
+"""
 
 from __future__ import annotations
 
@@ -22,32 +28,36 @@ from magicdrive_core.errors import MagicDriveError, UsageError
 from magicdrive_core.utils.files import atomic_file
 from magicdrive_core.video.colour import ColourConverter, Picture
 from magicdrive_core.video.decoder import decode_video, mbit_per_second
-from magicdrive_core.video.rate_search import START, RateSearch
+from magicdrive_core.video.rate_search import START_QUALITY, RateSearch
 
-# H.264 in mp4 under a limit that holds: the average bit rate of the *written file* is at most the cap.
-#
-# An encoder's rate option is a wish (white noise at 4 Mbit/s comes out at 7 and more), its constant quality is not:
-# the file shrinks steadily as the quality falls. So whole passes of constant quality search the best file under the
-# cap, each by what the files before it measured.
-
-# Chosen by decibels for time at a given rate (decision 0015): no psychovisual tricks, but a trellis. The adaptive
-# quantiser is on a little, so that a file's size follows the quality smoothly and not in steps of a tenth.
+# Chosen by PSNR for time at a given bit rate: no psychovisual optimisation, but a trellis. The adaptive quantiser is
+# on a little, so that a file's size follows the quality smoothly and not in steps of a tenth.
 PRESET = "veryfast"
 TUNING = {"tune": "psnr", "trellis": "1", "aq-mode": "2", "aq-strength": "0.3"}
-THREADS = 4  # x264's bytes depend on their number, so it is not the host's
-PSNR_CEILING = 100.0  # dB, for frames that came back identical
+THREADS = 4  # x264's bytes depend on the number of threads, so that it is not the host's
+PSNR_CEILING = 100.0  # dB, for frames that are decoded without any error
+MEMORY_BYTES = 16 * 2**20  # of each form of the frames, 3 or 7 frames at 1600x900; more go to the disk
 
 
 @dataclass(frozen=True)
 class EncodedVideo:
-    """A written file, as measured on it."""
+    """A written file, as measured.
+
+    Attributes:
+        path: the file.
+        frames: number of frames.
+        bytes: size of the file.
+        mbit_s: average bit rate of the file in Mbit/s: 8 bytes / duration.
+        psnr: dB of the decoded RGB frames against the source.
+        quality: x264's constant rate factor that the search ended with: a good start for videos of like content.
+    """
 
     path: Path
     frames: int
     bytes: int
-    mbit_s: float  # bytes * 8 / duration
-    psnr: float  # dB of the decoded RGB frames against the source
-    quality: float  # x264's constant rate factor that the cap led to: a start for videos of like content
+    mbit_s: float
+    psnr: float
+    quality: float
 
 
 def encode_video(
@@ -56,23 +66,24 @@ def encode_video(
     *,
     fps: int,
     max_mbit_s: float | None,
-    start: float = START,
+    start: float = START_QUALITY,
     preset: str = PRESET,
 ) -> EncodedVideo:
-    """Encodes RGB frames (H, W, 3) to ``path``, atomically; the same frames and start give the same bytes.
-
-    ``frames`` may be a generator: the first pass runs while it yields.
+    """Encodes RGB frames to an mp4 file, atomically; the same frames and start give the same bytes.
 
     Args:
-        frames: uint8 pictures of one even size.
+        frames: uint8 pictures (H, W, 3) of one even size; with a generator, the first pass runs while it yields.
         path: the mp4 file.
         fps: frames per second.
-        max_mbit_s: cap of the file's average bit rate; None leaves the choice to the encoder.
-        start: the ``quality`` that a video of like content came out at; saves passes.
+        max_mbit_s: cap on the file's average bit rate in Mbit/s; None leaves the choice to the encoder.
+        start: ``quality`` of a video of like content; saves passes.
         preset: x264's trade of time for size.
 
+    Returns:
+        The file as measured.
+
     Raises:
-        UsageError: no frames, frames of different or odd sizes.
+        UsageError: there are no frames, or frames of different or odd sizes.
         MagicDriveError: even the worst quality is over the cap, or the disk is full.
     """
     path = Path(path)
@@ -88,27 +99,32 @@ def encode_video(
 
 
 def _write_under_cap(
-    spool: FrameSpool, pictures: Iterable[Picture], partial: Path, fps: int, search: RateSearch, options: dict[str, str]
+    spool: FrameSpool,
+    pictures: Iterable[Picture],
+    partial: Path,
+    fps: int,
+    search: RateSearch,
+    options: dict[str, str],
 ) -> float:
     """Writes passes of different quality until ``partial`` is the best one under the cap; returns its quality."""
     with tempfile.TemporaryDirectory(dir=partial.parent, prefix=".tries-") as folder:
         trial = Path(folder, partial.name)
         while not search.done:
-            if search.hopeless:
+            if search.infeasible:
                 raise MagicDriveError(
                     f"{len(spool)} frames of {spool.width}x{spool.height} cannot be encoded at {search.cap:g} Mbit/s",
-                    "raise video.max_mbit_s, or null lets the encoder decide",
+                    "raise video.max_mbit_s, or set it to null to let the encoder choose",
                 )
             quality = search.next_quality()
             frames = spool.frames() if len(spool) else spool.record(pictures)
             _write(frames, trial, fps, options | {"crf": f"{quality:.3f}"})
-            if search.tell(quality, _measure(trial, len(spool), fps)):
+            if search.record(quality, _measure(trial, len(spool), fps)):
                 trial.replace(partial)
     return search.best_quality
 
 
 def _write(frames: Iterable[VideoFrame], path: Path, fps: int, options: dict[str, str]) -> None:
-    """One pass of x264 over ``frames`` into ``path``."""
+    """Writes one pass of x264 over ``frames`` to ``path``."""
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         stream = container.add_stream("libx264", rate=fps, options=options)
         context = stream.codec_context
@@ -131,7 +147,7 @@ def _measure(path: Path, frames: int, fps: int) -> float:
 
 
 def _psnr(source: Iterable[Picture], decoded: Iterable[Picture]) -> float:
-    """Peak signal-to-noise ratio over all frames in dB: 10 log10(255^2 / mean squared error)."""
+    """Returns the peak signal-to-noise ratio over all frames in dB: 10 log10(255^2 / mean squared error)."""
     squares, count = 0.0, 0
     for before, after in zip(source, decoded, strict=True):
         squares += cv2.norm(before, after, cv2.NORM_L2SQR)
@@ -141,16 +157,17 @@ def _psnr(source: Iterable[Picture], decoded: Iterable[Picture]) -> float:
     return min(PSNR_CEILING, 10 * log10(255.0**2 * count / squares))
 
 
-# The frames of one video, kept until its file is right: in memory, or in temporary files where they are many.
-
-MEMORY_BYTES = 16 * 2**20  # of each form of the frames, three or seven at 1600x900; more go to the disk
-
-
 class FrameSpool:
-    """Keeps frames as they came, and as the encoder takes them: they are converted once, whatever it tries.
+    """Keeps the frames of one video until its file is right, in memory or, if there are many, in temporary files.
+
+    It keeps them both as RGB and as the encoder takes them, so that they are converted once for all passes.
+
+    Args:
+        folder: where the temporary files are.
 
     Attributes:
-        height, width: of all frames, in pixels; 0 before the first.
+        height: rows of every frame; 0 before the first frame.
+        width: columns of every frame; 0 before the first frame.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -175,12 +192,12 @@ class FrameSpool:
         """Yields RGB pictures (H, W, 3) as frames for the encoder while keeping both.
 
         Raises:
-            UsageError: no pictures, pictures of different or odd sizes.
+            UsageError: there are no pictures, or pictures of different or odd sizes.
         """
         colours = ColourConverter()
         for picture in pictures:
             self._check(picture)
-            frame = colours.to_video(picture)
+            frame = colours.to_yuv(picture)
             self._pictures.write(np.ascontiguousarray(picture).data)
             self._converted.write(np.ascontiguousarray(frame.to_ndarray()).data)
             self._count += 1
@@ -202,27 +219,30 @@ class FrameSpool:
         if not self._count:
             self.height, self.width = picture.shape[:2]
             if self.height % 2 or self.width % 2:
-                raise UsageError(f"a video of {self.width}x{self.height}: H.264 needs an even width and height")
+                raise UsageError(f"frames of {self.width}x{self.height}: H.264 needs an even width and height")
         shape = (self.height, self.width, 3)
         if picture.shape != shape or picture.dtype != np.uint8:
-            raise UsageError(f"frame {self._count} is {picture.dtype} {picture.shape}, the video uint8 {shape}")
+            raise UsageError(
+                f"frame {self._count} is {picture.dtype} {picture.shape}, but the video's frames are uint8 {shape}"
+            )
 
 
 def _pieces(file: tempfile.SpooledTemporaryFile[bytes], count: int, size: int) -> Iterator[Picture]:
+    """Yields ``count`` pieces of ``size`` bytes from the start of a file."""
     file.seek(0)
     for _ in range(count):
         yield np.frombuffer(file.read(size), dtype=np.uint8)
 
 
 def join_videos(parts: Sequence[Path], path: Path) -> None:
-    """Writes the H.264 streams of ``parts`` one after the other into the mp4 ``path``, atomically.
+    """Joins mp4 files without decoding them: every part decodes to the same bits as before.
 
-    Encoders of different quality write different parameter sets; each part's travel inside the stream, before its first
-    frame, where every decoder looks for them.
+    Encoders of different quality write different parameter sets. Those of each part are stored inside the stream,
+    before its first frame, where every decoder looks for them.
 
     Args:
-        parts: mp4 files of one size and frame rate, each beginning with a key frame.
-        path: the file to write.
+        parts: mp4 files in H.264 of one size and frame rate, each starting with a key frame.
+        path: the file to write, atomically.
 
     Raises:
         MagicDriveError: a part cannot be read as a video.
@@ -254,14 +274,14 @@ def _join(parts: Sequence[Path], partial: Path) -> None:
 
 
 def _reorder_delay(part: Path) -> Fraction:
-    """Seconds by which decoding must be ahead of display, because frames are stored in another order."""
+    """Returns the seconds by which decoding must precede display, because frames are stored in another order."""
     with av.open(str(part)) as container:
         first = next(container.demux(container.streams.video[0]))
         return -(first.dts or 0) * first.time_base
 
 
 def _with_parameters(source: Stream, packets: Iterator[Packet]) -> Iterator[Packet]:
-    """Packets whose key frames carry the stream's parameter sets (Annex B)."""
+    """Yields packets whose key frames carry the stream's parameter sets (Annex B)."""
     annex_b = BitStreamFilterContext("h264_mp4toannexb", source, None)
     for packet in packets:
         if packet.size:

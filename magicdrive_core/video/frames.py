@@ -1,4 +1,4 @@
-"""Folders of PNG frames, the lossless form of a video."""
+"""Frames of one view: folders of PNG files, the lossless form of a video, and full-size images."""
 
 from __future__ import annotations
 
@@ -10,28 +10,33 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.geometry.cameras import PICTURE_HEIGHT, PICTURE_WIDTH
+from magicdrive_core.geometry.cameras import PICTURE_HEIGHT, PICTURE_WIDTH, Framing
 from magicdrive_core.video.colour import Picture
 from magicdrive_core.video.decoder import decode_video
 
-LEVEL = 3  # of PNG's compression: half of the default's time for a quarter more bytes
+LEVEL = 3  # of PNG compression: half the time of the default for a quarter more bytes
 
 
 def write_frames(frames: Iterable[Picture], folder: Path) -> None:
-    """Writes RGB frames (H, W, 3) as ``000000.png`` and so on; ``folder`` is made."""
+    """Writes RGB frames (H, W, 3) as ``000000.png`` and so on.
+
+    Args:
+        frames: uint8 frames.
+        folder: a new folder.
+    """
     folder.mkdir(parents=True)
     for number, frame in enumerate(frames):
         Image.fromarray(frame).save(folder / f"{number:06d}.png", compress_level=LEVEL)
 
 
 def frame_files(folder: Path) -> list[Path]:
-    """The PNG files of a folder, in the order of the numbers in their names (2 before 10).
+    """Lists the PNG files of a folder in the order of the numbers in their names (2 before 10).
 
     Raises:
-        MagicDriveError: there is no such folder, or no PNG file in it.
+        MagicDriveError: the folder is missing, or holds no PNG file.
     """
     if not folder.is_dir():
-        raise MagicDriveError(f"{folder} is no folder", "name a folder of PNG frames")
+        raise MagicDriveError(f"{folder} is not a folder", "name a folder of PNG frames")
     files = sorted((path for path in folder.iterdir() if path.suffix.lower() == ".png"), key=_order)
     if not files:
         raise MagicDriveError(f"{folder} holds no PNG frames")
@@ -39,25 +44,32 @@ def frame_files(folder: Path) -> list[Path]:
 
 
 def read_frame(path: Path) -> Picture:
-    """A PNG file as an RGB frame (H, W, 3); grey and palette pictures are converted.
+    """Reads a PNG file as an RGB frame (H, W, 3); grey and palette images are converted.
 
     Raises:
-        MagicDriveError: it is no readable picture of 8 bits a channel.
+        MagicDriveError: the file is not a readable image with 8 bits a channel.
     """
     try:
         with Image.open(path, formats=["PNG"]) as picture:
             if picture.mode not in ("RGB", "RGBA", "L", "P"):
-                raise MagicDriveError(f"{path} is a picture of mode {picture.mode}", "frames have 8 bits a channel")
+                raise MagicDriveError(f"{path} is an image of mode {picture.mode}", "use 8 bits a channel")
             return np.asarray(picture.convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:  # SyntaxError is PIL's word for broken PNG chunks
-        raise MagicDriveError(f"{path} cannot be read as a PNG picture: {error}") from None
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:  # PIL raises SyntaxError for broken PNG chunks
+        raise MagicDriveError(f"{path} cannot be read as a PNG image: {error}") from None
 
 
 def read_view(path: Path, size: tuple[int, int] | None = None) -> Iterator[Picture]:
-    """Yields the frames (H, W, 3) of a video file or of a folder of frames; scaled to ``size`` (H, W) if given.
+    """Yields the frames of one view.
+
+    Args:
+        path: a video file, or a folder of PNG frames.
+        size: (H, W) to scale the frames to; None: their own.
+
+    Yields:
+        RGB frames (H, W, 3).
 
     Raises:
-        MagicDriveError: it is neither, or broken.
+        MagicDriveError: the path is neither, or a file is broken.
     """
     if not path.is_dir():
         yield from decode_video(path, size=size)
@@ -70,17 +82,24 @@ def read_view(path: Path, size: tuple[int, int] | None = None) -> Iterator[Pictu
 
 
 def _order(path: Path) -> list[tuple[int, str]]:
-    """Digits compare as numbers, the rest as text."""
+    """Sorting key of a file name: digits compare as numbers, the rest as text."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path.stem)]
 
 
 def full_size_image(frame: Picture) -> Picture:
-    """A frame (H, W, 3) as a picture (900, 1600, 3): resized to the full width, black rows on top.
+    """Turns a frame of the network into an image as W-CODA and nuScenes have them.
 
-    The rows are those that were cut off before training: 52 at 424x800 and 848x1600, 4 at 224x400.
+    It is resized to the full width; the rows that were cropped before training come back black, on top: 52 rows at
+    424x800 and 848x1600, 4 at 224x400.
+
+    Args:
+        frame: RGB frame (H, W, 3).
+
+    Returns:
+        RGB image (900, 1600, 3).
 
     Raises:
-        MagicDriveError: the frame is taller than the picture.
+        MagicDriveError: the frame is taller than the image.
     """
     height = round(frame.shape[0] * PICTURE_WIDTH / frame.shape[1])
     if height > PICTURE_HEIGHT:
@@ -92,3 +111,9 @@ def full_size_image(frame: Picture) -> Picture:
     resized = Image.fromarray(frame).resize((PICTURE_WIDTH, height), Image.Resampling.BICUBIC)
     out[PICTURE_HEIGHT - height :] = np.asarray(resized)
     return out
+
+
+def crop_to_frame(image: Picture, framing: Framing) -> Picture:
+    """Turns a full-size image (900, 1600, 3) into a frame (H, W, 3) of the network: inverse of ``full_size_image``."""
+    resized = Image.fromarray(image).resize((framing.width, framing.resized_height), Image.Resampling.BICUBIC)
+    return np.asarray(resized)[framing.crop :]

@@ -1,4 +1,4 @@
-"""``item.json``: what stands in the folder of one generated clip, one file a view."""
+"""The record of a generated clip (``item.json``): where it came from, and its files, one for each view."""
 
 from __future__ import annotations
 
@@ -14,43 +14,69 @@ RECORD = "item.json"
 
 @dataclass(frozen=True)
 class ViewFile:
-    """One view's file, as measured on it: an mp4, a folder of PNG frames, or a PNG where the clip is a single frame."""
+    """One view's file as measured: an mp4, a folder of PNG frames, or one PNG if the clip is a single frame.
 
-    file: str  # name in the item's folder
+    Attributes:
+        file: name in the item's folder.
+        sha256: hex digest of the file, or of the folder's files and names.
+        bytes: size.
+        mbit_s: bit rate of an mp4 in Mbit/s; None: PNG.
+        psnr: dB of the decoded frames against the encoded ones; None: lossless.
+    """
+
+    file: str
     sha256: str
     bytes: int
-    mbit_s: float | None  # None: pictures
-    psnr: float | None  # dB, decoded against the frames that were encoded; None: lossless
+    mbit_s: float | None
+    psnr: float | None
 
     @classmethod
-    def of_pictures(cls, path: Path) -> ViewFile:
-        """A PNG, or a folder of them."""
+    def of_images(cls, path: Path) -> ViewFile:
+        """Measures a PNG file, or a folder of PNG files."""
         return cls(path.name, *_digest_and_bytes(path), None, None)
 
 
 @dataclass(frozen=True)
 class ItemRecord:
-    """Where a generated clip came from, and its files by view."""
+    """Where a generated clip came from, and its files by view.
 
-    fingerprint: str  # of everything that decides the pixels
-    sample: str  # token of the clip's first sample
-    scene: str  # scene token
+    Attributes:
+        fingerprint: of everything that decides the pixels.
+        sample: token of the clip's first sample.
+        scene: scene token.
+        scene_name: name of the scene.
+        start: first frame of the clip in the scene.
+        generated: frames of the clip, initial frames included.
+        frames: frames in each file.
+        fps: frames per second.
+        generation: number of the generation, from 0.
+        caption: text that the clip was conditioned on.
+        seed: seed of the clip's noise.
+        size: HEIGHTxWIDTH as sampled.
+        lineage: by name, digests of model, encoders and data, and the versions of computations.
+        seconds: wall time, by part of the work.
+        views: the files, by view.
+    """
+
+    fingerprint: str
+    sample: str
+    scene: str
     scene_name: str
-    start: int  # first frame in the scene
-    generated: int  # frames of the clip, given ones included
-    frames: int  # frames in each file
+    start: int
+    generated: int
+    frames: int
     fps: int
     generation: int
     caption: str
     seed: int
-    size: str  # HEIGHTxWIDTH as sampled
-    lineage: dict[str, str]  # digests of model, encoders and data, versions of computations
-    seconds: dict[str, float]  # wall time by part of the work
+    size: str
+    lineage: dict[str, str]
+    seconds: dict[str, float]
     views: dict[str, ViewFile] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
-        """The item's name, which is also its folder's."""
+        """Name of the item and of its folder."""
         return item_name(self.sample, self.generation)
 
     def write(self, folder: Path) -> None:
@@ -62,7 +88,7 @@ class ItemRecord:
         """Reads the record of an item's folder.
 
         Raises:
-            MagicDriveError: there is none, or it is of another form.
+            MagicDriveError: the record is missing or has another format.
         """
         values: dict[str, Any] = read_json(folder / RECORD, "run magicdrive generate")
         try:
@@ -70,18 +96,18 @@ class ItemRecord:
             return cls(**values, views=views)
         except (TypeError, KeyError, AttributeError) as error:
             raise MagicDriveError(
-                f"{folder / RECORD} is not an item's record: {error}", "delete the folder and generate again"
+                f"{folder / RECORD} is not the record of an item: {error}", "delete the folder and generate again"
             ) from None
 
     def faults(self, folder: Path) -> list[str]:
-        """What is wrong with the item's files: missing, or not the bytes that were written."""
+        """Describes the item's files that are missing or have changed since they were written."""
         out = []
         for view, entry in self.views.items():
             path = folder / entry.file
             if not path.exists():
                 out.append(f"{view}: {path} is missing")
             elif _digest_and_bytes(path) != (entry.sha256, entry.bytes):
-                out.append(f"{view}: {path} is not the file that was written")
+                out.append(f"{view}: {path} has changed since it was written")
         return out
 
 
@@ -92,15 +118,15 @@ def _digest_and_bytes(path: Path) -> tuple[str, int]:
 
 
 def item_name(sample: str, generation: int) -> str:
-    """W-CODA's name of a generated clip: ``{first sample token}_gen{generation}``."""
+    """Returns W-CODA's name of a generated clip: ``{first sample token}_gen{generation}``."""
     return f"{sample}_gen{generation}"
 
 
 def video_name(sample: str, view: str) -> str:
-    """W-CODA's name of one view's file: ``{first sample token}_{VIEW}.mp4``."""
+    """Returns W-CODA's name of one view's file: ``{first sample token}_{VIEW}.mp4``."""
     return f"{sample}_{view}.mp4"
 
 
 def read_items(folder: Path) -> list[ItemRecord]:
-    """The records of all finished items below ``folder``, by name."""
+    """Reads the records of all finished items below ``folder``, sorted by name."""
     return [ItemRecord.read(path.parent) for path in sorted(folder.glob(f"*/{RECORD}"))]

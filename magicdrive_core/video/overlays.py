@@ -1,4 +1,4 @@
-"""What the network was told, drawn: boxes in the views, the map on the ground, the scene from above.
+"""Drawings of the conditions: boxes in the views, the BEV map on the ground, the scene from above.
 
 Lidar frame as in nuScenes: x right, y forward, z up, metres. Corners of a box in the order of ``data.boxes``:
 (ux, uy, uz) = (-,-,0)(-,-,1)(-,+,1)(-,+,0)(+,-,0)(+,-,1)(+,+,1)(+,+,0); the object's front is uy = -.
@@ -20,13 +20,13 @@ from magicdrive_core.video.palette import BACKGROUND, CLASS_COLOURS, EGO, LAYER_
 Floats = NDArray[np.float64]
 Points = list[tuple[float, float]]
 
-SMOOTH = 3  # lines are drawn this much larger and reduced: PIL's own have jagged edges
-NEAR = 0.2  # metres in front of a camera, where boxes are cut off
-RINGS = (20, 40)  # metres, drawn around the car in the panel from above
-MAP_METRES = 100.0  # a side of the BEV map, centred on the lidar
+SMOOTH = 3  # lines are drawn this many times larger and reduced, because PIL's own have jagged edges
+NEAR = 0.2  # metres in front of a camera at which boxes are cut off
+RINGS = (20, 40)  # metres, radii drawn around the car in the panel from above
+MAP_METRES = 100.0  # side of the BEV map, centred on the lidar
 
 _FRONT = (0, 1, 5, 4)
-_FACES = ((0, 1, 2, 3), (4, 5, 6, 7), (2, 3, 7, 6), (1, 2, 6, 5), (0, 3, 7, 4), _FRONT)  # a later one covers
+_FACES = ((0, 1, 2, 3), (4, 5, 6, 7), (2, 3, 7, 6), (1, 2, 6, 5), (0, 3, 7, 4), _FRONT)  # painted in this order
 _FOOTPRINT = (0, 3, 7, 4)
 
 
@@ -38,7 +38,16 @@ def draw_boxes(
     camera_to_lidar: Floats,
     framing: Framing,
 ) -> Picture:
-    """A copy of a view (H, W, 3) with the boxes drawn in; arguments as of ``box_layer``."""
+    """Returns a copy of a view with the boxes drawn on it.
+
+    Args:
+        frame: view (H, W, 3).
+        corners: see ``box_layer``.
+        classes: see ``box_layer``.
+        intrinsics: see ``box_layer``.
+        camera_to_lidar: see ``box_layer``.
+        framing: from the full-size image to ``frame``.
+    """
     layer = Image.fromarray(box_layer(corners, classes, intrinsics, camera_to_lidar, framing))
     return np.asarray(Image.alpha_composite(Image.fromarray(frame).convert("RGBA"), layer).convert("RGB"))
 
@@ -50,37 +59,40 @@ def box_layer(
     camera_to_lidar: Floats,
     framing: Framing,
 ) -> Picture:
-    """Boxes in a view, on nothing: (H, W, 4) with edges, a tinted body, and a stronger front.
+    """Draws boxes on a transparent background, with edges, a tinted body and a stronger front.
 
     Args:
-        corners: (N, 8, 3) metres in the lidar frame, true heights.
-        classes: (N) class index, -1 = no box.
-        intrinsics: (3, 3) pixels of the full picture.
-        camera_to_lidar: (4, 4).
-        framing: from the full picture to the view.
+        corners: (N, 8, 3) corners in metres in the lidar frame.
+        classes: (N) indices into ``records.CLASSES``; -1: no box.
+        intrinsics: (3, 3) camera matrix in pixels of the full-size image.
+        camera_to_lidar: (4, 4) pose of the camera.
+        framing: from the full-size image to the view.
+
+    Returns:
+        RGBA layer (H, W, 4).
     """
     matrix = _to_frame(framing) @ intrinsics
     planes = _frustum(matrix, framing)
     lidar_to_camera = inverse(np.asarray(camera_to_lidar, dtype=np.float64))
     known = classes >= 0
     placed = transform(lidar_to_camera, corners[known])
-    # Most boxes of a scene lie wholly beyond one side of a view: cutting their faces would find the same.
+    # Most boxes of a scene are completely beyond one side of a view: they are left out before their faces are clipped.
     outside = (placed @ planes[:, :3].T + planes[:, 3] < 0).all(axis=1).any(axis=1)
     boxes = [(box, CLASS_COLOURS[index]) for box, index in zip(placed[~outside], classes[known][~outside], strict=True)]
     size = framing.width * SMOOTH, framing.height * SMOOTH
     layer = Image.new("RGBA", size)
     line = round(max(1.0, framing.width / 420) * SMOOTH)
     for box, colour in sorted(boxes, key=lambda item: -float(item[0][:, 2].mean())):
-        faces = [(face, _seen(box[list(face)], planes, matrix)) for face in _FACES]
+        faces = [(face, _visible(box[list(face)], planes, matrix)) for face in _FACES]
         area = _around([point for _, outline in faces for point in outline], line, size)
         if area is None:
             continue
         body = Image.new("RGBA", (area[2] - area[0], area[3] - area[1]))
         pen = ImageDraw.Draw(body)
-        seen = [(face, [(x - area[0], y - area[1]) for x, y in outline]) for face, outline in faces if outline]
-        for face, outline in seen:
+        visible = [(face, [(x - area[0], y - area[1]) for x, y in outline]) for face, outline in faces if outline]
+        for face, outline in visible:
             pen.polygon(outline, fill=(*colour, 70 if face == _FRONT else 28))
-        for _, outline in seen:
+        for _, outline in visible:
             pen.line([*outline, outline[0]], fill=(*colour, 235), width=line, joint="curve")
         layer.alpha_composite(body, area[:2])
     return np.asarray(layer.resize((framing.width, framing.height), Image.Resampling.BOX))
@@ -95,20 +107,20 @@ def draw_ground(
     framing: Framing,
     opacity: float = 1.0,
 ) -> Picture:
-    """A copy of a view with the map painted on the ground, as far as the map reaches.
+    """Returns a copy of a view with the BEV map painted on the ground, as far as the map reaches.
 
-    Ground and picture are two planes seen by one camera, so that one 3x3 matrix leads from a pixel to its cell.
+    Ground and image are two planes seen by one camera, so that one homography (3, 3) maps a pixel to its cell.
 
     Args:
-        frame: (H, W, 3).
+        frame: view (H, W, 3).
         bev_map: (8, h, w) of 0 and 1, [c, i, j]: i along the lidar's x, j along its y.
-        intrinsics: (3, 3) pixels of the full picture.
-        camera_to_lidar: (4, 4).
-        lidar_to_ego: (4, 4); the ego frame's origin lies on the ground.
-        framing: from the full picture to ``frame``.
+        intrinsics: (3, 3) camera matrix in pixels of the full-size image.
+        camera_to_lidar: (4, 4) pose of the camera.
+        lidar_to_ego: (4, 4) pose of the lidar; the origin of the ego frame is on the ground.
+        framing: from the full-size image to ``frame``.
         opacity: of the paint, 0 to 1.
     """
-    fine = 2  # rays a pixel, each way
+    fine = 2  # rays of a pixel in each direction
     side = bev_map.shape[-1]
     lidar_to_camera, ego_to_lidar = inverse(camera_to_lidar), inverse(lidar_to_ego)
     ground_to_pixel = _to_frame(framing) @ intrinsics @ (lidar_to_camera @ ego_to_lidar)[:3, [0, 1, 3]]
@@ -134,13 +146,16 @@ def draw_ground(
 def bev_panel(
     bev_map: NDArray[np.uint8], corners: NDArray[np.floating], classes: NDArray[np.integer], cells: int = 400
 ) -> Picture:
-    """The scene from above, forward up: map layers, boxes with their headings, the ego car as an arrow.
+    """Draws the scene from above, forward up: map layers, boxes with their headings, the ego car as an arrow.
 
     Args:
         bev_map: (8, h, w) of 0 and 1.
-        corners: (N, 8, 3) metres in the lidar frame.
-        classes: (N) class index, -1 = no box.
-        cells: pixels a side of the panel.
+        corners: (N, 8, 3) corners in metres in the lidar frame.
+        classes: (N) indices into ``records.CLASSES``; -1: no box.
+        cells: width and height of the panel in pixels.
+
+    Returns:
+        The panel (cells, cells, 3).
     """
     ground = Image.fromarray(np.ascontiguousarray(_paint(bev_map).transpose(1, 0, 2)[::-1]))
     side = cells * SMOOTH
@@ -169,7 +184,7 @@ def bev_panel(
 
 
 def _paint(bev_map: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Colours of the map's cells, (h, w, 3)."""
+    """Returns the colours (h, w, 3) of the map's cells."""
     out = np.empty((*bev_map.shape[1:], 3), dtype=np.uint8)
     out[:] = BACKGROUND
     for layer in LAYER_ORDER:
@@ -178,12 +193,12 @@ def _paint(bev_map: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _to_frame(framing: Framing) -> Floats:
-    """Homogeneous (column, row, 1) of the full picture to those of the frame, (3, 3)."""
+    """Returns the matrix (3, 3) from homogeneous (column, row, 1) of the full-size image to those of the frame."""
     return framing.matrix[np.ix_([0, 1, 3], [0, 1, 3])]
 
 
 def _frustum(matrix: Floats, framing: Framing) -> Floats:
-    """Planes (5, 4) with normals inward: the near plane, and the sides of the view widened by a quarter."""
+    """Returns planes (5, 4) with inward normals: the near plane, and the sides of the view widened by a quarter."""
     w, h = framing.width, framing.height
     left, right, top, bottom = -w / 4, w * 1.25, -h / 4, h * 1.25
     sides = [
@@ -198,10 +213,10 @@ def _frustum(matrix: Floats, framing: Framing) -> Floats:
     return planes
 
 
-def _seen(polygon: Floats, planes: Floats, matrix: Floats) -> Points:
-    """The part of a convex polygon (n, 3) in a camera frame within ``planes``, in pixels of the smooth layer."""
+def _visible(polygon: Floats, planes: Floats, matrix: Floats) -> Points:
+    """Clips a convex polygon (n, 3) in a camera frame to ``planes`` and projects it to pixels of the enlarged layer."""
     for plane in planes:
-        polygon = _cut(polygon, polygon @ plane[:3] + plane[3])
+        polygon = _clip(polygon, polygon @ plane[:3] + plane[3])
         if len(polygon) < 3:
             return []
     pixels, _ = project(polygon, matrix)
@@ -209,7 +224,7 @@ def _seen(polygon: Floats, planes: Floats, matrix: Floats) -> Points:
 
 
 def _around(points: Points, margin: int, size: tuple[int, int]) -> tuple[int, int, int, int] | None:
-    """The pixels (left, top, right, bottom) around points, within a picture; None where there are none."""
+    """Returns the pixels (left, top, right, bottom) around points within a picture; None if there are none."""
     if not points:
         return None
     columns, rows = zip(*points, strict=True)
@@ -218,14 +233,14 @@ def _around(points: Points, margin: int, size: tuple[int, int]) -> tuple[int, in
     return (left, top, right, bottom) if left < right and top < bottom else None
 
 
-def _cut(polygon: Floats, side: Floats) -> Floats:
-    """Sutherland-Hodgman: the part of a polygon where ``side`` (signed distances of its points) is not negative."""
+def _clip(polygon: Floats, side: Floats) -> Floats:
+    """Clips a polygon to where ``side``, the signed distance of its points, is not negative (Sutherland-Hodgman)."""
     if (side >= 0).all():
         return polygon
-    return np.array(list(_cut_points(polygon, side))).reshape(-1, 3)
+    return np.array(list(_clipped_points(polygon, side))).reshape(-1, 3)
 
 
-def _cut_points(polygon: Floats, side: Floats) -> Iterable[Floats]:
+def _clipped_points(polygon: Floats, side: Floats) -> Iterable[Floats]:
     for here in range(len(polygon)):
         after = (here + 1) % len(polygon)
         if side[here] >= 0:

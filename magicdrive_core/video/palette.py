@@ -1,4 +1,4 @@
-"""One look for every picture that is drawn: colours by class and map layer, and the font."""
+"""One look for everything that is drawn: colours of classes and map layers, and the font."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import ImageFont
 
 Colour = tuple[int, int, int]
 
-# By class index (records.CLASSES): far apart on asphalt, on sky and on the dark panels.
+# By index into records.CLASSES; easy to tell apart on asphalt, on sky and on the dark panels.
 CLASS_COLOURS: tuple[Colour, ...] = (
     (74, 158, 255),  # car
     (255, 159, 67),  # truck
@@ -24,7 +24,7 @@ CLASS_COLOURS: tuple[Colour, ...] = (
     (255, 122, 69),  # traffic_cone
 )
 
-# By layer index (records.MAP_LAYERS): quiet areas, clear lines.
+# By index into records.MAP_LAYERS: quiet areas, clear lines.
 LAYER_COLOURS: tuple[Colour, ...] = (
     (60, 69, 84),  # drivable_area
     (112, 128, 160),  # ped_crossing
@@ -35,7 +35,7 @@ LAYER_COLOURS: tuple[Colour, ...] = (
     (164, 178, 194),  # lane_divider
     (68, 78, 94),  # road_block
 )
-LAYER_ORDER = (0, 7, 4, 2, 1, 3, 6, 5)  # painted in this order: areas below, lines on top
+LAYER_ORDER = (0, 7, 4, 2, 1, 3, 6, 5)  # order of painting: areas first, lines on top
 
 BACKGROUND: Colour = (18, 21, 27)
 PAPER: Colour = (26, 30, 38)
@@ -46,6 +46,6 @@ EGO: Colour = (255, 255, 255)
 
 @lru_cache
 def font(pixels: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans at a height in pixels; it comes with matplotlib, so that every machine draws the same letters."""
+    """Returns DejaVu Sans at a height in pixels; matplotlib ships it, so that every machine draws the same letters."""
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", name)), pixels)

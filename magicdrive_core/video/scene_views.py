@@ -1,4 +1,4 @@
-"""One scene for the eye: the real views, what the network was told, what it made of it, all at one display size."""
+"""One scene as images of one display size: its real views, its conditions drawn, and what was generated from them."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ Views = NDArray[np.uint8]  # V, H, W, 3
 
 @dataclass(frozen=True)
 class SceneViews:
-    """Draws the frames of one scene, six views at a time, each ``width`` pixels wide.
+    """Draws the frames of one scene, six views at a time.
 
     Attributes:
         scene: poses, boxes and the names of the pictures.
-        bits: (F, cells, cells) BEV maps, bit c = layer c.
-        root: the data root with the real pictures.
-        width: of a view.
+        bits: BEV maps (F, cells, cells), uint8 with bit c for layer c.
+        root: data root with the real pictures.
+        width: pixels of a view.
     """
 
     scene: Scene
@@ -41,15 +41,15 @@ class SceneViews:
 
     @property
     def framing(self) -> Framing:
-        """Of the whole picture, black rows included, at the display size."""
+        """Framing of the full-size image, black rows included, at the display size."""
         return Framing(self.width * PICTURE_HEIGHT // PICTURE_WIDTH, self.width)
 
     def real(self, frame: int) -> Views:
-        """The pictures of the data set."""
+        """Returns the pictures of the data set (V, H, W, 3) at a frame."""
         return np.stack([self._fit(self.root / path) for path in self.scene.pictures[frame]])
 
     def conditions(self, frame: int) -> Views:
-        """Boxes, and the map on the ground, on a dark picture."""
+        """Draws boxes, and the BEV map on the ground, on a dark background: (V, H, W, 3)."""
         scene, framing, bev_map = self.scene, self.framing, unpack(self.bits[frame])
         blank = np.full((framing.height, framing.width, 3), BACKGROUND, dtype=np.uint8)
         views = []
@@ -60,7 +60,7 @@ class SceneViews:
         return np.stack(views)
 
     def box_layers(self, frame: int) -> NDArray[np.uint8]:
-        """The boxes alone, (V, H, W, 4)."""
+        """Draws the boxes on a transparent background: (V, H, W, 4)."""
         scene = self.scene
         return np.stack(
             [
@@ -72,11 +72,19 @@ class SceneViews:
         )
 
     def bev(self, frame: int, pixels: int) -> Picture:
-        """The scene from above."""
+        """Draws a frame from above, ``pixels`` wide and high: (pixels, pixels, 3)."""
         return bev_panel(unpack(self.bits[frame]), *self._boxes(frame), pixels)
 
     def generated(self, folder: Path, record: ItemRecord) -> Iterator[Views]:
-        """The frames of a generated clip, from its six files."""
+        """Yields the frames (V, H, W, 3) of a generated clip.
+
+        Args:
+            folder: folder of the item.
+            record: its record.
+
+        Raises:
+            MagicDriveError: a file is missing or broken.
+        """
         files = [folder / record.views[view].file for view in VIEWS]
         if record.frames == 1:
             yield np.stack([self._fit(file) for file in files])
@@ -91,6 +99,6 @@ class SceneViews:
 
     def _fit(self, path: Path) -> Picture:
         with Image.open(path) as image:
-            image.draft("RGB", (self.framing.width, self.framing.height))  # JPEG: decoded at a fraction of its size
+            image.draft("RGB", (self.framing.width, self.framing.height))  # decodes JPEG at a fraction of its size
             size = self.framing.width, self.framing.height
             return np.asarray(image.convert("RGB").resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0))

@@ -1,4 +1,4 @@
-"""Contact sheets: six views as they stand around the car, and rows of frames with captions."""
+"""Contact sheets: six views in the order around the car, and tables of pictures with labels."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ DRIVING_ORDER = ((0, 1, 2), (5, 4, 3))  # indices of VIEWS: front left, front, f
 
 
 def view_title(view: str) -> str:
-    """``CAM_FRONT_LEFT`` -> ``front left``."""
+    """Returns the name of a view for readers: ``CAM_FRONT_LEFT`` gives ``front left``."""
     return view.removeprefix("CAM_").replace("_", " ").lower()
 
 
 def resize(frame: Picture, width: int) -> Picture:
-    """The frame at another width, proportions kept, with an even height."""
+    """Resizes a frame (H, W, C) to a width in pixels; keeps its proportions, with an even height."""
     height = max(2, round(frame.shape[0] * width / frame.shape[1] / 2) * 2)
     if (height, width) == frame.shape[:2]:
         return frame
@@ -29,12 +29,15 @@ def resize(frame: Picture, width: int) -> Picture:
 
 
 def six_views(frames: NDArray[np.uint8], width: int | None = None, captions: bool = True) -> Picture:
-    """Six views (V, H, W, 3) in the order of ``VIEWS`` as a grid of two rows of three, in driving order.
+    """Arranges six views in two rows of three, in driving order.
 
     Args:
-        frames: the views; layers (V, H, W, 4) give a layer to lay over the grid of the views.
-        width: of each view in the grid; as it is where left out.
-        captions: whether each view's name stands in its corner.
+        frames: views (V, H, W, 3) in the order of ``VIEWS``, or RGBA layers (V, H, W, 4) for an overlay of the grid.
+        width: pixels of each view in the grid; None: its own.
+        captions: whether each view's name is written in its corner.
+
+    Returns:
+        The grid (H, W, 3), or (H, W, 4) for layers.
     """
     views = [resize(frame, width) if width else frame for frame in frames]
     height, width = views[0].shape[:2]
@@ -44,10 +47,10 @@ def six_views(frames: NDArray[np.uint8], width: int | None = None, captions: boo
     sheet = Image.new("RGBA", size) if layered else Image.new("RGB", size, BACKGROUND)
     for row, order in enumerate(DRIVING_ORDER):
         for column, view in enumerate(order):
-            place = (column * (width + gap), row * (height + gap))
-            sheet.paste(Image.fromarray(views[view]), place)
+            corner = (column * (width + gap), row * (height + gap))
+            sheet.paste(Image.fromarray(views[view]), corner)
             if captions:
-                _tag(sheet, place, view_title(VIEWS[view]), max(9, width // 26))
+                _tag(sheet, corner, view_title(VIEWS[view]), max(9, width // 26))
     return np.asarray(sheet)
 
 
@@ -58,7 +61,18 @@ def contact_sheet(
     title: str = "",
     subtitle: str = "",
 ) -> Picture:
-    """A table of pictures of one height, with a title above, and labels before rows and over columns."""
+    """Arranges pictures in a table.
+
+    Args:
+        rows: pictures (H, W, 3), of one height within a row and one width within a column.
+        row_labels: text to the left of each row; empty: none.
+        column_labels: text above each column; empty: none.
+        title: text above the table.
+        subtitle: smaller text below the title.
+
+    Returns:
+        The sheet (H, W, 3).
+    """
     heights, widths = [row[0].shape[0] for row in rows], [picture.shape[1] for picture in rows[0]]
     text = max(12, sum(widths) // 100)
     gap, margin = max(4, text // 3), text * 2
@@ -91,11 +105,12 @@ def contact_sheet(
     return np.asarray(sheet)
 
 
-def _tag(sheet: Image.Image, place: tuple[int, int], label: str, text: int) -> None:
-    """A caption on a dark, see-through plate in the upper left corner of a picture."""
+def _tag(sheet: Image.Image, corner: tuple[int, int], label: str, text: int) -> None:
+    """Writes a label on a dark, translucent plate in the upper left corner of a picture."""
     pad, inset = text // 2, text // 2
     width = int(font(text).getlength(label)) + 2 * pad
-    box = (place[0] + inset, place[1] + inset, place[0] + inset + width, place[1] + inset + text + pad + 2)
+    left, top = corner[0] + inset, corner[1] + inset
+    box = (left, top, left + width, top + text + pad + 2)
     plate = Image.new("L", (4 * (box[2] - box[0]), 4 * (box[3] - box[1])))
     ImageDraw.Draw(plate).rounded_rectangle((0, 0, plate.width - 1, plate.height - 1), radius=2 * text, fill=165)
     sheet.paste((8, 10, 14), box[:2], plate.resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.BOX))

@@ -22,7 +22,7 @@ with Claims(Path(sys.argv[1])) as claims:
     print(claims.take("item") is not None, flush=True)
     time.sleep(300)
 """
-ELSEWHERE = json.dumps({"host": "far", "room": "another machine", "pid": 1, "started": 0.0})
+ELSEWHERE = json.dumps({"host": "far", "pid_namespace": "another machine", "pid": 1, "started": 0.0})
 
 
 @pytest.fixture
@@ -35,10 +35,10 @@ def test_one_of_two_has_an_item_until_it_gives_it_back(claims: Claims, tmp_path:
     with Claims(tmp_path) as other:
         mine = claims.take("item")
         assert mine is not None
-        assert mine.holds
+        assert mine.is_held
         assert other.take("item") is None
         assert other.take("another") is not None
-        claims.give_back("item")
+        claims.release("item")
         assert other.take("item") is not None
     assert claims.take("another") is not None  # leaving gives back
 
@@ -68,14 +68,14 @@ def test_one_alone_takes_over_and_who_was_taken_for_dead_can_tell(claims: Claims
         mine = first.take("item")
         assert mine is not None
         assert impatient.take("item") is not None
-        assert not mine.holds
+        assert not mine.is_held
         assert claims.take("item") is None
-        first.give_back("item")
+        first.release("item")
         assert claims.take("item") is None  # it is not the first one's any more
 
 
 def test_owners_touch_their_claims(tmp_path: Path) -> None:
-    with Claims(tmp_path, beat=0.01) as claims:
+    with Claims(tmp_path, heartbeat=0.01) as claims:
         claim = claims.take("item")
         assert claim is not None
         os.utime(claim.path, (1.0, 1.0))

@@ -104,10 +104,10 @@ def test_pictures_are_counted_and_opened(item: Path) -> None:
     for view, entry in record.views.items():
         folder = (item / entry.file).with_suffix("")
         write_frames(np.zeros((2, *SIZE, 3), dtype=np.uint8), folder)
-        record.views[view] = ViewFile.of_pictures(folder)
+        record.views[view] = ViewFile.of_images(folder)
     record.write(item)
     assert done(item)
     (folder / "000001.png").unlink()
-    record.views[view] = ViewFile.of_pictures(folder)
+    record.views[view] = ViewFile.of_images(folder)
     record.write(item)
     assert not done(item)

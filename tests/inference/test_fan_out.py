@@ -74,7 +74,7 @@ def test_an_item_of_another_worker_is_waited_for(tmp_path: Path) -> None:
 
         def wait(_: float) -> None:
             write(tmp_path, first)
-            other.give_back(first.name)
+            other.release(first.name)
 
         def make(item: Item, _: Claim) -> Future[None]:
             assert item == second

@@ -40,7 +40,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_all_of_the_wanted_model_is_moved_and_nothing_of_the_other(project: Path, offload: bool, wanted: str) -> None:
     models = replace(Models.load(OFFLOAD, project / STAGE, project), device=torch.device("meta"), offload=offload)
     parts = {"network": models.network, "vae": models.vae.model}
-    models.make_room_for(parts[wanted])
+    models.move_to_device(parts[wanted])
     for name, model in parts.items():
         for tensor in [*model.parameters(), *model.buffers()]:
             assert tensor.is_meta == (offload and name == wanted)

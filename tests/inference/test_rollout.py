@@ -66,11 +66,11 @@ def test_each_window_goes_on_from_the_pictures_that_the_one_before_ends_with(pro
     sampler = Sampler(config, models, item, scene, chosen_edits(config, project), BevMaps(config, project))
     first, second = sampler.sample(SingleProcess())
     window = sampler.windows[1]
-    assert (window.start, window.given, window.given_frames) == (8, 3, 9)
+    assert (window.start, window.conditioning_latents, window.conditioning_frames) == (8, 3, 9)
     pixels = np.stack([np.concatenate([group[0] for group in models.vae.decode(view[None])]) for view in first])
     given = models.vae.latents(models.vae.moments(torch.from_numpy(pixels[:, 8:]).permute(0, 4, 1, 2, 3) / 127.5 - 1.0))
     torch.testing.assert_close(second[:, :, :3], given, rtol=1e-4, atol=1e-5)
-    shown = np.stack([np.stack(list(view)) for view in sampler.frames([first, second])])
+    shown = np.stack([np.stack(list(view)) for view in sampler.decode_views([first, second])])
     assert shown.shape == (6, 25, 32, 64, 3)
     assert np.array_equal(shown[:, :17], pixels)
 
@@ -108,7 +108,7 @@ def test_an_earlier_generation_goes_on(project: Path) -> None:
     assert len(frames(earlier)) == 8
     config = small_config(*LONG, "generate.initial_frames=earlier")
     item, later = make(config, project, "later")
-    assert (item.begun, item.clip.frames) == (8, 24)
+    assert (item.initial_frames, item.clip.frames) == (8, 24)
     shown = frames(later)
     assert len(shown) == 24
     assert np.array_equal(shown[:8], frames(earlier))  # exactly

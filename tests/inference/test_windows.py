@@ -9,34 +9,34 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.inference.items import Window, given_frames, item_windows, list_items, plan_windows
+from magicdrive_core.inference.items import Window, decoded_frames, item_windows, list_items, plan_windows
 from tests.evaluation.stand_in import write_item
 from tests.inference.project import small_config, small_scene
 
 
 @given(st.integers(0, 30), st.integers(1, 8), st.integers(1, 16), st.booleans())
-def test_windows_cover_the_clip(n: int, m: int, overlap: int, begun: bool) -> None:
+def test_windows_cover_the_clip(n: int, m: int, overlap: int, conditioned: bool) -> None:
     frames, longest = 8 * n + 1, 8 * m + 1
     overlap = min(overlap, 2 * m)  # fewer latent frames than a window's
-    windows = plan_windows(frames, longest, overlap, begun=begun)
+    windows = plan_windows(frames, longest, overlap, conditioned=conditioned)
     assert {window.frames for window in windows} == {min(frames, longest)}
-    assert windows[0].given == (overlap if begun else 0)
+    assert windows[0].conditioning_latents == (overlap if conditioned else 0)
     shown = 0
     for number, window in enumerate(windows):
         if number:
-            assert overlap <= window.given <= window.frames // 4
-            assert window.start + window.given_frames == shown  # goes on where the one before ended
+            assert overlap <= window.conditioning_latents <= window.frames // 4
+            assert window.start + window.conditioning_frames == shown  # goes on where the one before ended
         shown = window.start + window.frames
     assert shown == frames
     if len(windows) > 1:
-        fewer = (len(windows) - 1) * (longest - given_frames(overlap)) + given_frames(overlap)
+        fewer = (len(windows) - 1) * (longest - decoded_frames(overlap)) + decoded_frames(overlap)
         assert fewer < frames  # not one window more than needed
 
 
 def test_a_full_scene_in_windows_of_33() -> None:
     windows = plan_windows(241, 33, 1)
     assert len(windows) == 8
-    assert {window.given_frames for window in windows[1:]} == {1, 5}
+    assert {window.conditioning_frames for window in windows[1:]} == {1, 5}
 
 
 def test_a_clip_that_fits_is_one_window() -> None:
@@ -52,12 +52,12 @@ def test_an_earlier_generation_goes_on_from_its_last_frames(tmp_path: Path) -> N
         "generate.initial_frames=outputs/earlier", "submission.frames=16",
     )  # fmt: skip
     (item,) = list_items(config, [scene], folder)
-    assert (item.begun, item.clip.frames, item.kept) == (16, 52, 52)  # 11 + 41
+    assert (item.initial_frames, item.clip.frames, item.kept) == (16, 52, 52)  # 11 + 41
     assert item_windows(config, item) == [Window(11, 33, 2), Window(19, 33, 7)]
     other = list_items(small_config("generate.frames=57", "generate.generations=1"), [scene])[0]
-    assert item.beginning
-    assert not other.beginning
-    with pytest.raises(MagicDriveError, match="cannot go on from 16 first frames"):
+    assert item.initial_source
+    assert not other.initial_source
+    with pytest.raises(MagicDriveError, match="cannot continue from 16 initial frames"):
         list_items(small_config("generate.frames=17", "generate.initial_frames=outputs/earlier"), [scene], folder)
     with pytest.raises(MagicDriveError, match=r"item\.json is missing"):
         list_items(small_config("generate.initial_frames=outputs/none"), [scene], folder)

@@ -33,7 +33,7 @@ def write(out: Path, item: Item, seconds: float = 0.0) -> None:
         path = folder / f"{sample}.png"
         Image.new("L", (PICTURE_WIDTH, PICTURE_HEIGHT), crc32(item.name.encode()) % 256).save(path, compress_level=1)
         time.sleep(seconds)
-        views = {VIEW: ViewFile.of_pictures(path)}
+        views = {VIEW: ViewFile.of_images(path)}
         clip = item.clip
         ItemRecord(
             item.name, sample, clip.scene, clip.scene, 0, 1, 1, 12, 0, "a street", 7, "32x64", {}, {}, views

@@ -60,7 +60,7 @@ def test_what_is_wrong_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
     folder, out = tmp_path / "in", str(tmp_path / "out.mp4")
     write_frames(FRAMES[:2], folder)
     cases = [
-        (([str(tmp_path / "none"), out]), 1, "none is no folder"),
+        (([str(tmp_path / "none"), out]), 1, "none is not a folder"),
         (([str(tmp_path), out]), 1, "holds no PNG frames"),
         (([str(folder), str(tmp_path / "out.avi")]), 2, "does not end with .mp4"),
         (([str(folder), out, "--head", "1", "--tail", "1"]), 2, "leave none"),
@@ -70,7 +70,7 @@ def test_what_is_wrong_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
         assert message in capsys.readouterr().err
     (folder / "000001.png").write_bytes((folder / "000001.png").read_bytes()[:60])
     assert fails(str(folder), out) == 1
-    assert "000001.png cannot be read as a PNG picture" in capsys.readouterr().err
+    assert "000001.png cannot be read as a PNG image" in capsys.readouterr().err
     assert not Path(out).exists()
 
 

@@ -102,7 +102,7 @@ def test_frames_that_were_kept_without_loss_are_encoded(generated: Path, tmp_pat
         path = folder / Path(entry.file).stem
         write_frames(decode_video(folder / entry.file), path)
         (folder / entry.file).unlink()
-        views[view] = ViewFile.of_pictures(path)
+        views[view] = ViewFile.of_images(path)
     replace(record, views=views).write(folder)
     package = pack(config("generate.generations=1"), generated, tmp_path / "out")
     assert {file.recoded for file in package.files} == {True}
