@@ -1,5 +1,5 @@
 """Prefect flows: when, where and how often the commands run. No numerics, no torch."""
 
-from magicdrive_core.utils.offline import stay_silent
+from magicdrive_core.utils.offline import disable_telemetry
 
-stay_silent()  # must run before any flow imports prefect or mlflow
+disable_telemetry()  # must run before any flow imports prefect or mlflow

@@ -1,4 +1,4 @@
-"""The device of this process: CUDA, Ascend NPU (with torch_npu installed) or CPU. No other torch code names one."""
+"""The device of this process: CUDA, Ascend NPU (with torch_npu installed) or CPU. No other module names a kind."""
 
 from __future__ import annotations
 
@@ -6,26 +6,29 @@ import torch
 
 from magicdrive_core.errors import MagicDriveError
 
-BACKENDS = {"cuda": "nccl", "npu": "hccl", "cpu": "gloo"}  # of collectives, by kind of device
+BACKENDS = {"cuda": "nccl", "npu": "hccl", "cpu": "gloo"}  # backend of collectives by kind of device
 
 
 def kind() -> str:
-    """ "cuda", "npu" or "cpu"; torch finds an installed torch_npu by itself."""
+    """Returns "cuda", "npu" or "cpu"; torch finds an installed torch_npu by itself."""
     found = torch.accelerator.current_accelerator(check_available=True)
     return found.type if found is not None and found.type in BACKENDS else "cpu"
 
 
 def this_device() -> torch.device:
-    """What ``take_device`` chose, or the first one."""
+    """Returns the device that ``take_device`` chose, or the first device."""
     return torch.device(kind()) if kind() == "cpu" else torch.device(kind(), torch.accelerator.current_device_index())
 
 
 def take_device(index: int, *, share: bool = False) -> torch.device:
-    """Makes a device of this host the one that this process works on.
+    """Chooses the device of this host that this process works on.
 
     Args:
-        index: of the device; CPUs are one.
-        share: processes beyond the number of devices take turns at them.
+        index: number of the device; all CPUs are one device.
+        share: let processes beyond the number of devices share them in turn.
+
+    Returns:
+        The device.
 
     Raises:
         MagicDriveError: there is no such device.
@@ -35,12 +38,12 @@ def take_device(index: int, *, share: bool = False) -> torch.device:
     count = torch.accelerator.device_count()
     if index >= count and not share:
         raise MagicDriveError(
-            f"process {index + 1} of this host has no device: there are {count}", f"cluster.ranks={count}"
+            f"process {index + 1} of this host has no device: there are {count}", f"set cluster.ranks to {count}"
         )
     torch.accelerator.set_device_index(index % count)
     return this_device()
 
 
 def backend() -> str:
-    """What carries collectives between such devices."""
+    """Returns the backend of collectives between devices of this kind."""
     return BACKENDS[kind()]

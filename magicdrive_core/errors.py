@@ -1,4 +1,4 @@
-"""The errors that a user sees: one line with what is wrong and where, one with what to do."""
+"""Errors for users: one line says what is wrong and where, one line says what to do."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import os
 import sys
 from pathlib import Path
 
-# Environment variable: the file in which a child leaves its error for the process that started it, however many
-# others (`dvc repro`, a shell) stand between them.
+# Environment variable: the file in which a child leaves its error for the process that started it, through any
+# processes in between (`dvc repro`, a shell).
 ERROR_NOTE = "MAGICDRIVE_ERROR_NOTE"
 
 
 class MagicDriveError(Exception):
-    """Something outside the program is wrong: data, disk, a port, a file. The command line exits with 1.
+    """Reports a fault outside the program: data, disk, a port, a file. The command line exits with 1.
 
     Args:
-        message: what is wrong and where it came from, in one line.
-        hint: what the user can do about it, in one line.
+        message: what is wrong and where, in one line.
+        hint: what the user can do, in one line.
     """
 
     exit_code = 1
@@ -32,7 +32,7 @@ class MagicDriveError(Exception):
 
 
 class UsageError(MagicDriveError):
-    """The command line or params.yaml asks for something impossible. The command line exits with 2."""
+    """Reports a command line or params.yaml that asks for something impossible. The command line exits with 2."""
 
     exit_code = 2
 
@@ -42,22 +42,33 @@ _FORBIDDEN = {errno.EACCES, errno.EROFS, errno.EPERM}
 
 
 def system_error(number: int, path: Path | str) -> MagicDriveError | None:
-    """What a system's error number means for a user who writes to ``path``; None: nothing that is known here."""
+    """Explains an error of the operating system to a user who writes to ``path``.
+
+    Args:
+        number: the error number (``errno``).
+        path: what was being written.
+
+    Returns:
+        The error to raise; None for a number without an explanation.
+    """
     if number in _FULL:
         return MagicDriveError(
             f"no space left on the disk of {path}: {os.strerror(number)}", "free some space and run again"
         )
     if number in _FORBIDDEN:
-        return MagicDriveError(f"{path} cannot be written: {os.strerror(number)}", "check the folder's rights")
+        return MagicDriveError(f"{path} cannot be written: {os.strerror(number)}", "check the folder's permissions")
     return None
 
 
 def report_error(error: MagicDriveError | OSError, hint: str) -> MagicDriveError:
-    """Prints what is wrong and what to do, a line each, to stderr; returns that.
+    """Prints an error and its hint to stderr, one line each.
 
     Args:
-        error: what ended the work.
-        hint: for an error of the system that says nothing about the way out.
+        error: what stopped the work.
+        hint: what to do about a system error without an explanation.
+
+    Returns:
+        The error that was printed.
     """
     if not isinstance(error, MagicDriveError):
         known = system_error(error.errno or 0, error.filename or Path.cwd())

@@ -24,7 +24,7 @@ from magicdrive_core.cli import (
     video_commands,
 )
 from magicdrive_core.errors import ERROR_NOTE, MagicDriveError, report_error
-from magicdrive_core.utils.offline import stay_silent
+from magicdrive_core.utils.offline import disable_telemetry
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 for group in (
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         arguments: words after ``magicdrive``; None: those of this process.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that half-written files are cleaned up
-    stay_silent()
+    disable_telemetry()
     try:
         app(arguments)
     except (MagicDriveError, OSError) as error:

@@ -1,1 +1,1 @@
-"""Small tools without domain knowledge: atomic files, memory limits, progress, process pools."""
+"""Tools without knowledge of driving or diffusion: atomic files, memory limits, progress, process pools."""

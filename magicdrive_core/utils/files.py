@@ -1,4 +1,4 @@
-"""Files that are never half there: written under a temporary name, synced, renamed."""
+"""Writes files and folders atomically: under a temporary name, synced, then renamed. Reads JSON, takes digests."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from magicdrive_core.errors import MagicDriveError, system_error
 def atomic_file(path: Path | str) -> Iterator[Path]:
     """Yields a temporary path beside ``path``; on a clean exit it is synced and renamed to ``path``.
 
-    Whatever happens in between, ``path`` holds its old content or the whole new one.
+    At every moment, ``path`` holds either its old content or the complete new content.
 
     Raises:
         MagicDriveError: the disk is full or not writable.
@@ -35,7 +35,7 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
         partial = Path(name)
         try:
             yield partial
-            partial.chmod(0o666 & ~_umask())  # mkstemp and safetensors make private files; results are shared
+            partial.chmod(0o666 & ~_umask())  # mkstemp and safetensors create private files; results are shared
             _sync(partial)
             partial.replace(path)
             _sync(path.parent)
@@ -57,17 +57,24 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         try:
             partial.chmod(0o777 & ~_umask())
             yield partial
-            _put_in_place(partial, path)
+            _replace_folder(partial, path)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager
 def resumable_folder(path: Path | str, key: str) -> Iterator[Path]:
-    """Like ``atomic_folder``, for long work: what is there when it is interrupted, the next one with this key finds.
+    """Like ``atomic_folder``, for long work: after an interruption, the next call with the same key finds its files.
 
-    Each file in it must appear whole (``atomic_file``), and the key must change with everything that decides what the
-    files hold. What other keys left behind is removed. One process at a time.
+    Each file in the folder must be written atomically (``atomic_file``). Leftovers of other keys are removed. Only one
+    process at a time may use a path.
+
+    Args:
+        path: the folder that is replaced on a clean exit.
+        key: must change with everything that decides what the files hold.
+
+    Yields:
+        The folder to write into.
 
     Raises:
         MagicDriveError: the disk is full or not writable.
@@ -79,14 +86,14 @@ def resumable_folder(path: Path | str, key: str) -> Iterator[Path]:
         for other in path.parent.glob(f".{path.name}.*.resumable"):
             if other != partial:
                 shutil.rmtree(other)
-        for half in partial.rglob(".*.partial*"):  # of a process that was killed
+        for half in partial.rglob(".*.partial*"):  # left by a process that was killed
             half.unlink()
         yield partial
-        _put_in_place(partial, path)
+        _replace_folder(partial, path)
 
 
 def write_unsynced(path: Path | str, data: bytes) -> None:
-    """Writes one of thousands of files that can be made again: by rename, so never half there, but not yet synced.
+    """Writes one of thousands of reproducible files: atomically by rename, but without syncing it.
 
     Raises:
         MagicDriveError: the disk is full or not writable.
@@ -103,18 +110,18 @@ def write_unsynced(path: Path | str, data: bytes) -> None:
 
 
 def sync_folder(path: Path | str) -> None:
-    """Makes the names in a folder durable, once after many ``write_unsynced``."""
+    """Syncs the names in a folder to disk, once after many ``write_unsynced``."""
     _sync(Path(path))
 
 
 def check_space(path: Path | str, what: str, needed: float, hint: str) -> None:
-    """Makes sure that there is room for what will be written to ``path``, before it is computed.
+    """Checks that the disk has room for a result, before the result is computed.
 
     Args:
-        path: of the result; neither it nor its folder need be there yet.
-        what: will be written, in words.
-        needed: bytes.
-        hint: what to do else.
+        path: where it will be written; neither the path nor its folder need exist.
+        what: what will be written, in words.
+        needed: its size in bytes.
+        hint: what the user can do if there is no room.
 
     Raises:
         MagicDriveError: the disk has less room.
@@ -122,7 +129,7 @@ def check_space(path: Path | str, what: str, needed: float, hint: str) -> None:
     existing = next(parent for parent in Path(path).absolute().parents if parent.is_dir())
     free = shutil.disk_usage(existing).free
     if needed > free:
-        raise MagicDriveError(f"{what} need {needed / 1e9:.1f} GB, and {existing} has {free / 1e9:.1f} GB free", hint)
+        raise MagicDriveError(f"{what} need {needed / 1e9:.1f} GB, but {existing} has {free / 1e9:.1f} GB free", hint)
 
 
 def write_json(path: Path | str, value: Any) -> None:
@@ -134,8 +141,15 @@ def write_json(path: Path | str, value: Any) -> None:
 def read_json(path: Path | str, hint: str = "") -> Any:
     """Reads a JSON file.
 
+    Args:
+        path: the file.
+        hint: which command makes the file, for the error.
+
+    Returns:
+        The decoded value.
+
     Raises:
-        MagicDriveError: the file is missing or is not JSON; ``hint`` says what makes it.
+        MagicDriveError: the file is missing or is not JSON.
     """
     path = Path(path)
     try:
@@ -147,13 +161,13 @@ def read_json(path: Path | str, hint: str = "") -> Any:
 
 
 def sha256_file(path: Path | str) -> str:
-    """Hex SHA-256 of a file's bytes."""
+    """Returns the SHA-256 of a file's bytes in hex."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_folder(path: Path | str) -> str:
-    """Hex SHA-256 over the names and bytes of every file below ``path``, independent of listing order."""
+    """Returns the SHA-256, in hex, over the names and bytes of all files below ``path``, in sorted order."""
     digest = hashlib.sha256()
     for file in sorted(Path(path).rglob("*")):
         if file.is_file():
@@ -161,8 +175,8 @@ def sha256_folder(path: Path | str) -> str:
     return digest.hexdigest()
 
 
-def _put_in_place(partial: Path, path: Path) -> None:
-    """Syncs a folder's files and lets it replace another one."""
+def _replace_folder(partial: Path, path: Path) -> None:
+    """Syncs the files of ``partial`` and replaces the folder ``path`` with it."""
     for file in partial.rglob("*"):
         if file.is_file():
             file.chmod(0o666 & ~_umask())
@@ -203,7 +217,7 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def _error_number(error: OSError | SafetensorError) -> int:
-    """The system's number of an error; safetensors tells it in its text only. 0: there is none."""
+    """Returns the system's error number, 0 for none; safetensors only mentions it in its message."""
     if isinstance(error, OSError):
         return error.errno or 0
     found = re.search(r"\(os error (\d+)\)", str(error))

@@ -1,6 +1,6 @@
-"""How much memory this process may use: the tightest limit of its container (cgroup 1 or 2) and of the machine.
+"""Memory that this process may use: the tightest limit of its container (cgroup 1 or 2) and of the machine.
 
-And how it deals with what it has freed.
+``keep_freed`` sets how the process treats memory that it has freed.
 """
 
 from __future__ import annotations
@@ -10,32 +10,31 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path("/")
-# Options of mallopt in glibc's malloc.h, and the block from which on memory goes back to the kernel when it is freed.
+# Options of mallopt in glibc's malloc.h, and the size above which a freed block goes back to the kernel.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _KEPT_BELOW = -1, -3, 1 << 30
-_UNLIMITED = 1 << 60  # cgroup 1 writes the largest multiple of a page where there is no limit
+_UNLIMITED = 1 << 60  # without a limit, cgroup 1 writes the largest multiple of a page
 
 
 def memory_limit(root: Path = ROOT) -> int:
-    """Bytes that all processes of the container may hold together."""
+    """Returns the bytes that all processes of the container together may hold."""
     return min([_machine(root, "MemTotal"), *(limit for limit, _ in _groups(root))])
 
 
 def memory_left(root: Path = ROOT) -> int:
-    """Bytes that are left until a limit is reached. File pages that the kernel can drop count as left."""
+    """Returns the bytes left until a limit is reached. File pages that the kernel can drop count as left."""
     return max(0, min([_machine(root, "MemAvailable"), *(limit - used for limit, used in _groups(root))]))
 
 
 def resident(root: Path = ROOT) -> int:
-    """Bytes of physical memory that this process holds."""
+    """Returns the bytes of physical memory that this process holds."""
     return _kilobytes(root / "proc/self/status", "VmRSS")
 
 
 def keep_freed() -> None:
-    """Lets this process keep memory that it frees, for its next tensors.
+    """Makes this process keep freed memory for its next tensors.
 
-    glibc hands each freed block of some MB back to the kernel, which has to fill it with zeros again before the next
-    tensor lies there: encoding a scene's clips spent a quarter of its CPU time on that. Other C libraries
-    are left as they are.
+    glibc hands each freed block of some MB back to the kernel, which fills it with zeros before the next tensor can
+    use it: a quarter of the CPU time of encoding clips (benchmarks/results/data.md). Other C libraries are left alone.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -55,7 +54,7 @@ def _kilobytes(path: Path, field: str) -> int:
 
 
 def _groups(root: Path) -> Iterator[tuple[int, int]]:
-    """(limit, bytes used) of every control group around this process that has a limit, the outer ones too."""
+    """Yields (limit, bytes used) of every control group of this process that has a limit, outer groups too."""
     for line in (root / "proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         second = not controllers
@@ -67,7 +66,7 @@ def _groups(root: Path) -> Iterator[tuple[int, int]]:
         )
         cached = "inactive_file" if second else "total_inactive_file"
         group = base / path.lstrip("/")
-        # Inside a container the path may be that of the host: then the mount itself is the container's group.
+        # Inside a container the path may be that on the host: then the mount itself is the container's group.
         for folder in [folder for folder in (group, *group.parents) if folder == base or base in folder.parents]:
             limit = _number(folder / limit_file)
             if limit is None or limit >= _UNLIMITED:
@@ -77,7 +76,7 @@ def _groups(root: Path) -> Iterator[tuple[int, int]]:
 
 
 def _number(path: Path) -> int | None:
-    """The number in a file; None where there is no file or the word max."""
+    """Reads the number in a file; None if the file is missing or says max."""
     try:
         text = path.read_text().strip()
     except OSError:

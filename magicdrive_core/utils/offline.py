@@ -1,10 +1,10 @@
-"""Libraries that would call home or look for updates are told not to, here and in every child process."""
+"""Keeps libraries from sending telemetry or looking for updates, here and in every child process."""
 
 from __future__ import annotations
 
 import os
 
-SILENT = {
+_VARIABLES = {
     "DO_NOT_TRACK": "1",
     "DVC_NO_ANALYTICS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -14,7 +14,7 @@ SILENT = {
 }
 
 
-def stay_silent() -> None:
-    """Sets the variables that are not set already; call before the libraries are imported."""
-    for name, value in SILENT.items():
+def disable_telemetry() -> None:
+    """Sets the environment variables that are not set yet; call it before the libraries are imported."""
+    for name, value in _VARIABLES.items():
         os.environ.setdefault(name, value)

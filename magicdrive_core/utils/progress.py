@@ -1,4 +1,4 @@
-"""What long work says on stderr: an estimate before it starts, then a progress bar, which needs a terminal."""
+"""Progress of long work on stderr: an estimate before it starts, then a bar if stderr is a terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def progress_bar() -> Progress:
-    """A progress display in the project's style, to be used as a context manager."""
+    """Makes a progress display in the project's style; use it as a context manager."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -24,19 +24,25 @@ def progress_bar() -> Progress:
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Generator[T, None, None]:
-    """Yields ``items`` while a bar shows how far they are."""
+    """Yields ``items`` while a progress bar counts them.
+
+    Args:
+        items: what to iterate over.
+        description: label of the bar.
+        total: number of items, where ``items`` has no length.
+    """
     with progress_bar() as bar:
         yield from bar.track(items, total=total, description=description)
 
 
 def announce(work: str, amount: str, size: float, seconds: float) -> None:
-    """Says how large and how long some work will be, before it starts.
+    """Prints the estimated size and duration of some work before it starts.
 
     Args:
-        work: its name, for example "text".
-        amount: how much there is to do, for example "14 texts".
-        size: bytes of the result.
-        seconds: that it will take, by a sample.
+        work: name of the work, for example "text".
+        amount: what there is to do, for example "14 texts".
+        size: size of the result in bytes.
+        seconds: estimated duration, from a sample.
     """
     Console(stderr=True, highlight=False, soft_wrap=True).print(
         f"{work}: {amount}, {size / 1e6:,.1f} MB, about {seconds / 60:,.1f} minutes"
