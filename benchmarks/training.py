@@ -147,7 +147,7 @@ def checkpoints(options: argparse.Namespace, width: int) -> dict[str, float]:
     folder = options.folder / str(width)
     with Saver(folder, engine, ema, 1, None) as saver:
         with clock.part("stands still"):
-            saver.begin(TrainingProgress(step=1))
+            saver.start(TrainingProgress(step=1))
         before = time.process_time()
         began = time.perf_counter()
         saver.finish()

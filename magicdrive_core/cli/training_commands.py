@@ -47,7 +47,7 @@ def loader_bench(
 
     Example: magicdrive loader-bench stage3 --ranks 8
     """
-    from magicdrive_core.training.loader_bench import measure_loader
+    from magicdrive_core.training.loader_speed import measure_loader
 
     kind = read_stage(stage)
     for line in measure_loader(read_config(params, overrides), kind, seconds=seconds, ranks=ranks).lines():

@@ -1,8 +1,13 @@
-"""Checkpoints from which training goes on exactly, on any number of ranks: how they are read.
+"""Checkpoints: written beside the training, and read on any number of ranks so that it resumes exactly.
 
-A checkpoint is a folder ``step-<step>``: of each rank a file with its shards of all fp32 state (master weights, EMA,
-Adam's moments; shards.py), one with what is not trained, the state of the run, and the digest of every file. The random
-numbers of a step are functions of the seed and the step (loader.py), so that no generator has a state to keep.
+A checkpoint is a folder ``step-<step>``: a file of each rank with its shards of all fp32 state (master weights, moving
+average, Adam's moments; state.py), one with all that is not trained, the state of the run, and the digest of every
+file. The random numbers of a step are functions of the seed and the step (loader.py), so no generator has a state.
+
+Each rank copies its shards to host memory and a thread writes them while training continues. All files come together
+in a temporary folder. The ranks tell each other at every step how far their threads are (statistics.py); when all have
+written, rank 0 adds the digests and renames the folder: a checkpoint is complete or absent. A full disk costs this
+checkpoint and not the training.
 """
 
 from __future__ import annotations
@@ -34,39 +39,63 @@ from magicdrive_core.utils.files import atomic_file, read_json, sha256_file, syn
 logger = logging.getLogger(__name__)
 
 FIXED, STATE, MANIFEST = "fixed.safetensors", "state.json", "manifest.json"
+DIGESTS = "digests-{:05d}.json"  # of one rank's files, until rank 0 merges them into the manifest
 MASTER, AVERAGE = "master", "ema"  # kinds of shards, beside MOMENTS; a shard's name is <kind>/<parameter>
 HASHING_THREADS = 8
+_DISK_ERRORS = (OSError, SafetensorError, MagicDriveError)  # what a disk can do to a writer
 
 
 @dataclass
 class TrainingProgress:
-    """How far a run has come."""
+    """How far a training is.
 
-    step: int = 0  # finished steps, skipped ones too
-    micro_batches: int = 0  # consumed by all ranks together: the sampler's position
-    seconds: float = 0.0  # of training, over all attempts
+    Attributes:
+        step: finished steps, skipped ones too.
+        micro_batches: used by all ranks together: the sampler's position.
+        seconds: of training, over all starts.
+    """
+
+    step: int = 0
+    micro_batches: int = 0
+    seconds: float = 0.0
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Those below ``folder``, oldest first, unverified."""
+    """List the checkpoints in a folder, oldest first, without verifying them."""
     return sorted(folder.glob("step-*"))
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest checkpoint whose files are all as they were written; damaged ones are reported and passed over."""
+    """Return the newest checkpoint whose files are unchanged, and warn of damaged ones; None without any."""
     for path in reversed(checkpoints(folder)):
         fault = _fault(path)
         if fault is None:
             return path
-        logger.warning("checkpoint %s is damaged (%s): the one before it is used", path, fault)
+        logger.warning("checkpoint %s is damaged (%s); the previous one is used", path, fault)
     return None
 
 
-def load(path: Path, engine: Engine, ema: Ema) -> TrainingProgress:
-    """Puts network, masters, moments and averages into the state of a checkpoint. Collective.
+def resume(folder: Path, engine: Engine, ema: Ema) -> TrainingProgress | None:
+    """Load the newest intact checkpoint, the same on every rank; return None without one. Collective.
 
     Raises:
-        MagicDriveError: the checkpoint is of another network.
+        MagicDriveError: the checkpoint belongs to another network.
+    """
+    chosen: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        for partial in folder.glob(".step-*"):  # left by a process that was killed while it wrote
+            shutil.rmtree(partial)
+        path = newest(folder)
+        chosen = [path.name if path else None]
+    dist.broadcast_object_list(chosen, src=0)
+    return load(folder / chosen[0], engine, ema) if chosen[0] else None
+
+
+def load(path: Path, engine: Engine, ema: Ema) -> TrainingProgress:
+    """Put network, master weights, moments, averages and loss scale into the state of a checkpoint. Collective.
+
+    Raises:
+        MagicDriveError: the checkpoint belongs to another network.
     """
     state = read_json(path / STATE)
     _check_same(path, shapes(engine), state["shapes"])
@@ -78,7 +107,7 @@ def load(path: Path, engine: Engine, ema: Ema) -> TrainingProgress:
         files = [stack.enter_context(safe_open(file, "pt")) for file in sorted(path.glob("shard-*.safetensors"))]
 
         def read(kind: str, names: Sequence[str]) -> dict[str, Tensor]:
-            return {name: _part(files, f"{kind}/{name}", own[name]) for name in names}
+            return {name: _read_shard(files, f"{kind}/{name}", own[name]) for name in names}
 
         set_masters(engine, read(MASTER, list(own)))
         ema.shards = read(AVERAGE, list(own))
@@ -90,27 +119,20 @@ def load(path: Path, engine: Engine, ema: Ema) -> TrainingProgress:
     return TrainingProgress(**state["progress"])
 
 
-def resume(folder: Path, engine: Engine, ema: Ema) -> TrainingProgress | None:
-    """Loads the newest sound checkpoint, the same on every rank; None when there is none. Collective."""
-    chosen: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        for torn in folder.glob(".step-*"):  # left by a process that was killed while it wrote
-            shutil.rmtree(torn)
-        path = newest(folder)
-        chosen = [path.name if path else None]
-    dist.broadcast_object_list(chosen, src=0)
-    return load(folder / chosen[0], engine, ema) if chosen[0] else None
-
-
 def shapes(engine: Engine) -> dict[str, list[int]]:
-    """Of the network's state dict: what tells two networks apart."""
+    """Return the shapes in the network's state dict, by which two networks are told apart."""
     return {name: list(tensor.shape) for name, tensor in engine.network.state_dict().items()}
 
 
-def _part(files: Sequence[Any], name: str, like: Tensor) -> Tensor:
-    """This rank's part of a flat tensor that lies cut over ``files``, in the form, type and place of ``like``.
+def _read_shard(files: Sequence[Any], name: str, like: Tensor) -> Tensor:
+    """Read this rank's shard of a flat tensor that is cut over ``files``.
 
-    The ranks that wrote filled the last parts up with zeros, to another length where they were of another number.
+    The ranks that wrote padded the tensor with zeros, to another length where their number differed.
+
+    Args:
+        files: opened, by rank.
+        name: of the tensor.
+        like: gives the length, dtype and device of the shard.
     """
     begin = dist.get_rank() * like.numel()
     pieces, end = [torch.empty(0)], 0
@@ -120,11 +142,12 @@ def _part(files: Sequence[Any], name: str, like: Tensor) -> Tensor:
         low, high = max(begin, start), min(begin + like.numel(), end)
         if low < high:
             pieces.append(piece[low - start : high - start])
-    part = torch.cat(pieces)
-    return functional.pad(part, (0, like.numel() - len(part))).to(like)
+    shard = torch.cat(pieces)
+    return functional.pad(shard, (0, like.numel() - len(shard))).to(like)
 
 
 def _fault(path: Path) -> str | None:
+    """Return what is wrong with a checkpoint's files; None if nothing is."""
     try:
         manifest = read_json(path / MANIFEST)
     except MagicDriveError as error:
@@ -142,37 +165,29 @@ def _check_same(path: Path, own: dict[str, list[int]], read: dict[str, list[int]
     differing = sorted(own.keys() ^ read.keys()) or [name for name in own if own[name] != read[name]]
     if differing:
         raise MagicDriveError(
-            f"{path} is of another network: {differing[0]} differs ({len(differing)} in all)",
-            "move the run's folder away to start anew",
+            f"{path} belongs to another network: {differing[0]} differs ({len(differing)} tensors in all)",
+            "move the run's folder away to start from the beginning",
         )
 
 
-# Checkpoints are written while training goes on: each rank's own part, by a thread, from a copy in host memory.
-#
-# The parts come together under a temporary name. Ranks tell each other at every step how far their threads are
-# (facts.py); once all have written, rank 0 adds the digests and renames the folder: a checkpoint is whole or not there.
-# A disk that is full costs this checkpoint, and not the training.
-
-DIGESTS = "digests-{:05d}.json"  # of one rank's files, until rank 0 makes the manifest of them
-_DISK = (OSError, SafetensorError, MagicDriveError)  # what a disk can do to a writer
-
-
 class WriteStatus(IntEnum):
-    """How far a rank's thread is with the checkpoint that was begun last."""
+    """How far a rank's thread is with the last checkpoint that was started."""
 
-    IDLE = 0  # there is none, or it was settled
+    IDLE = 0  # none was started, or it was settled
     BUSY = 1
     DONE = 2
     FAILED = 3
 
 
 class Saver:
-    """Writes and keeps the checkpoints of a run. A context manager; all ranks make every call, in one order.
+    """Writes and keeps the checkpoints of a run. A context manager; all ranks make every call in the same order.
 
     Args:
         folder: of the checkpoints.
-        keep: so many of the newest remain.
-        keep_every: steps; of each so many, the first checkpoint remains for good. None: none does.
+        engine: whose state is saved.
+        ema: likewise.
+        keep: number of newest checkpoints that remain.
+        keep_every: steps; the first checkpoint of each interval of this length remains for good. None keeps none.
     """
 
     def __init__(self, folder: Path, engine: Engine, ema: Ema, keep: int, keep_every: int | None) -> None:
@@ -181,8 +196,7 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._written: Future[None] | None = None
         self._step = 0
-        self._began = 0.0
-        self.seconds = 0.0  # that the last one took
+        self._started = 0.0
 
     def __enter__(self) -> Saver:
         return self
@@ -190,13 +204,13 @@ class Saver:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._thread.shutdown()
 
-    def begin(self, progress: TrainingProgress) -> None:
-        """Copies the state of this moment to host memory and begins to write it; first waits for the one before."""
+    def start(self, progress: TrainingProgress) -> None:
+        """Copy the present state to host memory and start to write it, after the previous checkpoint is settled."""
         self.finish()
-        self._step, self._began = progress.step, time.monotonic()
+        self._step, self._started = progress.step, time.monotonic()
         rank, ranks = dist.get_rank(), dist.get_world_size()
         if rank == 0:
-            self._prepare()
+            self._create_folder()
         dist.barrier()
         kinds = {MASTER: masters(self._engine), AVERAGE: self._ema.shards, **moments(self._engine)}
         tensors = {f"{kind}/{name}": shard for kind, shards in kinds.items() for name, shard in shards.items()}
@@ -216,58 +230,58 @@ class Saver:
         self._written = self._thread.submit(_write, self._partial, copies, state, rank)
 
     @property
-    def state(self) -> WriteStatus:
-        """Of this rank."""
+    def status(self) -> WriteStatus:
+        """How far this rank's thread is."""
         if self._written is None:
             return WriteStatus.IDLE
         if not self._written.done():
             return WriteStatus.BUSY
         return WriteStatus.DONE if self._written.exception() is None else WriteStatus.FAILED
 
-    def settle(self, states: Sequence[int]) -> None:
-        """Puts the checkpoint in place when all ranks have written it, or drops it when one could not.
+    def settle(self, statuses: Sequence[int]) -> None:
+        """Rename the checkpoint's folder if all ranks have written it, or remove it if one of them failed.
 
         Args:
-            states: of all ranks at one moment, as each of them said.
+            statuses: of all ranks at one moment, as each of them reported.
 
         Raises:
             Exception: this rank's writer failed for another reason than the disk.
         """
-        if WriteStatus.IDLE in states or WriteStatus.BUSY in states or self._written is None:
+        if WriteStatus.IDLE in statuses or WriteStatus.BUSY in statuses or self._written is None:
             return
         error, self._written = self._written.exception(), None
-        self.seconds = time.monotonic() - self._began
         if error is not None:
-            if not isinstance(error, _DISK):
+            if not isinstance(error, _DISK_ERRORS):
                 raise error
             logger.warning("checkpoint of step %d: %s", self._step, error)
-        failed = [rank for rank, state in enumerate(states) if state == WriteStatus.FAILED]
+        failed = [rank for rank, status in enumerate(statuses) if status == WriteStatus.FAILED]
         if dist.get_rank() == 0:
-            self._put_in_place(failed)
+            self._publish(failed)
 
     def finish(self) -> None:
-        """Waits until a checkpoint that was begun is in place, or dropped, on all ranks."""
+        """Wait until the last started checkpoint is settled on all ranks."""
         if self._written is not None:  # on all ranks
             self._written.exception()  # waits
-            states: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(states, int(self.state))
-            self.settle(states)
-        # Rank 0 may still be putting in place what was settled here or at the last step: others would look for it in
-        # vain, and a rank that ended before would have that one ended too.
+            statuses: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(statuses, int(self.status))
+            self.settle(statuses)
+        # Rank 0 may still rename what was settled here or at the last step: other ranks would not find the folder yet,
+        # and a rank that exits before would end rank 0 too.
         dist.barrier()
 
     @property
     def _partial(self) -> Path:
         return self._folder / f".step-{self._step:08d}.partial"
 
-    def _prepare(self) -> None:
+    def _create_folder(self) -> None:
         shutil.rmtree(self._partial, ignore_errors=True)
         try:
             self._partial.mkdir(parents=True)
-        except OSError as error:  # the writers will find no folder, and say so
-            logger.warning("%s cannot be made: %s", self._partial, error)
+        except OSError as error:  # the writers will find no folder, and report it
+            logger.warning("cannot create %s: %s", self._partial, error)
 
-    def _put_in_place(self, failed: list[int]) -> None:
+    def _publish(self, failed: list[int]) -> None:
+        """Add the manifest and rename the folder, or remove it if ranks have ``failed``; on rank 0."""
         path = self._folder / f"step-{self._step:08d}"
         try:
             if failed:
@@ -275,20 +289,22 @@ class Saver:
             manifest: dict[str, str] = {}
             for rank in range(dist.get_world_size()):
                 digests = self._partial / DIGESTS.format(rank)
-                manifest |= read_json(digests, "is runs/ one folder for all hosts?")
+                manifest |= read_json(digests, "runs/ must be one shared folder for all hosts")
                 digests.unlink()
             write_json(self._partial / MANIFEST, manifest)
-            shutil.rmtree(path, ignore_errors=True)  # of an earlier attempt; damaged, or it would have been used
+            shutil.rmtree(path, ignore_errors=True)  # of an earlier start; damaged, or it would have been used
             self._partial.replace(path)
             sync_folder(self._folder)
-            self._drop_old()
-        except _DISK as error:
-            logger.warning("no checkpoint of step %d: %s; training goes on to the next one", self._step, error)
+            self._remove_old()
+        except _DISK_ERRORS as error:
+            logger.warning("checkpoint of step %d was not saved: %s; training continues", self._step, error)
             shutil.rmtree(self._partial, ignore_errors=True)
+        else:
+            logger.info("checkpoint of step %d saved in %.1f s", self._step, time.monotonic() - self._started)
 
-    def _drop_old(self) -> None:
-        """All but the newest ``keep``, and the first of each ``keep_every`` steps."""
-        first: dict[int, Path] = {0: self._folder}  # none of the beginning
+    def _remove_old(self) -> None:
+        """Keep the newest ``keep`` checkpoints and the first of each ``keep_every`` steps."""
+        first: dict[int, Path] = {0: self._folder}  # the first interval keeps none
         if self._keep_every:
             for path in checkpoints(self._folder):
                 first.setdefault(int(path.name.removeprefix("step-")) // self._keep_every, path)
@@ -298,7 +314,7 @@ class Saver:
 
 
 def _write(folder: Path, parts: dict[str, dict[str, Tensor]], state: dict[str, Any] | None, rank: int) -> None:
-    """In the thread: the files of this rank, synced, then their digests."""
+    """Write and sync the files of this rank, then their digests; in the thread."""
     for name, tensors in parts.items():
         with atomic_file(folder / name) as file:
             save_file(tensors, file)
@@ -309,5 +325,5 @@ def _write(folder: Path, parts: dict[str, dict[str, Tensor]], state: dict[str, A
 
 
 def _host_copy(tensor: Tensor) -> Tensor:
-    """A copy that later steps do not change."""
+    """Return a copy that later steps do not change."""
     return torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format).copy_(tensor)

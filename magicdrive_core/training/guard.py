@@ -1,11 +1,11 @@
-"""What becomes of a step whose loss or gradient is not finite on any rank.
+"""Steps whose loss or gradient is not finite on any rank.
 
-It is skipped: no weight, moment or average changes, and the data goes on. Several such steps in a row are no accident:
-the training ends with a report. No checkpoint is begun between the first of them and the next good step, so that the
-newest one is always good, and starting again goes on from there.
+Such a step is skipped: no weight, moment or average changes, and training continues with the next micro-batches.
+Several in a row end the training with a report. No checkpoint starts between the first of them and the next good step,
+so that the newest checkpoint is always good, and resuming starts there.
 
-In fp16 a gradient that overflows is no accident as long as the loss scale can be lowered: it is, the step is skipped
-too, and nothing is counted.
+In fp16 a gradient that overflows is no fault as long as the loss scale can be lowered: the scale is halved, the step is
+skipped, and nothing is counted.
 """
 
 from __future__ import annotations
@@ -21,60 +21,83 @@ from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.experiment.stages import StagePlan
 from magicdrive_core.training.checkpoints import checkpoints
 from magicdrive_core.training.engine import LossScale
-from magicdrive_core.training.statistics import RankStatistics, find_faults
+from magicdrive_core.training.statistics import RankStatistics
 from magicdrive_core.utils.files import write_json
 
 logger = logging.getLogger(__name__)
 
 
 class Guard:
-    """Counts the steps in a row that were skipped; ``most`` of them are too many."""
+    """Finds steps to skip, and counts how many were skipped in a row.
 
-    def __init__(self, plan: StagePlan, most: int, scale: LossScale | None) -> None:
-        self._plan, self._most, self._scale = plan, most, scale
-        self._row: list[dict[str, Any]] = []
+    Args:
+        plan: of the stage, whose folder gets the report.
+        max_skipped: skipped steps in a row that end the training.
+        scale: fp16's loss scale; None in other precisions.
+    """
 
-    def faults(self, step: int, ranks: Sequence[RankStatistics], learning_rate: float) -> list[str]:
-        """What is not finite at this step, a line a rank, the same on all ranks; none: the step is good."""
-        found = find_faults(ranks)
-        if found and self._scale and not self._scale.at_minimum and all(math.isfinite(facts.loss) for facts in ranks):
-            found = [f"the loss scale {self._scale.scale:g} is too large: {fault}" for fault in found]
+    def __init__(self, plan: StagePlan, max_skipped: int, scale: LossScale | None) -> None:
+        self._plan, self._max_skipped, self._scale = plan, max_skipped, scale
+        self._skipped: list[dict[str, Any]] = []  # in a row, up to the last step
+
+    def check(self, step: int, ranks: Sequence[RankStatistics], learning_rate: float) -> list[str]:
+        """Return why a step must be skipped, one line for each faulty rank and the same on all ranks; empty if good."""
+        faults = find_faults(ranks)
+        losses_finite = all(math.isfinite(each.loss) for each in ranks)
+        if faults and self._scale and not self._scale.at_minimum and losses_finite:
+            faults = [f"the loss scale {self._scale.scale:g} is too large: {fault}" for fault in faults]
             self._scale.back_off()
             if dist.get_rank() == 0:
-                logger.info("step %d is skipped: %s", step, "; ".join(found))
-        elif found:
+                logger.info("step %d is skipped: %s", step, "; ".join(faults))
+        elif faults:
             if dist.get_rank() == 0:
-                logger.warning("step %d is skipped: %s", step, "; ".join(found))
-            losses = [str(facts.loss) for facts in ranks]
-            self._row.append({"step": step, "faults": found, "losses": losses, "learning_rate": learning_rate})
+                logger.warning("step %d is skipped: %s", step, "; ".join(faults))
+            losses = [str(each.loss) for each in ranks]
+            self._skipped.append({"step": step, "faults": faults, "losses": losses, "learning_rate": learning_rate})
         else:
-            self._row.clear()
-        return found
+            self._skipped.clear()
+        return faults
 
     @property
     def clean(self) -> bool:
-        """Whether the last step was good: only then a checkpoint may be begun."""
-        return not self._row
+        """Whether the last step was good; only then a checkpoint may start."""
+        return not self._skipped
 
     @property
     def exhausted(self) -> bool:
         """Whether too many steps in a row were skipped."""
-        return len(self._row) >= self._most
+        return len(self._skipped) >= self._max_skipped
 
     def give_up(self) -> MagicDriveError:
-        """Writes the report; returns the error that ends the training. On all ranks, when no checkpoint is pending."""
-        first, last = self._row[0], self._row[-1]
+        """Write the report and return the error that ends the training. Collective; no checkpoint may be pending."""
+        first, last = self._skipped[0], self._skipped[-1]
         report = self._plan.folder / "nonfinite.json"
         newest: list[str | None] = [None]
         if dist.get_rank() == 0:
             saved = checkpoints(self._plan.folder / "checkpoints")
             newest = [saved[-1].name if saved else None]
-            write_json(report, {"stage": self._plan.stage, "skipped": self._row, "goes_on_from": newest[0]})
-        # Other hosts may not see the newest folder yet, and a rank that ends earlier would have the writer ended too.
+            write_json(report, {"stage": self._plan.stage, "skipped": self._skipped, "resumes_from": newest[0]})
+        # Other hosts may not see the newest folder yet, and a rank that exits early would end the rank that writes.
         dist.broadcast_object_list(newest, src=0)
-        good = newest[0] or "the start"
-        where = f"step {first['step']}: {first['faults'][0]}"
         return MagicDriveError(
-            f"no finite step from {first['step']} to {last['step']}, rolled back to {good} ({where}); report: {report}",
-            "run again to go on from there; if that ends alike, the settings are to blame: try a lower learning rate",
+            f"no finite loss and gradient from step {first['step']} to {last['step']}"
+            f" (step {first['step']}: {first['faults'][0]}); report: {report}",
+            f"run the same command to resume from {newest[0] or 'the start'};"
+            " if it fails again, lower the learning rate",
         )
+
+
+def find_faults(ranks: Sequence[RankStatistics]) -> list[str]:
+    """List non-finite losses and gradients by originating rank; ranks that only received them are left out."""
+    faults = []
+    for rank, statistics in enumerate(ranks):
+        faulty = statistics.gradients.faulty
+        if not math.isfinite(statistics.loss):
+            faults.append(f"the loss of rank {rank} is {statistics.loss}")
+        elif faulty:
+            more = f" and {len(faulty) - 1} more parameters" if len(faulty) > 1 else ""
+            faults.append(f"the gradient of {faulty[0]}{more} on rank {rank} is not finite")
+    if faults:
+        return faults
+    received = [rank for rank, statistics in enumerate(ranks) if not statistics.gradients.received_finite]
+    return [f"rank {rank} received a non-finite sum of finite gradients (see ColossalAI #6091)" for rank in received]

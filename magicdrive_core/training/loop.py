@@ -1,4 +1,8 @@
-"""The training loop of all three stages, run by every rank."""
+"""The training loop of all three stages, run by every rank.
+
+One step, top to bottom in ``train``: the passes over this rank's micro-batches (``flow_loss`` has the loss), one
+exchange between the ranks, the update unless something is not finite, the record; then a checkpoint, a preview, a stop.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ from magicdrive_core.model.transformer import MagicDrive
 from magicdrive_core.parallel.mesh import Mesh
 from magicdrive_core.parallel.parallelize import parallelize
 from magicdrive_core.tracking.runs import first_and_last
-from magicdrive_core.training.checkpoints import Saver, TrainingProgress, resume
+from magicdrive_core.training.checkpoints import Saver, TrainingProgress, checkpoints, resume
 from magicdrive_core.training.engine import Engine, build_engine
 from magicdrive_core.training.guard import Guard
 from magicdrive_core.training.loader import Batch, Loader
@@ -30,10 +34,10 @@ from magicdrive_core.training.statistics import (
     MicroBatchStatistics,
     RankStatistics,
     StopSource,
-    any_rank_requested,
     device_memory,
+    gather_statistics,
     merge_groups,
-    share,
+    stop_requested_on_any_rank,
 )
 from magicdrive_core.utils.files import atomic_file, sha256_file, write_json
 
@@ -50,21 +54,23 @@ def train(
     device: torch.device,
     project: Path = Path(),
 ) -> int:
-    """Trains a stage from its newest checkpoint to its end, or until any rank is asked to stop.
+    """Train a stage from its newest checkpoint to its end, or until any rank is requested to stop.
 
     Args:
+        config: of the run.
+        plan: of the stage.
         network: before its first step, equal on all ranks.
         loader: not yet started.
-        preview: on the ranks that share a clip with rank 0, where the data has a validation clip.
-        stop: asked at the end of each step, and in and after a preview.
+        preview: on rank 0 and the ranks that share its clips, where the data has a validation clip.
+        stop: checked at the end of each step, and during and after a preview.
         device: of this rank.
         project: the project's folder.
 
     Returns:
-        0, with the EMA weights and ``run.json`` in the plan's folder; or 75, with a checkpoint to resume from.
+        0, with the EMA weights and ``run.json`` in the plan's folder; or 75 (``RESUMABLE``), with a checkpoint.
 
     Raises:
-        MagicDriveError: no finite loss and gradient for several steps (no weight was touched), or an unusable file.
+        MagicDriveError: no finite loss and gradient for several steps (no weight was changed), or an unusable file.
     """
     training, stage = config.training, config.training.stage(plan.stage)
     mesh = Mesh.of(config.cluster.sequence_parallel)
@@ -84,27 +90,39 @@ def train(
     flow = RectifiedFlow(config.flow.base_pixels)
     guard = Guard(plan, training.max_skipped, engine.optimizer.loss_scale)
     saver = Saver(folder, engine, ema, training.keep_checkpoints, training.keep_every)
-    due = False  # a checkpoint
+    checkpoint_due = False
 
     with loader, saver, Recorder(config, plan, progress, project, device) as recorder:
-        stopping = any_rank_requested(stop)  # while it all was made
+        stopping = stop_requested_on_any_rank(stop)  # while all of the above was made
         while progress.step < stage.steps and not stopping:
-            began = time.perf_counter()
-            micro_batches, waited = passes(engine, flow, loader, stage.accumulate)
-            ranks = share(
-                RankStatistics(
-                    micro_batches,
-                    gradients=engine.optimizer.check_gradients(),
-                    waited=waited,
-                    stop=stop.requested,
-                    writing=saver.state,
-                    memory=device_memory(device),
-                )
+            started = time.perf_counter()
+
+            # Forward and backward passes. The gradient is that of the mean loss of the micro-batches.
+            micro_batches, waited = [], 0.0
+            for _ in range(stage.accumulate):
+                asked = time.perf_counter()
+                batch = loader.next()
+                waited += time.perf_counter() - asked
+                losses, t = flow_loss(engine, flow, batch)
+                engine.optimizer.backward(losses.mean() / stage.accumulate)
+                micro_batches.append(MicroBatchStatistics.of(losses, t, batch))  # synchronises with the device
+
+            # Every rank learns what all ranks know of this step: from here on all of them decide alike.
+            own = RankStatistics(
+                micro_batches,
+                gradients=engine.optimizer.check_gradients(),
+                waited=waited,
+                stop=stop.requested,
+                write_status=saver.status,
+                memory=device_memory(device),
             )
-            saver.settle([facts.writing for facts in ranks])
+            ranks = gather_statistics(own)
+            saver.settle([each.write_status for each in ranks])
+
+            # Update, unless a loss or gradient of any rank is not finite.
             rate = learning_rate(stage, progress.step)
-            scale = engine.optimizer.loss_scale and engine.optimizer.loss_scale.scale
-            faults = guard.faults(progress.step, ranks, rate)
+            loss_scale = engine.optimizer.loss_scale and engine.optimizer.loss_scale.scale
+            faults = guard.check(progress.step, ranks, rate)
             norm = None
             if not faults:
                 engine.set_learning_rate(rate)
@@ -113,81 +131,77 @@ def train(
                 ema.update()
             engine.optimizer.zero_grad()
 
-            seconds = time.perf_counter() - began
+            seconds = time.perf_counter() - started
             progress.step += 1
             progress.micro_batches += mesh.groups * stage.accumulate
             progress.seconds += seconds
             groups = merge_groups(ranks, mesh.sequence_parallel)
-            recorder.step(StepStatistics.of(groups, progress, seconds, rate, norm, scale, loader.buckets, faults))
+            recorder.record(
+                StepStatistics.of(groups, progress, seconds, rate, norm, loss_scale, loader.buckets, faults)
+            )
 
+            # Checkpoint, only of a good step: when one is due, or before a stop.
             last = progress.step == stage.steps
-            due = due or progress.step % training.checkpoint_every == 0
-            stopping = any(facts.stop for facts in ranks)
-            if guard.clean and not last and (due or stopping):
-                saver.begin(progress)
-                due = False
+            checkpoint_due = checkpoint_due or progress.step % training.checkpoint_every == 0
+            stopping = any(each.stop for each in ranks)
+            if guard.clean and not last and (checkpoint_due or stopping):
+                saver.start(progress)
+                checkpoint_due = False
             if stopping or last or guard.exhausted:
                 saver.finish()
             if guard.exhausted:
                 raise guard.give_up()
+
+            # Preview.
             if last or (not stopping and progress.step % training.preview_every == 0):
                 with ema.applied():
-                    recorder.picture(preview, network, progress.step, stop)
-                stopping = any_rank_requested(stop)  # another step may take longer than there is left
+                    recorder.draw_preview(preview, network, progress.step, stop)
+                stopping = stop_requested_on_any_rank(stop)  # now: the grace may be shorter than another step
                 if stopping and guard.clean and not last:
-                    saver.begin(progress)
+                    saver.start(progress)
                     saver.finish()
+
         if progress.step < stage.steps:
-            logger.info("asked to stop: goes on after step %d; a checkpoint took %.1f s", progress.step, saver.seconds)
+            saved = [int(path.name.removeprefix("step-")) for path in checkpoints(folder)]
+            what = f"checkpoint saved at step {saved[-1]}" if saved else "no checkpoint yet"
+            logger.info("stop requested: %s; run the same command to resume", what)
             return RESUMABLE
-        finish(plan, ema, progress, recorder)
+        write_result(plan, ema, progress, recorder)
     return 0
 
 
-def passes(engine: Engine, flow: RectifiedFlow, loader: Loader, count: int) -> tuple[list[MicroBatchStatistics], float]:
-    """Forward and backward passes of this rank's ``count`` micro-batches of a step, and the seconds it waited for them.
-
-    The gradient is that of the mean of their losses.
-    """
-    facts, waited = [], 0.0
-    for _ in range(count):
-        began = time.perf_counter()
-        batch = loader.next()
-        waited += time.perf_counter() - began
-        losses, t = flow_loss(engine, flow, batch)
-        engine.optimizer.backward(losses.mean() / count)
-        facts.append(MicroBatchStatistics.of(losses, t, batch))
-    return facts, waited
-
-
 def flow_loss(engine: Engine, flow: RectifiedFlow, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Squared error of the velocity on the frames that are noisy, and noise levels: (B) and (B).
+    """Compute the squared error of the velocity on the noisy frames of a micro-batch.
 
-    Noise level, noisy latents, target and error are fp32, whatever the network computes in: the published system forms
-    them in bf16, which moves a level of 993.2 to 992 (golden notes, oddity 5).
+    Noise level, noisy latents, target and error are fp32, whatever precision the network computes in: the published
+    system forms them in bf16, which moves a level of 993.2 to 992 (golden notes, oddity 5).
+
+    Returns:
+        The loss (B) and the noise level (B) of each sample.
     """
-    device = engine.device
-    x_0, mask = batch.latents.to(device), None if batch.mask is None else batch.mask.to(device)
-    t = flow.draw_timesteps(batch.generator, len(x_0), batch.shape).to(device)
-    noise = torch.randn(x_0.shape, generator=batch.generator).to(device)
-    x_t = keep_given(flow.add_noise(x_0, noise, t), x_0, mask)
-    prediction = engine.network(x_t, t, batch.conditions.to(device), mask)
-    return flow.loss(prediction, x_0, noise, mask), t
+    generator, device = batch.generator, engine.device
+    batch = batch.to(device)
+    x_0 = batch.latents
+    t = flow.draw_timesteps(generator, len(x_0), batch.shape).to(device)
+    noise = torch.randn(x_0.shape, generator=generator).to(device)  # drawn on the CPU: the same on every device
+    x_t = keep_given(flow.add_noise(x_0, noise, t), x_0, batch.mask)
+    prediction = engine.network(x_t, t, batch.conditions, batch.mask)
+    return flow.loss(prediction, x_0, noise, batch.mask), t
 
 
 def learning_rate(stage: StageConfig, step: int) -> float:
-    """Linear warm-up, then constant; ``step`` counts from 0."""
+    """Return the rate of a step, counted from 0: it warms up linearly and is then constant."""
     return stage.learning_rate * min(1.0, (step + 1) / max(1, stage.warmup))
 
 
-def finish(plan: StagePlan, ema: Ema, progress: TrainingProgress, recorder: Recorder) -> None:
-    """Writes the EMA weights, and then ``run.json``, which makes the stage done. Collective; rank 0 writes."""
+def write_result(plan: StagePlan, ema: Ema, progress: TrainingProgress, recorder: Recorder) -> None:
+    """Write the EMA weights, and then ``run.json``, which marks the stage as finished. Collective; rank 0 writes."""
     state = ema.gather()
     if dist.get_rank() == 0:
         with atomic_file(plan.weights) as partial:
             save_file(state, partial)
         first, last = first_and_last(recorder.losses)
-        facts = {
+        result = {
             "stage": plan.stage,
             "fingerprint": plan.fingerprint,
             "inputs": plan.inputs,
@@ -200,6 +214,6 @@ def finish(plan: StagePlan, ema: Ema, progress: TrainingProgress, recorder: Reco
             "loss_last": last,
             "run": recorder.run,
         }
-        write_json(plan.result, facts)
-        logger.info("done: loss %.4f -> %.4f, %s", first, last, plan.weights)
+        write_json(plan.result, result)
+        logger.info("finished: loss %.4f -> %.4f, %s", first, last, plan.weights)
     dist.barrier()

@@ -1,4 +1,4 @@
-"""What the network draws so far: a few validation clips, always the same, with the EMA weights, below the real ones."""
+"""Previews: the same few validation clips drawn with the EMA weights, below the real ones."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from magicdrive_core.inference.guided_sampling import sample_latents
 from magicdrive_core.model.inputs import Conditions, collate
 from magicdrive_core.model.transformer import MagicDrive
 from magicdrive_core.parallel.parallelize import sequence_group_of
-from magicdrive_core.training.statistics import StopSource, any_device_requested
+from magicdrive_core.training.statistics import StopSource, stop_requested_in_group
 from magicdrive_core.utils.files import atomic_file, read_json
 from magicdrive_core.video.colour import Picture
 from magicdrive_core.video.sheets import contact_sheet, six_views
@@ -43,19 +43,22 @@ CAPTION_LETTERS = 60  # of a clip's name and description above its three views
 
 
 @dataclass(frozen=True)
-class _Told:
-    """A clip of the preview."""
+class _PreviewClip:
+    """A validation clip as the preview shows it."""
 
     conditions: Conditions
     real: Picture  # the six views of the middle frame
-    name: str
+    name: str  # and description of its scene
 
 
 class Preview:
-    """Draws validation clips of a stage, one after the other; the ranks that share a clip with rank 0 need one.
+    """Draws validation clips of a stage, one after the other, on rank 0 and the ranks that share its clips.
 
     Args:
+        config: guidance, noise levels, caches.
+        bucket: size of the clips.
         clips: of equal length, each with its scene.
+        project: the project's folder.
     """
 
     def __init__(self, config: Config, bucket: Bucket, clips: Sequence[tuple[Scene, Clip]], project: Path) -> None:
@@ -70,18 +73,19 @@ class Preview:
         self._clips = []
         for scene, clip in clips:
             bits = maps.of_clip(scene, clip, bucket.resolution)
-            told = clip_conditions(scene, clip, bucket.resolution, bits, published=config.published)
+            conditions = clip_conditions(scene, clip, bucket.resolution, bits, published=config.published)
             paths = scene.pictures[clip.start + self._middle]
             real = [read_picture(project / config.data.root / path, Framing(*size)) for path in paths]
-            conditions = collate([told], [text.features(told.caption)], config.text.max_tokens)
+            batch = collate([conditions], [text.features(conditions.caption)], config.text.max_tokens)
             name = shorten(f"{scene.name}: {scene.description}", CAPTION_LETTERS, placeholder=" ...")
-            self._clips.append(_Told(conditions, six_views(np.stack(real), SHEET_WIDTH), name))
+            self._clips.append(_PreviewClip(batch, six_views(np.stack(real), SHEET_WIDTH), name))
 
     @classmethod
     def of(cls, config: Config, stage: Stage, project: Path = Path()) -> Preview | None:
-        """``training.preview_clips`` validation clips of the stage's smallest videos, else of its smallest pictures.
+        """Choose ``training.preview_clips`` validation clips of the stage's smallest videos, else smallest images.
 
-        The first of each of as many scenes, spread over all, of those as long as the first one's; None without any.
+        Returns:
+            A preview of the first clip of each chosen scene, spread over all scenes; None without a validation clip.
         """
         scenes = read_scenes(project / "artifacts/infos")
         by_token = {scene.token: scene for scene in scenes}
@@ -93,19 +97,23 @@ class Preview:
                 count = min(config.training.preview_clips, len(found))
                 chosen = [found[index * len(found) // count] for index in range(count)]
                 return cls(config, bucket, [(by_token[clip.scene], clip) for clip in chosen], project)
-        logger.warning("%s: no scene is for validation: no previews", stage)
+        logger.warning("%s: no previews, because the data has no validation scene", stage)
         return None
 
     def sample(self, network: MagicDrive, stop: StopSource) -> list[Tensor] | None:
-        """Latents (V, C, T, h, w) of each clip; on all devices that share the network's work. None: asked to stop."""
+        """Sample each clip, on all ranks that share the network's work.
+
+        Returns:
+            Latents (V, C, T, h, w) of each clip; None where a stop was requested meanwhile.
+        """
         device = network.before_proj.weight.device
         latents = []
-        for told in self._clips:
-            if any_device_requested(stop, sequence_group_of(network)):
+        for clip in self._clips:
+            if stop_requested_in_group(stop, sequence_group_of(network)):
                 return None
             sampled = sample_latents(
                 network,
-                told.conditions.to(device),
+                clip.conditions.to(device),
                 self._latent_shape,
                 steps=STEPS,
                 guidance=self._guidance,
@@ -117,14 +125,23 @@ class Preview:
 
     @torch.no_grad()
     def write(self, latents: Sequence[Tensor], step: int, path: Path, stop: StopSource) -> bool:
-        """The middle frames of ``sample``, below the real ones, a column a clip, as a PNG. False: asked to stop.
+        """Decode the middle frames and write them below the real ones as a PNG, a column for each clip.
 
         The VAE is in memory only meanwhile.
+
+        Args:
+            latents: of ``sample``.
+            step: of the training, for the title.
+            path: of the PNG.
+            stop: checked before each clip.
+
+        Returns:
+            False where a stop was requested meanwhile; no file is written then.
         """
-        facts = read_json(self._project / "artifacts/encoders/encoders.json")["vae"]
+        encoder = read_json(self._project / "artifacts/encoders/encoders.json")["vae"]
         vae = Vae.load(
-            self._project / facts["path"],
-            scaling_factor=facts["scaling_factor"],
+            self._project / encoder["path"],
+            scaling_factor=encoder["scaling_factor"],
             chunk_frames=self._chunk_frames,
             device=latents[0].device,
         )
@@ -134,9 +151,9 @@ class Preview:
                 return False
             generated.append(six_views(self._middle_frame(vae, each), SHEET_WIDTH))
         sheet = contact_sheet(
-            [[told.real for told in self._clips], generated],
+            [[clip.real for clip in self._clips], generated],
             ["real", "generated"],
-            [told.name for told in self._clips],
+            [clip.name for clip in self._clips],
             title=f"step {step}",
         )
         with atomic_file(path) as partial:
@@ -144,10 +161,10 @@ class Preview:
         return True
 
     def _middle_frame(self, vae: Vae, latents: Tensor) -> NDArray[np.uint8]:
-        """Of latents (V, C, T, h, w): (V, H, W, 3)."""
+        """Decode the middle frame of latents (V, C, T, h, w): (V, H, W, 3)."""
         frames = 0
         for chunk in vae.decode(latents):
             if self._middle < frames + chunk.shape[1]:
                 return chunk[:, self._middle - frames]
             frames += chunk.shape[1]
-        raise AssertionError("the VAE gave fewer frames than the clip has")
+        raise AssertionError("the VAE decoded fewer frames than the clip has")

@@ -1,4 +1,4 @@
-"""What rank 0 writes down of a run: metrics.jsonl (every step), status.json (heartbeat), MLflow."""
+"""What rank 0 writes about a run: metrics.jsonl (every step), status.json (heartbeat), previews, MLflow."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from statistics import fmean as mean
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -21,41 +22,53 @@ from magicdrive_core.experiment.stages import StagePlan
 from magicdrive_core.model.transformer import MagicDrive
 from magicdrive_core.training.checkpoints import TrainingProgress
 from magicdrive_core.training.preview import Preview
-from magicdrive_core.training.statistics import (
-    BINS,
-    DeviceMemory,
-    RankStatistics,
-    StopSource,
-    fullest,
-    host_memory,
-    peak_tflops,
-)
+from magicdrive_core.training.statistics import NOISE_BINS, DeviceMemory, RankStatistics, StopSource, largest
 from magicdrive_core.utils.files import atomic_file, write_json
+from magicdrive_core.utils.memory import memory_left, memory_limit
 
 if TYPE_CHECKING:
     from magicdrive_core.tracking.runs import MetricLog
 
 HEARTBEAT_SECONDS = 1.0
+# Dense TFLOP/s in bf16 from the vendors' data sheets, the same in fp16; the longest name that fits counts.
+PEAK_TFLOPS = {"A100": 312.0, "A800": 312.0, "H100": 989.0, "H800": 989.0, "H200": 989.0, "H20": 148.0, "L40S": 362.0}
 
 
 @dataclass(frozen=True)
 class StepStatistics:
-    """One step of all ranks together."""
+    """One step of all ranks together: a line of metrics.jsonl.
 
-    step: int  # finished steps
-    loss: float | None  # mean over the groups of ranks; None where the step was skipped
-    bucket_losses: dict[str, float]  # of the buckets that this step saw
-    noise_losses: dict[str, float]  # likewise by noise level, "000-100" to "900-1000"
-    skipped: list[str]  # why: what was not finite
+    Attributes:
+        step: finished steps.
+        loss: mean over the groups of ranks; None where the step was skipped.
+        bucket_losses: mean loss of each bucket that this step saw.
+        noise_losses: mean loss by noise level, "000-100" to "900-1000".
+        skipped: why the step was skipped; empty for a good step.
+        learning_rate: of this step.
+        grad_norm: before clipping; None where the step was skipped.
+        loss_scale: of fp16, at this step; None in other precisions.
+        seconds: of the step.
+        clips_per_second: of all ranks together.
+        tokens_per_second: likewise.
+        tflops: TFLOP/s of the network, likewise.
+        loader_wait: seconds that the slowest loader was waited for.
+        memory: the largest of each figure over the devices; None on CPUs.
+    """
+
+    step: int
+    loss: float | None
+    bucket_losses: dict[str, float]
+    noise_losses: dict[str, float]
+    skipped: list[str]
     learning_rate: float
-    grad_norm: float | None  # before clipping
-    loss_scale: float | None  # of fp16, at this step
+    grad_norm: float | None
+    loss_scale: float | None
     seconds: float
     clips_per_second: float
     tokens_per_second: float
-    tflops: float  # of the network, of all ranks together
-    loader_wait: float  # seconds, of the rank that waited longest
-    memory: DeviceMemory | None  # of the devices, the fullest of each figure
+    tflops: float
+    loader_wait: float
+    memory: DeviceMemory | None
 
     @classmethod
     def of(
@@ -69,17 +82,27 @@ class StepStatistics:
         buckets: Sequence[Bucket],
         skipped: list[str],
     ) -> StepStatistics:
-        """Sums up what the groups of ranks shared."""
+        """Sum up a step.
+
+        Args:
+            groups: statistics of each group of ranks that shares clips.
+            progress: of the run after the step.
+            seconds: of the step.
+            rate: the learning rate.
+            norm: of the gradient; None where the step was skipped.
+            loss_scale: of fp16.
+            buckets: of the loader.
+            skipped: why the step was skipped.
+        """
         by_bucket, by_noise = defaultdict(list), defaultdict(list)
-        everything = [each for facts in groups for each in facts.micro_batches]
-        for each in everything if not skipped else ():
+        micro_batches = [each for group in groups for each in group.micro_batches]
+        for each in micro_batches if not skipped else ():
             by_bucket[buckets[each.bucket].name].append(each.loss)
             for noise, loss in each.by_noise:
-                by_noise[f"{noise * 1000 // BINS:03d}-{(noise + 1) * 1000 // BINS:03d}"].append(loss)
-        devices = [facts.memory for facts in groups if facts.memory]
+                by_noise[f"{noise * 1000 // NOISE_BINS:03d}-{(noise + 1) * 1000 // NOISE_BINS:03d}"].append(loss)
         return cls(
             step=progress.step,
-            loss=None if skipped else mean([facts.loss for facts in groups]),
+            loss=None if skipped else mean([group.loss for group in groups]),
             bucket_losses={name: mean(losses) for name, losses in sorted(by_bucket.items())},
             noise_losses={name: mean(losses) for name, losses in sorted(by_noise.items())},
             skipped=skipped,
@@ -87,15 +110,15 @@ class StepStatistics:
             grad_norm=norm,
             loss_scale=loss_scale,
             seconds=seconds,
-            clips_per_second=sum(each.clips for each in everything) / seconds,
-            tokens_per_second=sum(each.tokens for each in everything) / seconds,
-            tflops=sum(each.flops for each in everything) / seconds / 1e12,
-            loader_wait=max(facts.waited for facts in groups),
-            memory=fullest(devices),
+            clips_per_second=sum(each.clips for each in micro_batches) / seconds,
+            tokens_per_second=sum(each.tokens for each in micro_batches) / seconds,
+            tflops=sum(each.flops for each in micro_batches) / seconds / 1e12,
+            loader_wait=max(group.waited for group in groups),
+            memory=largest([group.memory for group in groups if group.memory]),
         )
 
     def metrics(self) -> dict[str, float]:
-        """By their names in MLflow."""
+        """Return what there is to log, by its name in MLflow."""
         values = {
             "loss": self.loss,
             "learning_rate": self.learning_rate,
@@ -116,7 +139,15 @@ class StepStatistics:
 
 
 class Recorder:
-    """A context manager; on ranks other than 0 it does nothing."""
+    """Writes a run's metrics, heartbeat and previews. A context manager; on ranks other than 0 it does nothing.
+
+    Args:
+        config: of the run.
+        plan: of the stage, in whose folder the files are.
+        progress: where the run resumes; lines of later steps are dropped, as these steps are made again.
+        project: the project's folder.
+        device: of this rank.
+    """
 
     def __init__(
         self, config: Config, plan: StagePlan, progress: TrainingProgress, project: Path, device: torch.device
@@ -129,9 +160,9 @@ class Recorder:
         training = config.training
         peak = peak_tflops(device, training.precision, training.peak_tflops)
         self._peak = peak and peak * dist.get_world_size()  # TFLOP/s of all devices
-        self._window: dict[str, list[float]] = defaultdict(list)  # metrics since they were logged last
+        self._window: dict[str, list[float]] = defaultdict(list)  # metrics since they were last logged
         self.losses: list[float] = []  # of all good steps so far, those before a resumption too
-        self._beat = 0.0
+        self._last_heartbeat = 0.0
         self._log: MetricLog | None = None
         if self._active:
             if self.run:
@@ -142,7 +173,7 @@ class Recorder:
             self._resume(progress.step)
 
     def _resume(self, step: int) -> None:
-        """Drops the lines of steps that were made after the checkpoint, and will be made again."""
+        """Drop the lines of steps after the checkpoint, and read the losses of those before."""
         lines = self._metrics.read_text(encoding="utf-8").splitlines(keepends=True) if self._metrics.is_file() else []
         kept = [line for line in lines[:step] if line.endswith("\n")]
         losses = (json.loads(line)["loss"] for line in kept)
@@ -161,49 +192,62 @@ class Recorder:
             if self._log:
                 self._log.flush()
 
-    def step(self, facts: StepStatistics) -> None:
-        """Records a finished step."""
+    def record(self, statistics: StepStatistics) -> None:
+        """Record a finished step."""
         if not self._active:
             return
-        if facts.loss is not None:
-            self.losses.append(facts.loss)
-        self._file.write(json.dumps(asdict(facts)) + "\n")
+        if statistics.loss is not None:
+            self.losses.append(statistics.loss)
+        self._file.write(json.dumps(asdict(statistics)) + "\n")
         if self._log:
-            self._note(self._log, facts)
-        if time.monotonic() - self._beat > HEARTBEAT_SECONDS or facts.step == self._steps:
-            self._beat = time.monotonic()
-            left = (self._steps - facts.step) * facts.seconds
+            self._log_metrics(self._log, statistics)
+        if time.monotonic() - self._last_heartbeat > HEARTBEAT_SECONDS or statistics.step == self._steps:
+            self._last_heartbeat = time.monotonic()
             write_json(
                 self._plan.folder / "status.json",
                 {
                     "stage": self._plan.stage,
-                    "step": facts.step,
+                    "step": statistics.step,
                     "steps": self._steps,
                     "loss": self.losses[-1] if self.losses else None,
-                    "clips_per_second": facts.clips_per_second,
-                    "seconds_left": round(left, 1),
+                    "clips_per_second": statistics.clips_per_second,
+                    "seconds_left": round((self._steps - statistics.step) * statistics.seconds, 1),
                 },
             )
 
-    def _note(self, log: MetricLog, facts: StepStatistics) -> None:
-        """Every ``log_every`` steps the means since the last time: a bucket or noise level is not in every step."""
-        for name, value in facts.metrics().items():
+    def _log_metrics(self, log: MetricLog, statistics: StepStatistics) -> None:
+        """Log every ``log_every`` steps the means since the last time: not every step has every bucket and level."""
+        for name, value in statistics.metrics().items():
             self._window[name].append(value)
-        if facts.step % self._log_every and facts.step != self._steps:
+        if statistics.step % self._log_every and statistics.step != self._steps:
             return
         values = {name: mean(those) for name, those in self._window.items()}
         values["skipped_steps"] = sum(self._window["skipped_steps"])
         if self._peak:
             values["model_flops_utilisation"] = values["model_tflops"] / self._peak
         values |= {f"host_memory/{name}_gb": size / 1e9 for name, size in host_memory().items()}
-        log.metrics(values, facts.step)
+        log.metrics(values, statistics.step)
         self._window.clear()
 
-    def picture(self, preview: Preview | None, network: MagicDrive, step: int, stop: StopSource) -> None:
-        """Draws a preview, on the ranks that have one together; it is left out when one of them is asked to stop."""
+    def draw_preview(self, preview: Preview | None, network: MagicDrive, step: int, stop: StopSource) -> None:
+        """Draw a preview on the ranks that have one, unless one of them is requested to stop meanwhile."""
         latents = preview.sample(network, stop) if preview is not None else None
         if preview is None or latents is None or not self._active:
             return
         path = self._plan.folder / f"previews/step-{step:08d}.png"
         if preview.write(latents, step, path, stop) and self._log:
             self._log.picture(path)
+
+
+def host_memory() -> dict[str, int]:
+    """Return bytes of this process (``rss``; ``pss`` divides shared pages by their users) and of the container."""
+    info = psutil.Process().memory_full_info()
+    return {"rss": info.rss, "pss": getattr(info, "pss", info.rss), "container": memory_limit() - memory_left()}
+
+
+def peak_tflops(device: torch.device, precision: str, configured: float | None) -> float | None:
+    """Return a device's peak TFLOP/s: as configured, else from the table; None where neither knows it."""
+    if configured is not None or device.type == "cpu" or precision == "fp32":
+        return configured
+    name = str(torch.get_device_module(device).get_device_name(device))
+    return next((PEAK_TFLOPS[known] for known in sorted(PEAK_TFLOPS, key=len, reverse=True) if known in name), None)

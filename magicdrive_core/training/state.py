@@ -1,6 +1,8 @@
-"""ZeRO's shards of the parameters, by name: every rank holds 1/ranks of each fp32 tensor, flat and padded.
+"""The sharded state of a training: fp32 master weights, Adam's moments and the moving average of the weights.
 
-Master weights, Adam's moments and the EMA are cut alike, so that one pair of functions moves all of them.
+ZeRO cuts each of these tensors, flat and padded with zeros, into one shard for each rank. All are cut alike, so that
+one pair of functions gathers any of them, and checkpoints (checkpoints.py) hold them in one form. Functions that take
+or return shards use the parameters' names as keys; only trainable parameters have shards.
 """
 
 from __future__ import annotations
@@ -14,19 +16,34 @@ from torch import Tensor
 
 from magicdrive_core.training.engine import Engine
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, as torch calls them
 
 
 def masters(engine: Engine) -> dict[str, Tensor]:
-    """This rank's shards of the fp32 master weights: trainable parameters only, in the order of the network."""
+    """Return this rank's shards of the fp32 master weights, in the order of the network's parameters."""
     to_master = engine.optimizer.get_working_to_master_map()
     return {name: to_master[id(p)] for name, p in engine.network.named_parameters() if id(p) in to_master}
 
 
-def gather(engine: Engine, shards: dict[str, Tensor], *, everywhere: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """Yields each name with the whole tensor, on the CPU, made of all ranks' shards.
+@torch.no_grad()
+def set_masters(engine: Engine, shards: dict[str, Tensor]) -> None:
+    """Set this rank's master weights, and the working weights from those of all ranks. Collective."""
+    for name, master in masters(engine).items():
+        master.copy_(shards[name])
+    parameters = dict(engine.network.named_parameters())
+    for name, whole in gather(engine, masters(engine), everywhere=True):
+        parameters[name].copy_(whole)
 
-    A collective: every rank must run it to its end. Ranks other than 0 get empty tensors unless ``everywhere``.
+
+def gather(engine: Engine, shards: dict[str, Tensor], *, everywhere: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Yield each name with its whole tensor on the CPU, put together from the shards of all ranks.
+
+    Collective: every rank must run the iteration to its end.
+
+    Args:
+        engine: whose parameters give the shapes.
+        shards: of this rank.
+        everywhere: yield the tensors on all ranks; otherwise ranks other than 0 get empty ones.
     """
     shapes = {name: parameter.shape for name, parameter in engine.network.named_parameters()}
     for name, shard in shards.items():
@@ -39,14 +56,20 @@ def gather(engine: Engine, shards: dict[str, Tensor], *, everywhere: bool = Fals
 
 
 def moments(engine: Engine) -> dict[str, dict[str, Tensor]]:
-    """This rank's shards of Adam's moments, by kind and name; none before a parameter's first step."""
+    """Return this rank's shards of Adam's moments, by kind and name; a parameter has none before its first step."""
     state = engine.optimizer.optim.state
     own = {name: state[master] for name, master in masters(engine).items() if master in state}
     return {kind: {name: values[kind] for name, values in own.items()} for kind in MOMENTS}
 
 
+def moment_steps(engine: Engine) -> dict[str, int]:
+    """Return how many steps of Adam each parameter has made, by name."""
+    state = engine.optimizer.optim.state
+    return {name: int(state[master]["step"]) for name, master in masters(engine).items() if master in state}
+
+
 def set_moments(engine: Engine, shards: dict[str, dict[str, Tensor]], steps: dict[str, int]) -> None:
-    """Sets shards of Adam's moments, by kind and name, and how many steps each parameter has been through."""
+    """Set what ``moments`` and ``moment_steps`` return."""
     state = engine.optimizer.optim.state
     for name, master in masters(engine).items():
         if name in steps:
@@ -54,27 +77,15 @@ def set_moments(engine: Engine, shards: dict[str, dict[str, Tensor]], steps: dic
             state[master] = {"step": step} | {kind: shards[kind][name] for kind in MOMENTS}
 
 
-def moment_steps(engine: Engine) -> dict[str, int]:
-    """How many steps of Adam each parameter has been through."""
-    state = engine.optimizer.optim.state
-    return {name: int(state[master]["step"]) for name, master in masters(engine).items() if master in state}
-
-
-@torch.no_grad()
-def set_masters(engine: Engine, shards: dict[str, Tensor]) -> None:
-    """Sets this rank's master weights, and from all ranks' the working weights. Collective."""
-    for name, master in masters(engine).items():
-        master.copy_(shards[name])
-    parameters = dict(engine.network.named_parameters())
-    for name, whole in gather(engine, masters(engine), everywhere=True):
-        parameters[name].copy_(whole)
-
-
-# Exponential moving average of the weights, in fp32, sharded over the ranks like the master weights it follows.
-
-
 class Ema:
-    """ema <- decay * ema + (1 - decay) * master, for the trainable parameters; it starts as a copy of them."""
+    """Exponential moving average of the trainable weights in fp32: ema <- decay * ema + (1 - decay) * master.
+
+    It starts as a copy of the master weights and is sharded like them.
+
+    Args:
+        engine: whose master weights it follows.
+        decay: of the average at each step.
+    """
 
     def __init__(self, engine: Engine, decay: float) -> None:
         self._engine = engine
@@ -84,11 +95,11 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """After each step of the optimizer."""
+        """Follow the master weights; called after each step of the optimizer."""
         torch._foreach_lerp_(list(self.shards.values()), list(self._masters.values()), 1 - self._decay)
 
     def gather(self) -> dict[str, Tensor]:
-        """The network's whole state dict in fp32 with the averages in it; empty on ranks other than 0. Collective."""
+        """Return the network's state dict in fp32 with the averages; empty on ranks other than 0. Collective."""
         averages = dict(gather(self._engine, self.shards))
         if dist.get_rank() != 0:
             return {}
@@ -97,7 +108,7 @@ class Ema:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the network has the averages as its weights; afterwards its own again, bit for bit. Collective."""
+        """Give the network the averages as its weights inside the block, and its own back, bit for bit. Collective."""
         parameters = dict(self._engine.network.named_parameters())
         own = {name: parameters[name].detach().clone() for name in self.shards}
         with torch.no_grad():

@@ -10,7 +10,7 @@ import pytest
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.training import loader
 from magicdrive_core.training.budget import plan_budget
-from magicdrive_core.training.loader_bench import batch_nbytes, measure_loader
+from magicdrive_core.training.loader_speed import batch_nbytes, measure_loader
 from magicdrive_core.utils.files import write_json
 from tests.training.scenes import FakeLatents, FakeMaps, FakeText, make_scene
 from tests.training.test_loader import settings

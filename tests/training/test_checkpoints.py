@@ -72,7 +72,7 @@ def test_a_full_disk_is_told(tmp_path: Path) -> None:
     job(tmp_path)
     first, second = run_distributed(warnings_of_a_full_disk, 2, tmp_path)
     (line,) = first
-    assert line == "no checkpoint of step 3: rank 1 could not write; training goes on to the next one"
+    assert line == "checkpoint of step 3 was not saved: rank 1 could not write; training continues"
     (line,) = second
     assert line.startswith("checkpoint of step 3: no space left on the disk of ")
 
@@ -149,18 +149,18 @@ def seen_after_a_slow_rename(folder: Path) -> list[str]:
     from tests.training.networks import tiny_network, training
 
     engine = build_engine(tiny_network(), training(), torch.device("cpu"))
-    put_in_place = Saver._put_in_place
+    publish = Saver._publish
 
     def slowly(saver: Saver, failed: list[int]) -> None:
         time.sleep(1)
-        put_in_place(saver, failed)
+        publish(saver, failed)
 
     with (
-        mock.patch.object(Saver, "_put_in_place", slowly),
+        mock.patch.object(Saver, "_publish", slowly),
         Saver(folder / "checkpoints", engine, Ema(engine, 0.9), 2, None) as saver,
     ):
-        saver.begin(TrainingProgress(step=1))
-        while saver.state == WriteStatus.BUSY:
+        saver.start(TrainingProgress(step=1))
+        while saver.status == WriteStatus.BUSY:
             time.sleep(0.01)
         dist.barrier()
         saver.settle([WriteStatus.DONE] * dist.get_world_size())
@@ -186,7 +186,7 @@ def resave(folder: Path) -> dict[str, Any]:
     progress = checkpoint.resume(folder / "checkpoints", engine, ema)
     assert progress is not None
     with Saver(folder / "checkpoints", engine, ema, 2, None) as saver:
-        saver.begin(progress)
+        saver.start(progress)
         saver.finish()
     return {name: tensor.tolist() for name, tensor in engine.network.state_dict().items()}
 

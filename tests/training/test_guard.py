@@ -54,12 +54,12 @@ def test_too_many_in_a_row_roll_back_and_end_with_a_report(whole: Path, tmp_path
     plan = job(tmp_path)
     messages = run_distributed(train_in_trouble, 2, tmp_path, "nan-1-4,nan-0-5,nan-1-6")
     report = tmp_path / "nonfinite.json"
-    expected = "no finite step from 4 to 6, rolled back to step-00000003 (step 4: the loss of rank 1 is nan); report: "
+    expected = "no finite loss and gradient from step 4 to 6 (step 4: the loss of rank 1 is nan); report: "
     assert messages == [f"{expected}{report}"] * 2
     assert not plan.done
     assert names(tmp_path) == ["step-00000003"]
     facts = read_json(report)
-    assert facts["goes_on_from"] == "step-00000003"
+    assert facts["resumes_from"] == "step-00000003"
     assert [step["step"] for step in facts["skipped"]] == [4, 5, 6]
     assert facts["skipped"][1]["faults"] == ["the loss of rank 0 is nan"]
     assert run_distributed(train_once, 2, tmp_path) == [0, 0]
@@ -71,7 +71,7 @@ def faulty_step(rank: int, where: str, precision: str) -> tuple[list[str], list[
     from colossalai.zero.low_level import low_level_optim
 
     from magicdrive_core.training.engine import build_engine
-    from magicdrive_core.training.statistics import find_faults
+    from magicdrive_core.training.guard import find_faults
 
     engine = build_engine(tiny_network(), training(precision=precision), torch.device("cpu"))
     before = {n: p.detach().clone() for n, p in engine.network.named_parameters()}
@@ -117,7 +117,7 @@ def faulty_step(rank: int, where: str, precision: str) -> tuple[list[str], list[
     ("where", "message"),
     [
         ("gradient", "the gradient of into.weight on rank {} is not finite"),
-        ("reduction", "rank {} got from finite gradients a sum that is not (see ColossalAI #6091)"),
+        ("reduction", "rank {} received a non-finite sum of finite gradients (see ColossalAI #6091)"),
     ],
 )
 def test_a_gradient_that_is_not_finite_is_found_where_it_arises(

@@ -174,7 +174,7 @@ def test_a_checkpoint_of_another_network_is_refused(whole: Path, tmp_path: Path)
     shutil.copytree(whole / "checkpoints", folder / "checkpoints")
     job(folder)
     faults = run_distributed(resume_other_network, 2, folder)
-    assert all("is of another network: " in fault for fault in faults)
+    assert all("belongs to another network: " in fault for fault in faults)
 
 
 def resume_other_network(folder: Path) -> str:

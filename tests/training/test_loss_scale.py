@@ -82,5 +82,5 @@ def test_a_resumed_run_goes_on_with_the_scale_bit_for_bit(whole: Path, tmp_path:
 def test_a_loss_that_is_not_finite_is_a_fault_whatever_the_scale(tmp_path: Path) -> None:
     job(tmp_path, precision="fp16", max_skipped=1)
     (message, _) = run_distributed(train_in_trouble, 2, tmp_path, "nan-1-5")
-    assert "no finite step from 5 to 5" in message
+    assert "no finite loss and gradient from step 5 to 5" in message
     assert "the loss of rank 1 is nan" in message

@@ -1,22 +1,26 @@
-"""Work done ahead: in order, within the budget, and with its errors."""
+"""Prefetched micro-batches: in order, within the budget, with their errors, and copied to the device once."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from magicdrive_core.training.loader import Prefetcher
+from magicdrive_core.training.loader import Batch, Prefetcher
+from tests.model.networks import conditions
 
 Jobs = Iterator[tuple[int, Callable[[], int]]]
 
 
-def jobs(sizes: list[int], began: list[int], gate: threading.Semaphore | None = None) -> Jobs:
+def jobs(sizes: list[int], started: list[int], gate: threading.Semaphore | None = None) -> Jobs:
     def job(index: int) -> int:
-        began.append(index)
+        started.append(index)
         if gate:
             gate.release()
         return index
@@ -36,9 +40,9 @@ def test_results_come_in_order_within_the_budget(sizes: list[int], budget: int) 
 
 @pytest.mark.parametrize(("budget", "waiting"), [(0, 1), (10, 1), (20, 2), (55, 5)])
 def test_as_many_wait_as_fit(budget: int, waiting: int) -> None:
-    began: list[int] = []
+    started: list[int] = []
     gate = threading.Semaphore(0)
-    ahead = Prefetcher(jobs([10], began, gate), budget)
+    ahead = Prefetcher(jobs([10], started, gate), budget)
     for _ in range(waiting):
         assert gate.acquire(timeout=10)
     assert not gate.acquire(timeout=0.1)  # one more would be over the budget
@@ -48,7 +52,7 @@ def test_as_many_wait_as_fit(budget: int, waiting: int) -> None:
     ahead.stop()
 
 
-def test_an_error_is_raised_in_its_turn() -> None:
+def test_an_error_is_raised_where_its_result_is_asked_for() -> None:
     def broken() -> int:
         raise ValueError("job 1")
 
@@ -59,7 +63,7 @@ def test_an_error_is_raised_in_its_turn() -> None:
     ahead.stop()
 
 
-def test_jobs_end_and_say_so() -> None:
+def test_the_end_of_the_jobs_is_raised() -> None:
     ahead = Prefetcher(iter([(1, lambda: 7)]), 100)
     assert ahead.next() == 7
     with pytest.raises(StopIteration):
@@ -67,9 +71,43 @@ def test_jobs_end_and_say_so() -> None:
     ahead.stop()
 
 
-def test_stop_ends_a_thread_that_waits_for_room() -> None:
+def test_stop_ends_a_thread_that_waits_for_memory() -> None:
     gate = threading.Semaphore(0)
     ahead = Prefetcher(jobs([10], [], gate), 10)
     assert gate.acquire(timeout=10)
     ahead.stop()
     assert not any(thread.name == "loader" for thread in threading.enumerate())
+
+
+def test_pinning_and_moving_keep_values_and_copy_the_boxes_of_all_views_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = conditions()
+    corners = read.box_corners[:, :1].expand(-1, 6, -1, -1, -1, -1)
+    batch = Batch(
+        bucket=0,
+        shape=(9, 48, 80),
+        latents=torch.randn(1, 6, 4, 3, 6, 10),
+        conditions=replace(read, box_corners=corners),
+        mask=torch.tensor([[True, False, True]]),
+        generator=torch.Generator(),
+        flops=0.0,
+    )
+    copied: list[int] = []
+
+    def copy(tensor: Tensor, *_: object, **__: object) -> Tensor:
+        copied.append(tensor.numel())
+        return tensor.clone()
+
+    monkeypatch.setattr(Tensor, "pin_memory", copy)
+    monkeypatch.setattr(Tensor, "to", copy)
+    for after in (batch.pinned(), batch.to(torch.device("cpu"))):
+        assert after.generator is batch.generator
+        assert torch.equal(after.latents, batch.latents)
+        assert after.mask is not None
+        assert torch.equal(after.mask, torch.tensor([[True, False, True]]))
+        for field in fields(read):
+            expected = getattr(batch.conditions, field.name)
+            if isinstance(expected, Tensor):
+                assert torch.equal(getattr(after.conditions, field.name), expected)
+                assert getattr(after.conditions, field.name).stride() == expected.stride()
+    assert corners.numel() not in copied
+    assert copied.count(corners.numel() // 6) == 2

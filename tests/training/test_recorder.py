@@ -15,14 +15,12 @@ from magicdrive_core.config.schema import Bucket
 from magicdrive_core.experiment.stages import StagePlan
 from magicdrive_core.training.checkpoints import TrainingProgress
 from magicdrive_core.training.engine import GradientCheck
-from magicdrive_core.training.recorder import Recorder, StepStatistics
+from magicdrive_core.training.recorder import Recorder, StepStatistics, host_memory, peak_tflops
 from magicdrive_core.training.statistics import (
     DeviceMemory,
     MicroBatchStatistics,
     RankStatistics,
-    host_memory,
     merge_groups,
-    peak_tflops,
 )
 
 BUCKETS = [Bucket(resolution="16x16", frames=1, batch=2), Bucket(resolution="16x16", frames=9, batch=1)]
@@ -37,7 +35,7 @@ def statistics(
         gradients=GradientCheck([], True),
         waited=0.25 * (bucket + 1),
         stop=False,
-        writing=0,
+        write_status=0,
         memory=memory,
     )
 
@@ -86,9 +84,9 @@ def test_mlflow_gets_the_means_between_two_entries(tmp_path: Path, monkeypatch: 
     log = mock.Mock()
     with Recorder(config, plan, TrainingProgress(), tmp_path, torch.device("cpu")) as recorder:
         recorder._log = log
-        recorder.step(step(1, TWO[0]))
-        recorder.step(step(2, TWO[1]))
-        recorder.step(step(3, TWO[0], skipped=["the loss of rank 0 is nan"]))
+        recorder.record(step(1, TWO[0]))
+        recorder.record(step(2, TWO[1]))
+        recorder.record(step(3, TWO[0], skipped=["the loss of rank 0 is nan"]))
     ((values, number), _) = log.metrics.call_args
     assert number == 2
     assert values["loss"] == 2.0

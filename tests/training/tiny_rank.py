@@ -25,7 +25,7 @@ from tests.training.networks import tiny_network
 
 
 class NoConditions:
-    def to(self, device: torch.device) -> NoConditions:
+    def map(self, _change: object) -> NoConditions:
         return self
 
 
