@@ -22,7 +22,7 @@ from magicdrive_core.cli.main import app
 from magicdrive_core.config.load import load_config
 from magicdrive_core.errors import UsageError
 from tests.conftest import PROJECT
-from tests.docs.documents import Block, blocks
+from tests.docs.documents import Block, blocks, documents
 from tests.projects import copy_project, run
 
 PROFILES = sorted((PROJECT / "profiles").glob("*.yaml"))
@@ -34,6 +34,7 @@ PREFECT = {
     ("worker", "start"),
 }
 SHELL = {"source", "export"}
+INLINE = re.compile(r"(?<!`)`((?:magicdrive|make|python) [^`\n]+)`(?!`)")
 
 # Commands that need nothing but are not run here: they are this test suite, or run it, or take minutes.
 RUN_ELSEWHERE = {
@@ -75,6 +76,24 @@ def test_every_command_is_understood(block: Block, tmp_path: Path) -> None:
         understand(words, tmp_path)
 
 
+@pytest.mark.parametrize("file", documents(), ids=lambda file: str(file.relative_to(PROJECT)))
+def test_commands_inside_sentences_exist(file: Path) -> None:
+    """Verbs, options, targets and modules; arguments may be placeholders there."""
+    for code in INLINE.findall(file.read_text(encoding="utf-8")):
+        match code.split():
+            case ["magicdrive", *rest]:
+                command, rest = find_verb(rest)
+                options = {
+                    name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)
+                }
+                named = {word for word in rest if re.match(r"-(-[a-z]|[A-Za-z]$)", word)}
+                assert named <= options | {"--help"}, code
+            case ["make", target, *_]:
+                understand_target([target])
+            case ["python", "-m", module, *_] if module.startswith("flows") and module.islower():
+                assert (PROJECT / f"{module.replace('.', '/')}.py").is_file(), code
+
+
 def understand(words: list[str], folder: Path) -> None:
     """Fail with a reason unless the program that ``words`` names would accept them."""
     match words:
@@ -103,18 +122,21 @@ def understand(words: list[str], folder: Path) -> None:
 
 
 def understand_verb(words: list[str]) -> None:
-    command: Any = typer.main.get_command(app)
-    path = ["magicdrive"]
-    while hasattr(command, "commands"):
-        if words[:1] == ["--help"]:
-            return
-        assert words[0] in command.commands, f"{' '.join(path)} has no verb {words[0]}"
-        path, command, words = [*path, words[0]], command.commands[words[0]], words[1:]
-    if "--help" in words:
+    command, rest = find_verb(words)
+    if "--help" in rest:
         return
-    parameters = command.make_context(" ".join(path), list(words)).params
-    profiles = [PROJECT / f"profiles/{parameters['profile']}.yaml"] if path[1:] == ["use"] else PROFILES
+    parameters = command.make_context(command.name, list(rest)).params
+    profiles = [PROJECT / f"profiles/{parameters['profile']}.yaml"] if command.name == "use" else PROFILES
     check_overrides(parameters.get("overrides") or [], profiles)
+
+
+def find_verb(words: list[str]) -> tuple[Any, list[str]]:
+    """Return the command that the first words name and the words after it."""
+    command: Any = typer.main.get_command(app)
+    while hasattr(command, "commands") and words and words[0] not in {"--help", "--debug", "VERB"}:
+        assert words[0] in command.commands, f"magicdrive has no verb {words[0]}"
+        command, words = command.commands[words[0]], words[1:]
+    return command, words
 
 
 def understand_target(words: list[str]) -> None:
