@@ -8,7 +8,6 @@ import typer
 
 from magicdrive_core.cli.options import (
     DEFAULT_PARAMS,
-    INFOS,
     Params,
     Set,
     read_config,
@@ -16,7 +15,6 @@ from magicdrive_core.cli.options import (
     read_shard,
     read_size,
 )
-from magicdrive_core.errors import MagicDriveError
 
 app = typer.Typer()
 
@@ -33,28 +31,9 @@ def generate(
 
     Example: magicdrive generate --shard 2/8
     """
-    from magicdrive_core.data.infos import read_scenes
-    from magicdrive_core.experiment.run_paths import find_run_paths
-    from magicdrive_core.inference.items import list_items
+    from magicdrive_core.inference.worker import run_worker
 
-    share, shares = read_shard(shard)
-    config = read_config(params, overrides)
-    paths = find_run_paths(config)
-    if not paths.model.done:
-        raise MagicDriveError(f"{paths.model.folder} holds no finished training", "python -m flows.train")
-    if config.generate.devices > 1:
-        from magicdrive_core.inference.worker import generate_in_group
-
-        generate_in_group(config, paths.model.folder, paths.generated, (share, shares))
-        print(f"done: {paths.generated}")
-        return
-    from magicdrive_core.device import take_device
-    from magicdrive_core.inference.generate import generate_items
-
-    take_device(share, share=True)  # the workers of one host take turns at its devices
-    items = list_items(config, read_scenes(INFOS))
-    summary = generate_items(config, items, paths.model.folder, paths.generated, shard=(share, shares))
-    print(f"{len(summary.made)} made, {len(summary.skipped)} finished before: {paths.generated}")
+    print(run_worker(read_config(params, overrides), read_shard(shard)))
 
 
 @app.command()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from magicdrive_core.config.schema import Config
 from magicdrive_core.data.infos import read_scenes
-from magicdrive_core.errors import MagicDriveError, UsageError
+from magicdrive_core.errors import UsageError
 from magicdrive_core.evaluation.condition_swap import FIELDS, draw_exchanged
 from magicdrive_core.evaluation.control_fidelity import Control, table_lines
 from magicdrive_core.experiment.run_paths import find_run_paths
@@ -39,22 +39,21 @@ def measure_fidelity(config: Config, sheet_scenes: Sequence[int] | None = None) 
     if config.synth is None:
         raise UsageError("synth is null, and only a generated city has exact regions", "magicdrive use learn")
     paths = find_run_paths(config)
-    if not paths.model.done:
-        raise MagicDriveError(f"{paths.model.folder} holds no finished training", "python -m flows.train")
+    model = paths.trained_model()
     control = Control(config)
     others = [control.scenes[other] for other in control.others]
     items = [item for item in list_items(config, read_scenes(Path("artifacts/infos"))) if item.generation == 0]
-    generate_items(config, items, paths.model.folder, paths.generated)
+    generate_items(config, items, model.folder, paths.generated)
     out = paths.generated.with_name(paths.generated.name.replace("generate", "fidelity"))
-    write_untrained(config, paths.model.stage, out / "untrained")
+    write_untrained(config, model.stage, out / "untrained")
     generate_items(config, items, out / "untrained", out / "untrained/items")
-    exchanged = {what: draw_exchanged(config, paths.model.folder, control.scenes, others, what) for what in FIELDS}
+    exchanged = {what: draw_exchanged(config, model.folder, control.scenes, others, what) for what in FIELDS}
     table = control.compare(paths.generated, out / "untrained/items", exchanged)
     values = {name: row.row() for name, row in table.items()}
     finite = {name: {key: v if math.isfinite(v) else None for key, v in row.items()} for name, row in values.items()}
     write_json(out / "fidelity.json", finite)  # a picture's PSNR against itself has no number
     control.write_sheet(paths.generated, out / "untrained/items", out / "fidelity.png", sheet_scenes)
-    run = read_json(paths.model.result).get("run")
+    run = read_json(model.result).get("run")
     if run:
         metrics = {f"fidelity/{name}": value for name, value in values["generated"].items()}
         log_results(config, run, metrics, out / "fidelity.png")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from magicdrive_core.config.schema import STAGES, Config, Stage, fingerprint
 from magicdrive_core.data.edits import chosen_edits
-from magicdrive_core.errors import UsageError
+from magicdrive_core.errors import MagicDriveError, UsageError
 from magicdrive_core.experiment.stages import StagePlan, feasibility, plan_stage
 from magicdrive_core.utils.files import read_json
 
@@ -41,6 +41,16 @@ class RunPaths:
     def model(self) -> StagePlan:
         """The run whose weights generate: the last stage."""
         return self.stages[-1]
+
+    def trained_model(self) -> StagePlan:
+        """The run whose weights generate, which must be finished.
+
+        Raises:
+            MagicDriveError: It is not.
+        """
+        if not self.model.done:
+            raise MagicDriveError(f"{self.model.folder} holds no finished training", "python -m flows.train")
+        return self.model
 
     def model_tags(self, config: Config) -> dict[str, str]:
         """Tags for MLflow and manifests: the name or folder of the model, its digest, its MLflow run."""

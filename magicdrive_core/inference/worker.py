@@ -1,7 +1,7 @@
-"""A worker of several devices: starts a supervised process group on this host, and is what each process of it runs.
+"""A worker of generation: one process, or a supervised process group of several devices on this host.
 
-Rank 0 leads: it takes the items, samples with the other ranks, decodes and writes. The others follow: they sample the
-items that it announces. A rank that fails ends the whole group; finished items stay.
+In a group, rank 0 leads: it takes the items, samples with the other ranks, decodes and writes. The others follow: they
+sample the items that it announces. A rank that fails ends the whole group; finished items stay.
 """
 
 from __future__ import annotations
@@ -13,8 +13,39 @@ from pathlib import Path
 
 from magicdrive_core.config.load import parse_config
 from magicdrive_core.config.schema import Config
+from magicdrive_core.experiment.run_paths import find_run_paths
 from magicdrive_core.launch.process_group import run_group
 from magicdrive_core.utils.files import read_json, write_json
+
+
+def run_worker(config: Config, shard: tuple[int, int]) -> str:
+    """Generates one worker's share of the validation clips of the project in the working directory.
+
+    Args:
+        config: settings.
+        shard: (number of this worker, number of workers).
+
+    Returns:
+        What was done, in one line.
+
+    Raises:
+        MagicDriveError: no finished training, missing inputs, or items that failed twice; finished items stay.
+    """
+    paths = find_run_paths(config)
+    stage_folder = paths.trained_model().folder
+    if config.generate.devices > 1:
+        generate_in_group(config, stage_folder, paths.generated, shard)
+        return f"finished: {paths.generated}"
+    # Imported here: the process that starts a group needs no torch.
+    from magicdrive_core.data.infos import read_scenes
+    from magicdrive_core.device import take_device
+    from magicdrive_core.inference.generate import generate_items
+    from magicdrive_core.inference.items import list_items
+
+    take_device(shard[0], share=True)  # the workers of one host take turns at its devices
+    items = list_items(config, read_scenes(Path("artifacts/infos")))
+    summary = generate_items(config, items, stage_folder, paths.generated, shard=shard)
+    return f"{len(summary.made)} made, {len(summary.skipped)} finished before: {paths.generated}"
 
 
 def generate_in_group(config: Config, stage_folder: Path, out: Path, shard: tuple[int, int]) -> None:
