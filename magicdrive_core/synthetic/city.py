@@ -1,4 +1,4 @@
-"""The streets of a generated city: a grid of junctions, two lanes each way, walkways around every block.
+"""The streets of a generated city: a grid of junctions, two lanes in each direction, walkways around every block.
 
 The city is built in a local frame (junction (0, 0) at the origin, right-hand traffic), then mirrored where traffic
 drives on the left, rotated and shifted into the first quadrant of nuScenes' map frame.
@@ -17,68 +17,68 @@ from numpy.typing import NDArray
 from magicdrive_core.synthetic.curves import Curve, transform_points
 
 Array = NDArray[np.float64]
-Frame = Callable[[Array], Array]  # points (N, 2) of a local frame to the city's
+ToCity = Callable[[Array], Array]  # transforms points (N, 2) from a local frame to that of the city
 
-GRID = 3  # junctions a side
+GRID = 3  # junctions along each side
 PITCH = 100.0  # metres from junction to junction
-STUB = 70.0  # metres from an outer junction to the end of the world
-LANE = 3.5  # lane width
-HALF = 2 * LANE  # half of a road
-CORNER = 15.0  # kerbs and turning lanes are concentric about (+-CORNER, +-CORNER) of a junction
-END = 20.5  # lanes end and junctions begin here
-CROSSING = (15.5, 19.0)  # of each arm, metres from the junction's centre
-STOP = (19.4, 20.1)
-WALKWAY = 3.5
-OFFSETS = (LANE / 2, 3 * LANE / 2)  # lane centres right of the road's centre line: inner, outer
-MOVES = {"straight": 0, "left": 1, "right": 3}  # quarter turns
-CARPARK = (24.0, 60.0, 12.5)  # along the block's edge from, to, and deep
-BAY = 2.9  # metres a parked car
-DRIVEWAY = (40.0, 46.0)
-MARGIN = 80.0  # metres of open land round the streets
+STUB = 70.0  # metres from an outer junction to the end of its road
+LANE = 3.5  # width of a lane in metres
+HALF = 2 * LANE  # half the width of a road
+CORNER = 15.0  # metres; kerbs and turning lanes are arcs about (+-CORNER, +-CORNER) of a junction
+END = 20.5  # metres from the centre of a junction to the ends of its lanes
+CROSSING = (15.5, 19.0)  # extent of a crossing along an arm, metres from the centre of the junction
+STOP = (19.4, 20.1)  # extent of a stop line, as for CROSSING
+WALKWAY = 3.5  # width in metres
+OFFSETS = (LANE / 2, 3 * LANE / 2)  # metres from the centre line of a road to the inner and outer lane
+MOVES = {"straight": 0, "left": 1, "right": 3}  # quarter turns to the left
+CARPARK = (24.0, 60.0, 12.5)  # metres: start and end along the edge of the block, depth
+BAY = 2.9  # metres along the edge for each parked car
+DRIVEWAY = (40.0, 46.0)  # metres: start and end along the edge of the block
+MARGIN = 80.0  # metres of open land around the streets
 
-# Name: mirrored for left-hand traffic, angle of the grid in radians.
+# By location: whether it is mirrored for left-hand traffic, and the angle of the grid in radians.
 CITIES = {"boston-seaport": (False, 0.19), "singapore-onenorth": (True, 0.47)}
 
 
 @dataclass(frozen=True)
 class Lane:
-    """A lane of a road, or a connector through a junction (with its move)."""
+    """A lane of a road, or a connector through a junction."""
 
     name: str
     curve: Curve
     index: int  # 0 inner, 1 outer
-    move: str = ""  # of MOVES, empty for the lanes of a road
+    move: str = ""  # one of MOVES for a connector, empty for the lane of a road
 
 
 @dataclass(frozen=True)
 class Area:
-    """A polygon of the map: rings (N, 2), the outer one first."""
+    """A polygon of the map."""
 
     name: str
-    rings: list[Array]
-    road: str = ""  # of the road or junction that it belongs to
+    rings: list[Array]  # (N, 2) each, the outer one first
+    road: str = ""  # name of its road or junction
 
 
 @dataclass
 class City:
-    """Everything the map expansion and the traffic need to know."""
+    """The streets of one location: lanes for traffic, areas and lines for the map expansion."""
 
     location: str
     lanes: dict[str, Lane] = field(default_factory=dict)
     connectors: dict[str, Lane] = field(default_factory=dict)
-    outgoing: dict[str, list[str]] = field(default_factory=dict)
+    outgoing: dict[str, list[str]] = field(default_factory=dict)  # names of the lanes that follow a lane
     areas: dict[str, list[Area]] = field(default_factory=dict)  # by layer
     lines: dict[str, list[tuple[str, Array, str]]] = field(default_factory=dict)  # by layer: name, points, road
-    crossings: dict[str, Curve] = field(default_factory=dict)  # where people cross, by the name of the crossing
-    bays: list[Curve] = field(default_factory=list)  # where parked cars stand, one each
+    crossings: dict[str, Curve] = field(default_factory=dict)  # paths of pedestrians, by name of the crossing
+    bays: list[Curve] = field(default_factory=list)  # one for each parked car
 
     def lane(self, name: str) -> Lane:
-        """A lane or connector."""
+        """Find a lane or connector by name."""
         return self.lanes.get(name) or self.connectors[name]
 
     @property
     def size(self) -> tuple[float, float]:
-        """Metres from the map's origin to the far edges of the city, its margin included."""
+        """Metres from the origin of the map to the far edges of the city, including the margin."""
         rings = [ring for areas in self.areas.values() for area in areas for ring in area.rings]
         width, height = np.concatenate(rings).max(axis=0) + MARGIN
         return float(width), float(height)
@@ -86,7 +86,7 @@ class City:
 
 @cache
 def city(location: str) -> City:
-    """The city of one of nuScenes' locations."""
+    """Build the city of a nuScenes location, one of ``CITIES``."""
     mirror, angle = CITIES[location]
     plain = _streets(location)
     corners = transform_points(
@@ -136,7 +136,11 @@ def _streets(location: str) -> City:
 
 
 def _road(streets: City, i: int, j: int, arm: int, length: float) -> tuple[list[str], list[str]]:
-    """Adds the road that leaves junction (i, j) by an arm; returns its lanes away from and towards it."""
+    """Add the road that leaves junction (i, j) by an arm.
+
+    Returns:
+        Names of its lanes away from the junction, and towards it; inner lane first.
+    """
     name = f"road-{i}-{j}-{arm}"
     to_map = _arm_frame(i, j, arm)
     far = END + length
@@ -145,13 +149,15 @@ def _road(streets: City, i: int, j: int, arm: int, length: float) -> tuple[list[
     _add_area(streets, "road_segment", name, to_map, [rectangle], name)
     _add_line(streets, "road_divider", name, to_map, [(END, 0), (far, 0)], name)
     names: tuple[list[str], list[str]] = ([], [])
-    for back, way in enumerate(("out", "in")):
-        side = 1 if back else -1  # traffic away from the junction keeps right, which is below the arm's axis
+    for back, direction in enumerate(("out", "in")):
+        side = 1 if back else -1  # right-hand traffic away from the junction is below the axis of the arm
         block = _rectangle(END, far, *sorted((0.0, side * HALF)))
-        _add_area(streets, "road_block", f"{name}-{way}", to_map, [block], name)
-        _add_line(streets, "lane_divider", f"{name}-{way}", to_map, [(END, side * LANE), (far, side * LANE)], name)
+        _add_area(streets, "road_block", f"{name}-{direction}", to_map, [block], name)
+        _add_line(
+            streets, "lane_divider", f"{name}-{direction}", to_map, [(END, side * LANE), (far, side * LANE)], name
+        )
         for index, offset in enumerate(OFFSETS):
-            lane = f"{name}-{way}-{index}"
+            lane = f"{name}-{direction}-{index}"
             x, y = to_map(np.array([[far if back else END, side * offset]]))[0]
             heading = np.pi / 2 * ((arm + 2 * back) % 4)
             streets.lanes[lane] = Lane(lane, Curve((float(x), float(y), heading), ((length, 0.0),)), index)
@@ -168,10 +174,10 @@ def _junction(
     leaving: dict[tuple[int, int, int], list[str]],
 ) -> None:
     name = f"junction-{i}-{j}"
-    angles = np.linspace(1.5 * np.pi, np.pi, 9)  # the kerb round a corner, seen from the corner's centre
+    angles = np.linspace(1.5 * np.pi, np.pi, 9)  # the kerb around a corner, as seen from the centre of its arc
     kerb = CORNER + (CORNER - HALF) * np.stack([np.cos(angles), np.sin(angles)], axis=1)
     quarter = np.concatenate([[[END, HALF]], kerb, [[HALF, END]]])
-    outline = np.concatenate([_turned(quarter, arm) for arm in range(4)])
+    outline = np.concatenate([_rotated(quarter, arm) for arm in range(4)])
     to_map = _arm_frame(i, j, 0)
     _add_area(streets, "drivable_area", name, to_map, [outline], name)
     _add_area(streets, "road_segment", name, to_map, [outline], name)
@@ -201,7 +207,7 @@ def _turn(move: str, offset: float) -> tuple[tuple[float, float], ...]:
 
 
 def _block(streets: City, i: int, j: int) -> None:
-    """Adds the land between the junctions (i, j) and (i + 1, j + 1): its walkway, and a car park on every other."""
+    """Add the block between junctions (i, j) and (i + 1, j + 1): its walkway, and a car park on every other block."""
     name = f"block-{i}-{j}"
     low = [-STUB if index < 0 else index * PITCH + HALF for index in (i, j)]
     high = [(GRID - 1) * PITCH + STUB if index == GRID - 1 else (index + 1) * PITCH - HALF for index in (i, j)]
@@ -224,11 +230,11 @@ def _block(streets: City, i: int, j: int) -> None:
         streets.bays.append(Curve((x, south + WALKWAY + deep - 5.2, np.pi / 2), ((5.0, 0.0),)))
 
 
-def _arm_frame(i: int, j: int, arm: int) -> Frame:
-    """The map from an arm's frame (x away from the junction) to the city's."""
+def _arm_frame(i: int, j: int, arm: int) -> ToCity:
+    """Return the transformation from the frame of an arm (x away from the junction) to that of the city."""
 
     def to_map(points: Array) -> Array:
-        return _turned(points, arm) + np.array([i * PITCH, j * PITCH])
+        return _rotated(points, arm) + np.array([i * PITCH, j * PITCH])
 
     return to_map
 
@@ -237,7 +243,7 @@ def _identity(points: Array) -> Array:
     return points
 
 
-def _turned(points: Array, quarters: int) -> Array:
+def _rotated(points: Array, quarters: int) -> Array:
     x, y = points[:, 0], points[:, 1]
     return np.stack([(x, y), (-y, x), (-x, -y), (y, -x)][quarters % 4], axis=1)
 
@@ -257,11 +263,11 @@ def _rounded(left: float, right: float, low: float, high: float, radius: float) 
     return np.concatenate(rings)
 
 
-def _add_area(streets: City, layer: str, name: str, to_map: Frame, rings: list[Array], road: str = "") -> None:
+def _add_area(streets: City, layer: str, name: str, to_map: ToCity, rings: list[Array], road: str = "") -> None:
     streets.areas.setdefault(layer, []).append(Area(name, [to_map(ring) for ring in rings], road))
 
 
 def _add_line(
-    streets: City, layer: str, name: str, to_map: Frame, points: list[tuple[float, float]], road: str
+    streets: City, layer: str, name: str, to_map: ToCity, points: list[tuple[float, float]], road: str
 ) -> None:
     streets.lines.setdefault(layer, []).append((name, to_map(np.array(points, dtype=np.float64)), road))

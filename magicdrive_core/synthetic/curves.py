@@ -14,42 +14,55 @@ Pose = tuple[float, float, float]  # x, y in metres, heading in radians
 
 @dataclass(frozen=True)
 class Curve:
-    """A start pose and pieces of constant curvature, joined without a kink."""
+    """A start pose and pieces of constant curvature, with continuous heading."""
 
     start: Pose
-    pieces: tuple[tuple[float, float], ...]  # length in metres, curvature in 1/m (left is positive)
+    pieces: tuple[tuple[float, float], ...]  # length in metres, curvature in 1/m (positive to the left)
 
     @property
     def length(self) -> float:
-        """Metres."""
+        """Length of the curve in metres."""
         return sum(length for length, _ in self.pieces)
 
     @property
     def end(self) -> Pose:
-        """The pose at the far end."""
+        """Pose at the end of the curve."""
         x, y, heading = self.poses([self.length])[0]
         return float(x), float(y), float(heading)
 
     def joined(self, other: Curve) -> Curve:
-        """This curve, then ``other``, which starts where this one ends."""
+        """Append another curve, which must start at the end of this one."""
         return Curve(self.start, self.pieces + other.pieces)
 
     def poses(self, distances: ArrayLike, offset: float = 0.0) -> Array:
-        """Poses at distances (N,) in metres from the start, ``offset`` metres to the right: (N, 3) x, y, heading.
+        """Compute poses along the curve; beyond either end, the first or last piece continues.
 
-        Beyond either end the first or last piece goes on.
+        Args:
+            distances: (N,) metres from the start.
+            offset: metres to the right of the curve.
+
+        Returns:
+            (N, 3) x, y in metres and heading in radians.
         """
         s = np.asarray(distances, dtype=np.float64)
         starts, knots = self._knots
         piece = np.clip(np.searchsorted(starts, s, side="right") - 1, 0, len(self.pieces) - 1)
         curvature = np.array([curvature for _, curvature in self.pieces])[piece]
-        moved = _advance(knots[piece], s - starts[piece], curvature)
-        moved[:, 0] += offset * np.sin(moved[:, 2])
-        moved[:, 1] -= offset * np.cos(moved[:, 2])
-        return moved
+        poses = _advance(knots[piece], s - starts[piece], curvature)
+        poses[:, 0] += offset * np.sin(poses[:, 2])
+        poses[:, 1] -= offset * np.cos(poses[:, 2])
+        return poses
 
     def points(self, spacing: float, offset: float = 0.0) -> Array:
-        """Points (N, 2) at most ``spacing`` metres apart; a straight piece gives its ends only."""
+        """Sample points along the curve; a straight piece gives only its ends.
+
+        Args:
+            spacing: largest distance between points of an arc, in metres.
+            offset: metres to the right of the curve.
+
+        Returns:
+            (N, 2) metres.
+        """
         starts, _ = self._knots
         distances = [0.0]
         for (length, curvature), start in zip(self.pieces, starts, strict=True):
@@ -58,7 +71,7 @@ class Curve:
         return self.poses(distances, offset)[:, :2]
 
     def transformed(self, mirror: bool, angle: float, shift: tuple[float, float]) -> Curve:
-        """The curve mirrored at the x axis if asked, then turned about the origin, then shifted."""
+        """Transform the curve like ``transform_points``."""
         sign = -1.0 if mirror else 1.0
         x, y = transform_points(np.array([self.start[:2]]), mirror, angle, shift)[0]
         pieces = tuple((length, sign * curvature) for length, curvature in self.pieces)
@@ -66,7 +79,7 @@ class Curve:
 
     @cached_property
     def _knots(self) -> tuple[Array, Array]:
-        """Distance and pose at the start of each piece."""
+        """Distance (P,) and pose (P, 3) at the start of each piece."""
         starts, poses = [0.0], [np.array(self.start)]
         for length, curvature in self.pieces[:-1]:
             starts.append(starts[-1] + length)
@@ -75,14 +88,14 @@ class Curve:
 
 
 def transform_points(points: Array, mirror: bool, angle: float, shift: tuple[float, float]) -> Array:
-    """Points (N, 2) mirrored at the x axis if asked, then turned about the origin, then shifted."""
+    """Mirror points (N, 2) at the x axis if asked, then rotate them about the origin by ``angle``, then shift them."""
     x, y = points[:, 0], -points[:, 1] if mirror else points[:, 1]
     c, s = np.cos(angle), np.sin(angle)
     return np.stack([c * x - s * y + shift[0], s * x + c * y + shift[1]], axis=1)
 
 
 def _advance(poses: Array, distances: Array, curvatures: Array) -> Array:
-    """Poses (N, 3) moved along arcs: x += sin(k s / 2) / (k / 2) in the direction heading + k s / 2."""
+    """Move poses (N, 3) along arcs: by sin(k s / 2) / (k / 2) in the direction heading + k s / 2."""
     half = curvatures * distances / 2
     chord = distances * np.sinc(half / np.pi)  # sinc(x / pi) = sin(x) / x, 1 on straight lines
     direction = poses[:, 2] + half

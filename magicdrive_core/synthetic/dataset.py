@@ -1,4 +1,4 @@
-"""Writes a whole generated data root: tables, maps, lidar files, pictures, manifest."""
+"""The synth stage: write a generated data root with tables, maps, lidar files, pictures and a manifest."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.synthetic.city import city
 from magicdrive_core.synthetic.map_expansion import write_expansion, write_mask
 from magicdrive_core.synthetic.render import prepare_process, render_missing
-from magicdrive_core.synthetic.scenery import scenery_of
+from magicdrive_core.synthetic.scenery import load_scenery
 from magicdrive_core.synthetic.tables import Rows, fixed_rows, merge, scene_rows
-from magicdrive_core.synthetic.traffic import Plan, plan_scene
+from magicdrive_core.synthetic.traffic import ScenePlan, plan_scene
 from magicdrive_core.utils.files import atomic_file, read_json, sha256_file, sync_folder, write_json, write_unsynced
 from magicdrive_core.utils.progress import track
 
@@ -27,13 +27,13 @@ MANIFEST = "manifest.csv"
 
 
 def synthesize(synth: Synth, root: Path, version: str, workers: int | None = None) -> None:
-    """Writes the generated data set, or what an interrupted run left out; nothing if it is there already.
+    """Write the generated data set; an interrupted run is completed, and a complete data set is left as it is.
 
     Args:
-        synth: what to generate.
+        synth: the settings of the data.
         root: the data root.
         version: name of the table folder.
-        workers: processes; the host's cores if None. They do not change a byte.
+        workers: number of processes, by default one a core; the bytes do not depend on it.
 
     Raises:
         MagicDriveError: the root holds other data, or the disk is full or not writable.
@@ -43,18 +43,18 @@ def synthesize(synth: Synth, root: Path, version: str, workers: int | None = Non
     if found == {**stamp, "complete": True} and _is_complete(root):
         return
     if found is None and root.is_dir() and any(not path.name.startswith(".") for path in root.iterdir()):
-        raise MagicDriveError(f"{root} holds data that was not generated here", "choose an empty folder for data.root")
+        raise MagicDriveError(f"{root} holds data that was not generated", "choose an empty folder for data.root")
     if found is not None and {**found, "complete": None} != {**stamp, "complete": None}:
         _clear(root, str(found.get("version")))
     write_json(root / STAMP, {**stamp, "complete": False})
-    _write_world(synth, root, version, workers)
+    _write_tables_and_maps(synth, root, version, workers)
     render_missing(root, version, workers)
     _write_manifest(root)
     write_json(root / STAMP, {**stamp, "complete": True})
 
 
-def _write_world(synth: Synth, root: Path, version: str, workers: int | None) -> None:
-    """Writes maps, lidar files and tables."""
+def _write_tables_and_maps(synth: Synth, root: Path, version: str, workers: int | None) -> None:
+    """Write everything but the pictures: maps, lidar files and tables."""
     plans = [plan_scene(synth, index) for index in range(synth.scenes)]
     locations = sorted({plan.location for plan in plans})
     for location in locations:
@@ -65,7 +65,7 @@ def _write_world(synth: Synth, root: Path, version: str, workers: int | None) ->
         write_json(root / version / f"{table}.json", rows)
 
 
-def _scenes(root: Path, plans: list[Plan], workers: int) -> list[Rows]:
+def _scenes(root: Path, plans: list[ScenePlan], workers: int) -> list[Rows]:
     jobs = [root] * len(plans), plans
     if min(workers, len(plans)) <= 1:
         return [_write_scene(root, plan) for plan in track(plans, "writing scenes")]
@@ -73,10 +73,10 @@ def _scenes(root: Path, plans: list[Plan], workers: int) -> list[Rows]:
         return list(track(pool.map(_write_scene, *jobs), "writing scenes", total=len(plans)))
 
 
-def _write_scene(root: Path, plan: Plan) -> Rows:
-    """Writes the lidar files of a scene and returns its records."""
-    boxes = scenery_of(root, plan.location).boxes.copy()
-    boxes[:, 2] += boxes[:, 5] / 2  # from the bottom to the centre
+def _write_scene(root: Path, plan: ScenePlan) -> Rows:
+    """Write the lidar files of a scene and return its records."""
+    boxes = load_scenery(root, plan.location).boxes.copy()
+    boxes[:, 2] += boxes[:, 5] / 2  # z from the bottom to the centre
     rows, files = scene_rows(plan, boxes)
     for name, data in files.items():
         write_unsynced(root / name, data)
@@ -86,14 +86,14 @@ def _write_scene(root: Path, plan: Plan) -> Rows:
 
 
 def _write_manifest(root: Path) -> None:
-    """Writes path, bytes and SHA-256 of every picture and lidar file, by path."""
+    """Write path, length and SHA-256 of every picture and lidar file, sorted by path."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["path", "bytes", "sha256"])
     files = [path for kind in ("samples", "sweeps") for path in (root / kind).glob("*/*")]
     for path in sorted(files):
         if path.name.startswith("."):
-            path.unlink()  # left by a killed run
+            path.unlink()  # partial file of a killed run
         else:
             writer.writerow([path.relative_to(root).as_posix(), path.stat().st_size, sha256_file(path)])
     with atomic_file(root / MANIFEST) as partial:
@@ -101,7 +101,7 @@ def _write_manifest(root: Path) -> None:
 
 
 def _is_complete(root: Path) -> bool:
-    """Whether every file of the manifest is there, as long as it should be."""
+    """Check that every file of the manifest is there with its length."""
     try:
         with (root / MANIFEST).open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
@@ -111,7 +111,7 @@ def _is_complete(root: Path) -> bool:
 
 
 def _clear(root: Path, version: str) -> None:
-    """Removes another generated data set, which can be made again."""
+    """Remove a data set that was generated with other settings; it can be generated again."""
     for name in (version, "maps", "samples", "sweeps"):
         shutil.rmtree(root / name, ignore_errors=True)
     (root / MANIFEST).unlink(missing_ok=True)

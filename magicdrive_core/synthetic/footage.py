@@ -1,4 +1,4 @@
-"""What nuScenes tables say about pictures: cameras at their moments, and objects between key frames."""
+"""The content of pictures as nuScenes tables describe it: posed cameras, and objects at any time."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.geometry import poses
-from magicdrive_core.synthetic.lens import Lens
-from magicdrive_core.synthetic.solids import Things
+from magicdrive_core.synthetic.camera import PosedCamera
+from magicdrive_core.synthetic.solids import Solids
 from magicdrive_core.utils.files import read_json
 
 Array = NDArray[np.float64]
 
-EARLY = 0.12e6  # microseconds for which objects are moved on before their first and after their last annotation
-CLASSES = {  # nuScenes' categories that are detection classes, by their beginnings
+EXTRAPOLATED = 0.12e6  # microseconds that objects are shown before their first and after their last annotation
+CATEGORY_CLASSES = {  # detection class of each nuScenes category, or of its leading parts
     "vehicle.car": "car",
     "vehicle.truck": "truck",
     "vehicle.bus": "bus",
@@ -35,12 +35,12 @@ CLASSES = {  # nuScenes' categories that are detection classes, by their beginni
     "movable_object.trafficcone": "traffic_cone",
     "movable_object.barrier": "barrier",
 }
-TINTS = (0.9, 1.0, 1.08)
+TINTS = (0.9, 1.0, 1.08)  # brightness factors that tell objects of one class apart
 
 
 @dataclass(frozen=True)
 class Shot:
-    """A picture to be drawn."""
+    """A picture to draw."""
 
     filename: str  # below the data root
     timestamp: int  # microseconds
@@ -49,16 +49,16 @@ class Shot:
     ego_to_global: Array  # (4, 4)
 
     @property
-    def lens(self) -> Lens:
-        """The camera at its moment."""
-        return Lens(self.intrinsics, self.ego_to_global @ self.camera_to_ego, self.ego_to_global)
+    def camera(self) -> PosedCamera:
+        """The camera at the time of the picture."""
+        return PosedCamera(self.intrinsics, self.ego_to_global @ self.camera_to_ego, self.ego_to_global)
 
 
 @dataclass(frozen=True)
-class Track:
-    """One object over time. K annotations in order of time."""
+class ObjectTrack:
+    """One object over time: K annotations in order of time."""
 
-    name: str  # of shapes.shape
+    name: str  # of meshes.mesh_of
     tint: float
     size: Array  # (3,) w, l, h in metres
     times: NDArray[np.int64]  # (K,) microseconds
@@ -66,8 +66,16 @@ class Track:
     rotations: Array  # (K, 4) w, x, y, z
 
     def around(self, time: int) -> tuple[int, int, float] | None:
-        """The annotations before and after a time, and where between them it is; None where the object is not."""
-        if not self.times[0] - EARLY <= time <= self.times[-1] + EARLY:
+        """Find the annotations around a time.
+
+        Args:
+            time: microseconds.
+
+        Returns:
+            Indices of the annotations before and after, and the fraction of the interval between them; None if the
+            object is absent.
+        """
+        if not self.times[0] - EXTRAPOLATED <= time <= self.times[-1] + EXTRAPOLATED:
             return None
         if len(self.times) == 1:
             return 0, 0, 0.0
@@ -78,22 +86,22 @@ class Track:
 
 @dataclass(frozen=True)
 class Footage:
-    """One scene's pictures and objects."""
+    """The pictures and objects of one scene."""
 
     location: str
     description: str
     shots: list[Shot]
-    tracks: list[Track]
+    tracks: list[ObjectTrack]
 
-    def things(self, time: int) -> Things:
-        """All objects at a time: linear and slerp between their annotations."""
+    def solids_at(self, time: int) -> Solids:
+        """Interpolate all objects at a time (microseconds): centres linear, rotations slerp."""
         found = [(track, around) for track in self.tracks if (around := track.around(time)) is not None]
         share = np.array([share for _, (_, _, share) in found])
         (start, end), (turn_start, turn_end) = (
             [np.array([values(track)[around[side]] for track, around in found]).reshape(-1, width) for side in (0, 1)]
             for values, width in ((lambda track: track.centres, 3), (lambda track: track.rotations, 4))
         )
-        return Things(
+        return Solids(
             names=[track.name for track, _ in found],
             centres=start + share[:, None] * (end - start),
             sizes=np.array([track.size for track, _ in found]).reshape(-1, 3),
@@ -103,7 +111,11 @@ class Footage:
 
 
 def read_footage(root: Path, version: str) -> list[Footage]:
-    """Reads what the pictures of a data root show, scene by scene.
+    """Read the content of all pictures of a data root, scene by scene.
+
+    Args:
+        root: the data root.
+        version: name of the table folder.
 
     Raises:
         MagicDriveError: a table is missing or damaged.
@@ -111,15 +123,15 @@ def read_footage(root: Path, version: str) -> list[Footage]:
     folder = root / version
     if not folder.is_dir():
         raise MagicDriveError(
-            f"{folder} is missing: {root} holds no tables of version {version}",
-            "name the folder that holds samples/ and the version's table folder, or run `magicdrive synth`",
+            f"{folder} is missing: {root} has no tables of version {version}",
+            "pass the folder that holds samples/ and the table folder, or run `magicdrive synth`",
         )
     tables = {name: _table(folder, name) for name in _NEEDED}
     try:
         return _footage(tables)
     except KeyError as error:
         raise MagicDriveError(
-            f"the tables in {folder} do not fit together: {error} is missing", "unpack the data set again"
+            f"the tables in {folder} are inconsistent: {error} is missing", "unpack the data set again"
         ) from None
 
 
@@ -154,13 +166,13 @@ def _footage(tables: dict[str, dict[str, dict[str, Any]]]) -> list[Footage]:
     annotations: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for annotation in tables["sample_annotation"].values():
         annotations[annotation["instance_token"]].append(annotation)
-    tracks: dict[str, list[Track]] = defaultdict(list)
+    tracks: dict[str, list[ObjectTrack]] = defaultdict(list)
     for instance, rows in annotations.items():
         category = tables["category"][tables["instance"][instance]["category_token"]]["name"]
         timed = sorted(((tables["sample"][row["sample_token"]]["timestamp"], row) for row in rows), key=lambda t: t[0])
         tracks[scene_of[rows[0]["sample_token"]]].append(
-            Track(
-                name=_shape_name(category),
+            ObjectTrack(
+                name=_mesh_name(category),
                 tint=TINTS[hashlib.md5(instance.encode(), usedforsecurity=False).digest()[0] % len(TINTS)],
                 size=np.array(timed[0][1]["size"], dtype=np.float64),
                 times=np.array([time for time, _ in timed]),
@@ -179,7 +191,7 @@ def _footage(tables: dict[str, dict[str, dict[str, Any]]]) -> list[Footage]:
     ]
 
 
-def _shape_name(category: str) -> str:
+def _mesh_name(category: str) -> str:
     parts = category.split(".")
-    names = [CLASSES[start] for end in range(len(parts), 0, -1) if (start := ".".join(parts[:end])) in CLASSES]
-    return names[0] if names else category
+    prefixes = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+    return next((CATEGORY_CLASSES[prefix] for prefix in prefixes if prefix in CATEGORY_CLASSES), category)

@@ -1,4 +1,4 @@
-"""A map's polygons and lines by layer, for drawing."""
+"""Paint the ground: the areas, zebra stripes, lane dashes and kerbs of a map, as one label for each pixel."""
 
 from __future__ import annotations
 
@@ -12,30 +12,36 @@ from numpy.typing import NDArray
 
 from magicdrive_core.data.records import MAP_LAYERS
 from magicdrive_core.data.vector_maps import LINE_LAYERS, VectorMap, load_map
-from magicdrive_core.synthetic.lens import SHIFT, Lens, Pixels
+from magicdrive_core.synthetic.camera import SHIFT, Pixels, PosedCamera
 
 Array = NDArray[np.float64]
+Labels = NDArray[np.uint8]  # (900, 1600), a Label and possibly the SHADOW flag for each pixel
+
+MAP_RANGE = 110.0  # metres from the camera within which the map is drawn
+MARK_RANGE = 60.0  # metres from the camera within which markings are drawn
+FORWARD = np.array([0.0, 0.0, 1.0])  # in the camera frame
+SHADOW = 0x80  # flag added to a label
 
 
 @dataclass(frozen=True)
-class MapShapes:
-    """The eight layers that the model knows, in metres of the global frame."""
+class MapLayers:
+    """The eight map layers of the conditions, in metres of the global frame."""
 
     polygons: dict[str, list[list[Array]]]  # by layer: rings (K, 2) of each polygon, the outer one first
     lines: dict[str, list[Array]]  # by layer: points (K, 2) of each line
 
 
-def read_shapes(root: Path, location: str) -> MapShapes:
-    """Reads ``maps/expansion/<location>.json``.
+def read_layers(root: Path, location: str) -> MapLayers:
+    """Read ``maps/expansion/<location>.json`` below a data root.
 
     Raises:
         MagicDriveError: the file is missing, damaged, or of another version than 1.3.
     """
-    return shapes_of(load_map(root, location))
+    return layers_of(load_map(root, location))
 
 
-def shapes_of(vector_map: VectorMap) -> MapShapes:
-    """The paths of a map, polygons with their holes."""
+def layers_of(vector_map: VectorMap) -> MapLayers:
+    """Group the paths of a vector map by layer, polygons with their holes."""
     polygons: dict[str, list[list[Array]]] = {layer: [] for layer in MAP_LAYERS if layer not in LINE_LAYERS}
     lines: dict[str, list[Array]] = {layer: [] for layer in LINE_LAYERS}
     paths = np.split(vector_map.points, vector_map.offsets[1:-1]) if len(vector_map.layers) else []
@@ -47,21 +53,11 @@ def shapes_of(vector_map: VectorMap) -> MapShapes:
             polygons[name][-1].append(points)
         else:
             polygons[name].append([points])
-    return MapShapes(polygons, lines)
-
-
-# What is painted on the ground: the map's areas, zebra stripes, dashes and kerbs, as labels of pixels.
-
-Labels = NDArray[np.uint8]  # (900, 1600)
-
-SEEN = 110.0  # metres within which the map is drawn
-FINE = 60.0  # metres within which marks are drawn
-AHEAD = np.array([0.0, 0.0, 1.0])  # in a camera frame
-SHADOW = 0x80  # flag beside a label
+    return MapLayers(polygons, lines)
 
 
 class Label(IntEnum):
-    """What a pixel of the ground or the sky is."""
+    """The surface that a pixel of ground or sky shows."""
 
     SKY = 0
     CLOUD = 1
@@ -80,7 +76,7 @@ class Label(IntEnum):
     KERB = 14
 
 
-WET = (Label.ROAD, Label.ROAD_BLOCK, Label.CARPARK)  # what mirrors the scene in the rain
+WET = (Label.ROAD, Label.ROAD_BLOCK, Label.CARPARK)  # surfaces that mirror the scene in rain
 AREAS = (  # painted in this order
     ("walkway", Label.WALKWAY),
     ("drivable_area", Label.ROAD),
@@ -88,38 +84,38 @@ AREAS = (  # painted in this order
     ("carpark_area", Label.CARPARK),
     ("stop_line", Label.STOP_LINE),
 )
-STRIPE = 0.5  # metres wide and apart, of zebra crossings
-LINE = 0.16  # metres wide
-DASH, PAUSE = 3.0, 3.0  # metres of lane dividers
-DOUBLE = 0.16  # metres of each line of a road divider from its middle
-KERB = 0.18  # metres wide
+STRIPE = 0.5  # width of zebra stripes and of the gaps between them, metres
+LINE = 0.16  # width of painted lines, metres
+DASH, PAUSE = 3.0, 3.0  # lengths of dashes and gaps of lane dividers, metres
+DOUBLE = 0.16  # metres from the middle of a road divider to each of its two lines
+KERB = 0.18  # width in metres
 
 
 @dataclass(frozen=True)
 class Ground:
-    """A map, prepared for painting."""
+    """A map, prepared for painting: R rings of areas and M markings."""
 
-    points: Array  # (P, 2) of the areas' rings
-    starts: NDArray[np.int64]  # (R,) first point of each ring, in painting order
-    areas: NDArray[np.int64]  # (R,) the area that a ring belongs to
-    labels: NDArray[np.int64]  # (R,)
-    centres: Array  # (R, 2) and
-    radii: Array  # (R,) of circles about the rings
+    points: Array  # (P, 2) vertices of all rings
+    starts: NDArray[np.int64]  # (R,) index of the first vertex of each ring, in painting order
+    areas: NDArray[np.int64]  # (R,) index of the area of each ring
+    labels: NDArray[np.int64]  # (R,) Label of each ring
+    centres: Array  # (R, 2) centres of circles around the rings
+    radii: Array  # (R,) radii of these circles
     marks: Array  # (M, 4, 2) quadrilaterals in painting order
-    mark_labels: NDArray[np.int64]  # (M,)
+    mark_labels: NDArray[np.int64]  # (M,) Label of each marking
 
 
-def prepare(shapes: MapShapes) -> Ground:
-    """Cuts the map's crossings and lines into stripes, dashes and kerb stones."""
-    areas = [(label, rings) for layer, label in AREAS for rings in shapes.polygons[layer]]
+def prepare(layers: MapLayers) -> Ground:
+    """Prepare a map: cut its crossings, lines and walkways into stripes, dashes and kerbs."""
+    areas = [(label, rings) for layer, label in AREAS for rings in layers.polygons[layer]]
     outlines = [(area, label, ring) for area, (label, rings) in enumerate(areas) for ring in rings]
     boxes = [(ring.min(axis=0), ring.max(axis=0)) for _, _, ring in outlines]
     marks: list[tuple[Label, Array]] = []
-    for rings in shapes.polygons["walkway"]:
+    for rings in layers.polygons["walkway"]:
         marks += [(Label.KERB, _strip(np.concatenate([ring, ring[:1]]), KERB)) for ring in rings[:1]]
-    marks += [(Label.CROSSING, _stripes(rings[0])) for rings in shapes.polygons["ped_crossing"]]
-    marks += [(Label.LANE_DIVIDER, _dashes(line)) for line in shapes.lines["lane_divider"]]
-    for line in shapes.lines["road_divider"]:
+    marks += [(Label.CROSSING, _stripes(rings[0])) for rings in layers.polygons["ped_crossing"]]
+    marks += [(Label.LANE_DIVIDER, _dashes(line)) for line in layers.lines["lane_divider"]]
+    for line in layers.lines["road_divider"]:
         marks += [(Label.ROAD_DIVIDER, _strip(line, LINE, offset)) for offset in (-DOUBLE, DOUBLE)]
     marks = [(label, quads) for label, quads in marks if len(quads)]
     return Ground(
@@ -134,29 +130,29 @@ def prepare(shapes: MapShapes) -> Ground:
     )
 
 
-def paint(labels: Labels, ground: Ground, lens: Lens) -> None:
-    """Paints the land and the map into the labels."""
-    x, y = lens.eye[:2]
+def paint(labels: Labels, ground: Ground, camera: PosedCamera) -> None:
+    """Paint the land and the map into labels, in place."""
+    x, y = camera.eye[:2]
     far = 4000.0
     land = np.array([[x - far, y - far], [x + far, y - far], [x + far, y + far], [x - far, y + far]])
-    cv2.fillPoly(labels, [lens.outline(lens.ground(land))], (int(Label.LAND),), shift=SHIFT)
+    cv2.fillPoly(labels, [camera.outline(camera.from_ground(land))], (int(Label.LAND),), shift=SHIFT)
     if len(ground.starts):
-        _paint_areas(labels, ground, lens)
-    close = np.flatnonzero(np.linalg.norm(ground.marks[:, 0] - lens.eye[:2], axis=1) < FINE)
-    for index, outline in zip(close, lens.outlines(lens.ground(ground.marks[close]), 0.7), strict=True):
+        _paint_areas(labels, ground, camera)
+    close = np.flatnonzero(np.linalg.norm(ground.marks[:, 0] - camera.eye[:2], axis=1) < MARK_RANGE)
+    for index, outline in zip(close, camera.outlines(camera.from_ground(ground.marks[close]), 0.7), strict=True):
         if outline is not None:
             cv2.fillPoly(labels, [outline], (int(ground.mark_labels[index]),), shift=SHIFT)
 
 
-def _paint_areas(labels: Labels, ground: Ground, lens: Lens) -> None:
-    points = lens.ground(ground.points)
-    seen = np.linalg.norm(ground.centres - lens.eye[:2], axis=1) - ground.radii < SEEN
-    for inward in (AHEAD, *lens.sides):
+def _paint_areas(labels: Labels, ground: Ground, camera: PosedCamera) -> None:
+    points = camera.from_ground(ground.points)
+    seen = np.linalg.norm(ground.centres - camera.eye[:2], axis=1) - ground.radii < MAP_RANGE
+    for inward in (FORWARD, *camera.sides):
         seen &= np.maximum.reduceat(points @ inward, ground.starts) > 0
     outlines: dict[int, list[Pixels]] = {}
     ends = [*ground.starts[1:], len(points)]
     for ring in np.flatnonzero(seen):
-        outline = lens.outline(points[ground.starts[ring] : ends[ring]])
+        outline = camera.outline(points[ground.starts[ring] : ends[ring]])
         if len(outline):
             outlines.setdefault(int(ground.areas[ring]), []).append(outline)
     label_of = dict(zip(ground.areas.tolist(), ground.labels.tolist(), strict=True))
@@ -164,10 +160,10 @@ def _paint_areas(labels: Labels, ground: Ground, lens: Lens) -> None:
         cv2.fillPoly(labels, rings, (label_of[area],), shift=SHIFT)
 
 
-def shade(labels: Labels, quads: Array, lens: Lens) -> None:
-    """Marks shadows: quadrilaterals (N, 4, 2) on the ground."""
+def shade(labels: Labels, quads: Array, camera: PosedCamera) -> None:
+    """Add the SHADOW flag where quadrilaterals (N, 4, 2) cover the ground, in place."""
     shadow = np.zeros_like(labels)
-    for outline in lens.outlines(lens.ground(quads), 2.0):
+    for outline in camera.outlines(camera.from_ground(quads), 2.0):
         if outline is not None:
             cv2.fillConvexPoly(shadow, outline, (SHADOW,), shift=SHIFT)
     shadow[labels < Label.LAND] = 0
@@ -175,7 +171,7 @@ def shade(labels: Labels, quads: Array, lens: Lens) -> None:
 
 
 def _strip(line: Array, width: float, offset: float = 0.0) -> Array:
-    """A quadrilateral (4, 2) for each piece of a line, ``offset`` metres to its right."""
+    """Widen each piece of a line, ``offset`` metres to its right, to a quadrilateral (4, 2)."""
     step = np.diff(line, axis=0)
     length = np.linalg.norm(step, axis=1)
     keep = length > 1e-6
@@ -186,7 +182,7 @@ def _strip(line: Array, width: float, offset: float = 0.0) -> Array:
 
 
 def _dashes(line: Array) -> Array:
-    """Quadrilaterals of the dashes of a line."""
+    """Cut a line into dashes: quadrilaterals (Q, 4, 2)."""
     reach = np.concatenate([[0.0], np.cumsum(np.linalg.norm(np.diff(line, axis=0), axis=1))])
     starts = np.arange(0.0, reach[-1], DASH + PAUSE)
     quads = []
@@ -199,7 +195,7 @@ def _dashes(line: Array) -> Array:
 
 
 def _stripes(ring: Array) -> Array:
-    """Zebra stripes of a crossing: across its longer side, cut off at its outline's extent on each stripe."""
+    """Cut a crossing into zebra stripes (Q, 4, 2) across its longer side, each as long as the outline is there."""
     step = np.roll(ring, -1, axis=0) - ring
     along = step[np.argmax(np.round(np.linalg.norm(step, axis=1), 6))]
     along = along / np.linalg.norm(along)
@@ -215,7 +211,7 @@ def _stripes(ring: Array) -> Array:
 
 
 def _span(u: Array, v: Array, position: float) -> tuple[float, float] | None:
-    """The extent in v of an outline at u = position."""
+    """Return the extent in v of an outline at u = position."""
     after_u, after_v = np.roll(u, -1), np.roll(v, -1)
     crosses = (u < position) != (after_u < position)
     if crosses.sum() < 2:

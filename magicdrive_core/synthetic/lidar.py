@@ -9,31 +9,31 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-BEAMS = np.deg2rad(np.linspace(-30.67, 10.67, 32))  # elevations of an HDL-32E
+BEAMS = np.deg2rad(np.linspace(-30.67, 10.67, 32))  # elevations of a Velodyne HDL-32E
 
 
 RANGE = 60.0  # metres
 
 
-INSIDE = 0.01  # metres by which a return lies behind the surface, so that rounding leaves it inside its box
+INSIDE = 0.01  # metres that a return is moved behind the surface, so that rounding leaves it inside its box
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """One turn of the lidar."""
+    """The result of one turn of the lidar."""
 
     points: NDArray[np.float32]  # (P, 5): x, y, z in the lidar frame, intensity, beam
-    hits: NDArray[np.int64]  # (N,) returns from each box
-    rays: NDArray[np.int64]  # (N,) rays that would meet each box if nothing stood before it
+    hits: NDArray[np.int64]  # (N,) number of returns from each box
+    rays: NDArray[np.int64]  # (N,) number of rays that would meet each box if nothing occluded it
 
 
 def scan(boxes: Array, lidar_to_global: Array, azimuths: int) -> Sweep:
-    """Casts ``azimuths`` x 32 rays.
+    """Cast ``azimuths`` x 32 rays.
 
     Args:
-        boxes: (N, 7): x, y, z of the centre, w, l, h in metres, heading in radians, in the global frame, upright.
-        lidar_to_global: (4, 4).
-        azimuths: columns of the turn.
+        boxes: (N, 7) upright boxes in the global frame: x, y, z of the centre, w, l, h in metres, heading in radians.
+        lidar_to_global: (4, 4) pose of the lidar.
+        azimuths: number of columns (A) of the turn.
     """
     turn = (np.arange(azimuths) + 0.5) / azimuths * 2 * np.pi - np.pi
     flat = np.stack([np.cos(turn), np.sin(turn)], axis=1)
@@ -47,7 +47,9 @@ def scan(boxes: Array, lidar_to_global: Array, azimuths: int) -> Sweep:
         depth = np.where(rays[..., 2] < 0, -origin[2] / rays[..., 2], np.inf)
     owner = np.full(depth.shape, -1)
     met = np.zeros(len(boxes), np.int64)
-    heading = np.arctan2(rays[:, 0, 1], rays[:, 0, 0])  # of each column in the global frame; beams share it closely
+    heading = np.arctan2(
+        rays[:, 0, 1], rays[:, 0, 0]
+    )  # (A,) heading of each column in the global frame, nearly equal for all beams
     away = np.linalg.norm(boxes[:, :2] - origin[:2], axis=1) - np.linalg.norm(boxes[:, 3:5], axis=1) / 2
     for index in np.flatnonzero(away < RANGE):
         box = boxes[index]
@@ -70,7 +72,7 @@ def scan(boxes: Array, lidar_to_global: Array, azimuths: int) -> Sweep:
 
 
 def _columns(box: Array, origin: Array, heading: Array) -> NDArray[np.int64]:
-    """The columns whose rays can meet a box."""
+    """Find the columns whose rays can meet a box."""
     away = box[:2] - origin[:2]
     distance, radius = float(np.hypot(*away)), float(np.hypot(box[3], box[4])) / 2
     if distance <= radius:
@@ -80,12 +82,12 @@ def _columns(box: Array, origin: Array, heading: Array) -> NDArray[np.int64]:
 
 
 def _enter(box: Array, origin: Array, rays: Array) -> Array:
-    """Distance along each ray (..., 3) at which it enters a box, infinite where it misses."""
+    """Compute the distance along each ray (..., 3) at which it enters a box; infinite if it misses."""
     c, s = np.cos(box[6]), np.sin(box[6])
     turn = np.array([[c, s, 0.0], [-s, c, 0.0], [0.0, 0.0, 1.0]])
     start, direction = turn @ (origin - box[:3]), rays @ turn.T
     half = box[[4, 3, 5]] / 2
-    # Along each axis a ray is between the two faces for distances about -start / direction.
+    # Along each axis, a ray is between the two faces for distances around -start / direction (slab method).
     with np.errstate(divide="ignore", invalid="ignore"):
         middle, width = -start / direction, half / np.abs(direction)
     near, far = (middle - width).max(axis=-1), (middle + width).min(axis=-1)

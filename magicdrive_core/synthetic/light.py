@@ -1,4 +1,4 @@
-"""Day, night and rain: what they do to colours."""
+"""Day, night and rain: the colours of sky and ground, haze, and lamp light."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from numpy.typing import NDArray
 
 from magicdrive_core.geometry import poses
 from magicdrive_core.geometry.cameras import PICTURE_HEIGHT, PICTURE_WIDTH
+from magicdrive_core.synthetic.camera import PosedCamera
 from magicdrive_core.synthetic.ground import SHADOW, WET, Label
-from magicdrive_core.synthetic.lens import Lens
 
 Array = NDArray[np.float64]
 Picture = NDArray[np.uint8]  # (900, 1600, 3) blue, green, red
 
-COARSE = 8  # pixels a side of a cell of the map of lamp light
-HEAD_LAMPS = ((2.2, 16.0), (4.5, 34.0))  # dipped beams: half width at the car and reach, metres, of two lobes
+COARSE = 8  # side of a cell of the lamp light map, in pixels
+HEAD_LAMPS = ((2.2, 16.0), (4.5, 34.0))  # dipped beams, two lobes: half width at the car and reach, metres
 STREET_LAMP_REACH = 9.0  # metres
 
 RGB = tuple[float, float, float]
-# Red, green, blue by daylight.
+# Red, green and blue in daylight.
 GROUND = {
     Label.LAND: (112, 122, 84),
     Label.WALKWAY: (176, 168, 154),
@@ -39,25 +39,25 @@ GROUND = {
 
 @dataclass(frozen=True)
 class Light:
-    """The light of a scene."""
+    """The lighting of a scene."""
 
     zenith: RGB
-    horizon: RGB  # of the sky, and of the haze in the distance
-    clouds: tuple[RGB, RGB]  # sunlit and shaded side
+    horizon: RGB  # colour of the sky at the horizon and of distant haze
+    clouds: tuple[RGB, RGB]  # lit and shaded side
     skyline: RGB
-    ambient: float  # share of a colour that a surface turned from the sun shows
-    sun: float  # what the sun adds where it shines straight
+    ambient: float  # brightness of a surface that faces away from the sun
+    sun: float  # brightness that direct sun adds
     sun_from: RGB  # unit vector to the sun, global frame
-    shadow: float  # share of a ground colour that is left in shadow
-    haze: float  # metres after which a colour is two thirds haze
-    ground: float  # brightness of the ground
-    shining: bool = False  # lamps and windows
-    wet: bool = False
-    dark: bool = False  # lit by lamps only
+    shadow: float  # brightness factor of the ground in shadow
+    haze: float  # metres at which a colour is 63 % haze
+    ground: float  # brightness factor of the ground
+    shining: bool = False  # whether lamps and windows are lit
+    wet: bool = False  # whether roads mirror the scene
+    dark: bool = False  # whether only lamps light the ground
 
     @property
     def shadow_step(self) -> Array:
-        """Metres (2,) by which the shadow of a point one metre high lies off."""
+        """Offset (2,) in metres of the shadow of a point one metre high."""
         x, y, z = self.sun_from
         return np.array([-x / z, -y / z]) if self.sun else np.zeros(2)
 
@@ -76,31 +76,37 @@ NIGHT = Light(
     ambient=1.0, sun=0.0, sun_from=(0.0, 0.0, 1.0), shadow=0.55, haze=160.0, ground=1.0, shining=True, dark=True,
 )
 # fmt: on
-LAMP_COLOUR = np.array([1.0, 0.93, 0.78])  # red, green, blue of lamp light
-NIGHT_FLOOR = 0.15  # of a colour that is left where no lamp shines
+LAMP_COLOUR = np.array([1.0, 0.93, 0.78])  # red, green and blue factors of lamp light
+NIGHT_FLOOR = 0.15  # brightness factor where no lamp shines
 
 
 def light_of(description: str) -> Light:
-    """The light that a scene's description tells of: nuScenes names night and rain in words."""
+    """Choose the lighting from words of a scene's description, such as "night" and "rain"."""
     words = set(re.findall(r"[a-z]+", description.lower()))
     if words & {"night", "nighttime", "dark"}:
         return NIGHT
     return RAIN if words & {"rain", "rainy", "raining"} else DAY
 
 
-def colourise(labels: NDArray[np.uint8], lens: Lens, light: Light) -> Picture:
-    """Colours of the sky and the ground, with haze growing towards the horizon."""
-    starts = _bands(lens.horizon)
+def colourise(labels: NDArray[np.uint8], camera: PosedCamera, light: Light) -> Picture:
+    """Colour the labels of sky and ground, with more haze towards the horizon.
+
+    Args:
+        labels: (900, 1600) labels of ``ground``.
+        camera: the camera.
+        light: the lighting.
+    """
+    starts = _bands(camera.horizon)
     ends = [*starts[1:], PICTURE_HEIGHT]
     picture = np.empty((PICTURE_HEIGHT, PICTURE_WIDTH, 3), np.uint8)
     middles = (np.array(starts) + np.array(ends)) / 2
-    for start, end, palette in zip(starts, ends, _palettes(middles, lens, light), strict=True):
+    for start, end, palette in zip(starts, ends, _palettes(middles, camera, light), strict=True):
         cv2.applyColorMap(labels[start:end], palette[:, None], dst=picture[start:end])
     return picture
 
 
 def _bands(horizon: float) -> list[int]:
-    """First rows of bands that share one palette: high ones far from the horizon, where haze changes slowly."""
+    """List the first rows of bands that share a palette; bands are higher where haze changes slowly."""
     starts = [0]
     while starts[-1] < PICTURE_HEIGHT:
         below = starts[-1] - horizon
@@ -109,10 +115,10 @@ def _bands(horizon: float) -> list[int]:
     return starts[:-1]
 
 
-def _palettes(rows: Array, lens: Lens, light: Light) -> NDArray[np.uint8]:
-    """Blue, green, red of every label at each of R rows: (R, 256, 3)."""
-    below = (rows - lens.horizon) / lens.intrinsics[1, 1]  # tangent of the angle under the horizon
-    distance = lens.height / np.maximum(below, 1e-3)
+def _palettes(rows: Array, camera: PosedCamera, light: Light) -> NDArray[np.uint8]:
+    """Compute the colour of every label at R rows: (R, 256, 3) blue, green, red."""
+    below = (rows - camera.horizon) / camera.intrinsics[1, 1]  # tangent of the angle below the horizon
+    distance = camera.height / np.maximum(below, 1e-3)
     clear = np.exp(-distance / light.haze)[:, None]
     horizon = np.array(light.horizon)
     out = np.zeros((len(rows), 256, 3))
@@ -131,15 +137,18 @@ def _palettes(rows: Array, lens: Lens, light: Light) -> NDArray[np.uint8]:
     return np.rint(out[..., ::-1]).astype(np.uint8)
 
 
-def lamp_light(points: Array, lens: Lens, lamps: Array) -> Array:
-    """How brightly lamps light places on the ground at night, 0 to 1.
+def lamp_light(points: Array, camera: PosedCamera, lamps: Array) -> Array:
+    """Compute the lamp light at points on the ground at night.
 
     Args:
         points: (N, 2) metres in the global frame.
-        lens: the camera; the ego's dipped beams shine ahead of its car.
-        lamps: (M, 2) street lamps.
+        camera: the camera; the dipped beams of the ego car shine forward.
+        lamps: (M, 2) positions of street lamps.
+
+    Returns:
+        (N,) brightness from 0 to 1.
     """
-    ego = poses.inverse(lens.ego_to_global) @ lens.lift
+    ego = poses.inverse(camera.ego_to_global) @ camera.lift
     ahead = points @ ego[0, :2] + ego[0, 2]
     left = points @ ego[1, :2] + ego[1, 2]
     beyond = np.maximum(ahead - 3.5, 0)
@@ -154,18 +163,18 @@ def lamp_light(points: Array, lens: Lens, lamps: Array) -> Array:
     return np.minimum(level, 1.0)
 
 
-def darken(picture: Picture, lens: Lens, lamps: Array) -> None:
-    """Leaves of the ground what lamps (M, 2) light at night."""
-    first = int(np.clip(lens.horizon - 40, 0, PICTURE_HEIGHT - COARSE)) // COARSE  # the horizon may lean
+def darken(picture: Picture, camera: PosedCamera, lamps: Array) -> None:
+    """Darken the ground of a picture, in place, to what lamps (M, 2) light at night."""
+    first = int(np.clip(camera.horizon - 40, 0, PICTURE_HEIGHT - COARSE)) // COARSE  # the horizon may be tilted
     rows, columns = -(-PICTURE_HEIGHT // COARSE) - first, PICTURE_WIDTH // COARSE
     v, u = np.mgrid[first : first + rows, :columns].reshape(2, -1) * float(COARSE) + COARSE / 2
-    (fx, _, cx), (_, fy, cy) = lens.intrinsics[:2]
-    ray = np.stack([(u - cx) / fx, (v - cy) / fy, np.ones_like(u)], axis=1) @ lens.camera_to_global[:3, :3].T
-    drop = ray @ lens.ego_to_global[:3, 2]
+    (fx, _, cx), (_, fy, cy) = camera.intrinsics[:2]
+    ray = np.stack([(u - cx) / fx, (v - cy) / fy, np.ones_like(u)], axis=1) @ camera.camera_to_global[:3, :3].T
+    drop = ray @ camera.ego_to_global[:3, 2]
     down = drop < -0.004
-    places = lens.eye[:2] + ray[down, :2] * (-lens.height / drop[down])[:, None]
+    points = camera.eye[:2] + ray[down, :2] * (-camera.height / drop[down])[:, None]
     coarse = np.full(len(ray), 255, np.uint8)
-    coarse[down] = np.rint(255 * lamp_light(places, lens, lamps))
+    coarse[down] = np.rint(255 * lamp_light(points, camera, lamps))
     coarse = coarse.reshape(rows, columns)
     fine = cv2.resize(coarse, None, fx=COARSE, fy=COARSE, interpolation=cv2.INTER_LINEAR_EXACT)
     ground = picture[first * COARSE :]

@@ -1,4 +1,4 @@
-"""A city as nuScenes' map expansion 1.3 and as its map mask."""
+"""Write a city as nuScenes map expansion 1.3 and as a map mask."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from magicdrive_core.synthetic.city import LANE, Array, City, Lane
 from magicdrive_core.synthetic.rig import rounded, token
 from magicdrive_core.utils.files import atomic_file, write_json
 
-# nuscenes-devkit knows these four places by name and takes their sizes (metres) for granted.
+# Sizes in metres of the four locations, which nuscenes-devkit hard-codes by name.
 CANVAS = {
     "singapore-onenorth": [1585.6, 2025.0],
     "singapore-hollandvillage": [2808.3, 2922.9],
     "singapore-queenstown": [3228.6, 3687.1],
     "boston-seaport": [2979.5, 2118.1],
 }
-MASK_CELLS = 10  # cells a metre of the map mask
-CURVE_SPACING = 2.0  # metres between the points of a curved lane's edges
+MASK_CELLS = 10  # cells of the map mask for each metre
+CURVE_SPACING = 2.0  # metres between points on the edges of curved lanes
 Record = dict[str, Any]
 
 
 class _Expansion:
-    """Collects the layers of one map."""
+    """Collect the records of one map."""
 
     def __init__(self, city: City) -> None:
         self.city = city
@@ -88,7 +88,7 @@ class _Expansion:
         return record
 
     def arclines(self, lane: Lane) -> list[Record]:
-        """A lane's centre line as the devkit's arcs: each piece is the first or the middle part of one path."""
+        """Convert the centre line of a lane to arcline paths: each piece is the first or middle part of one path."""
         out = []
         start = 0.0
         for length, curvature in lane.curve.pieces:
@@ -108,7 +108,7 @@ class _Expansion:
 
 
 def write_expansion(root: Path, city: City) -> None:
-    """Writes ``maps/expansion/<location>.json``, which NuScenesMap loads."""
+    """Write ``maps/expansion/<location>.json``, which the devkit's ``NuScenesMap`` loads."""
     parts = _Expansion(city)
     drivable = [parts.add_polygon("drivable_area", area.name, area.rings) for area in city.areas["drivable_area"]]
     crossings = [parts.token("ped_crossing", area.name) for area in city.areas["ped_crossing"]]
@@ -163,15 +163,15 @@ def write_expansion(root: Path, city: City) -> None:
 
 
 def mask_name(location: str) -> str:
-    """The map mask's path below the data root."""
+    """Return the path of the map mask below the data root."""
     return f"maps/{location}.png"
 
 
 def write_mask(root: Path, city: City) -> None:
-    """Writes the map mask: 255 where cars drive or people walk.
+    """Write the map mask: 255 where cars drive or people walk.
 
-    It begins at the map's origin as the devkit wants it, and ends where the city does, not at the canvas' far edge:
-    the rest would be empty, and 630 million cells long.
+    It starts at the origin of the map, as the devkit requires, and ends at the edge of the city instead of the canvas:
+    the rest would be 630 million empty cells.
     """
     width, height = (int(np.ceil(metres * MASK_CELLS)) for metres in city.size)
     mask = np.zeros((height, width), np.uint8)

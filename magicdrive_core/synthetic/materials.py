@@ -1,4 +1,4 @@
-"""What surfaces are made of: one fixed colour each, so that a class always looks like itself."""
+"""Materials of surfaces, each of one fixed colour, so that every class is recognisable."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Material(IntEnum):
-    """Surfaces of objects and scenery."""
+    """Materials of objects and scenery."""
 
     CAR = 0
     TRUCK_CAB = auto()
@@ -17,8 +17,8 @@ class Material(IntEnum):
     BUS_BAND = auto()
     TRAILER = auto()
     TRAILER_STRIPE = auto()
-    DIGGER = auto()
-    DIGGER_DARK = auto()
+    EXCAVATOR = auto()
+    EXCAVATOR_DARK = auto()
     MOTORCYCLE = auto()
     BICYCLE = auto()
     SHIRT = auto()
@@ -52,7 +52,7 @@ class Material(IntEnum):
     LANTERN = auto()
 
 
-# Red, green, blue by daylight.
+# Red, green and blue in daylight.
 _COLOURS = {
     Material.CAR: (62, 104, 168),
     Material.TRUCK_CAB: (226, 228, 230),
@@ -61,8 +61,8 @@ _COLOURS = {
     Material.BUS_BAND: (236, 222, 196),
     Material.TRAILER: (214, 210, 202),
     Material.TRAILER_STRIPE: (52, 84, 140),
-    Material.DIGGER: (240, 178, 34),
-    Material.DIGGER_DARK: (66, 64, 62),
+    Material.EXCAVATOR: (240, 178, 34),
+    Material.EXCAVATOR_DARK: (66, 64, 62),
     Material.MOTORCYCLE: (128, 32, 38),
     Material.BICYCLE: (30, 140, 150),
     Material.SHIRT: (178, 70, 150),
@@ -95,7 +95,7 @@ _COLOURS = {
     Material.POLE: (110, 114, 118),
     Material.LANTERN: (222, 220, 206),
 }
-# Surfaces that shine by themselves when lights are on.
+# Red, green and blue of materials that shine when lights are on.
 _SHINING = {
     Material.HEAD_LAMP: (255, 250, 224),
     Material.TAIL_LAMP: (255, 48, 36),

@@ -1,7 +1,8 @@
-"""Shapes of things in a unit box: x forward, y left in [-1/2, 1/2], z up in [0, 1]; scaled to each object's size.
+"""Meshes of the ten detection classes and of scenery, in a unit box that is scaled to the size of each object.
 
-A mesh is made of convex parts, told apart by planes; seen from anywhere, the parts on the far side of a plane are
-drawn first, so that no depth buffer is needed. Flat details (wheels, windows, lamps) follow the face they lie on.
+In the unit box x is forward and y left in [-1/2, 1/2], z is up in [0, 1]. A mesh consists of convex parts separated by
+planes (a binary space partition): from any position, the parts beyond a plane are drawn first, so that no depth buffer
+is needed. Flat details (wheels, windows, lamps) come after the face that they are on.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from numpy.typing import ArrayLike, NDArray
 from magicdrive_core.synthetic.materials import Material
 
 Array = NDArray[np.float64]
-POINTS = 8  # of a face; faces with less repeat their last
+POINTS = 8  # points of a face; smaller faces repeat their last point
 
 
 @dataclass(frozen=True)
 class Face:
-    """A flat polygon, counter-clockwise seen from outside."""
+    """A flat polygon, counter-clockwise when seen from outside."""
 
     points: Array  # (K, 3)
     material: Material
@@ -31,38 +32,40 @@ class Face:
 
 @dataclass(frozen=True)
 class Split:
-    """A plane across an axis that has one part of a mesh below it and another above it."""
+    """A plane perpendicular to an axis that separates two parts of a mesh."""
 
     axis: int
-    value: float
+    value: float  # position on the axis
     below: Node
     above: Node
 
 
 Node = Split | list[Face]
-Tree: TypeAlias = "list[int] | tuple[int, Tree, Tree]"  # numbers of faces; of a plane, and what is below and above it
+Tree: TypeAlias = (
+    "list[int] | tuple[int, Tree, Tree]"  # indices of faces; or index of a plane, and the parts below and above it
+)
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """A shape, ready to be drawn many times. F faces."""
+    """A mesh of F faces, prepared for drawing."""
 
     faces: Array  # (F, POINTS, 3)
     normals: Array  # (F, 3) of the unit box, not normalised
     materials: NDArray[np.int64]  # (F,)
-    planes: list[tuple[int, float]]  # axis and value of each split
-    orders: NDArray[np.int64]  # (2 ** splits, F) faces far to near, by the bits that say above which planes the eye is
+    planes: list[tuple[int, float]]  # axis and value of each plane
+    orders: NDArray[np.int64]  # (2 ** planes, F) faces far to near; bit b of the row: eye above plane b
 
     def order(self, eye: Array) -> NDArray[np.int64]:
-        """The drawing orders (N, F) for eyes (N, 3) in the unit box's coordinates."""
+        """Look up the drawing orders (N, F) for eyes (N, 3), given in unit box coordinates."""
         code = np.zeros(len(eye), np.int64)
         for bit, (axis, value) in enumerate(self.planes):
             code += (eye[:, axis] > value).astype(np.int64) << bit
         return self.orders[code]
 
 
-def mesh(node: Node) -> Mesh:
-    """Prepares a tree of parts."""
+def build_mesh(node: Node) -> Mesh:
+    """Prepare the mesh of a tree of parts."""
     faces: list[Face] = []
     planes: list[tuple[int, float]] = []
     tree = _number(node, faces, planes)
@@ -79,7 +82,7 @@ def mesh(node: Node) -> Mesh:
 
 
 def box(x: ArrayLike, y: ArrayLike, z: ArrayLike, material: Material, top: Material | None = None) -> list[Face]:
-    """A box from its extents."""
+    """Make a box from its extents along x, y and z; ``top`` is the material of the upper face, if it differs."""
     (x0, x1), (y0, y1), (z0, z1) = (np.asarray(v, dtype=float) for v in (x, y, z))
     return prism([(x0, z0), (x1, z0), (x1, z1), (x0, z1)], (y0, y1), material, top=top)
 
@@ -91,14 +94,14 @@ def prism(
     inset: float = 0.0,
     top: Material | None = None,
 ) -> list[Face]:
-    """A convex outline (x, z), counter-clockwise with x right and z up, drawn out from y[0] to y[1].
+    """Extrude a convex outline from y[0] to y[1].
 
     Args:
-        profile: the outline.
-        y: its extent across.
-        material: of all faces.
-        inset: how much narrower each side is at the highest point, in unit lengths.
-        top: of the faces that look up, where they differ.
+        profile: points (x, z) of the outline, counter-clockwise with x to the right and z up.
+        y: extent of the prism.
+        material: material of all faces.
+        inset: how far each side leans in at the highest point, in unit lengths.
+        top: material of faces that look up, if it differs.
     """
     outline = np.array(profile, dtype=np.float64)
     low, high = outline[:, 1].min(), outline[:, 1].max()
@@ -120,7 +123,7 @@ def prism(
 
 
 def ball(x: ArrayLike, y: ArrayLike, z: ArrayLike, material: Material, around: int = 8) -> list[Face]:
-    """A faceted ball in a box from its extents."""
+    """Make a faceted ball from its extents along x, y and z, with ``around`` facets in each ring."""
     (x0, x1), (y0, y1), (z0, z1) = (np.asarray(v, dtype=float) for v in (x, y, z))
     turn = np.arange(around) / around * 2 * np.pi
     rings = []
@@ -144,7 +147,7 @@ def ball(x: ArrayLike, y: ArrayLike, z: ArrayLike, material: Material, around: i
 
 
 def side(x: ArrayLike, z: ArrayLike, y: float, material: Material, slope: float = 0.0) -> list[Face]:
-    """A rectangle on a side of the box: the left where y > 0. ``slope`` is how far the top leans inwards."""
+    """Make a rectangle on the left (y > 0) or right side; its upper edge leans in by ``slope``."""
     (x0, x1), (z0, z1) = (np.asarray(v, dtype=float) for v in (x, z))
     inner = y - np.sign(y) * slope
     points = np.array([[x0, y, z0], [x1, y, z0], [x1, inner, z1], [x0, inner, z1]])
@@ -152,7 +155,7 @@ def side(x: ArrayLike, z: ArrayLike, y: float, material: Material, slope: float 
 
 
 def end(y: ArrayLike, z: ArrayLike, x: ArrayLike, material: Material) -> list[Face]:
-    """A rectangle on the front (x > 0) or the back; ``x`` is one value, or those of the lower and the upper edge."""
+    """Make a rectangle on the front (x > 0) or back; ``x`` is one value, or those of the lower and upper edge."""
     (y0, y1), (z0, z1) = (np.asarray(v, dtype=float) for v in (y, z))
     low, high = np.broadcast_to(np.asarray(x, dtype=float), 2)
     points = np.array([[low, y0, z0], [low, y1, z0], [high, y1, z1], [high, y0, z1]])
@@ -162,7 +165,16 @@ def end(y: ArrayLike, z: ArrayLike, x: ArrayLike, material: Material) -> list[Fa
 def wheels(
     x: Sequence[float], radius: float, length: float, height: float, width: float = 0.5, z: float | None = None
 ) -> list[Face]:
-    """Discs on both sides, with hubs; ``radius`` in metres on a box ``length`` long and ``height`` high."""
+    """Make wheels with hubs on both sides.
+
+    Args:
+        x: centres of the wheels along the unit box.
+        radius: radius in metres.
+        length: length of the object in metres.
+        height: height of the object in metres.
+        width: distance of the wheels from the middle, in unit lengths.
+        z: height of the centres in metres; by default the radius.
+    """
     turn = (np.arange(POINTS) + 0.5) / POINTS * 2 * np.pi
     faces = []
     for y, centre, (share, material) in product((-width, width), x, ((1.0, Material.TYRE), (0.5, Material.HUB))):
@@ -180,7 +192,7 @@ def wheels(
 
 
 def _number(node: Node, faces: list[Face], planes: list[tuple[int, float]]) -> Tree:
-    """Replaces faces and planes by their numbers."""
+    """Replace faces and planes by their indices."""
     if isinstance(node, Split):
         bit = len(planes)
         planes.append((node.axis, node.value))
@@ -203,22 +215,19 @@ def _padded(points: Array) -> Array:
 
 
 def _normal(points: Array) -> Array:
-    """Newell's normal of a polygon: right for any of them, also where points repeat."""
+    """Compute the normal of a polygon by Newell's method, which allows repeated points."""
     after = np.roll(points, -1, axis=0)
     return np.cross(points, after).sum(axis=0)
 
 
-# The silhouettes of the ten classes, and of what stands beside the road.
-
-
 @cache
-def shape(name: str) -> Mesh:
-    """The mesh of a detection class or a piece of scenery; unknown names are plain boxes of concrete."""
-    return mesh(_SHAPES[name]() if name in _SHAPES else box((-0.5, 0.5), (-0.5, 0.5), (0, 1), Material.CONCRETE))
+def mesh_of(name: str) -> Mesh:
+    """Return the mesh of a detection class or a piece of scenery; unknown names give a plain concrete box."""
+    return build_mesh(_MESHES[name]() if name in _MESHES else box((-0.5, 0.5), (-0.5, 0.5), (0, 1), Material.CONCRETE))
 
 
 def _lamps(z: tuple[float, float], front: bool = True, wide: float = 0.28) -> list[Face]:
-    """Head and tail lamps, number plates."""
+    """Make tail lamps, a number plate and, with ``front``, head lamps."""
     faces = end((-0.16, 0.16), (z[0] - 0.06, z[0]), -0.5, Material.PLATE)
     for y in ((-0.47, -0.47 + wide * 0.6), (0.47 - wide * 0.6, 0.47)):
         faces += end(y, z, -0.5, Material.TAIL_LAMP)
@@ -282,26 +291,26 @@ def _trailer() -> Node:
     return body + _lamps((0.29, 0.34), front=False) + wheels((-0.4, -0.28, -0.16), 0.5, 9.0, 3.6)
 
 
-def _digger() -> Node:
-    tracks = box((-0.42, 0.36), (-0.5, 0.5), (0.0, 0.26), Material.DIGGER_DARK)
+def _excavator() -> Node:
+    tracks = box((-0.42, 0.36), (-0.5, 0.5), (0.0, 0.26), Material.EXCAVATOR_DARK)
     for y in (-0.5, 0.5):
         tracks += side((-0.38, 0.32), (0.06, 0.2), y, Material.BUMPER)
-    house = box((-0.5, 0.16), (-0.46, 0.46), (0.27, 0.62), Material.DIGGER)
-    house += end((-0.46, 0.46), (0.36, 0.44), -0.5, Material.DIGGER_DARK)
-    cab = prism([(-0.16, 0.63), (0.16, 0.63), (0.12, 1.0), (-0.16, 1.0)], (-0.02, 0.44), Material.DIGGER)
+    body = box((-0.5, 0.16), (-0.46, 0.46), (0.27, 0.62), Material.EXCAVATOR)
+    body += end((-0.46, 0.46), (0.36, 0.44), -0.5, Material.EXCAVATOR_DARK)
+    cab = prism([(-0.16, 0.63), (0.16, 0.63), (0.12, 1.0), (-0.16, 1.0)], (-0.02, 0.44), Material.EXCAVATOR)
     cab += end((0.02, 0.4), (0.66, 0.95), (0.158, 0.126), Material.GLASS)
     cab += side((-0.12, 0.1), (0.66, 0.93), 0.44, Material.GLASS) + side(
         (-0.12, 0.1), (0.66, 0.93), -0.02, Material.GLASS
     )
-    boom = prism([(0.17, 0.42), (0.24, 0.36), (0.36, 0.9), (0.3, 0.96)], (-0.3, -0.12), Material.DIGGER)
-    arm = prism([(0.365, 0.9), (0.42, 0.3), (0.47, 0.3), (0.43, 0.94)], (-0.3, -0.12), Material.DIGGER)
-    bucket = prism([(0.36, 0.02), (0.5, 0.08), (0.5, 0.28), (0.4, 0.28)], (-0.4, -0.02), Material.DIGGER_DARK)
+    boom = prism([(0.17, 0.42), (0.24, 0.36), (0.36, 0.9), (0.3, 0.96)], (-0.3, -0.12), Material.EXCAVATOR)
+    arm = prism([(0.365, 0.9), (0.42, 0.3), (0.47, 0.3), (0.43, 0.94)], (-0.3, -0.12), Material.EXCAVATOR)
+    bucket = prism([(0.36, 0.02), (0.5, 0.08), (0.5, 0.28), (0.4, 0.28)], (-0.4, -0.02), Material.EXCAVATOR_DARK)
     front = Split(0, 0.362, boom, Split(2, 0.29, bucket, arm))
-    return Split(2, 0.265, tracks, Split(0, 0.165, Split(2, 0.625, house, cab), front))
+    return Split(2, 0.265, tracks, Split(0, 0.165, Split(2, 0.625, body, cab), front))
 
 
 def _rider(body: Material, top: Material) -> Node:
-    """Someone on a saddle: legs, back and head above z = 0.5."""
+    """Make a person on a saddle: legs, back, arms and head."""
     legs = box((-0.1, 0.1), (-0.3, 0.3), (0.34, 0.56), Material.TROUSERS)
     back = prism([(-0.16, 0.57), (0.04, 0.57), (0.14, 0.82), (-0.04, 0.85)], (-0.32, 0.32), body, inset=0.04)
     arms = prism([(0.165, 0.6), (0.3, 0.58), (0.3, 0.63), (0.165, 0.76)], (-0.4, 0.4), body)
@@ -410,12 +419,12 @@ def _street_lamp() -> Node:
     return Split(2, 0.973, Split(0, -0.1, pole, lantern), arm)
 
 
-_SHAPES = {
+_MESHES = {
     "car": _car,
     "truck": _truck,
     "bus": _bus,
     "trailer": _trailer,
-    "construction_vehicle": _digger,
+    "construction_vehicle": _excavator,
     "motorcycle": _motorcycle,
     "bicycle": _bicycle,
     "pedestrian": _pedestrian,

@@ -1,4 +1,4 @@
-"""What every pixel of a drawn picture shows, as one of a few regions: drawn again in flat colours."""
+"""Region labels of rendered pictures: the same drawing in flat colours, one of a few regions for each pixel."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from numpy.typing import NDArray
 
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.geometry.cameras import PICTURE_HEIGHT, PICTURE_WIDTH, Framing
-from magicdrive_core.synthetic.footage import CLASSES, Footage, Shot, read_footage
-from magicdrive_core.synthetic.ground import SEEN, Label, paint, read_shapes
-from magicdrive_core.synthetic.lens import Lens
+from magicdrive_core.synthetic.camera import PosedCamera
+from magicdrive_core.synthetic.footage import CATEGORY_CLASSES, Footage, Shot, read_footage
+from magicdrive_core.synthetic.ground import MAP_RANGE, Label, paint, read_layers
 from magicdrive_core.synthetic.light import light_of
-from magicdrive_core.synthetic.render import Place, prepare_place, standing
-from magicdrive_core.synthetic.scenery import scenery_of
+from magicdrive_core.synthetic.render import StaticWorld, on_ground, prepare_world
+from magicdrive_core.synthetic.scenery import load_scenery
 from magicdrive_core.synthetic.sky import paint_sky
-from magicdrive_core.synthetic.solids import SMOOTH, Things, faces_of, fill, seen
+from magicdrive_core.synthetic.solids import SMOOTH, Solids, faces_of, fill, visible
 
-Regions = NDArray[np.uint8]  # of Region
+Regions = NDArray[np.uint8]  # (H, W) values of Region
 
 
 class Region(IntEnum):
-    """Kinds of surface that a picture is told apart into."""
+    """Kinds of surface that are distinguished in pictures."""
 
     SKY = 0
     ROAD = 1
-    MARK = 2  # crossings, stop lines and dividers
+    MARK = 2  # pedestrian crossings, stop lines and dividers
     WALKWAY = 3
     LAND = 4
-    SCENERY = 5  # buildings, trees, lamps, the far skyline: in no table, so that no condition tells of them
-    VEHICLE = 6  # cars, trucks, buses, trailers, diggers
-    SMALL = 7  # people, two-wheelers, cones, barriers
+    SCENERY = 5  # buildings, trees, lamps, skyline: in no table, so no condition describes them
+    VEHICLE = 6  # cars, trucks, buses, trailers, construction vehicles
+    SMALL = 7  # pedestrians, two-wheelers, cones, barriers
 
 
 _OF_LABEL = {
@@ -60,10 +60,14 @@ _TABLE[list(_OF_LABEL)] = list(_OF_LABEL.values())
 
 
 class RegionPainter:
-    """Regions of the pictures of a data root, by file name.
+    """Draw the regions of the pictures of a data root.
+
+    Args:
+        root: the data root.
+        version: name of the table folder.
 
     Raises:
-        MagicDriveError: the root's tables or maps are missing or damaged.
+        MagicDriveError: tables or maps of the root are missing or damaged.
     """
 
     def __init__(self, root: Path, version: str) -> None:
@@ -71,22 +75,29 @@ class RegionPainter:
         self._shots: dict[str, tuple[Footage, Shot]] = {
             shot.filename: (footage, shot) for footage in read_footage(root, version) for shot in footage.shots
         }
-        self._places: dict[str, Place] = {}
+        self._worlds: dict[str, StaticWorld] = {}
 
     def of_frame(self, filename: str, framing: Framing) -> Regions:
-        """(H, W) regions of a picture as a video frame: of each pixel the region that covers most of it.
+        """Draw the regions of a picture as a video frame.
+
+        Args:
+            filename: path of the picture below the data root.
+            framing: size and crop of the video.
+
+        Returns:
+            (H, W): for each pixel the region that covers most of it.
 
         Raises:
-            MagicDriveError: the tables know no picture of this name.
+            MagicDriveError: the tables hold no picture of this name.
         """
         if filename not in self._shots:
-            raise MagicDriveError(f"{filename} stands in no table", "run `dvc repro infos`: the data has changed")
+            raise MagicDriveError(f"{filename} is in no table", "run `dvc repro infos`: the data has changed")
         footage, shot = self._shots[filename]
-        if footage.location not in self._places:
-            shapes = read_shapes(self._root, footage.location)
-            self._places[footage.location] = prepare_place(shapes, scenery_of(self._root, footage.location))
+        if footage.location not in self._worlds:
+            layers = read_layers(self._root, footage.location)
+            self._worlds[footage.location] = prepare_world(layers, load_scenery(self._root, footage.location))
         regions = draw_regions(
-            shot.lens, self._places[footage.location], footage.things(shot.timestamp), footage.description
+            shot.camera, self._worlds[footage.location], footage.solids_at(shot.timestamp), footage.description
         )
         size = framing.width, framing.resized_height
         masks = [cv2.compare(regions, np.full_like(regions, region), cv2.CMP_EQ) for region in Region]  # 0 or 255
@@ -95,29 +106,32 @@ class RegionPainter:
         return out
 
 
-def draw_regions(lens: Lens, place: Place, movers: Things, description: str) -> Regions:
-    """(900, 1600) regions of what ``picture.draw`` shows: the same ground, the same things, in the same order.
+def draw_regions(camera: PosedCamera, world: StaticWorld, movers: Solids, description: str) -> Regions:
+    """Draw the regions of a picture: the same ground and solids as ``render.draw``, in the same order.
 
     Args:
-        lens: the camera.
-        place: map and scenery.
+        camera: the camera.
+        world: map and scenery.
         movers: the annotated objects at the time of the picture.
-        description: of the scene.
+        description: description of the scene.
+
+    Returns:
+        (900, 1600) regions.
     """
     labels = np.zeros((PICTURE_HEIGHT, PICTURE_WIDTH), np.uint8)
-    paint_sky(labels, lens)
-    paint(labels, place.ground, lens)
+    paint_sky(labels, camera)
+    paint(labels, world.ground, camera)
     regions = np.repeat(_TABLE[labels][..., None], 3, axis=2)
-    things = seen(movers.joined(standing(place.scenery, lens)), lens, SEEN)
-    faces = faces_of(things, lens, light_of(description), np.empty((0, 2)))
-    own = np.array([_of_thing(name) for name in things.names], dtype=np.int64)
+    solids = visible(movers.joined(on_ground(world.scenery, camera)), camera, MAP_RANGE)
+    faces = faces_of(solids, camera, light_of(description), np.empty((0, 2)))
+    own = np.array([_of_solid(name) for name in solids.names], dtype=np.int64)
     colours = np.repeat(own[faces.owners][:, None], 3, axis=1)
-    # Beyond where edges are drawn smoothly: a region has no shades.
-    fill(regions, replace(faces, colours=colours, away=faces.away + SMOOTH), lens)
+    # Move faces beyond SMOOTH, where edges are not anti-aliased: regions cannot be mixed.
+    fill(regions, replace(faces, colours=colours, away=faces.away + SMOOTH), camera)
     return np.ascontiguousarray(regions[..., 0])
 
 
-def _of_thing(name: str) -> Region:
-    if name not in CLASSES.values():
+def _of_solid(name: str) -> Region:
+    if name not in CATEGORY_CLASSES.values():
         return Region.SCENERY
     return Region.VEHICLE if name in _VEHICLES else Region.SMALL

@@ -1,4 +1,8 @@
-"""Stable names for records and rounded numbers for tables: the same world has the same bytes on every machine."""
+"""The sensor rig of the generated ego car, and stable tokens and rounding for its records.
+
+The calibration is a real nuScenes one, rounded. Tokens are hashes of names and numbers are rounded, so that equal
+settings give equal bytes on every machine.
+"""
 
 from __future__ import annotations
 
@@ -12,55 +16,53 @@ from magicdrive_core.geometry.cameras import PICTURE_HEIGHT, PICTURE_WIDTH
 
 
 def token(*names: object) -> str:
-    """32 hex digits that stand for a record, as nuScenes' tokens do."""
+    """Hash names to a record token of 32 hex digits, the form of nuScenes tokens."""
     return hashlib.md5("/".join(map(str, names)).encode(), usedforsecurity=False).hexdigest()
 
 
 def rounded(values: ArrayLike, digits: int = 4) -> list[float]:
-    """A vector for a table: fixed digits, and no negative zero."""
+    """Round a vector for a table, without negative zeros."""
     return [round(float(value), digits) + 0.0 for value in np.asarray(values)]
 
 
 def heading_quaternion(heading: float) -> list[float]:
-    """The rotation (w, x, y, z) about the vertical axis by an angle in radians."""
+    """Compute the rounded quaternion (w, x, y, z) of a rotation about the vertical axis by an angle in radians."""
     return rounded([np.cos(heading / 2), 0, 0, np.sin(heading / 2)], 7)
 
-
-# The sensors of the generated car: a real nuScenes calibration, rounded, and when each sensor fires.
 
 Triple = tuple[float, float, float]
 Quaternion = tuple[float, float, float, float]
 
 KEY_PERIOD = 500_000  # microseconds between key frames
-CAMERA_STEPS = 6  # camera records a key frame period: 12 Hz
-LIDAR_STEPS = 10  # lidar records a key frame period: 20 Hz
+CAMERA_STEPS = 6  # camera records in each period between key frames: 12 Hz
+LIDAR_STEPS = 10  # lidar records in each period between key frames: 20 Hz
 LIDAR = "LIDAR_TOP"
 
 
 @dataclass(frozen=True)
 class Sensor:
-    """Where a sensor sits on the car, and when it fires."""
+    """The calibration of a sensor, and the time at which it fires."""
 
     channel: str
     translation: Triple  # metres in the ego frame
     rotation: Quaternion  # sensor to ego: w, x, y, z
-    delay: int  # microseconds after the lidar's time stamp; the lidar passes each camera before its own
+    delay: int  # microseconds after the lidar's time stamp; negative: cameras fire before it
     focal: float = 0.0  # pixels; 0 for the lidar
     centre: tuple[float, float] = (0.0, 0.0)  # principal point in pixels
 
     @property
     def is_camera(self) -> bool:
-        """Whether the sensor takes pictures."""
+        """Whether the sensor is a camera."""
         return self.focal > 0
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of a picture, zeros for the lidar, as sample_data has them."""
+        """Height and width of pictures in pixels as in ``sample_data``; zeros for the lidar."""
         return (PICTURE_HEIGHT, PICTURE_WIDTH) if self.is_camera else (0, 0)
 
     @property
     def intrinsic(self) -> list[list[float]]:
-        """3x3 camera matrix, empty for the lidar, as calibrated_sensor has it."""
+        """The 3x3 intrinsics as in ``calibrated_sensor``; empty for the lidar."""
         if not self.is_camera:
             return []
         (x, y), f = self.centre, self.focal

@@ -1,4 +1,4 @@
-"""Buildings, trees and street lamps, set beside whatever road a map has: they are in no table, only in pictures."""
+"""Buildings, trees and street lamps beside the roads of any map; they appear in pictures and lidar, but in no table."""
 
 from __future__ import annotations
 
@@ -14,15 +14,19 @@ from numpy.typing import NDArray
 from shapely.geometry import MultiPolygon, Polygon
 from shapely.geometry.base import BaseGeometry
 
-from magicdrive_core.synthetic.ground import MapShapes, read_shapes
+from magicdrive_core.synthetic.ground import MapLayers, read_layers
 
 Array = NDArray[np.float64]
 
-LAMP_PITCH, LAMP_SIZE, LAMP_OFFSET = 28.0, (0.24, 2.4, 7.5), 0.9  # metres; w, l, h; from the kerb to its middle
-TREE_PITCH, TREE_OFFSET = 13.0, 2.6  # metres along the free land's edge, and into it
-HOUSE_PITCH, HOUSE_OFFSET = 15.0, 6.5
-CLEAR = 30.0  # metres from middle to middle beyond which no two things touch
-HOUSES = (  # name, metres along the street, deep, and high from and to
+LAMP_PITCH, LAMP_SIZE, LAMP_OFFSET = (
+    28.0,
+    (0.24, 2.4, 7.5),
+    0.9,
+)  # metres: distance along the kerb; w, l, h; distance from the kerb
+TREE_PITCH, TREE_OFFSET = 13.0, 2.6  # metres along the edge of free land, and into it
+BUILDING_PITCH, BUILDING_OFFSET = 15.0, 6.5
+CLEAR = 30.0  # metres between centres beyond which no two pieces of scenery touch
+BUILDINGS = (  # mesh, width along the street, depth, lowest and highest height in metres
     ("house", 11.0, 9.0, (8.0, 11.0)),
     ("block", 13.0, 11.0, (14.0, 19.0)),
     ("office", 14.0, 12.0, (20.0, 28.0)),
@@ -31,22 +35,22 @@ HOUSES = (  # name, metres along the street, deep, and high from and to
 
 @dataclass(frozen=True)
 class Scenery:
-    """Things that stand on the ground. N of them."""
+    """N pieces of scenery on the ground."""
 
-    names: list[str]  # of shapes.shape
+    names: list[str]  # of meshes.mesh_of
     boxes: Array  # (N, 7): x, y, height of the bottom above ground, w, l, h in metres, heading in radians
 
 
 @cache
-def scenery_of(root: Path, location: str) -> Scenery:
-    """The scenery of a data root's map, made once in each process."""
-    return furnish(read_shapes(root, location))
+def load_scenery(root: Path, location: str) -> Scenery:
+    """Place the scenery of a map of a data root, once in each process."""
+    return place_scenery(read_layers(root, location))
 
 
-def furnish(shapes: MapShapes) -> Scenery:
-    """Sets street lamps at the kerbs, trees and buildings on the free land, all with their fronts to the road."""
-    road = _union(shapes, ("drivable_area",))
-    paved = _union(shapes, ("drivable_area", "walkway", "ped_crossing", "carpark_area"))
+def place_scenery(layers: MapLayers) -> Scenery:
+    """Place street lamps at the kerbs, and buildings and trees on free land, all facing the road."""
+    road = _union(layers, ("drivable_area",))
+    paved = _union(layers, ("drivable_area", "walkway", "ped_crossing", "carpark_area"))
     shapely.prepare([road, paved])
     names: list[str] = []
     boxes: list[tuple[float, ...]] = []
@@ -69,10 +73,10 @@ def furnish(shapes: MapShapes) -> Scenery:
         pole = point - inward * LAMP_OFFSET
         middle = pole + inward * LAMP_SIZE[1] * 0.47  # the pole stands at the back of the lamp's box
         stand("street_lamp", middle, inward, LAMP_SIZE, _rectangle(pole, inward, 0.3, 0.3))
-    for point, inward in _edge(paved, HOUSE_PITCH, 4.0):
+    for point, inward in _edge(paved, BUILDING_PITCH, 4.0):
         chance = _chance(point)
-        name, wide, deep, (low, high) = HOUSES[int(chance[0] * len(HOUSES))]
-        middle = point - inward * (HOUSE_OFFSET + deep / 2)
+        name, wide, deep, (low, high) = BUILDINGS[int(chance[0] * len(BUILDINGS))]
+        middle = point - inward * (BUILDING_OFFSET + deep / 2)
         foot = _rectangle(middle, inward, wide, deep)
         stand(name, middle, inward, (wide, deep, round(low + (high - low) * chance[1], 1)), foot.buffer(3.0))
     for point, inward in _edge(paved, TREE_PITCH, 1.0):
@@ -83,21 +87,19 @@ def furnish(shapes: MapShapes) -> Scenery:
     return Scenery(names, np.array(boxes).reshape(-1, 7))
 
 
-def _union(shapes: MapShapes, layers: tuple[str, ...]) -> BaseGeometry:
-    polygons = [
-        Polygon(rings[0], rings[1:]) for layer in layers for rings in shapes.polygons[layer] if len(rings[0]) > 2
-    ]
-    # A hair's breadth closes the seams between neighbouring areas.
+def _union(layers: MapLayers, names: tuple[str, ...]) -> BaseGeometry:
+    polygons = [Polygon(rings[0], rings[1:]) for name in names for rings in layers.polygons[name] if len(rings[0]) > 2]
+    # Two centimetres close the seams between neighbouring areas.
     return shapely.union_all([shapely.make_valid(polygon).buffer(0.02) for polygon in polygons])
 
 
 def _edge(area: BaseGeometry, pitch: float, start: float) -> Iterator[tuple[Array, Array]]:
-    """Points along the outlines of an area, and the unit vectors that look into it."""
+    """Yield points along the outlines of an area, each with the unit vector into the area."""
     parts = area.geoms if isinstance(area, MultiPolygon) else [area]
     for part in sorted(parts, key=lambda part: tuple(np.round(part.bounds, 2))):
         if not isinstance(part, Polygon) or part.is_empty:
             continue
-        part = shapely.geometry.polygon.orient(part)  # the area lies left of its outline
+        part = shapely.geometry.polygon.orient(part)  # the area is left of its outline
         rings = sorted((part.exterior, *part.interiors), key=lambda ring: tuple(np.round(ring.bounds, 2)))
         for ring in rings:
             for distance in np.arange(start, ring.length, pitch):
@@ -115,7 +117,7 @@ def _rectangle(middle: Array, ahead: Array, width: float, length: float) -> Poly
 
 
 def _chance(point: Array) -> tuple[float, float]:
-    """Two numbers in [0, 1) that belong to a place."""
+    """Hash a position to two numbers in [0, 1)."""
     x, y = (round(float(value), 1) + 0.0 for value in point)
     digest = hashlib.md5(f"{x:.1f} {y:.1f}".encode(), usedforsecurity=False).digest()
     return digest[0] / 256, digest[1] / 256

@@ -1,4 +1,4 @@
-"""Clouds and the skyline: things so far away that only their direction counts."""
+"""Paint the sky: clouds and the skyline, which are so far away that only their direction matters."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from magicdrive_core.synthetic.camera import SHIFT, PosedCamera
 from magicdrive_core.synthetic.ground import Label, Labels
-from magicdrive_core.synthetic.lens import SHIFT, Lens
 
 Array = NDArray[np.float64]
 
 CLOUDS = 15
-POINTS = 22  # of each outline
-SKYLINE_STEP = 2  # degrees of a house
-CHUNK = 20  # degrees of an outline: two points a house and two below make POINTS
-FAR = 1000.0  # metres, to stand for infinity
-AHEAD = 0.45  # cosine from the optical axis within which outlines may be seen
+POINTS = 22  # points of each outline
+SKYLINE_STEP = 2  # width of a building of the skyline, in degrees
+CHUNK = 20  # width of an outline in degrees: two points for each building and two below make POINTS
+FAR = 1000.0  # metres, in place of infinity
+IN_VIEW = 0.45  # cosine of the angle from the optical axis within which outlines can be visible
 
 
-def paint_sky(labels: Labels, lens: Lens) -> None:
-    """Paints clouds and skyline into the labels, which are SKY before."""
+def paint_sky(labels: Labels, camera: PosedCamera) -> None:
+    """Paint clouds and skyline into labels that are all SKY, in place."""
     far = _far_things()
-    directions = far.directions @ lens.global_to_camera[:3, :3].T * FAR
-    ahead = np.flatnonzero(directions.mean(axis=1)[:, 2] > FAR * AHEAD)
-    for index, outline in zip(ahead, lens.outlines(directions[ahead]), strict=True):
+    directions = far.directions @ camera.global_to_camera[:3, :3].T * FAR
+    ahead = np.flatnonzero(directions.mean(axis=1)[:, 2] > FAR * IN_VIEW)
+    for index, outline in zip(ahead, camera.outlines(directions[ahead]), strict=True):
         if outline is not None:
             cv2.fillPoly(labels, [outline], (int(far.labels[index]),), shift=SHIFT)
 
 
 @dataclass(frozen=True)
 class _FarThings:
-    """Outlines of things at infinity, farthest first. N of them."""
+    """N outlines at infinity, farthest first."""
 
     labels: list[Label]
     directions: Array  # (N, POINTS, 3) in the global frame
@@ -55,7 +55,7 @@ def _far_things() -> _FarThings:
         for label, lower, scale in ((Label.CLOUD_SHADE, 0.08, 1.0), (Label.CLOUD, 0.0, 0.92)):
             for a, e, radius in puffs:
                 az = a + scale * radius * np.cos(turn)
-                # A flat base: what hangs below the middle is pressed together.
+                # Clouds have a flat base: points below the middle are compressed.
                 rise = np.sin(turn) * np.where(np.sin(turn) < 0, 0.22, 0.62)
                 out.append((label, _directions(az, e - lower * radius + scale * radius * rise)))
     for label, low, high in ((Label.FAR, 0.012, 0.075), (Label.TREES, 0.008, 0.034)):

@@ -1,4 +1,4 @@
-"""Drawing solid things: which are seen, in which order, in which colours."""
+"""Draw solids by the painter's algorithm: select visible ones, sort them far to near, colour and fill their faces."""
 
 from __future__ import annotations
 
@@ -8,40 +8,40 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from magicdrive_core.synthetic.lens import SHIFT, Lens, Pixels
+from magicdrive_core.synthetic.camera import SHIFT, Pixels, PosedCamera
 from magicdrive_core.synthetic.light import LAMP_COLOUR, Light, Picture, lamp_light
 from magicdrive_core.synthetic.materials import COLOURS, SHINING
-from magicdrive_core.synthetic.meshes import POINTS, shape
+from magicdrive_core.synthetic.meshes import POINTS, mesh_of
 
 Array = NDArray[np.float64]
 Colour = tuple[int, int, int]  # blue, green, red
 
-SMALLEST = 1.2  # pixels of a face that is drawn
-SLACK = 0.05  # metres by which two things may overlap and still be told apart
-SMOOTH = 30  # metres within which edges are drawn smoothly
+SMALLEST = 1.2  # pixels below which a face is not drawn
+SLACK = 0.05  # metres that two solids may overlap and still be ordered
+SMOOTH = 30  # metres within which edges are anti-aliased
 
 
 @dataclass(frozen=True)
-class Things:
-    """Solid things in the global frame. N of them."""
+class Solids:
+    """N solids in the global frame: objects and scenery."""
 
-    names: list[str]  # of shapes.shape
-    centres: Array  # (N, 3) metres, middle of the box
+    names: list[str]  # of meshes.mesh_of
+    centres: Array  # (N, 3) metres, centres of their boxes
     sizes: Array  # (N, 3) w, l, h in metres
     rotations: Array  # (N, 3, 3)
-    tints: Array  # (N,) brightness of the colours, about 1
+    tints: Array  # (N,) brightness factors, about 1
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def taken(self, chosen: NDArray[np.int64]) -> Things:
-        """Some of the things."""
+    def select(self, chosen: NDArray[np.int64]) -> Solids:
+        """Select solids by index."""
         names = [self.names[index] for index in chosen]
-        return Things(names, self.centres[chosen], self.sizes[chosen], self.rotations[chosen], self.tints[chosen])
+        return Solids(names, self.centres[chosen], self.sizes[chosen], self.rotations[chosen], self.tints[chosen])
 
-    def joined(self, other: Things) -> Things:
-        """These and the others."""
-        return Things(
+    def joined(self, other: Solids) -> Solids:
+        """Append other solids."""
+        return Solids(
             self.names + other.names,
             np.concatenate([self.centres, other.centres]),
             np.concatenate([self.sizes, other.sizes]),
@@ -51,7 +51,7 @@ class Things:
 
     @property
     def footprints(self) -> Array:
-        """Corners (N, 4, 2) on the ground, counter-clockwise."""
+        """Corners (N, 4, 2) of the boxes on the ground, counter-clockwise."""
         corners = np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]]) / 2
         extent = self.sizes[:, None, [1, 0]] * corners
         return self.centres[:, None, :2] + extent @ np.swapaxes(self.rotations[:, :2, :2], 1, 2)
@@ -59,52 +59,65 @@ class Things:
 
 @dataclass(frozen=True)
 class Faces:
-    """Flat faces in drawing order, far to near. F of them."""
+    """F flat faces in drawing order, far to near."""
 
     points: Array  # (F, 8, 3) in the camera frame
     colours: NDArray[np.int64]  # (F, 3) blue, green, red
-    shining: NDArray[np.bool_]  # (F,)
-    away: Array  # (F,) metres from the eye to the thing's middle
-    owners: NDArray[np.int64]  # (F,) index of the thing
+    shining: NDArray[np.bool_]  # (F,) whether the face emits light
+    away: Array  # (F,) metres from the camera to the centre of the solid
+    owners: NDArray[np.int64]  # (F,) index of the solid
 
 
-def seen(things: Things, lens: Lens, reach: float) -> Things:
-    """The things that may be in the picture, far to near so that nothing is drawn over what hides it."""
-    if not len(things):
-        return things
-    middle = lens.camera(things.centres)
-    radius = np.linalg.norm(things.sizes, axis=1) / 2
-    k = lens.intrinsics
+def visible(solids: Solids, camera: PosedCamera, reach: float) -> Solids:
+    """Select the solids that can be in the picture, in drawing order.
+
+    Args:
+        solids: all solids.
+        camera: the camera.
+        reach: metres beyond which solids are left out.
+    """
+    if not len(solids):
+        return solids
+    middle = camera.from_global(solids.centres)
+    radius = np.linalg.norm(solids.sizes, axis=1) / 2
+    k = camera.intrinsics
     left, right = k[0, 2] / k[0, 0], (2 * 800 - k[0, 2]) / k[0, 0]
     margin_left, margin_right = radius * np.hypot(1, left), radius * np.hypot(1, right)
     inside = (middle[:, 2] > -radius) & (np.linalg.norm(middle, axis=1) - radius < reach)
     inside &= middle[:, 0] > -left * middle[:, 2] - margin_left
     inside &= middle[:, 0] < right * middle[:, 2] + margin_right
-    chosen = things.taken(np.flatnonzero(inside))
-    return chosen.taken(far_to_near(chosen, lens.eye[:2]))
+    chosen = solids.select(np.flatnonzero(inside))
+    return chosen.select(far_to_near(chosen, camera.eye[:2]))
 
 
-def far_to_near(things: Things, eye: Array) -> NDArray[np.int64]:
-    """An order in which each thing comes after all that it can hide.
+def far_to_near(solids: Solids, eye: Array) -> NDArray[np.int64]:
+    """Sort solids so that each comes after all that it can occlude.
 
-    Of two upright boxes, an edge of one that has the other on its outer side tells which is in front: the one on the
-    eye's side of it. Boxes that overlap are ordered by their distance.
+    If all of one upright box is on the outer side of an edge of another, the box on the eye's side of that edge is in
+    front. Boxes that overlap are sorted by distance.
+
+    Args:
+        solids: the solids.
+        eye: (2,) position of the camera on the ground.
+
+    Returns:
+        (N,) indices in drawing order.
     """
-    count = len(things)
-    corners = things.footprints
+    count = len(solids)
+    corners = solids.footprints
     start, step = corners, np.roll(corners, -1, axis=1) - corners
     outward = np.stack([step[..., 1], -step[..., 0]], axis=-1)
     outward /= np.linalg.norm(outward, axis=-1, keepdims=True)
     level = (outward * start).sum(axis=-1)  # (N, 4)
     others = np.einsum("nkc,mpc->nmkp", outward, corners).min(axis=-1) - level[:, None]  # (N, M, 4)
-    beyond = others >= -SLACK  # all of m lies outside of edge k of n
-    outside = (outward @ eye - level) >= 0  # (N, 4) the eye does too
-    in_front = (beyond & outside[:, None]).any(axis=-1)  # m may hide n, and n never m
-    behind = (beyond & ~outside[:, None]).any(axis=-1)  # n may hide m, and m never n
+    beyond = others >= -SLACK  # all of m is outside edge k of n
+    outside = (outward @ eye - level) >= 0  # (N, 4) so is the eye
+    in_front = (beyond & outside[:, None]).any(axis=-1)  # m may occlude n, and n never m
+    behind = (beyond & ~outside[:, None]).any(axis=-1)  # n may occlude m, and m never n
     before = in_front | behind.T  # n can be drawn before m
     must = before & ~before.T
     np.fill_diagonal(must, False)
-    distance = np.round(np.linalg.norm(things.centres[:, :2] - eye, axis=1), 3)
+    distance = np.round(np.linalg.norm(solids.centres[:, :2] - eye, axis=1), 3)
     waiting = must.sum(axis=0)
     left = np.ones(count, bool)
     order = []
@@ -118,52 +131,56 @@ def far_to_near(things: Things, eye: Array) -> NDArray[np.int64]:
     return np.array(order, dtype=np.int64)
 
 
-def faces_of(things: Things, lens: Lens, light: Light, lamps: Array) -> Faces:
-    """The faces that are turned to the eye, in their colours.
+def faces_of(solids: Solids, camera: PosedCamera, light: Light, lamps: Array) -> Faces:
+    """Collect the faces that look at the camera, with their colours.
 
     Args:
-        things: in drawing order (``seen``).
-        lens: the camera.
-        light: of the scene.
-        lamps: (M, 2) street lamps, which light things at night.
+        solids: solids in drawing order, see ``visible``.
+        camera: the camera.
+        light: lighting of the scene.
+        lamps: (M, 2) positions of street lamps, which light solids at night.
     """
     parts = [(np.empty((0, POINTS, 3)), np.empty((0, 3)), np.empty(0, bool), np.empty(0, int), np.empty(0, int))]
-    names = np.array(things.names)
-    bright = _brightness(things, lens, light, lamps)
-    for name in sorted(set(things.names)):
+    names = np.array(solids.names)
+    bright = _brightness(solids, camera, light, lamps)
+    for name in sorted(set(solids.names)):
         members = np.flatnonzero(names == name)
-        form = shape(name)
-        scale = things.sizes[members][:, [1, 0, 2]]  # x is along the length
-        turn = things.rotations[members]
-        base = things.centres[members] - turn[..., 2] * scale[:, 2:] / 2
-        eye = np.einsum("nji,nj->ni", turn, lens.eye - base) / scale
-        towards = ((eye[:, None] - form.faces[None, :, 0]) * form.normals).sum(axis=-1) > 0
-        rank = np.empty((len(members), form.faces.shape[0]), np.int64)
-        np.put_along_axis(rank, form.order(eye), np.arange(rank.shape[1])[None], axis=1)
+        mesh = mesh_of(name)
+        scale = solids.sizes[members][:, [1, 0, 2]]  # x is along the length
+        turn = solids.rotations[members]
+        base = solids.centres[members] - turn[..., 2] * scale[:, 2:] / 2
+        eye = np.einsum("nji,nj->ni", turn, camera.eye - base) / scale
+        towards = ((eye[:, None] - mesh.faces[None, :, 0]) * mesh.normals).sum(axis=-1) > 0
+        rank = np.empty((len(members), mesh.faces.shape[0]), np.int64)
+        np.put_along_axis(rank, mesh.order(eye), np.arange(rank.shape[1])[None], axis=1)
         which, face = np.nonzero(towards)
-        points = (form.faces[face] * scale[which, None]) @ np.swapaxes(turn, 1, 2)[which] + base[which, None]
-        normal = np.einsum("fij,fj->fi", turn[which], form.normals[face] / scale[which])
+        points = (mesh.faces[face] * scale[which, None]) @ np.swapaxes(turn, 1, 2)[which] + base[which, None]
+        normal = np.einsum("fij,fj->fi", turn[which], mesh.normals[face] / scale[which])
         normal /= np.linalg.norm(normal, axis=1, keepdims=True)
         owner = members[which]
-        material = form.materials[face]
-        colour = COLOURS[material] * things.tints[owner, None] * _shading(normal, light)[:, None] * bright[owner]
+        material = mesh.materials[face]
+        colour = COLOURS[material] * solids.tints[owner, None] * _shading(normal, light)[:, None] * bright[owner]
         glows = (SHINING[material, 0] >= 0) & light.shining
         colour[glows] = SHINING[material[glows]]
         parts.append((points, colour, glows, owner, rank[which, face]))
     points, colour, glows, owner, rank = (np.concatenate(column) for column in zip(*parts, strict=True))
-    away = np.linalg.norm(things.centres - lens.eye, axis=1)[owner]
+    away = np.linalg.norm(solids.centres - camera.eye, axis=1)[owner]
     clear = np.exp(-away / light.haze)[:, None]
-    clear = np.where(glows[:, None], np.sqrt(clear), clear)  # lamps shine through
+    clear = np.where(glows[:, None], np.sqrt(clear), clear)  # lamps are visible through haze
     haze = np.array(light.horizon)
     colour = np.clip(np.rint(haze + (colour - haze) * clear), 0, 255).astype(np.int64)
     order = np.lexsort((rank, owner))
-    return Faces(lens.camera(points[order]), colour[order, ::-1], glows[order], away[order], owner[order])
+    return Faces(camera.from_global(points[order]), colour[order, ::-1], glows[order], away[order], owner[order])
 
 
-def fill(picture: Picture, faces: Faces, lens: Lens) -> list[tuple[Pixels, Colour, float]]:
-    """Fills faces into a picture; returns outline, colour and distance of those that shine."""
+def fill(picture: Picture, faces: Faces, camera: PosedCamera) -> list[tuple[Pixels, Colour, float]]:
+    """Fill faces into a picture, in place.
+
+    Returns:
+        Outline, colour and distance in metres of each shining face.
+    """
     lamps = []
-    for index, outline in enumerate(lens.outlines(faces.points, SMALLEST)):
+    for index, outline in enumerate(camera.outlines(faces.points, SMALLEST)):
         if outline is None:
             continue
         blue, green, red = faces.colours[index].tolist()
@@ -174,27 +191,27 @@ def fill(picture: Picture, faces: Faces, lens: Lens) -> list[tuple[Pixels, Colou
     return lamps
 
 
-def mirrored(faces: Faces, lens: Lens, reach: float) -> Faces:
-    """The mirror images in the ground of faces within ``reach`` metres."""
+def mirrored(faces: Faces, camera: PosedCamera, reach: float) -> Faces:
+    """Mirror the faces within ``reach`` metres in the ground plane."""
     near = faces.away < reach
-    up = lens.ego_to_global[:3, 2] @ lens.camera_to_global[:3, :3]  # in the camera frame
+    up = camera.ego_to_global[:3, 2] @ camera.camera_to_global[:3, :3]  # in the camera frame
     points = faces.points[near]
-    points = points - 2 * (points @ up + lens.height)[..., None] * up
+    points = points - 2 * (points @ up + camera.height)[..., None] * up
     return Faces(points, faces.colours[near], faces.shining[near], faces.away[near], faces.owners[near])
 
 
 def _shading(normals: Array, light: Light) -> Array:
-    """Share of its colour that a face with a normal (F, 3) shows."""
-    sky = 0.86 + 0.14 * normals[:, 2]  # from above comes more than from below
-    side = 0.05 * normals[:, 0] - 0.04 * normals[:, 1]  # tells walls apart where no sun does
+    """Compute the brightness (F,) of faces from their normals (F, 3)."""
+    sky = 0.86 + 0.14 * normals[:, 2]  # more light from above than from below
+    side = 0.05 * normals[:, 0] - 0.04 * normals[:, 1]  # makes walls distinguishable without sun
     return light.ambient * (sky + side) + light.sun * np.maximum(normals @ np.array(light.sun_from), 0)
 
 
-def _brightness(things: Things, lens: Lens, light: Light, lamps: Array) -> Array:
-    """Factor (N, 3) of each thing's colours: lamp light at night."""
+def _brightness(solids: Solids, camera: PosedCamera, light: Light, lamps: Array) -> Array:
+    """Compute the colour factors (N, 3) of solids: lamp light at night, otherwise 1."""
     if not light.dark:
-        return np.ones((len(things), 3))
-    level = lamp_light(things.centres[:, :2], lens, lamps)
-    # High things stand above the beams of dipped head lamps.
-    level = np.where(things.sizes[:, 2] > 5, np.minimum(level, 0.34), level)
+        return np.ones((len(solids), 3))
+    level = lamp_light(solids.centres[:, :2], camera, lamps)
+    # High solids are above the dipped beams.
+    level = np.where(solids.sizes[:, 2] > 5, np.minimum(level, 0.34), level)
     return level[:, None] * LAMP_COLOUR

@@ -22,7 +22,7 @@ from magicdrive_core.synthetic.rig import (
     rounded,
     token,
 )
-from magicdrive_core.synthetic.traffic import SIZES, Actor, Plan
+from magicdrive_core.synthetic.traffic import SIZES, Actor, ScenePlan
 
 Record = dict[str, Any]
 Rows = dict[str, list[Record]]  # by table
@@ -36,13 +36,13 @@ ATTRIBUTES = (
     "pedestrian.sitting_lying_down", "vehicle.moving", "vehicle.parked", "vehicle.stopped",
 )  # fmt: skip
 VISIBILITY = (("1", "v0-40", 0.4), ("2", "v40-60", 0.6), ("3", "v60-80", 0.8), ("4", "v80-100", 1.0))
-ANNOTATED = 65.0  # metres from the ego within which objects are annotated
-JITTER = 600  # microseconds by which sweeps are early or late
-KEY_AZIMUTHS, SWEEP_AZIMUTHS = 360, 60  # lidar columns of key frames and of the sweeps between
+ANNOTATED = 65.0  # metres from the ego car within which objects are annotated
+JITTER = 600  # microseconds that sweeps are early or late at most
+KEY_AZIMUTHS, SWEEP_AZIMUTHS = 360, 60  # lidar columns of key frames and of other sweeps
 
 
-def fixed_rows(locations: Sequence[str], plans: Sequence[Plan]) -> Rows:
-    """The tables that do not depend on what happens in a scene."""
+def fixed_rows(locations: Sequence[str], plans: Sequence[ScenePlan]) -> Rows:
+    """Make the tables that do not depend on the events of a scene."""
     return {
         "attribute": [{"token": token("attribute", n), "name": n, "description": ""} for n in ATTRIBUTES],
         "category": [
@@ -90,12 +90,15 @@ def fixed_rows(locations: Sequence[str], plans: Sequence[Plan]) -> Rows:
     }
 
 
-def scene_rows(plan: Plan, scenery: NDArray[np.float64]) -> tuple[Rows, dict[str, bytes]]:
-    """The records of one scene, and its lidar files by their paths below the data root.
+def scene_rows(plan: ScenePlan, scenery: NDArray[np.float64]) -> tuple[Rows, dict[str, bytes]]:
+    """Make the records and lidar files of one scene.
 
     Args:
         plan: the scene.
-        scenery: (N, 7) boxes of buildings and trees, which hide what is behind them from the lidar.
+        scenery: (N, 7) boxes of buildings, trees and lamps, which occlude objects.
+
+    Returns:
+        The records by table, and the content of each lidar file by path below the data root.
     """
     samples = [token("sample", plan.name, key) for key in range(plan.key_frames)]
     times = [plan.first_time + key * KEY_PERIOD for key in range(plan.key_frames)]
@@ -126,16 +129,16 @@ def scene_rows(plan: Plan, scenery: NDArray[np.float64]) -> tuple[Rows, dict[str
 
 
 def merge(parts: Sequence[Rows]) -> Rows:
-    """The tables of all parts, in order."""
+    """Concatenate the records of all parts, by table."""
     return {table: [row for part in parts for row in part.get(table, [])] for table in TABLES}
 
 
-def _log_name(plan: Plan) -> str:
+def _log_name(plan: ScenePlan) -> str:
     return f"demo-{plan.name[-4:]}"
 
 
-def _sensor_records(plan: Plan, sensor: Sensor, samples: list[str]) -> tuple[list[Record], list[Record]]:
-    """sample_data and ego_pose of one sensor: a record a key frame, and sweeps at its own rate between."""
+def _sensor_records(plan: ScenePlan, sensor: Sensor, samples: list[str]) -> tuple[list[Record], list[Record]]:
+    """Make the ``sample_data`` and ``ego_pose`` records of one sensor: key frames, and sweeps at the sensor's rate."""
     steps = CAMERA_STEPS if sensor.is_camera else LIDAR_STEPS
     rng = np.random.default_rng([plan.index, SENSORS.index(sensor)])
     records, ego_poses = [], []
@@ -175,9 +178,14 @@ def _sensor_records(plan: Plan, sensor: Sensor, samples: list[str]) -> tuple[lis
 
 
 def _lidar_files(
-    plan: Plan, rows: Rows, scenery: NDArray[np.float64]
+    plan: ScenePlan, rows: Rows, scenery: NDArray[np.float64]
 ) -> tuple[dict[str, bytes], list[tuple[NDArray[np.int64], NDArray[np.int64]]]]:
-    """The scene's lidar files, and at each key frame the returns from each actor and the rays that could meet it."""
+    """Scan the scene with the lidar.
+
+    Returns:
+        The content of each lidar file by path; and, for each key frame, the numbers of returns from each actor and of
+        rays that would meet it without occlusion.
+    """
     lidar = next(sensor for sensor in SENSORS if sensor.channel == LIDAR)
     lidar_to_ego = poses.pose(lidar.rotation, lidar.translation)
     ego = {row["token"]: row for row in rows["ego_pose"]}
@@ -198,20 +206,20 @@ def _lidar_files(
 
 
 def _boxes(actor: Actor, seconds: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The actor's box (T, 7) at times (T,): centre, w, l, h, heading."""
+    """Compute the box (T, 7) of an actor at times (T,): centre, w, l, h, heading."""
     track = actor.poses(seconds)
     height = np.full(len(seconds), actor.size[2] / 2)
     return np.column_stack([np.round(track[:, :2], 4), height, np.tile(actor.size, (len(seconds), 1)), track[:, 2]])
 
 
 def _annotate(
-    plan: Plan,
+    plan: ScenePlan,
     rows: Rows,
     samples: list[str],
     times: list[int],
     returns: list[tuple[NDArray[np.int64], NDArray[np.int64]]],
 ) -> None:
-    """Adds instances and their annotations: from the first to the last key frame near the ego."""
+    """Add instances and their annotations, from the first to the last key frame near the ego car."""
     stamps = np.array(times)
     ego = plan.ego_poses(stamps)
     for number, actor in enumerate(plan.traffic.actors):
@@ -252,7 +260,7 @@ def _annotate(
 
 
 def _link(records: list[Record]) -> None:
-    """Chains records by ``prev`` and ``next``."""
+    """Link records by ``prev`` and ``next``."""
     for before, after in zip([None, *records], [*records, None], strict=True):
         if before is not None:
             before["next"] = after["token"] if after is not None else ""

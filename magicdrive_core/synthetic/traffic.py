@@ -1,4 +1,7 @@
-"""What happens in each generated scene: where, in which light, along which way, and in which words."""
+"""Plan generated scenes: location, light, ego trajectory, traffic without collisions, and the description.
+
+The same settings and scene index give the same plan.
+"""
 
 from __future__ import annotations
 
@@ -16,30 +19,49 @@ from magicdrive_core.synthetic.rig import KEY_PERIOD
 
 Array = NDArray[np.float64]
 
+# Width, length and height in metres, close to the means of nuScenes.
+SIZES = {
+    "vehicle.car": (1.92, 4.6, 1.7),
+    "vehicle.truck": (2.5, 7.2, 3.0),
+    "vehicle.construction": (2.7, 6.2, 3.2),
+    "vehicle.bus.rigid": (2.9, 11.0, 3.5),
+    "vehicle.trailer": (2.6, 9.0, 3.6),
+    "vehicle.motorcycle": (0.8, 2.1, 1.6),
+    "vehicle.bicycle": (0.65, 1.75, 1.7),
+    "human.pedestrian.adult": (0.66, 0.7, 1.75),
+    "movable_object.trafficcone": (0.42, 0.42, 0.85),
+    "movable_object.barrier": (2.4, 0.55, 1.0),
+}
+REACH = 50.0  # metres from the ego trajectory within which traffic starts
+CHECKS = 4.0  # collision checks for each second of a scene
+GAP = 0.35  # smallest distance between two objects in metres
+TRIES = 120  # attempts to add an object
+EGO_LENGTH, EGO_WIDTH, EGO_AHEAD = 4.9, 2.0, 1.4  # metres; EGO_AHEAD: from the rear axle to the centre
+
 LIGHTS = ("day", "night", "rain")
-PLANS = ("straight", "left", "right")
-SPEEDS = {"straight": (7.0, 9.5), "left": (5.2, 6.2), "right": (5.0, 5.5)}  # m/s, from and to
+EGO_MOVES = ("straight", "left", "right")
+SPEEDS = {"straight": (7.0, 9.5), "left": (5.2, 6.2), "right": (5.0, 5.5)}  # m/s, lowest and highest
 WORDS = {
     "straight": ("go straight across the intersection", "drive along a wide street", "cross the intersection"),
     "left": ("turn left at the intersection", "wide left turn"),
     "right": ("turn right at the intersection", "tight right turn"),
 }
 PREFIX = {"day": "", "night": "Night, ", "rain": "Rain, "}
-FAR, NEAR = 25.0, 3.0  # metres before the junction within which single moments lie: its marks are in sight
+FAR, NEAR = 25.0, 3.0  # metres before the junction at which scenes of one frame are: its markings are visible
 FIRST_TIME = 1_700_000_000_000_000  # microseconds: the first scene's first key frame
 SCENE_PITCH = 60_000_000  # microseconds from scene to scene
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A scene before it is written."""
+class ScenePlan:
+    """Everything that happens in a scene."""
 
     index: int
     name: str
     location: str
     light: str
     description: str
-    first_time: int  # microseconds of the first key frame
+    first_time: int  # time of the first key frame in microseconds
     key_frames: int
     route: Curve
     start: float  # metres along the route at the first key frame
@@ -47,28 +69,28 @@ class Plan:
     traffic: Traffic
 
     def ego_poses(self, times: Array) -> Array:
-        """The ego's x, y, heading (N, 3) at times (N,) in microseconds."""
+        """Compute the ego poses x, y, heading (N, 3) at times (N,) in microseconds."""
         return self.route.poses(self.start + self.speed * (times - self.first_time) / 1e6)
 
 
-def plan_scene(synth: Synth, index: int) -> Plan:
-    """Plans one scene; the same settings and index give the same plan."""
+def plan_scene(synth: Synth, index: int) -> ScenePlan:
+    """Plan the scene of an index."""
     rng = np.random.default_rng([synth.seed, index])
     light = LIGHTS[index % len(LIGHTS)]
     location = list(CITIES)[index % len(CITIES)]
-    move = PLANS[(index + index // len(PLANS)) % len(PLANS)]
+    move = EGO_MOVES[(index + index // len(EGO_MOVES)) % len(EGO_MOVES)]
     speed = float(rng.uniform(*SPEEDS[move]))
     key_frames = int(synth.seconds * 1e6 / KEY_PERIOD + 1e-6) + 1
     seconds = (key_frames - 1) * KEY_PERIOD / 1e6
     streets = city(location)
     route, turn_at = _plan_route(streets, move, speed * seconds, rng)
     start = max(6.0, turn_at - 0.45 * speed * seconds - 4.0)
-    if key_frames == 1:  # one moment of such a drive: the caption does not tell how far the junction is
+    if key_frames == 1:  # one frame of such a drive, at a random distance from the junction
         start = turn_at - float(rng.uniform(NEAR, FAR))
     traffic = populate(streets, route, start, speed, seconds, rng)
     words = [WORDS[move][rng.integers(len(WORDS[move]))], *_sights(traffic, rng)]
     text = PREFIX[light] + ", ".join(words)
-    return Plan(
+    return ScenePlan(
         index=index,
         name=f"scene-{2001 + index}",
         location=location,
@@ -84,13 +106,22 @@ def plan_scene(synth: Synth, index: int) -> Plan:
 
 
 def _plan_route(streets: City, move: str, distance: float, rng: np.random.Generator) -> tuple[Curve, float]:
-    """A way through the city whose first junction is taken by ``move``: the curve, and where that junction begins.
+    """Plan a route that takes its first junction by ``move``.
 
-    Turns are taken from the lane that turns: the inner one to the left, the outer one to the right. Dead ends are
-    left out by looking ahead for as long as the scene lasts.
+    Turns start from the lane that allows them: the inner one to the left, the outer one to the right. Routes that end
+    before the scene does are left out.
+
+    Args:
+        streets: the city.
+        move: "straight", "left" or "right".
+        distance: length of the drive in metres.
+        rng: source of randomness.
+
+    Returns:
+        The route, and the distance along it at which the junction starts.
     """
     mirrored = CITIES[streets.location][0]
-    cars_move = {"left": "right", "right": "left"}.get(move, move) if mirrored else move  # as built, before mirroring
+    cars_move = {"left": "right", "right": "left"}.get(move, move) if mirrored else move  # before mirroring
     index = {"straight": int(rng.integers(2)), "left": 0, "right": 1}[cars_move]
     starts = [lane.name for lane in streets.lanes.values() if lane.index == index and lane.curve.length > 50]
     needed = distance + 70.0
@@ -106,11 +137,11 @@ def _plan_route(streets: City, move: str, distance: float, rng: np.random.Genera
                 for name in (connector, *rest):
                     curve = curve.joined(streets.lane(name).curve)
                 return curve, turn_at
-    raise AssertionError("the city has no such way")
+    raise AssertionError("the city has no such route")
 
 
 def _onward(streets: City, name: str, needed: float) -> list[str] | None:
-    """Lanes from ``name`` on that are together at least ``needed`` metres long, straight where that goes on."""
+    """Find lanes from ``name`` on with a total length of at least ``needed`` metres; None at a dead end."""
     length = streets.lane(name).curve.length
     if length >= needed:
         return [name]
@@ -122,7 +153,7 @@ def _onward(streets: City, name: str, needed: float) -> list[str] | None:
 
 
 def _sights(traffic: Traffic, rng: np.random.Generator) -> list[str]:
-    """Some of what is there, in words."""
+    """Describe up to three kinds of objects of the scene in words."""
     words = {
         "vehicle.construction": "road works with cones",
         "vehicle.bus.rigid": "bus",
@@ -139,28 +170,6 @@ def _sights(traffic: Traffic, rng: np.random.Generator) -> list[str]:
     return [sights[index] for index in chosen]
 
 
-# Everything that stands or moves in a generated scene, placed so that nothing ever touches anything.
-
-# w, l, h in metres, about the means of nuScenes
-SIZES = {
-    "vehicle.car": (1.92, 4.6, 1.7),
-    "vehicle.truck": (2.5, 7.2, 3.0),
-    "vehicle.construction": (2.7, 6.2, 3.2),
-    "vehicle.bus.rigid": (2.9, 11.0, 3.5),
-    "vehicle.trailer": (2.6, 9.0, 3.6),
-    "vehicle.motorcycle": (0.8, 2.1, 1.6),
-    "vehicle.bicycle": (0.65, 1.75, 1.7),
-    "human.pedestrian.adult": (0.66, 0.7, 1.75),
-    "movable_object.trafficcone": (0.42, 0.42, 0.85),
-    "movable_object.barrier": (2.4, 0.55, 1.0),
-}
-REACH = 50.0  # metres from the ego's way within which traffic starts
-CHECKS = 4.0  # a second: how often two objects are compared
-GAP = 0.35  # metres that stay free between any two objects
-TRIES = 120
-EGO_LENGTH, EGO_WIDTH, EGO_AHEAD = 4.9, 2.0, 1.4  # metres; the ego frame's origin is the rear axle
-
-
 @dataclass(frozen=True)
 class Actor:
     """An object that follows a curve at constant speed."""
@@ -171,7 +180,7 @@ class Actor:
     start: float  # metres along the curve at time 0
     speed: float = 0.0  # m/s
     offset: float = 0.0  # metres right of the curve
-    turn: float = 0.0  # radians from the direction of travel to the front
+    turn: float = 0.0  # radians from the direction of travel to the heading
 
     @property
     def size(self) -> tuple[float, float, float]:
@@ -179,7 +188,7 @@ class Actor:
         return SIZES[self.category]
 
     def poses(self, seconds: Array) -> Array:
-        """Centre and heading (N, 3) at times (N,) from the scene's start."""
+        """Compute centre and heading (N, 3) at times (N,) in seconds from the start of the scene."""
         poses = self.curve.poses(self.start + self.speed * seconds, self.offset)
         poses[:, 2] += self.turn
         return poses
@@ -187,21 +196,25 @@ class Actor:
 
 @dataclass
 class Traffic:
-    """The accepted actors of a scene."""
+    """The actors of a scene, none of which ever touch."""
 
-    seconds: Array  # times at which distances are checked
-    way: Array  # (W, 2) places that the ego passes
+    seconds: Array  # (T,) times of collision checks
+    ego_path: Array  # (W, 2) points on the ego trajectory
     actors: list[Actor] = field(default_factory=list)
     _discs: list[tuple[Array, float]] = field(default_factory=list)  # (T, D, 2) centres, radius
 
     def occupy(self, poses: Array, length: float, width: float) -> None:
-        """Keeps free what a moving rectangle covers: poses (T, 3) of its centre."""
+        """Keep the area of a moving rectangle free; ``poses`` (T, 3) are those of its centre."""
         self._discs.append(_discs(poses, length, width))
 
     def add(self, actors: Iterable[Actor]) -> bool:
-        """Accepts the actors, all or none: whether they start near the ego's way and touch none accepted before."""
+        """Add actors, all or none.
+
+        Returns:
+            Whether they were added: they start near the ego trajectory and touch no other actor.
+        """
         actors = list(actors)
-        if _distance(actors[0].poses(np.zeros(1))[:, :2], self.way) > REACH:
+        if _distance(actors[0].poses(np.zeros(1))[:, :2], self.ego_path) > REACH:
             return False
         covered = [_discs(actor.poses(self.seconds), actor.size[1], actor.size[0]) for actor in actors]
         if any(_touch(new, old) for new in covered for old in self._discs):
@@ -214,21 +227,21 @@ class Traffic:
 def populate(
     city: City, ego: Curve, ego_start: float, speed: float, seconds: float, rng: np.random.Generator
 ) -> Traffic:
-    """The traffic of a scene: all ten detection classes about the way of the ego car.
+    """Fill a scene with traffic of all ten detection classes around the ego trajectory.
 
     Args:
         city: the streets.
-        ego: the ego's route.
-        ego_start: where the ego's rear axle starts, metres along the route.
-        speed: of the ego in m/s.
+        ego: the route of the ego car.
+        ego_start: start of its rear axle, metres along the route.
+        speed: speed of the ego car in m/s.
         seconds: length of the scene.
-        rng: the scene's source of chance.
+        rng: source of randomness of the scene.
     """
     checks = np.linspace(-0.1, seconds + 0.1, int(np.ceil(CHECKS * seconds)) + 1)
-    way = ego.poses(np.linspace(ego_start, ego_start + speed * seconds, 9))[:, :2]
-    traffic = Traffic(checks, way)
+    ego_path = ego.poses(np.linspace(ego_start, ego_start + speed * seconds, 9))[:, :2]
+    traffic = Traffic(checks, ego_path)
     traffic.occupy(ego.poses(ego_start + EGO_AHEAD + speed * checks), EGO_LENGTH, EGO_WIDTH)
-    near = _near_lanes(city, way)
+    near = _near_lanes(city, ego_path)
 
     ahead = ego_start + EGO_AHEAD + rng.uniform(13, 22)
     traffic.add([Actor("vehicle.car", "vehicle.moving", ego, ahead, speed)])
@@ -237,17 +250,17 @@ def populate(
     outer = [lane for lane in near if lane.index == 1]
     kerbs = [lane for lane in roads if lane.index == 1]
     _try(traffic, partial(_work_zone, kerbs, rng))
-    _try(traffic, partial(_lorry, city, roads, rng))
+    _try(traffic, partial(_truck_and_trailer, city, roads, rng))
     for category in ("vehicle.bus.rigid", "vehicle.truck", "vehicle.motorcycle", "vehicle.bicycle", "vehicle.bicycle"):
         _try(traffic, partial(_driver, category, city, outer, rng))
     for _ in range(9):
         _try(traffic, partial(_driver, "vehicle.car", city, near, rng))
     _park(traffic, city, rng)
     for _ in range(8):
-        _try(traffic, partial(_walker, kerbs, rng))
-    crossings = [curve for curve in city.crossings.values() if _distance(curve.poses([0.0])[:, :2], way) < REACH]
+        _try(traffic, partial(_pedestrian, kerbs, rng))
+    crossings = [curve for curve in city.crossings.values() if _distance(curve.poses([0.0])[:, :2], ego_path) < REACH]
     for _ in range(4 if crossings else 0):
-        _try(traffic, partial(_crosser, crossings, rng))
+        _try(traffic, partial(_crossing_pedestrian, crossings, rng))
     return traffic
 
 
@@ -266,8 +279,8 @@ def _driver(category: str, city: City, lanes: list[Lane], rng: np.random.Generat
     return [Actor(category, attribute, _route(city, lane, rng), rng.uniform(0, lane.curve.length), speed, offset)]
 
 
-def _lorry(city: City, lanes: list[Lane], rng: np.random.Generator) -> list[Actor]:
-    """A truck that draws a trailer."""
+def _truck_and_trailer(city: City, lanes: list[Lane], rng: np.random.Generator) -> list[Actor]:
+    """Make a truck with a trailer."""
     lane = lanes[rng.integers(len(lanes))]
     route, speed = _route(city, lane, rng), rng.uniform(4.5, 7.0)
     start = rng.uniform(0, lane.curve.length)
@@ -279,7 +292,7 @@ def _lorry(city: City, lanes: list[Lane], rng: np.random.Generator) -> list[Acto
 
 
 def _work_zone(lanes: list[Lane], rng: np.random.Generator) -> list[Actor]:
-    """An excavator in a closed lane: barriers before it, cones along it."""
+    """Make an excavator in a closed lane, with barriers and cones."""
     lane = lanes[rng.integers(len(lanes))]
     at = rng.uniform(8, lane.curve.length - 8)
     zone = [Actor("vehicle.construction", "vehicle.stopped", lane.curve, at, 0.0, 0.3)]
@@ -298,8 +311,8 @@ def _work_zone(lanes: list[Lane], rng: np.random.Generator) -> list[Actor]:
     return zone
 
 
-def _walker(lanes: list[Lane], rng: np.random.Generator) -> list[Actor]:
-    """Someone on the walkway beside an outer lane, in either direction or standing."""
+def _pedestrian(lanes: list[Lane], rng: np.random.Generator) -> list[Actor]:
+    """Make a pedestrian on the walkway beside an outer lane, walking in either direction or standing."""
     lane = lanes[rng.integers(len(lanes))]
     speed = (0.0, 1.2, 1.4, -1.1, -1.4)[rng.integers(5)]
     attribute = "pedestrian.moving" if speed else "pedestrian.standing"
@@ -308,7 +321,7 @@ def _walker(lanes: list[Lane], rng: np.random.Generator) -> list[Actor]:
     return [Actor("human.pedestrian.adult", attribute, lane.curve, start, speed, offset, turn)]
 
 
-def _crosser(crossings: list[Curve], rng: np.random.Generator) -> list[Actor]:
+def _crossing_pedestrian(crossings: list[Curve], rng: np.random.Generator) -> list[Actor]:
     crossing = crossings[rng.integers(len(crossings))]
     start, speed, side = rng.uniform(0, crossing.length - 3), rng.uniform(1.1, 1.5), rng.uniform(-1.1, 1.1)
     return [Actor("human.pedestrian.adult", "pedestrian.moving", crossing, start, speed, side)]
@@ -322,7 +335,7 @@ def _park(traffic: Traffic, city: City, rng: np.random.Generator) -> None:
 
 
 def _route(city: City, lane: Lane, rng: np.random.Generator) -> Curve:
-    """The lane and where chance leads from its end, far enough for a minute's drive or to the end of the world."""
+    """Choose a random route from a lane, at least 300 m long or to the end of a road."""
     curve, name = lane.curve, lane.name
     while curve.length < 300 and city.outgoing[name]:
         name = city.outgoing[name][rng.integers(len(city.outgoing[name]))]
@@ -330,10 +343,12 @@ def _route(city: City, lane: Lane, rng: np.random.Generator) -> Curve:
     return curve
 
 
-def _near_lanes(city: City, way: Array) -> list[Lane]:
+def _near_lanes(city: City, ego_path: Array) -> list[Lane]:
     lanes = (*city.lanes.values(), *city.connectors.values())
     return [
-        lane for lane in lanes if _distance(lane.curve.poses(np.arange(0, lane.curve.length, 5))[:, :2], way) < REACH
+        lane
+        for lane in lanes
+        if _distance(lane.curve.poses(np.arange(0, lane.curve.length, 5))[:, :2], ego_path) < REACH
     ]
 
 
@@ -342,7 +357,7 @@ def _distance(points: Array, others: Array) -> float:
 
 
 def _discs(poses: Array, length: float, width: float) -> tuple[Array, float]:
-    """Discs that cover a rectangle at each pose (T, 3): centres (T, D, 2) and their radius."""
+    """Cover a rectangle at each pose (T, 3) with discs: their centres (T, D, 2) and radius."""
     count = max(1, int(np.ceil(length / width)))
     along = (np.arange(count) + 0.5) / count * length - length / 2
     heading = np.stack([np.cos(poses[:, 2]), np.sin(poses[:, 2])], axis=-1)

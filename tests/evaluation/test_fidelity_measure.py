@@ -93,12 +93,12 @@ def test_vehicles_lie_within_their_projected_boxes(synthetic_root: Path, painter
     seen = 0
     for footage in read_footage(synthetic_root, "v1.0-demo"):
         for shot in sorted(footage.shots, key=lambda shot: shot.timestamp)[:6]:
-            things = footage.things(shot.timestamp)
+            solids = footage.solids_at(shot.timestamp)
             signs = np.stack(np.meshgrid([-1, 1], [-1, 1], [-1, 1]), axis=-1).reshape(-1, 3) / 2
             hulls = np.zeros((900, 1600), np.uint8)
-            for index in (i for i, name in enumerate(things.names) if name in vehicles):
-                corners = (signs * things.sizes[index][[1, 0, 2]]) @ things.rotations[index].T + things.centres[index]
-                pixels, depth = project(transform(inverse(shot.lens.camera_to_global), corners), shot.intrinsics)
+            for index in (i for i, name in enumerate(solids.names) if name in vehicles):
+                corners = (signs * solids.sizes[index][[1, 0, 2]]) @ solids.rotations[index].T + solids.centres[index]
+                pixels, depth = project(transform(inverse(shot.camera.camera_to_global), corners), shot.intrinsics)
                 if (depth > 0.5).all():
                     cv2.fillConvexPoly(hulls, cv2.convexHull(np.rint(pixels).astype(np.int32)), (1,))
                 elif (depth > 0).any():

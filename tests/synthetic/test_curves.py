@@ -1,4 +1,4 @@
-"""Lanes' geometry against its own differential equation."""
+"""Curves satisfy their differential equation, offsets, joining and mirroring."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ curves = st.builds(
 
 
 @given(curve=curves, share=st.floats(0.01, 0.99))
-def test_moves_at_unit_speed_in_its_own_direction(curve: Curve, share: float) -> None:
+def test_poses_move_at_unit_speed_along_their_heading(curve: Curve, share: float) -> None:
     s, h = share * curve.length, 1e-4
     before, at, after = curve.poses([s - h, s, s + h])
     np.testing.assert_allclose((after - before)[:2] / (2 * h), [np.cos(at[2]), np.sin(at[2])], atol=1e-4)
 
 
 @given(curve=curves, offset=st.floats(-3, 3))
-def test_an_offset_lies_to_the_right(curve: Curve, offset: float) -> None:
-    middle, moved = (curve.poses([curve.length / 2], o)[0] for o in (0.0, offset))
+def test_an_offset_moves_poses_to_the_right(curve: Curve, offset: float) -> None:
+    middle, shifted = (curve.poses([curve.length / 2], o)[0] for o in (0.0, offset))
     right = [np.sin(middle[2]), -np.cos(middle[2])]
-    np.testing.assert_allclose((moved - middle)[:2], np.array(right) * offset, atol=1e-9)
+    np.testing.assert_allclose((shifted - middle)[:2], np.array(right) * offset, atol=1e-9)
 
 
 @given(curve=curves, other=curves)
-def test_joining_goes_on_where_the_first_curve_ends(curve: Curve, other: Curve) -> None:
-    moved = Curve(curve.end, other.pieces)
+def test_a_joined_curve_continues_at_the_end_of_the_first(curve: Curve, other: Curve) -> None:
+    continued = Curve(curve.end, other.pieces)
     joined = curve.joined(other)
-    np.testing.assert_allclose(joined.end, moved.end, atol=1e-6)
+    np.testing.assert_allclose(joined.end, continued.end, atol=1e-6)
 
 
 @given(curve=curves)

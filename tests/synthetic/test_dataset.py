@@ -1,4 +1,4 @@
-"""A whole data root: the same bytes each time, completed when interrupted, never written over other data."""
+"""A generated data root: equal bytes every time, resumed after an interruption, never written over other data."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_pictures_tables_and_maps_have_their_known_digests(synthetic_root: Path) -> None:
-    """The same on every machine: a change here needs a higher CITY_VERSION, and a new data.dvc."""
+    """Equal on every machine. If a digest changes, raise CITY_VERSION and update data.dvc."""
     digests = {
         "manifest": sha256_file(synthetic_root / MANIFEST),
         "tables": sha256_folder(synthetic_root / "v1.0-demo"),
@@ -43,7 +43,7 @@ DIGESTS = {
 }
 
 
-def test_an_interrupted_run_is_completed_by_any_number_of_processes(tiny_root: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_is_completed_with_any_number_of_processes(tiny_root: Path, tmp_path: Path) -> None:
     root = tmp_path / "data"
     shutil.copytree(tiny_root, root)
     for path in sorted(root.glob("samples/CAM_*/*"))[::2]:
@@ -55,7 +55,7 @@ def test_an_interrupted_run_is_completed_by_any_number_of_processes(tiny_root: P
     assert sha256_folder(root) == sha256_folder(tiny_root)
 
 
-def test_a_missing_picture_is_noticed_and_drawn_again(tiny_root: Path, tmp_path: Path) -> None:
+def test_a_missing_picture_is_noticed_and_rendered_again(tiny_root: Path, tmp_path: Path) -> None:
     root = tmp_path / "data"
     shutil.copytree(tiny_root, root)
     victim = next(root.glob("samples/CAM_FRONT/*"))
@@ -64,7 +64,7 @@ def test_a_missing_picture_is_noticed_and_drawn_again(tiny_root: Path, tmp_path:
     assert sha256_folder(root) == sha256_folder(tiny_root)
 
 
-def test_the_manifest_holds_every_file_and_its_digest(tiny_root: Path) -> None:
+def test_the_manifest_lists_every_file_with_its_digest(tiny_root: Path) -> None:
     with (tiny_root / MANIFEST).open(newline="") as file:
         rows = {row["path"]: row for row in csv.DictReader(file)}
     files = [path for kind in ("samples", "sweeps") for path in (tiny_root / kind).rglob("*") if path.is_file()]
@@ -77,13 +77,13 @@ def test_the_manifest_holds_every_file_and_its_digest(tiny_root: Path) -> None:
         )
 
 
-def test_a_second_run_touches_nothing(tiny_root: Path) -> None:
+def test_a_second_run_writes_nothing(tiny_root: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in tiny_root.rglob("*")}
     synthesize(TINY, tiny_root, VERSION)
     assert {path: path.stat().st_mtime_ns for path in tiny_root.rglob("*")} == before
 
 
-def test_data_of_other_settings_are_replaced(tiny_root: Path, tmp_path: Path) -> None:
+def test_data_generated_with_other_settings_are_replaced(tiny_root: Path, tmp_path: Path) -> None:
     root = tmp_path / "data"
     shutil.copytree(tiny_root / "v1.0-tiny", root / "v1.0-old")
     (root / "samples" / "CAM_FRONT").mkdir(parents=True)
@@ -94,8 +94,8 @@ def test_data_of_other_settings_are_replaced(tiny_root: Path, tmp_path: Path) ->
     assert sha256_folder(root) == sha256_folder(tiny_root)
 
 
-def test_a_folder_with_other_data_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_with_other_data_is_refused(tmp_path: Path) -> None:
     (tmp_path / "samples").mkdir()
-    with pytest.raises(MagicDriveError, match="not generated here"):
+    with pytest.raises(MagicDriveError, match="was not generated"):
         synthesize(TINY, tmp_path, VERSION)
     assert [path.name for path in tmp_path.iterdir()] == ["samples"]

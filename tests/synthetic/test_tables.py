@@ -1,4 +1,4 @@
-"""The generated data root, read by nuscenes-devkit."""
+"""Generated tables and maps as nuscenes-devkit reads them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_all_eight_layers_reach_the_masks(nusc: NuScenes) -> None:
         assert masks.any(axis=(1, 2)).all(), dict(zip(MAP_LAYERS, masks.sum(axis=(1, 2)), strict=True))
 
 
-def test_the_ego_drives_on_lanes_and_on_the_mask(nusc: NuScenes) -> None:
+def test_the_ego_trajectory_is_on_lanes_and_on_the_mask(nusc: NuScenes) -> None:
     for scene in nusc.scene:
         nusc_map = _map(nusc, scene)
         mask = nusc.get("map", nusc.get("log", scene["log_token"])["map_token"])["mask"]
@@ -57,7 +57,7 @@ def test_the_ego_drives_on_lanes_and_on_the_mask(nusc: NuScenes) -> None:
                 assert mask.is_on_mask(np.array([x]), np.array([y])).all()
 
 
-def test_arcs_of_lanes_lie_in_their_polygons_and_join(nusc: NuScenes) -> None:
+def test_arcline_paths_are_inside_their_lanes_and_connected(nusc: NuScenes) -> None:
     nusc_map = _map(nusc, nusc.scene[0])
     for layer in ("lane", "lane_connector"):
         for record in getattr(nusc_map, layer)[::7]:
@@ -70,7 +70,7 @@ def test_arcs_of_lanes_lie_in_their_polygons_and_join(nusc: NuScenes) -> None:
                 np.testing.assert_allclose(start[:2], end[:2], atol=1e-3)
 
 
-def test_records_form_chains_at_their_rates(nusc: NuScenes) -> None:
+def test_records_are_linked_in_order_at_the_rates_of_their_sensors(nusc: NuScenes) -> None:
     sample = nusc.sample[0]
     assert {sample["data"][sensor.channel] for sensor in SENSORS} <= {row["token"] for row in nusc.sample_data}
     for sensor in SENSORS:
@@ -97,7 +97,7 @@ def test_every_scene_shows_all_ten_classes(nusc: NuScenes) -> None:
         assert names == set(SIZES)
 
 
-def test_lidar_counts_are_those_of_the_file(nusc: NuScenes) -> None:
+def test_annotated_lidar_point_counts_match_the_lidar_files(nusc: NuScenes) -> None:
     sample = nusc.sample[1]
     path, boxes, _ = nusc.get_sample_data(sample["data"]["LIDAR_TOP"])
     points = LidarPointCloud.from_file(path).points[:3]
@@ -105,13 +105,13 @@ def test_lidar_counts_are_those_of_the_file(nusc: NuScenes) -> None:
     total = 0
     for box in boxes:
         counted = nusc.get("sample_annotation", box.token)["num_lidar_pts"]
-        # Boxes touch nothing, so points within a thousandth of their size are their own returns.
+        # Boxes do not touch, so points within a thousandth of a box's size are returns from that box.
         assert int(points_in_box(box, points, wlh_factor=1.001).sum()) == counted
         total += counted
     assert total > 100
 
 
-def test_visibility_follows_what_hides_objects(nusc: NuScenes) -> None:
+def test_visibility_follows_occlusion(nusc: NuScenes) -> None:
     levels = [row["visibility_token"] for row in nusc.sample_annotation]
     assert set(levels) == {"1", "2", "3", "4"}
     for row in nusc.sample_annotation:
@@ -120,7 +120,7 @@ def test_visibility_follows_what_hides_objects(nusc: NuScenes) -> None:
 
 
 @pytest.mark.parametrize("index", range(3))
-def test_nothing_touches_anything(index: int) -> None:
+def test_no_two_actors_ever_touch(index: int) -> None:
     plan = plan_scene(Synth(seed=11, scenes=3, seconds=3.0), index)
     discs = plan.traffic._discs
     assert len(discs) > 30

@@ -1,7 +1,7 @@
-"""From the world to pixels: projection, clipping, and rounding to fixed-point coordinates.
+"""A posed pinhole camera: projection, clipping, and rounding to fixed-point pixels.
 
-Coordinates are rounded to 1/16 pixel before any pixel is chosen, and everything after that is integer arithmetic. So
-the last-digit differences between the mathematical libraries of two machines do not reach a picture.
+Coordinates are rounded to 1/16 pixel before any pixel is chosen, and everything after that is integer arithmetic, so
+that rounding differences between the mathematical libraries of two machines do not change a picture.
 """
 
 from __future__ import annotations
@@ -16,41 +16,41 @@ from magicdrive_core.geometry import poses
 from magicdrive_core.geometry.cameras import PICTURE_HEIGHT, PICTURE_WIDTH
 
 Array = NDArray[np.float64]
-Pixels = NDArray[np.int32]  # (K, 2) column, row in 1/16 pixel of a raster whose pixel centres are whole numbers
+Pixels = NDArray[np.int32]  # (K, 2) column, row in 1/16 pixel; pixel centres are at integers
 
-SHIFT = 4
-NEAR = 0.2  # metres before the camera at which polygons are cut
-WIDE = 4.0  # tangent of the pyramid outside of which polygons are cut: about 5,000 pixels from the centre
-PLANES = np.array([[0, 0, 1], [1, 0, WIDE], [-1, 0, WIDE], [0, 1, WIDE], [0, -1, WIDE]])
-DEPTHS = np.array([NEAR, 0, 0, 0, 0])
+SHIFT = 4  # fractional bits of fixed-point coordinates
+NEAR = 0.2  # near plane in metres
+WIDE = 4.0  # tangent of the clipping pyramid: its sides are about 5,000 pixels from the centre
+CLIP_PLANES = np.array([[0, 0, 1], [1, 0, WIDE], [-1, 0, WIDE], [0, 1, WIDE], [0, -1, WIDE]])
+PLANE_DISTANCES = np.array([NEAR, 0, 0, 0, 0])
 
 
 @dataclass(frozen=True)
-class Lens:
-    """One camera at one moment."""
+class PosedCamera:
+    """A pinhole camera at one time, with the ground plane below the ego car."""
 
     intrinsics: Array  # (3, 3) pixels
     camera_to_global: Array  # (4, 4)
-    ego_to_global: Array  # (4, 4); the ground is the ego frame's plane z = 0
+    ego_to_global: Array  # (4, 4); the ground plane is z = 0 in the ego frame
 
     @cached_property
     def global_to_camera(self) -> Array:
-        """(4, 4)."""
+        """The (4, 4) inverse of ``camera_to_global``."""
         return poses.inverse(self.camera_to_global)
 
     @property
     def eye(self) -> Array:
-        """The camera's position (3,) in the global frame."""
+        """Position (3,) of the camera in the global frame."""
         return self.camera_to_global[:3, 3]
 
     @cached_property
     def height(self) -> float:
-        """Metres of the camera above the ground plane."""
+        """Height of the camera above the ground plane in metres."""
         return float((self.eye - self.ego_to_global[:3, 3]) @ self.ego_to_global[:3, 2])
 
     @cached_property
     def lift(self) -> Array:
-        """(4, 3): global x, y, 1 to the homogeneous point x, y, z, 1 of the ground plane above or below."""
+        """The (4, 3) matrix from (x, y, 1) in the global frame to the point (x, y, z, 1) on the ground plane."""
         normal, origin = self.ego_to_global[:3, 2], self.ego_to_global[:3, 3]
         slope = -normal[:2] / normal[2]
         z = [slope[0], slope[1], origin[2] - slope @ origin[:2]]
@@ -58,49 +58,52 @@ class Lens:
 
     @cached_property
     def horizon(self) -> float:
-        """Row of the ground plane's horizon in the picture's middle column."""
+        """Row of the horizon of the ground plane, in the middle column of the picture."""
         normal = self.camera_to_global[:3, :3].T @ self.ego_to_global[:3, 2]  # in the camera frame, about -y
         return float(self.intrinsics[1, 2] - self.intrinsics[1, 1] * normal[2] / normal[1])
 
-    def ground(self, points: Array) -> Array:
-        """Points (..., 2) of the map in the camera frame (..., 3), laid on the ground plane."""
+    def from_ground(self, points: Array) -> Array:
+        """Transform map points (..., 2) on the ground plane to the camera frame (..., 3)."""
         matrix = (self.global_to_camera @ self.lift)[:3]
         return points @ matrix[:, :2].T + matrix[:, 2]
 
-    def camera(self, points: Array) -> Array:
-        """Global points (..., 3) in the camera frame."""
+    def from_global(self, points: Array) -> Array:
+        """Transform points (..., 3) from the global to the camera frame."""
         return poses.transform(self.global_to_camera, points)
 
     def outline(self, points: Array) -> Pixels:
-        """One polygon (K, 3) of the camera frame as pixels, cut at the near plane; no rows where it is behind."""
-        distances = points @ PLANES.T - DEPTHS
+        """Project one polygon (K, 3) of the camera frame, clipped at near plane and pyramid; it may have no rows."""
+        distances = points @ CLIP_PLANES.T - PLANE_DISTANCES
         lowest, highest = distances.min(axis=0), distances.max(axis=0)
         if (highest < 0).any():
             return np.empty((0, 2), np.int32)
         for plane in np.flatnonzero(lowest < 0):
-            points = _cut(points, points @ PLANES[plane] - DEPTHS[plane])
+            points = _cut(points, points @ CLIP_PLANES[plane] - PLANE_DISTANCES[plane])
         return self.fixed(points)
 
     @cached_property
     def sides(self) -> Array:
-        """(4, 3): p @ side < 0 says that a point of the camera frame lies beyond that side of the picture."""
+        """Normals (4, 3) of the view frustum: a point p of the camera frame is outside if p @ side < 0 for any side."""
         (fx, _, cx), (_, fy, cy) = self.intrinsics[:2]
         return np.array([[fx, 0, cx], [-fx, 0, PICTURE_WIDTH - cx], [0, fy, cy], [0, -fy, PICTURE_HEIGHT - cy]])
 
     def fixed(self, points: Array) -> Pixels:
-        """Points (..., 3) before the near plane as fixed-point pixels (..., 2)."""
+        """Project points (..., 3) in front of the near plane to fixed-point pixels (..., 2)."""
         k = self.intrinsics
         x = points[..., 0] / points[..., 2] * k[0, 0] + k[0, 2]
         y = points[..., 1] / points[..., 2] * k[1, 1] + k[1, 2]
-        # Pixel centres lie at +0.5 in nuScenes' coordinates, and at whole numbers in the raster's.
+        # Pixel centres are at integer + 0.5 in nuScenes' coordinates, and at integers in OpenCV's.
         return np.rint((np.stack([x, y], axis=-1) - 0.5) * (1 << SHIFT)).astype(np.int32)
 
     def outlines(self, polygons: Array, smallest: float = 0.0) -> list[Pixels | None]:
-        """Many polygons (N, K, 3) of the camera frame; None for those that the picture does not show.
+        """Project many polygons of the camera frame.
 
         Args:
-            polygons: repeat the last point where a polygon has less than K.
-            smallest: polygons narrower and lower than this many pixels are left out.
+            polygons: (N, K, 3) metres; a polygon of fewer than K points repeats its last one.
+            smallest: leave out polygons whose width and height are both below this many pixels.
+
+        Returns:
+            The outline of each polygon, None if the picture does not show it.
         """
         out: list[Pixels | None] = [None] * len(polygons)
         z = polygons[..., 2]
@@ -123,7 +126,7 @@ class Lens:
 
 
 def _cut(points: Array, distance: Array) -> Array:
-    """The part of a polygon with ``distance`` >= 0 (Sutherland-Hodgman; also right for the area of concave ones)."""
+    """Clip a polygon to ``distance`` >= 0 (Sutherland-Hodgman; the filled area is right for concave polygons too)."""
     following = np.concatenate([points[1:], points[:1]])
     after = np.concatenate([distance[1:], distance[:1]])
     inside = distance >= 0
