@@ -1,10 +1,10 @@
-# MagicDrive's workshop. `make` alone lists what there is.
+# Targets of the project; `make` alone lists them.
 
 PYTHON ?= python3.11
-# On its own, because each machine has its build: CPU, CUDA, ROCm. For another index: make setup PIP_ARGS='--index-url ...'
+# Not in the lock, because each machine needs its own build: CPU, CUDA, ROCm. Another index: make setup PIP_ARGS='--index-url ...'
 TORCH ?= torch==2.13.0
 PIP_ARGS ?=
-# Of `make demo`: a nuScenes root of your own and the name of its table folder.
+# For `make demo`: your own nuScenes root and the name of its table folder.
 DATA ?=
 VERSION ?= v1.0-mini
 PROFILE ?= demo
@@ -19,10 +19,10 @@ export NO_MKDOCS_2_WARNING := 1
 .DEFAULT_GOAL := help
 .PHONY: help setup check format test docs docs-serve demo learn run up down ui data-dvc clean
 
-help:  ## this list
+help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
 
-setup: $(READY)  ## the environment in .venv (PYTHON=, TORCH=, PIP_ARGS=); again only when requirements.lock changes
+setup: $(READY)  ## install the environment in .venv (PYTHON=, TORCH=, PIP_ARGS=), again only when requirements.lock changes
 
 $(READY): requirements.lock
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
@@ -30,26 +30,27 @@ $(READY): requirements.lock
 	$(VENV)/bin/python -m pip install $(PIP_ARGS) --no-deps -r requirements.lock -e .
 	touch $@
 
-check: $(READY)  ## style, types, import contracts
+check: $(READY)  ## check style, spelling, types and import layers
 	ruff check .
 	ruff format --check .
+	codespell magicdrive_core flows tests benchmarks docs profiles *.md *.yaml *.toml Makefile
 	mypy
 	lint-imports
 
-format: $(READY)  ## put the code in shape
+format: $(READY)  ## format the code
 	ruff check --fix .
 	ruff format .
 
-test: check  ## check, then all tests (what .ci/run calls)
+test: check  ## check, then run all tests (what .ci/run calls)
 	OMP_NUM_THREADS=1 pytest -n 2
 
-docs: $(READY)  ## the documentation site in site/; a broken link or a wrong docstring ends the build
+docs: $(READY)  ## build the documentation site in site/; a broken link or a faulty docstring stops the build
 	mkdocs build --quiet
 
-docs-serve: $(READY)  ## the documentation site on 127.0.0.1:8000, built again at each change
+docs-serve: $(READY)  ## serve the documentation site on 127.0.0.1:8000 and rebuild it at each change
 	mkdocs serve --dev-addr 127.0.0.1:8000
 
-demo: $(READY)  ## everything end to end on generated data, or on yours: make demo DATA=/path VERSION=v1.0-mini
+demo: $(READY)  ## run everything on generated data, or on yours: make demo DATA=/path VERSION=v1.0-mini
 	magicdrive use $(PROFILE) $(if $(DATA),-S data.root='$(abspath $(DATA))' -S data.version='$(VERSION)' -S synth=null)
 	python -m flows.pipeline
 
@@ -59,24 +60,24 @@ learn: $(READY)  ## train small pictures and measure control fidelity: docs/how-
 	python -m flows.train
 	magicdrive fidelity
 
-run: $(READY)  ## the same with params.yaml as it stands (yours to change)
+run: $(READY)  ## run everything with params.yaml as it is
 	python -m flows.pipeline
 
-up: $(READY)  ## a Prefect server, the deployments and a worker on 127.0.0.1 (PORT=4200)
+up: $(READY)  ## start a Prefect server, the deployments and a worker on 127.0.0.1 (PORT=4200)
 	python -m flows.server up $(if $(PORT),--port $(PORT))
 
-down: $(READY)  ## stop them
+down: $(READY)  ## stop them; a training saves a checkpoint first
 	python -m flows.server down
 
-ui: $(READY)  ## MLflow's pages on 127.0.0.1:5000
+ui: $(READY)  ## serve MLflow's pages on 127.0.0.1:5000
 	mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///tracking/mlflow.db
 
-data-dvc: $(READY)  ## write data.dvc anew, after the generator or its settings changed
+data-dvc: $(READY)  ## update data.dvc after a change of the generator or its settings
 	magicdrive synth --params profiles/demo.yaml
 	dvc add --quiet data
 	git --no-pager diff --stat -- data.dvc
 
-clean:  ## remove what the runs made, after asking (data, artifacts, runs, outputs, tracking); the environment stays
+clean:  ## remove all results after a question (data, artifacts, runs, outputs, tracking); the environment stays
 	@du -shc data artifacts runs outputs tracking .dvc/cache .prefect 2>/dev/null; \
 	read -r -p 'Remove all of it? [y/N] ' answer; \
 	test "$$answer" = y && rm -rf data artifacts runs outputs tracking .dvc/cache .dvc/tmp .prefect dvc.lock || echo kept
