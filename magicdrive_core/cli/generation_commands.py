@@ -62,7 +62,7 @@ def memory(
         slots=boxes,
         sp=sp,
         offload=offload,
-        slice_tokens=slice_tokens or None,
+        slice_tokens=slice_tokens,
         stripe_rows=stripe_rows or None,
     )
     planner = Planner()

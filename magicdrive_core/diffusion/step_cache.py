@@ -1,36 +1,45 @@
-"""What the blocks of one pass added to the tokens, added again at near noise levels instead of passing them anew.
+"""The step cache: at near noise levels, what all blocks added to the tokens is added again instead of computed.
 
-The velocity of rectified flow changes slowly where noise levels lie close, as they do at the beginning of sampling
-large videos. Whether a step is near is told by its noise level alone, so that all devices that share a clip agree, and
-a sample depends on no other.
+The velocity of rectified flow changes slowly where noise levels are close together, as at the start of sampling large
+videos. Whether a level is near depends on nothing else, so that ranks that share a clip agree, and a sample depends on
+no other.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
 
 class StepCache:
-    """Of one pass: conditional or not.
+    """The increments of one pass, conditional or not.
 
     Args:
-        within: how far (of 1000) a noise level may lie below the one at which the blocks were passed.
+        within: how far (of 1000) a noise level may be below the one at which the blocks last ran.
     """
 
     def __init__(self, within: float) -> None:
         self._within = within
         self._level = float("inf")
-        self._added: list[Tensor] = []
+        self._added: Tensor | None = None
 
-    def serves(self, level: Tensor) -> bool:
-        """Whether the blocks need not be passed at a noise level (B), the same for all samples."""
-        return self._level - float(level[0]) <= self._within
+    def __call__(self, trunk: Callable[..., Tensor], level: float, x: Tensor, *rest: Any) -> Tensor:
+        """Runs the blocks, or adds what they added before.
 
-    def keep(self, level: Tensor, before: list[Tensor], after: list[Tensor]) -> None:
-        """Takes note of tokens before and after all blocks."""
-        self._level = float(level[0])
-        self._added = [end - start for start, end in zip(before, after, strict=True)]
+        Args:
+            trunk: maps tokens, and the other arguments, to tokens of the same shape; it may write over ``x``.
+            level: noise level of all samples.
+            x: tokens.
+            *rest: other arguments of ``trunk``.
 
-    def add_to(self, tokens: list[Tensor]) -> list[Tensor]:
-        """Tokens as they are after all blocks, nearly."""
-        return [start + added for start, added in zip(tokens, self._added, strict=True)]
+        Returns:
+            Tokens after all blocks, or nearly.
+        """
+        if self._added is not None and self._level - level <= self._within:
+            return x + self._added
+        self._added = None  # frees it while the blocks run
+        out = trunk(x.clone(), *rest)
+        self._level, self._added = level, out - x
+        return out

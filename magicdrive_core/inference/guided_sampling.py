@@ -10,99 +10,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from magicdrive_core.diffusion.rectified_flow import RectifiedFlow, guide, sample
+from magicdrive_core.diffusion.guidance import guide
+from magicdrive_core.diffusion.solvers import EulerSolver, Velocity
 from magicdrive_core.diffusion.step_cache import StepCache
-from magicdrive_core.parallel.concurrent_passes import ConcurrentPasses, in_turn
+from magicdrive_core.model.published.transformer import published_null
+from magicdrive_core.parallel.concurrent_passes import ConcurrentPasses, one_after_another
 from magicdrive_core.parallel.parallelize import sequence_group_of
 
 if TYPE_CHECKING:
     from magicdrive_core.config.schema import Unconditional
-    from magicdrive_core.diffusion.rectified_flow import Velocity
+    from magicdrive_core.diffusion.rectified_flow import RectifiedFlow
     from magicdrive_core.model.inputs import Conditions
     from magicdrive_core.model.transformer import MagicDrive
     from magicdrive_core.parallel.sequence_parallel import RankGroup
-
-
-def guided_velocity(
-    network: MagicDrive,
-    conditions: Conditions,
-    null: Conditions,
-    latent_shape: tuple[int, int, int],
-    guidance: float,
-    *,
-    guidance_group: RankGroup | None = None,
-    step_cache: float | None = None,
-) -> Velocity:
-    """The velocity of guided sampling, with both conditions encoded once.
-
-    ``guidance_group``: the first of two devices makes the conditional pass, the second the other one.
-    ``step_cache``: see ``StepCache``; each pass has one.
-    """
-
-    def one_pass(told: Conditions) -> Velocity:
-        context = network.encode(told, latent_shape)
-        cache = None if step_cache is None else StepCache(step_cache)
-        return lambda x, t, x_mask: network.denoise(x, t, context, x_mask, cache)
-
-    if guidance == 1:
-        return one_pass(conditions)
-    if guidance_group is not None:
-        own = one_pass((conditions, null)[guidance_group.rank])
-
-        def both(x: Tensor, t: Tensor, x_mask: Tensor | None) -> Tensor:
-            with_conditions, without = guidance_group.all_gather(own(x, t, x_mask))
-            return guide(with_conditions, without, guidance)
-
-        return both
-    passes = one_pass(conditions), one_pass(null)
-    call = ConcurrentPasses(2) if _at_once(network) else in_turn
-
-    def guided(x: Tensor, t: Tensor, x_mask: Tensor | None) -> Tensor:
-        with_conditions, without = call(*(partial(one, x, t, x_mask) for one in passes))
-        return guide(with_conditions, without, guidance)
-
-    return guided
-
-
-def _at_once(network: MagicDrive) -> bool:
-    """Whether a CPU's threads can be halved. Devices that share a clip have to call each other in one order."""
-    own_cpu = network.base_token.device.type == "cpu" and sequence_group_of(network) is None
-    return own_cpu and torch.get_num_threads() % 2 == 0
-
-
-def unconditional(
-    network: MagicDrive, conditions: Conditions, kind: Unconditional | None = None, *, zero_map: bool = True
-) -> Conditions:
-    """The state that guidance leads away from: the dropped one of training, or the published samplers' own.
-
-    Args:
-        network: None of ``kind`` leaves the choice to its ``published``.
-        conditions: what guidance leads to.
-        kind: see ``generate.unconditional`` in params.yaml.
-        zero_map: of "rflow": an empty map.
-    """
-    if (kind or ("rflow" if network.config.published else "consistent")) == "consistent":
-        return conditions.dropped()
-    return published_null(network, conditions, zero_map=zero_map or kind == "rflow-slice")
-
-
-def published_null(network: MagicDrive, conditions: Conditions, *, zero_map: bool = True) -> Conditions:
-    """The unconditional state of the published sampler, which is not the one of training (oddity 9).
-
-    The null text cut like the prompt, cameras and ego motion unknown, all boxes absent instead of hidden, and, as its
-    test configurations want, an empty map.
-    """
-    null_text = network.y_embedder.y_embedding[: conditions.text.shape[1]].to(conditions.text.dtype)
-    ego_motion = conditions.ego_motion.clone()
-    ego_motion[..., :3, :] = network.frame_embedder.uncond_cam
-    return replace(
-        conditions,
-        text=null_text.expand_as(conditions.text),
-        cameras=network.camera_embedder.uncond_cam.expand_as(conditions.cameras),
-        ego_motion=ego_motion,
-        box_masks=torch.zeros_like(conditions.box_masks),
-        bev_map=torch.zeros_like(conditions.bev_map) if zero_map else conditions.bev_map,
-    )
 
 
 @torch.no_grad()
@@ -134,14 +54,18 @@ def sample_latents(
         generator: CPU generators of the start noise, one a sample, so that a sample does not depend on its batch;
             a single one draws for the samples in turn.
         null: the unconditional state; None: ``unconditional``.
-        x_0: (B, V, C, T, H, W), given frames; needed with ``x_mask``.
-        x_mask: (B, T), 1 or True = generate, 0 or False = keep the given frame; between 0 and 1: start from it,
-            noised (``rectified_flow.sample``).
-        guidance_group, step_cache: as of ``guided_velocity``.
+        x_0: (B, V, C, T, H, W), conditioning frames; needed with ``x_mask``.
+        x_mask: (B, T), 1 or True = generate, 0 or False = keep the conditioning frame; between 0 and 1: start from
+            it, noised (``EulerSolver.sample``).
+        guidance_group: as of ``guided_velocity``.
+        step_cache: as of ``guided_velocity``.
         progress: wraps the steps.
 
     Returns:
         (B, V, C, T, H, W) in fp32.
+
+    Raises:
+        ValueError: there are more or fewer generators than samples.
     """
     batch, views, frames = conditions.cameras.shape[:3]
     device = conditions.cameras.device
@@ -159,20 +83,102 @@ def sample_latents(
         drawn = torch.stack([torch.randn(latents, generator=each) for each in generators])
         conditions = replace(conditions, box_latent=drawn.to(device))
     size = (frames, int(conditions.height[0]), int(conditions.width[0]))
-    return sample(
-        guided_velocity(
-            network,
-            conditions,
-            null or unconditional(network, conditions),
-            latent_shape,
-            guidance,
-            guidance_group=guidance_group,
-            step_cache=step_cache,
-        ),
+    velocity = guided_velocity(
+        network,
+        conditions,
+        null or unconditional(network, conditions),
+        latent_shape,
+        guidance,
+        guidance_group=guidance_group,
+        step_cache=step_cache,
+    )
+    return EulerSolver(flow.timesteps(steps, size).to(device)).sample(
+        velocity,
         start,
-        flow.timesteps(steps, size).to(device),
         x_0=x_0,
         edit=None if x_mask is None else x_mask.to(device, torch.float32),
         draw_noise=lambda _: draw_noise(),
         progress=progress or iter,
     )
+
+
+def guided_velocity(
+    network: MagicDrive,
+    conditions: Conditions,
+    null: Conditions,
+    latent_shape: tuple[int, int, int],
+    guidance: float,
+    *,
+    guidance_group: RankGroup | None = None,
+    step_cache: float | None = None,
+) -> Velocity:
+    """Builds the velocity of guided sampling, with both states encoded once.
+
+    Args:
+        network: computes one pass for each state.
+        conditions: those that guidance leads to.
+        null: the unconditional state.
+        latent_shape: (T, H, W).
+        guidance: as of ``sample_latents``.
+        guidance_group: two ranks, of which the first makes the conditional pass and the second the other one; None:
+            this rank makes both.
+        step_cache: ``StepCache``'s ``within``, a cache for each pass; None: no cache.
+    """
+    one_pass = partial(pass_velocity, network, latent_shape, step_cache)
+    if guidance == 1:
+        return one_pass(conditions)
+    if guidance_group is not None:
+        own = one_pass((conditions, null)[guidance_group.rank])
+
+        def of_both_ranks(x: Tensor, t: Tensor, x_mask: Tensor | None) -> Tensor:
+            conditional, unconditional = guidance_group.all_gather(own(x, t, x_mask))
+            return guide(conditional, unconditional, guidance)
+
+        return of_both_ranks
+    passes = one_pass(conditions), one_pass(null)
+    run = ConcurrentPasses(2) if _threads_can_be_shared(network) else one_after_another
+
+    def of_both_passes(x: Tensor, t: Tensor, x_mask: Tensor | None) -> Tensor:
+        conditional, unconditional = run(*(partial(each, x, t, x_mask) for each in passes))
+        return guide(conditional, unconditional, guidance)
+
+    return of_both_passes
+
+
+def pass_velocity(
+    network: MagicDrive, latent_shape: tuple[int, int, int], step_cache: float | None, conditions: Conditions
+) -> Velocity:
+    """Builds the velocity under one state, encoded once; arguments as of ``guided_velocity``."""
+    context = network.encode(conditions, latent_shape)
+    cache = None if step_cache is None else StepCache(step_cache)
+
+    def velocity(x: Tensor, t: Tensor, x_mask: Tensor | None) -> Tensor:
+        trunk = None if cache is None else partial(cache, network.trunk, float(t[0]))
+        return network.denoise(x, t, context, x_mask, trunk)
+
+    return velocity
+
+
+def unconditional(
+    network: MagicDrive, conditions: Conditions, kind: Unconditional | None = None, *, zero_map: bool = True
+) -> Conditions:
+    """The state that guidance leads away from: the dropped one of training, or the published samplers' own.
+
+    Args:
+        network: None of ``kind`` leaves the choice to its ``unconditional``.
+        conditions: those that guidance leads to.
+        kind: see ``generate.unconditional`` in params.yaml.
+        zero_map: of "rflow": an empty map.
+    """
+    if (kind or network.unconditional) == "consistent":
+        return conditions.dropped()
+    return published_null(network, conditions, zero_map=zero_map or kind == "rflow-slice")
+
+
+def _threads_can_be_shared(network: MagicDrive) -> bool:
+    """Whether the two passes can have half of a CPU's threads each.
+
+    Ranks that share a clip have to make their collectives in one order, and so their passes.
+    """
+    own_cpu = network.base_token.device.type == "cpu" and sequence_group_of(network) is None
+    return own_cpu and torch.get_num_threads() % 2 == 0

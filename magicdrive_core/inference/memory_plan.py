@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from magicdrive_core.config.schema import parse_size
-from magicdrive_core.diffusion.rectified_flow import guide
+from magicdrive_core.diffusion.guidance import guide
 from magicdrive_core.encoders.vae import PUBLISHED_SCALING, Vae, latent_shape
 from magicdrive_core.errors import UsageError
 from magicdrive_core.geometry.cameras import VIEWS
@@ -26,7 +26,6 @@ from magicdrive_core.model.build import build_network
 from magicdrive_core.model.config import NetworkConfig
 from magicdrive_core.model.inputs import Conditions
 from magicdrive_core.model.published.checkpoint import PUBLISHED_XL
-from magicdrive_core.model.transformer import SLICE_TOKENS
 from magicdrive_core.parallel.parallelize import parallelize
 from magicdrive_core.parallel.sequence_parallel import RankGroup
 
@@ -133,7 +132,7 @@ class Setting:
     slots: int = 100
     sp: int = 1
     offload: bool = True
-    slice_tokens: int | None = SLICE_TOKENS
+    slice_tokens: int | None = None
     map_cells: int = 400
     stripe_rows: int | None = None
 

@@ -26,12 +26,16 @@ struct Norm {
 
 extern "C" {
 
-// LN(x) * (1 + scale) + shift: row r has the shift and scale (groups, width) of r / period % groups.
+// LN(x) * (1 + scale) + shift, shift and scale (count, width). `period` rows in a row share one; `inner` of them follow
+// each other, and these rows come `repeat` times before the next `inner` ones are taken.
 struct Modulation {
     const float *shift, *scale;
-    int64_t period, groups;
+    int64_t period, inner, repeat, count;
 
-    int64_t at(int64_t r, int64_t width) const { return r / period % groups * width; }
+    int64_t at(int64_t r, int64_t width) const {
+        const int64_t step = r / period;
+        return (step / (inner * repeat) * inner + step % inner) % count * width;
+    }
 };
 
 }  // extern "C"

@@ -1,40 +1,138 @@
-"""The costly steps of a block as single autograd functions, so that a training step keeps little and copies little.
+"""The six costly functions of a block, on the backend that serves a tensor's device and dtype.
 
-Plain autograd would keep the modulated input of every linear map and what GELU gives. Here these are computed again in
-the backward pass. In fp32 on a CPU the kernels are our own (native/). R stands for all leading dimensions but the last.
+The layers call these and know no backend: ``backend_of`` chooses it, in this one place. The C++ kernels serve fp32 on
+a CPU (``cpp_ops.py``), torch's own operations everything else (``torch_ops.py``).
+
+Linear maps and MLPs of modulated rows are single autograd functions, so that a training step keeps little and copies
+little: plain autograd would keep the modulated input of every linear map and what GELU gives, which the backward pass
+computes again here.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
-from magicdrive_core.kernels import library, row_ops
+from magicdrive_core.kernels import cpp_ops, library, torch_ops
 
-NORM_EPS = 1e-6
 ROWS = 512
 
-aten = torch.ops.aten
+
+class Backend(Protocol):
+    """What a backend offers; ``shift`` and ``scale`` are as of ``modulate`` throughout."""
+
+    def attend_packed(self, packed: Tensor, norm: Tensor, count: int, angles: Tensor | None) -> Tensor:
+        """``functions.attend_packed``."""
+
+    def attend_neighbours(
+        self, packed: Tensor, norm: Tensor, count: int, neighbours: Sequence[Sequence[int]]
+    ) -> Tensor:
+        """``functions.attend_neighbours``."""
+
+    def attend_context(self, q: Tensor, kv: Tensor, bias: Tensor | None) -> Tensor:
+        """``functions.attend_context``."""
+
+    def modulate(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """``functions.modulate``."""
+
+    def modulate_backward(
+        self, gradient: Tensor, x: Tensor, shift: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients at x, shift and scale of ``modulate``."""
+
+    def linear(self, x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Forward pass of ``modulated_linear``."""
+
+    def mlp(
+        self,
+        x: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        up: Tensor,
+        up_bias: Tensor,
+        down: Tensor,
+        down_bias: Tensor,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Forward pass of ``modulated_mlp``, and GELU's input (R, D) for the backward pass; empty unless ``keep``."""
+
+    def gelu_backward(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """GELU(x), and the gradient at x; may write over ``gradient``."""
+
+
+def backend_of(x: Tensor) -> Backend:
+    """Chooses the backend for tensors of the device and dtype of ``x``."""
+    return cpp_ops if library.usable(x) else torch_ops
+
+
+def attend_packed(packed: Tensor, norm: Tensor, count: int, angles: Tensor | None = None) -> Tensor:
+    """Computes attention among the tokens of every sequence; sequences have two dimensions.
+
+    Args:
+        packed: (outer, inner, n, 3, h, d): q, k and v before their norm; of any strides but d's.
+        norm: (2, d), weights of the RMS norms of q and k.
+        count: tokens of a sequence, from the first on, that are attended to.
+        angles: (n, d/2, 2), rotary angles: q and k are turned by them after the norm; None: not at all.
+
+    Returns:
+        (outer, inner, n, h, d).
+    """
+    return backend_of(packed).attend_packed(packed, norm, count, angles)
+
+
+def attend_neighbours(packed: Tensor, norm: Tensor, count: int, neighbours: Sequence[Sequence[int]]) -> Tensor:
+    """Computes attention of every view to each of its neighbours in the same frame, summed over these.
+
+    Args:
+        packed: (B, V, T, n, 3, h, d): q, k and v before their norm.
+        norm: (2, d), weights of the RMS norms of q and k.
+        count: tokens of a frame, from the first on, that are attended to.
+        neighbours: for every view, those that it attends to, equally many of each.
+
+    Returns:
+        (B, V, T, n, h, d).
+    """
+    return backend_of(packed).attend_neighbours(packed, norm, count, neighbours)
+
+
+def attend_context(q: Tensor, kv: Tensor, bias: Tensor | None) -> Tensor:
+    """Computes attention to other tokens, whose keys and values are packed.
+
+    Args:
+        q: (R, n, h, d).
+        kv: (R, m, 2, h, d).
+        bias: (R, m), 0 or -inf: what must not be attended to; or None.
+
+    Returns:
+        (R, n, h, d).
+    """
+    return backend_of(q).attend_context(q, kv, bias)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LN(x) * (1 + scale) + shift of ``x`` (..., B, T, S, C); ``shift`` and ``scale`` (C) or (B, T or 1, 1, C)."""
-    if library.usable(x):
-        return row_ops.modulate(x, shift, scale)
-    return torch.addcmul(shift, functional.layer_norm(x, x.shape[-1:], eps=NORM_EPS), 1 + scale)
+    """Computes LN(x) * (1 + scale) + shift, LN without affine.
+
+    Args:
+        x: (..., C).
+        shift: broadcastable against ``x``, as (C) or (B, 1, T or 1, 1, C) against (B, V, T, S, C).
+        scale: shaped like ``shift``.
+    """
+    return backend_of(x).modulate(x, shift, scale)
 
 
 def modulated_linear(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Linear(LN(x) * (1 + scale) + shift): (R, C) -> (R, D).
+    """Computes Linear(LN(x) * (1 + scale) + shift): (..., C) -> (..., D).
 
     Args:
-        x: (R, C), R = (..., B, T, S).
-        shift: (C) or (B, T or 1, 1, C); scale alike.
-        weight: (D, C); bias: (D) or None.
+        x: (..., C).
+        shift: as of ``modulate``.
+        scale: as of ``modulate``.
+        weight: (D, C).
+        bias: (D) or None.
     """
     return _ModulatedLinear.apply(x, shift, scale, weight, bias)
 
@@ -42,29 +140,20 @@ def modulated_linear(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bi
 def modulated_mlp(
     x: Tensor, shift: Tensor, scale: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor
 ) -> Tensor:
-    """Linear(GELU(Linear(LN(x) * (1 + scale) + shift))), GELU in its tanh form: (R, C) -> (R, C)."""
-    given = x, shift, scale, up, up_bias, down, down_bias
-    trains = torch.is_grad_enabled() and any(each.requires_grad for each in given)
-    return _ModulatedMlp.apply(*given, trains)
+    """Computes Linear(GELU(Linear(LN(x) * (1 + scale) + shift))), GELU in its tanh form: (..., C) -> (..., C).
 
-
-def _gelu_backward(x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """GELU(x), and the gradient at x; ``gradient`` is used up."""
-    if library.usable(x):
-        return row_ops.gelu_backward(x, gradient), gradient
-    return functional.gelu(x, approximate="tanh"), aten.gelu_backward(gradient, x, approximate="tanh")
-
-
-def _modulate_backward(gradient: Tensor, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients at x, shift and scale of ``modulate``."""
-    if library.usable(x):
-        return row_ops.modulate_backward(gradient, x, scale)
-    normed, mean, deviation = aten.native_layer_norm(x, x.shape[-1:], None, None, NORM_EPS)
-    inner = gradient * (1 + scale)
-    outer = aten.native_layer_norm_backward(inner, x, x.shape[-1:], mean, deviation, None, None, [True, False, False])[
-        0
-    ]
-    return outer, gradient.sum_to_size(shift.shape), normed.mul_(gradient).sum_to_size(scale.shape)
+    Args:
+        x: (..., C).
+        shift: as of ``modulate``.
+        scale: as of ``modulate``.
+        up: (D, C).
+        up_bias: (D).
+        down: (C, D).
+        down_bias: (C).
+    """
+    tensors = x, shift, scale, up, up_bias, down, down_bias
+    trains = torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
+    return _ModulatedMlp.apply(*tensors, trains)
 
 
 class _ModulatedLinear(torch.autograd.Function):
@@ -72,17 +161,16 @@ class _ModulatedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, shift, scale, weight)
         ctx.has_bias = bias is not None
-        if library.usable(x) and row_ops.serves(weight):
-            return row_ops.modulated_linear(x, shift, scale, weight, bias)
-        return functional.linear(modulate(x, shift, scale), weight, bias)
+        return backend_of(x).linear(x, shift, scale, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, shift, scale, weight = ctx.saved_tensors
+        backend = backend_of(x)
         rows = gradient.flatten(0, -2)
-        d_weight = rows.t() @ modulate(x, shift, scale).flatten(0, -2)
-        dx, d_shift, d_scale = _modulate_backward((rows @ weight).view(x.shape), x, shift, scale)
+        d_weight = rows.t() @ backend.modulate(x, shift, scale).flatten(0, -2)
+        dx, d_shift, d_scale = backend.modulate_backward((rows @ weight).view(x.shape), x, shift, scale)
         return dx, d_shift, d_scale, d_weight, rows.sum(0) if ctx.has_bias else None
 
 
@@ -99,14 +187,7 @@ class _ModulatedMlp(torch.autograd.Function):
         down_bias: Tensor,
         trains: bool,
     ) -> Tensor:
-        if library.usable(x) and row_ops.serves(up):
-            out, hidden = row_ops.mlp(x, shift, scale, up, up_bias, down, down_bias, keep=trains)
-        else:
-            hidden = functional.linear(modulate(x, shift, scale).flatten(0, -2), up, up_bias)
-            value = functional.gelu(hidden, approximate="tanh")
-            if not trains:
-                hidden = hidden.new_empty(0)  # frees what is four times the tokens
-            out = functional.linear(value, down, down_bias).view(x.shape)
+        out, hidden = backend_of(x).mlp(x, shift, scale, up, up_bias, down, down_bias, keep=trains)
         ctx.save_for_backward(x, shift, scale, up, down, hidden)
         return out
 
@@ -114,21 +195,22 @@ class _ModulatedMlp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, shift, scale, up, down, hidden = ctx.saved_tensors
+        backend = backend_of(x)
         rows = _rows_at_once(x)
-        inputs, d_z = modulate(x, shift, scale).flatten(0, -2), x.new_empty(x[..., 0].numel(), x.shape[-1])
+        inputs, d_z = backend.modulate(x, shift, scale).flatten(0, -2), x.new_empty(x[..., 0].numel(), x.shape[-1])
         d_up, d_down, d_up_bias = torch.zeros_like(up), torch.zeros_like(down), up.new_zeros(len(up))
         for z, some, d_out, result in zip(
             *(tensor.split(rows) for tensor in (inputs, hidden, gradient.flatten(0, -2), d_z)), strict=True
         ):
-            value, d_hidden = _gelu_backward(some, d_out @ down)
+            value, d_hidden = backend.gelu_backward(some, d_out @ down)
             d_down.addmm_(d_out.t(), value)
             d_up.addmm_(d_hidden.t(), z)
             d_up_bias.add_(d_hidden.sum(0))
             torch.mm(d_hidden, up, out=result)
-        dx, d_shift, d_scale = _modulate_backward(d_z.view(x.shape), x, shift, scale)
+        dx, d_shift, d_scale = backend.modulate_backward(d_z.view(x.shape), x, shift, scale)
         return dx, d_shift, d_scale, d_up, d_up_bias, d_down, gradient.flatten(0, -2).sum(0), None
 
 
 def _rows_at_once(x: Tensor) -> int:
-    """Rows of an MLP whose gradients are made in one piece: on a CPU so few that these stay in its cache."""
+    """Rows of an MLP whose gradients are computed in one piece: on a CPU so few that these stay in its cache."""
     return ROWS if x.device.type == "cpu" else max(1, x[..., 0].numel())

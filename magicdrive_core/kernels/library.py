@@ -1,6 +1,6 @@
-"""The C++ of this folder, compiled for this machine's processor at its first use and kept for later runs.
+"""The C++ kernels as a library: compiled for this machine's processor at first use, kept for later runs, and called.
 
-Where there is no GCC, or it fails, torch's own kernels do the same, slower; the log says so once.
+Where there is no GCC, or it fails, torch's own kernels compute the same, slower; the log says so once.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 
 import torch
@@ -76,3 +77,181 @@ def _processor() -> Iterator[bytes]:
             return
         if line.split(b"\t")[0] in (b"flags", b"Features", b"model", b"model name", b"CPU part"):
             yield line
+
+
+# Calls: tensors become addresses and strides.
+
+_LONG, _FLOATS = ctypes.c_int64, ctypes.c_void_p
+MULTIPLY_ADDS = 32  # take as long as one number that is read and written
+WORK = 1 << 15  # numbers for a thread, at least, as torch's kernels have it
+WIDTHS = 16  # sizes of linear maps are multiples of it: no processor has longer vectors of floats
+
+
+class _Heads(ctypes.Structure):
+    _fields_ = (("data", _FLOATS), *((name, _LONG) for name in ("outer", "inner", "token", "head")))
+
+    @classmethod
+    def of(cls, x: Tensor) -> _Heads:
+        if x.numel() and x.stride(4) != 1:
+            raise ValueError("the channels of a head must lie side by side")
+        return cls(x.data_ptr(), *x.stride()[:4])
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = (
+        *((name, _LONG) for name in ("outer", "inner", "queries", "keys", "heads", "d")),
+        *((name, _Heads) for name in ("q", "k", "v")),
+        *((name, _FLOATS) for name in ("q_norm", "k_norm", "angles", "bias")),
+    )
+
+
+class Attention:
+    """softmax(q k' / sqrt(d) + bias) v for q (outer, inner, n, h, d), k and v (outer, inner, m, h, d), fp32.
+
+    Args:
+        q: of any strides, the channels side by side; k and v alike.
+        norm: (2, d), weights of RMS norms of q and k; None: neither has one.
+        angles: (n, d / 2, 2), cosines and sines that turn the channel pairs of q and k after the norm; or None.
+        bias: (outer * inner, m), added to the scores of every query; or None.
+
+    Raises:
+        ValueError: there are no keys, or a head's channels do not lie side by side.
+    """
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        norm: Tensor | None = None,
+        angles: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> None:
+        norm, angles, bias = (None if given is None else given.contiguous() for given in (norm, angles, bias))
+        self._held = q, k, v, norm, angles, bias  # alive as long as their addresses are
+        outer, inner, queries, heads, d = q.shape
+        if not k.shape[2]:
+            raise ValueError("attention to nothing")
+        norms = (None, None) if norm is None else (norm.data_ptr(), norm.data_ptr() + d * norm.element_size())
+        others = (None if given is None else given.data_ptr() for given in (angles, bias))
+        sizes = outer, inner, queries, k.shape[2], heads, d
+        self._given = _Attention(*sizes, *map(_Heads.of, (q, k, v)), *norms, *others)
+        self._work = prod(sizes) // MULTIPLY_ADDS
+
+    def forward(self, out: Tensor, *, add: bool = False) -> None:
+        """Writes to ``out`` (outer, inner, n, h, d), or adds."""
+        _call("attention", self._work, ctypes.byref(self._given), _Heads.of(out), int(add))
+
+    def backward(
+        self, gradient: Tensor, at: tuple[Tensor, Tensor, Tensor], norms: Tensor | None, add: tuple[bool, bool]
+    ) -> None:
+        """From the gradient at the output those at q, k and v.
+
+        Args:
+            gradient: (outer, inner, n, h, d).
+            at: where the gradients at q, k and v go to, each shaped as it.
+            norms: from ``new_norms``; the gradients at the norms are added.
+            add: whether to add at q, and at k and v, instead of writing.
+        """
+        places = (_Heads.of(each) for each in at)
+        norms_at = None if norms is None else _floats(norms)
+        flags = (int(each) for each in add)
+        _call(
+            "attention_backward", self._work, ctypes.byref(self._given), _Heads.of(gradient), *places, norms_at, *flags
+        )
+
+
+def new_norms(norm: Tensor) -> Tensor:
+    """(threads, 2, d) zeros: each thread adds to its own; the sum is the gradient at ``norm``."""
+    return norm.new_zeros(torch.get_num_threads(), *norm.shape)
+
+
+class _Weights(ctypes.Structure):
+    _fields_ = (("weight", _FLOATS), ("bias", _FLOATS), ("inputs", _LONG), ("outputs", _LONG))
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None) -> _Weights:
+        return cls(weight.data_ptr(), None if bias is None else bias.data_ptr(), weight.shape[1], weight.shape[0])
+
+
+class _Modulation(ctypes.Structure):
+    _fields_ = (
+        ("shift", _FLOATS),
+        ("scale", _FLOATS),
+        *((name, _LONG) for name in ("period", "inner", "repeat", "count")),
+    )
+
+
+class Modulation:
+    """LN(x) * (1 + scale) + shift of contiguous rows.
+
+    ``period`` rows in a row share one shift and scale; ``inner`` of these follow each other, and their rows come
+    ``repeat`` times before the next ``inner`` ones are taken. After the last one the first follows.
+
+    Args:
+        shift: (count, C), contiguous.
+        scale: shaped like ``shift``.
+        period: see above.
+        inner: see above.
+        repeat: see above.
+    """
+
+    def __init__(self, shift: Tensor, scale: Tensor, period: int, inner: int, repeat: int) -> None:
+        self._held = shift, scale  # alive as long as their addresses are used
+        self._given = _Modulation(shift.data_ptr(), scale.data_ptr(), period, inner, repeat, len(shift))
+
+    def forward(self, x: Tensor, out: Tensor) -> None:
+        """(R, C), in and out."""
+        _call(
+            "modulate", x.numel(), _floats(x), _LONG(len(x)), _LONG(x.shape[1]), ctypes.byref(self._given), _floats(out)
+        )
+
+    def backward(self, gradient: Tensor, x: Tensor, at_x: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes the gradient at ``x`` and returns those at shift and scale."""
+        sums = x.new_zeros(torch.get_num_threads(), *self._held[0].shape[:1], 2, x.shape[1])
+        sizes = _LONG(len(x)), _LONG(x.shape[1])
+        given = ctypes.byref(self._given)
+        _call(
+            "modulate_backward", x.numel(), _floats(gradient), _floats(x), *sizes, given, _floats(at_x), _floats(sums)
+        )
+        return sums[:, :, 0].sum(0), sums[:, :, 1].sum(0)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        """Linear(x modulated): ``x`` (R, C), ``weight`` (D, C), both in multiples of ``WIDTHS``, ``out`` (R, D)."""
+        weights = ctypes.byref(_Weights.of(weight, bias))
+        work = len(x) * weight.numel() // MULTIPLY_ADDS
+        _call("linear", work, _floats(x), _LONG(len(x)), weights, ctypes.byref(self._given), _floats(out))
+
+    def mlp(
+        self, x: Tensor, up: tuple[Tensor, Tensor], down: tuple[Tensor, Tensor], hidden: Tensor | None, out: Tensor
+    ) -> None:
+        """Linear(GELU(Linear(x modulated))), contiguous.
+
+        Args:
+            x: (R, C).
+            up: weight (D, C) and bias (D), both sizes in multiples of ``WIDTHS``.
+            down: weight (C, D) and bias (C).
+            hidden: (R, D) for what GELU is given; or None.
+            out: (R, C).
+        """
+        maps = (ctypes.byref(_Weights.of(*each)) for each in (up, down))
+        kept = None if hidden is None else _floats(hidden)
+        work = len(x) * up[0].numel() // MULTIPLY_ADDS
+        _call("mlp", work, _floats(x), _LONG(len(x)), *maps, ctypes.byref(self._given), kept, _floats(out))
+
+
+def gelu_backward(x: Tensor, gradient: Tensor, value: Tensor) -> None:
+    """Writes GELU(x) to ``value``, and makes of the gradient there that at x; all contiguous."""
+    _call("gelu_backward", x.numel(), _floats(x), _floats(gradient), _LONG(x.numel()), _floats(value))
+
+
+def _floats(x: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(x.data_ptr())
+
+
+def _call(name: str, work: int, *arguments: object) -> None:
+    """With as many threads as ``work``, in numbers that are read and written, is worth."""
+    functions = library()
+    assert functions is not None, "the callers ask before"
+    threads = max(1, min(torch.get_num_threads(), work // WORK))
+    getattr(functions, name)(*arguments, ctypes.c_int(threads))

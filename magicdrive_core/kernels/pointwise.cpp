@@ -14,18 +14,18 @@ void modulate(const float* x, int64_t rows, int64_t width, const Modulation* by,
     for (int64_t r = 0; r < rows; ++r) modulate_row(x, r, width, *by, out + r * width);
 }
 
-// Writes the gradient at x; adds those at shift and scale to `at_groups` (threads, groups, 2, width).
+// Writes the gradient at x; adds those at shift and scale to `at_sums` (threads, count, 2, width).
 void modulate_backward(const float* gradient, const float* x, int64_t rows, int64_t width, const Modulation* by,
-                       float* at_x, float* at_groups, int threads) {
+                       float* at_x, float* at_sums, int threads) {
 #pragma omp parallel num_threads(threads)
     {
-        float* own = at_groups + omp_get_thread_num() * by->groups * 2 * width;
+        float* own = at_sums + omp_get_thread_num() * by->count * 2 * width;
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; ++r) {
-            const int64_t group = by->at(r, width);
-            const float *from = x + r * width, *factor = by->scale + group, *g = gradient + r * width;
+            const int64_t own_row = by->at(r, width);
+            const float *from = x + r * width, *factor = by->scale + own_row, *g = gradient + r * width;
             const Norm norm(from, width);
-            float *at_shift = own + group * 2, *at_scale = at_shift + width, *to = at_x + r * width;
+            float *at_shift = own + own_row * 2, *at_scale = at_shift + width, *to = at_x + r * width;
             float mean = 0, along = 0;
 #pragma omp simd reduction(+ : mean, along)
             for (int64_t c = 0; c < width; ++c) {

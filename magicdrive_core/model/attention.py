@@ -1,134 +1,201 @@
-"""Attention among tokens whose q, k and v lie packed as one linear map gives them, with an RMS norm on q and k.
+"""The attention modules of a block: within a frame, over time, to the context, and across views.
 
-In fp32 on a CPU kernels of our own do all of it (native/), and keep nothing for the backward pass but what they were
-given. Elsewhere torch chooses the kernel, and keeps what that one needs.
+Each makes queries, keys and values, calls its ``inner`` attention, which has no weights, and projects the result.
+Sequence parallelism exchanges tokens for heads around ``inner`` (``parallel/sequence_parallel.py``); nothing else in
+here knows of it. Formulas: golden notes, section 2, "Block".
 
-Packed is (R, n, 3, h, d): R sequences of n tokens, h heads of d channels.
+Shapes: B samples, V views, T latent frames, S tokens of a frame (on this rank), C = h * d channels of h heads.
 """
 
 from __future__ import annotations
 
-from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
-from torch.autograd.function import once_differentiable
+from einops import rearrange
+from torch import Tensor, nn
 from torch.nn import functional
 
-from magicdrive_core.kernels import attention_ops, library
-from magicdrive_core.kernels.functions import NORM_EPS
+from magicdrive_core.kernels.functions import attend_context, attend_neighbours, attend_packed, modulated_linear
+
+if TYPE_CHECKING:
+    from magicdrive_core.model.context import BlockContext
+
+ROTARY_BASE = 10000.0
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """softmax(q k' / sqrt(d) + bias) v, for each head.
+class HeadNorm(nn.Module):
+    """The weight of an RMS norm over the channels of a head; the inner attention applies it."""
 
-    Args:
-        q: (R, n, h, d).
-        k: (R, m, h, d).
-        v: (R, m, h, d).
-        bias: broadcastable to (R, h, n, m), 0 or -inf: what must not be attended to.
-
-    Returns:
-        (R, n, h, d).
-    """
-    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-    return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
 
 
-def attend_context(q: Tensor, kv: Tensor, bias: Tensor | None) -> Tensor:
-    """Attention to other tokens, whose keys and values lie side by side.
+class Rotary(nn.Module):
+    """Angles of the rotary position embedding: frame p turns the channel pair (2k, 2k+1) by p * 10000^(-2k/d).
 
-    Of q (R, n, h, d) to kv (R, m, 2, h, d) under bias (R, m), 0 or -inf, or None: (R, n, h, d).
-    """
-    if library.usable(q):
-        return attention_ops.attend_context(q, kv, bias)
-    k, v = kv.unbind(2)
-    return attend(q, k, v, None if bias is None else bias[:, None, None])
-
-
-def attend_packed(packed: Tensor, norm: Tensor, count: int, angles: Tensor | None = None) -> Tensor:
-    """Attention among the tokens of every sequence, of which there are two dimensions.
+    Su et al., "RoFormer" (2021), section 3.4. The angles come from the formula in fp32, whatever the dtype of the
+    network. ``freqs`` is a parameter by name only, as the published state dict lists it: never trained, not read here.
 
     Args:
-        packed: (R, r, n, 3, h, d), of any strides.
-        norm: (2, d), weights of the RMS norms of q and k.
-        count: tokens of a sequence, from the first on, that are attended to.
-        angles: (n, d/2, 2), rotary angles: q and k are turned by them after the norm. None: not at all.
-
-    Returns:
-        (R, r, n, h, d).
+        width: d, channels of a head.
     """
-    if library.usable(packed):
-        return attention_ops.attend_packed(packed, norm, count, angles)
-    q, k, v = normed_heads(packed.flatten(0, 1), norm)
-    if angles is not None:
-        q, k = rotate(q, angles), rotate(k, angles)
-    return attend(q, k[:, :count], v[:, :count]).unflatten(0, packed.shape[:2])
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.freqs = nn.Parameter(self.frequencies(torch.device("cpu")), requires_grad=False)
+
+    def frequencies(self, device: torch.device) -> Tensor:
+        """10000^(-2k/d) for k < d/2, fp32."""
+        k = torch.arange(0, self.width, 2, device=device, dtype=torch.float32)
+        return ROTARY_BASE ** (-k / self.width)
+
+    def forward(self, length: int) -> Tensor:
+        """Cosine and sine of every angle, fp32: (length, d/2, 2)."""
+        freqs = self.frequencies(self.freqs.device)
+        angles = torch.arange(length, device=freqs.device, dtype=torch.float32)[:, None] * freqs
+        return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
-def attend_neighbours(
-    views: list[Tensor], norm: Tensor, count: int, neighbours: tuple[tuple[int, ...], ...]
-) -> list[Tensor]:
-    """Attention of every view to each of its neighbours, summed over these.
+class SelfAttention(nn.Module):
+    """Queries, keys and values of modulated tokens, with an RMS norm on q and k, and the output projection.
 
     Args:
-        views: packed, each (R, n, 3, h, d).
-        norm: as of ``attend_packed``; count alike.
-        neighbours: for every view, those that it looks at.
-
-    Returns:
-        For each view (R, n, h, d).
+        width: C.
+        heads: h.
+        qkv_bias: whether their linear map has a bias.
     """
-    if library.usable(views[0]):
-        sums = attention_ops.attend_neighbours([view[None] for view in views], norm, count, list(chain(*neighbours)))
-        return [each[0] for each in sums]
-    return [sum(outputs[1:], outputs[0]) for outputs in neighbour_pairs(views, norm, count, neighbours)]
+
+    def __init__(self, width: int, heads: int, *, qkv_bias: bool = True) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
+        self.q_norm = HeadNorm(width // heads)
+        self.k_norm = HeadNorm(width // heads)
+        self.proj = nn.Linear(width, width)
+
+    def packed(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """Computes q, k and v of LN(x) * (1 + scale) + shift, before their norm.
+
+        Args:
+            x: (..., C).
+            shift: broadcastable against ``x``.
+            scale: broadcastable against ``x``.
+
+        Returns:
+            (..., 3, h, d).
+        """
+        packed = modulated_linear(x, shift, scale, self.qkv.weight, self.qkv.bias)
+        return rearrange(packed, "... (qkv h d) -> ... qkv h d", qkv=3, h=self.heads)
+
+    @property
+    def norm(self) -> Tensor:
+        """(2, d), weights of the norms of q and k."""
+        return torch.stack([self.q_norm.weight, self.k_norm.weight])
 
 
-def neighbour_pairs(
-    views: list[Tensor], norm: Tensor, count: int, neighbours: tuple[tuple[int, ...], ...]
-) -> list[list[Tensor]]:
-    """``attend_neighbours`` before the sum: for every view and each of its neighbours (R, n, h, d)."""
-    heads = [normed_heads(view, norm) for view in views]
-    return [
-        [attend(heads[view][0], *(tensor[:, :count] for tensor in heads[other][1:])) for other in others]
-        for view, others in enumerate(neighbours)
-    ]
+class SpatialAttention(SelfAttention):
+    """Attention among the tokens of every frame of every view."""
+
+    inner = staticmethod(attend_packed)
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor, frame_tokens: int) -> Tensor:
+        """Maps tokens (B, V, T, S, C) to the same shape.
+
+        Args:
+            x: tokens.
+            shift: (B, 1, T or 1, 1, C).
+            scale: shaped like ``shift``.
+            frame_tokens: number of tokens of a frame on all ranks; the first so many are attended to.
+        """
+        packed = rearrange(self.packed(x, shift, scale), "b v t s qkv h d -> 1 (b v t) s qkv h d")
+        seen = self.inner(packed, self.norm, frame_tokens)
+        return self.proj(rearrange(seen, "1 r s h d -> r s (h d)")).view(x.shape)
 
 
-def normed_heads(packed: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q and k with the RMS norm of every head, and v: (..., 3, h, d) -> (..., h, d) each."""
-    return _NormedHeads.apply(packed, norm)
+class TemporalAttention(SelfAttention):
+    """Attention among the T frames at every token position, with rotary embedding."""
+
+    inner = staticmethod(attend_packed)
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor, angles: Tensor) -> Tensor:
+        """Maps tokens (..., T, S, C) to the same shape.
+
+        Args:
+            x: tokens.
+            shift: broadcastable against ``x``.
+            scale: shaped like ``shift``.
+            angles: (T, d/2, 2) of ``Rotary``.
+        """
+        packed = rearrange(self.packed(x, shift, scale), "... t s qkv h d -> (...) s t qkv h d")
+        seen = self.inner(packed, self.norm, x.shape[-3], angles)
+        return self.proj(rearrange(seen, "r s t h d -> r t s (h d)")).view(x.shape)
 
 
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Turns the channel pairs of ``x`` (R, n, h, d) by the places' ``angles`` (n, d/2, 2), computed in fp32."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * torch.view_as_complex(angles)[:, None]).flatten(-2).to(x.dtype)
+class CrossViewAttention(SelfAttention):
+    """Attention of every view to its neighbours in the same frame, summed over the neighbours.
+
+    Args:
+        width: C.
+        heads: h.
+        neighbours: the views that each view attends to, equally many of each.
+    """
+
+    inner = staticmethod(attend_neighbours)
+
+    def __init__(self, width: int, heads: int, neighbours: tuple[tuple[int, ...], ...]) -> None:
+        super().__init__(width, heads, qkv_bias=False)
+        self.neighbours = neighbours
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor, frame_tokens: int) -> Tensor:
+        """Maps tokens (B, V, T, S, C) to the same shape; arguments as of ``SpatialAttention``.
+
+        The projection's bias counts once for each neighbour (golden notes, oddity 7).
+        """
+        seen = self.inner(self.packed(x, shift, scale), self.norm, frame_tokens, self.neighbours)
+        bias = self.proj.bias * len(self.neighbours[0])
+        return functional.linear(rearrange(seen, "b v t s h d -> b v t s (h d)"), self.proj.weight, bias)
 
 
-class _NormedHeads(torch.autograd.Function):
-    """Keeps the packed tensor and one factor a head: q and k after the norm are made again in the backward pass."""
+class CrossAttention(nn.Module):
+    """Attention of every token to the context of its frame.
 
-    @staticmethod
-    def forward(ctx: Any, packed: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        inverse = (packed[..., :2, :, :].float().square().mean(-1, keepdim=True) + NORM_EPS).rsqrt_().to(packed.dtype)
-        ctx.save_for_backward(packed, norm, inverse)
-        q, k = ((packed[..., i, :, :] * inverse[..., i, :, :]).mul_(norm[i]) for i in range(2))
-        return q, k, packed[..., 2, :, :]
+    Attributes:
+        own_heads: the heads whose keys and values are computed here; sequence parallelism chooses a rank's share.
+    """
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        packed, norm, inverse = ctx.saved_tensors
-        at_packed, at_norm = torch.empty_like(packed), []
-        for i, gradient in enumerate(gradients[:2]):
-            factor = inverse[..., i, :, :]
-            normed = packed[..., i, :, :] * factor
-            at_norm.append((gradient * normed).sum_to_size(norm.shape[-1:]))
-            inner = gradient * norm[i]
-            inner.sub_(normed.mul_((inner * normed).mean(-1, keepdim=True)))
-            torch.mul(inner, factor, out=at_packed[..., i, :, :])
-        at_packed[..., 2, :, :] = gradients[2]
-        return at_packed, torch.stack(at_norm)
+    inner = staticmethod(attend_context)
+    own_heads = slice(None)
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q_linear = nn.Linear(width, width)
+        self.kv_linear = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+
+    def keys_values(self, rows: Tensor) -> Tensor:
+        """Computes keys and values of context tokens, which do not depend on the noise level.
+
+        Args:
+            rows: (B, R, C), ``ContextTokens.rows``.
+
+        Returns:
+            (B, R, 2c), c the channels of this rank's own heads.
+        """
+        weight, bias = (
+            rearrange(part, "(kv h d) ... -> kv h d ...", kv=2, h=self.heads)[:, self.own_heads].flatten(0, 2)
+            for part in (self.kv_linear.weight, self.kv_linear.bias)
+        )
+        return functional.linear(rows, weight, bias)
+
+    def forward(self, x: Tensor, context: BlockContext) -> Tensor:
+        """Maps tokens (B, V, T, S, C) to the same shape."""
+        rows = self.keys_values(context.tokens.rows) if context.kv is None else context.kv
+        q = rearrange(self.q_linear(x), "b v t s (h d) -> (b v t) s h d", h=self.heads)
+        kv = rearrange(context.by_frame(rows), "b v t l (kv h d) -> (b v t) l kv h d", kv=2, d=q.shape[-1])
+        bias = None if context.bias is None else rearrange(context.bias, "b v t l -> (b v t) l")
+        seen = self.inner(q, kv, bias)
+        return self.proj(rearrange(seen, "r s h d -> r s (h d)")).view(x.shape)

@@ -1,140 +1,184 @@
-"""The transformer blocks. Golden notes (README of the reference data), section 2, "Block" and "Head".
+"""The transformer blocks and the head. Golden notes, section 2, "Block" and "Head".
 
-Inside the network the tokens are a list of groups of views, (G, B, T, S, C) each: all steps but cross-view attention
-are a view's own, and a group is chosen so small that its activations stay in a CPU's cache, or beside the weights on a
-GPU, and so large that the number of calls does not matter.
-A modulation is (B, T or 1, n, C): one for the whole clip, or one a latent frame where some frames are given.
+To try another block, change one class here. Tokens are (B, V, T, S, C): B samples, V views, T latent frames, S tokens
+of a frame, C channels. A modulation is (B, T or 1, n, C): n vectors for a whole clip, or for each latent frame where
+some frames are conditioning frames.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional
 
-from magicdrive_core.kernels.functions import modulate
-from magicdrive_core.model.layers import (
-    CrossAttention,
-    CrossViewAttention,
-    ModulatedMlp,
-    SpatialAttention,
-    TemporalAttention,
-)
-from magicdrive_core.parallel.sequence_parallel import Places
+from magicdrive_core.kernels.functions import modulate, modulated_mlp
+from magicdrive_core.model.attention import CrossAttention, CrossViewAttention, SpatialAttention, TemporalAttention
 
 if TYPE_CHECKING:
     from magicdrive_core.model.config import NetworkConfig
+    from magicdrive_core.model.context import BlockContext
 
 
-@dataclass(frozen=True)
-class Surroundings:
-    """What every block of one pass shares beside its tokens and modulation. None: nothing to hide."""
-
-    angles: Tensor  # T, d/2, 2: rotary angles of the latent frames
-    context_bias: list[Tensor] | list[None]  # for each group G*B*T, L: -inf at context tokens that stand for nothing
-    places: Places  # of a frame, S of which are this device's
+def per_token(modulation: Tensor) -> Tensor:
+    """Turns n vectors (B, T or 1, n, C) into (n, B, 1, T or 1, 1, C), each broadcastable against (B, V, T, S, C)."""
+    return rearrange(modulation, "b t n c -> n b 1 t 1 c")
 
 
-def per_token(modulation: Tensor) -> tuple[Tensor, ...]:
-    """(B, T or 1, n, C) -> n tensors (B, T or 1, 1, C) that broadcast against (G, B, T, S, C)."""
-    return modulation[:, :, :, None].unbind(2)
+class Mlp(nn.Module):
+    """Linear, GELU (tanh form), Linear."""
+
+    def __init__(self, width: int, hidden: int, out: int | None = None) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, out or width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(functional.gelu(self.fc1(x), approximate="tanh"))
+
+
+class ModulatedMlp(Mlp):
+    """The MLP of a block: Linear, GELU, Linear of LN(x) * (1 + scale) + shift."""
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:  # type: ignore[override]
+        """Maps (..., C) to the same shape; ``shift`` and ``scale`` broadcast against ``x``."""
+        return modulated_mlp(x, shift, scale, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
 
 
 class Block(nn.Module):
-    """Self-attention, attention to the context, MLP, each added to the tokens.
+    """Self-attention, attention to the context and an MLP, each added to the tokens.
 
-    A spatial block attends among the S patches of a frame of a view, a temporal one among the T frames of a place.
+    Attributes:
+        temporal: whether self-attention is over the frames of a token position, else over the tokens of a frame.
     """
 
-    def __init__(self, config: NetworkConfig, *, temporal: bool) -> None:
+    temporal: bool
+    attention: type[SpatialAttention] | type[TemporalAttention]
+
+    def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         width = config.width
-        self.temporal = temporal
         self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
-        self.attn = (TemporalAttention if temporal else SpatialAttention)(width, config.heads)
+        self.attn = self.attention(width, config.heads)
         self.cross_attn = CrossAttention(width, config.heads)
         self.mlp = ModulatedMlp(width, config.mlp_ratio * width)
 
-    def forward(self, groups: list[Tensor], modulation: Tensor, kv: list[Tensor], around: Surroundings) -> list[Tensor]:
-        """Groups (G, B, T, S, C), in and out; modulation (B, T or 1, 6, C), kv for each group (G, B, T, L, 2c)."""
+    def forward(self, x: Tensor, modulation: Tensor, context: BlockContext) -> Tensor:
+        """Advances tokens by one block.
+
+        Args:
+            x: (B, V, T, S, C).
+            modulation: (B, T or 1, 6, C), the projected noise level.
+            context: what the tokens attend to.
+
+        Returns:
+            (B, V, T, S, C).
+        """
         shift1, scale1, gate1, shift2, scale2, gate2 = per_token(self.scale_shift_table + modulation)
-        along = around.angles if self.temporal else around.places
-        attended = []
-        for x, keys_values, bias in zip(groups, kv, around.context_bias, strict=True):
-            x = torch.addcmul(x, gate1, self.attn(x, shift1, scale1, along))
-            attended.append(x + self.cross_attn(x, keys_values, bias, around.places))
-        attended = self.across_views(attended, modulation, around)
-        return [torch.addcmul(x, gate2, self.mlp(x, shift2, scale2)) for x in attended]
+        x = torch.addcmul(x, gate1, self.self_attention(x, shift1, scale1, context))
+        x = x + self.cross_attn(x, context)
+        x = self.across_views(x, modulation, context)
+        return torch.addcmul(x, gate2, self.mlp(x, shift2, scale2))
 
-    def across_views(self, groups: list[Tensor], modulation: Tensor, around: Surroundings) -> list[Tensor]:  # noqa: ARG002
-        """Cross-view attention, in the blocks that have it."""
-        return groups
+    def self_attention(self, x: Tensor, shift: Tensor, scale: Tensor, context: BlockContext) -> Tensor:
+        """Attention among the tokens of a frame, or over the frames of a token position."""
+        raise NotImplementedError
+
+    def across_views(self, x: Tensor, modulation: Tensor, context: BlockContext) -> Tensor:  # noqa: ARG002
+        """Adds cross-view attention, in the blocks that have it."""
+        return x
 
 
-class ViewBlock(Block):
-    """A spatial block with attention of every view to its neighbours, between the context and the MLP."""
+class SpatialBlock(Block):
+    """A block whose self-attention is among the S tokens of a frame of a view."""
+
+    temporal = False
+    attention = SpatialAttention
+
+    def self_attention(self, x: Tensor, shift: Tensor, scale: Tensor, context: BlockContext) -> Tensor:
+        return self.attn(x, shift, scale, context.frame_tokens)
+
+
+class TemporalBlock(Block):
+    """A block whose self-attention is among the T frames at a token position of a view."""
+
+    temporal = True
+    attention = TemporalAttention
+
+    def self_attention(self, x: Tensor, shift: Tensor, scale: Tensor, context: BlockContext) -> Tensor:
+        return self.attn(x, shift, scale, context.angles)
+
+
+class MultiViewBlock(SpatialBlock):
+    """A spatial block in which every view attends to its neighbours, between the context and the MLP."""
 
     def __init__(self, config: NetworkConfig) -> None:
-        super().__init__(config, temporal=False)
-        self.published = config.published
+        super().__init__(config)
         self.scale_shift_table_mva = nn.Parameter(torch.randn(3, config.width) / config.width**0.5)
         self.cross_view_attn = CrossViewAttention(config.width, config.heads, config.neighbours)
         self.mva_proj = nn.Linear(config.width, config.width)
 
-    def across_views(self, groups: list[Tensor], modulation: Tensor, around: Surroundings) -> list[Tensor]:
-        # The published network adds three scalars, the first entries of the first vector (oddity 1).
-        by_time = modulation[:, :, 0, :3, None] if self.published else modulation[:, :, :3]
-        shift, scale, gate = per_token(self.scale_shift_table_mva + by_time)
-        seen = self.cross_view_attn(groups, shift, scale, around.places)
-        return [x + self.mva_proj(gate * other) for x, other in zip(groups, seen, strict=True)]
+    def across_views(self, x: Tensor, modulation: Tensor, context: BlockContext) -> Tensor:
+        shift, scale, gate = per_token(self.cross_view_modulation(modulation))
+        return x + self.mva_proj(gate * self.cross_view_attn(x, shift, scale, context.frame_tokens))
+
+    def cross_view_modulation(self, modulation: Tensor) -> Tensor:
+        """Shift, scale and gate of cross-view attention: (B, T or 1, 6, C) -> (B, T or 1, 3, C)."""
+        return self.scale_shift_table_mva + modulation[:, :, :3]
 
 
 class ControlBlock(Block):
-    """A block of the control branch: its tokens, and their projection that is added to the main branch."""
+    """A block of the control branch, whose tokens are projected and added to those of the main branch."""
 
-    def __init__(self, config: NetworkConfig, *, temporal: bool) -> None:
-        super().__init__(config, temporal=temporal)
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__(config)
         self.after_proj = nn.Linear(config.width, config.width)
 
-    def forward(  # type: ignore[override]
-        self, groups: list[Tensor], modulation: Tensor, kv: list[Tensor], around: Surroundings
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        groups = super().forward(groups, modulation, kv, around)
-        return groups, [self.after_proj(x) for x in groups]
+    def add_skip(self, x: Tensor, control: Tensor) -> Tensor:
+        """Adds the projected tokens of the control branch to those of the main branch, (B, V, T, S, C) each."""
+        return x + self.after_proj(control)
+
+
+class SpatialControlBlock(ControlBlock, SpatialBlock):
+    """A spatial block of the control branch, without cross-view attention."""
+
+
+class TemporalControlBlock(ControlBlock, TemporalBlock):
+    """A temporal block of the control branch."""
 
 
 class Head(nn.Module):
-    """Modulated layer norm and the linear map to the patches' velocities, ordered (row, column, channel)."""
+    """Modulated layer norm and the linear map to the patches' velocities, ordered (row, column, channel).
 
-    def __init__(self, width: int, outputs: int, published: bool) -> None:
+    Args:
+        width: C.
+        outputs: numbers of a patch.
+    """
+
+    def __init__(self, width: int, outputs: int) -> None:
         super().__init__()
-        self.published = published
         self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
         self.linear = nn.Linear(width, outputs)
 
     def forward(self, x: Tensor, noisy: Tensor, clean: Tensor | None, x_mask: Tensor | None) -> Tensor:
-        """Velocities of the patches.
+        """Maps tokens to the velocities of their patches.
 
         Args:
-            x: (..., B, T, S, C).
+            x: (B, V, T, S, C).
             noisy: (B, C), time vector of the noise level.
-            clean: (B, C), time vector of noise level 0; None without given frames.
-            x_mask: (B, T) bool, True = noisy.
+            clean: (B, C), time vector of noise level 0; None without conditioning frames.
+            x_mask: (B, T) bool, True = noisy; None without conditioning frames.
 
         Returns:
-            (..., B, T, S, patch^2 * channels).
+            (B, V, T, S, patch^2 * channels).
         """
-        if clean is None or x_mask is None:
-            x = modulate(x, *self._vectors(noisy))
-        elif self.published:  # normalises given frames twice (oddity 13)
-            x = modulate(x, *self._vectors(noisy))
-            x = torch.where(x_mask[:, :, None, None], x, modulate(x, *self._vectors(clean)))
-        else:
-            x = modulate(x, *self._vectors(torch.where(x_mask[..., None], noisy[:, None], clean[:, None])))
-        return self.linear(x)
+        time = noisy[:, None]
+        if clean is not None and x_mask is not None:
+            time = torch.where(x_mask[..., None], time, clean[:, None])
+        return self.linear(modulate(x, *self.modulation(time)))
 
-    def _vectors(self, time: Tensor) -> tuple[Tensor, ...]:
-        time = time if time.ndim == 3 else time[:, None]
+    def modulation(self, time: Tensor) -> Tensor:
+        """Shift and scale of time vectors (B, T or 1, C): (2, B, 1, T or 1, 1, C)."""
         return per_token(self.scale_shift_table + time[:, :, None])

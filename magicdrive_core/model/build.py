@@ -6,13 +6,14 @@ from pathlib import Path
 
 from magicdrive_core.config.schema import Config, Stage
 from magicdrive_core.model.config import NetworkConfig
+from magicdrive_core.model.published.transformer import PublishedMagicDrive
 from magicdrive_core.model.transformer import MagicDrive
 from magicdrive_core.utils.files import read_json
 
 
 def build_network(config: NetworkConfig) -> MagicDrive:
     """Builds the network that ``config`` describes, initialised from torch's generator."""
-    return MagicDrive(config)
+    return (PublishedMagicDrive if config.published else MagicDrive)(config)
 
 
 def build_stage_network(config: Config, stage: Stage, project: Path = Path()) -> MagicDrive:

@@ -1,15 +1,36 @@
-"""What a pass over noisy latents needs of the conditions: encoded once a clip, used at every noise level."""
+"""What denoising needs of the conditions: encoded once a clip, used at every noise level."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from magicdrive_core.model.blocks import Surroundings
-from magicdrive_core.parallel.sequence_parallel import Places
-from magicdrive_core.parallel.slicing import ALL
+if TYPE_CHECKING:
+    from magicdrive_core.model.blocks import Block
+
+ALL = slice(None)
+
+
+class TokenShard:
+    """Which tokens of a frame this rank computes: all of them, unless sequence parallelism takes this one's place.
+
+    Attributes:
+        ranks: number of ranks that share the tokens.
+    """
+
+    ranks = 1
+
+    def shard(self, x: Tensor) -> Tensor:
+        """Takes this rank's tokens: (..., frame tokens, C) -> (..., S, C)."""
+        return x
+
+    def gather(self, x: Tensor, frame_tokens: int) -> Tensor:  # noqa: ARG002
+        """Joins the tokens of all ranks: (..., S, C) -> (..., frame tokens, C)."""
+        return x
 
 
 @dataclass(frozen=True)
@@ -17,48 +38,72 @@ class ContextTokens:
     """The tokens that the latents attend to, each kept once although many frames and views share it.
 
     The sequence of one frame of one view is [ego motion, camera, text, boxes], of length L = 2 + Lt + N.
+
+    Attributes:
+        rows: (B, R, C) with R = T' + V + Lt + V*T'*N, T' context frames.
+        views: V.
+        frames: T'.
+        text: Lt.
+        slots: N.
+        visible: (B, V, T', L) bool, False at tokens that stand for nothing; None: all are attended to.
     """
 
-    distinct: Tensor  # B, R, C with R = T' + V + Lt + V*T'*N
+    rows: Tensor
     views: int
-    frames: int  # T'
-    text: int  # Lt
-    slots: int  # N
-    visible: Tensor | None  # V, B, T', L bool: what stands for something; None: attend to all (published)
+    frames: int
+    text: int
+    slots: int
+    visible: Tensor | None
 
     @classmethod
     def join(
         cls, ego_motion: Tensor, cameras: Tensor, text: Tensor, boxes: Tensor, visible: Tensor | None
     ) -> ContextTokens:
-        """Of tokens (B, T', C), (V, B, C), (B, Lt, C), (V, B, T', N, C)."""
-        rows = [ego_motion, cameras.transpose(0, 1), text, boxes.transpose(0, 1).flatten(1, 3)]
-        return cls(
-            torch.cat(rows, dim=1), cameras.shape[0], ego_motion.shape[1], text.shape[1], boxes.shape[3], visible
-        )
+        """Joins the tokens of all conditions.
 
-    def spread(self, rows: Tensor, frames: int, views: slice = ALL, some: slice = ALL) -> Tensor:
-        """What became of ``distinct`` (B, R, X), laid out for ``views`` and ``some`` latent frames: (V, B, T, L, X)."""
+        Args:
+            ego_motion: (B, T', C).
+            cameras: (B, V, C).
+            text: (B, Lt, C).
+            boxes: (B, V, T', N, C).
+            visible: (B, V, T', L) or None.
+        """
+        rows = torch.cat([ego_motion, cameras, text, rearrange(boxes, "b v t n c -> b (v t n) c")], dim=1)
+        return cls(rows, cameras.shape[1], ego_motion.shape[1], text.shape[1], boxes.shape[3], visible)
+
+    def by_frame(self, rows: Tensor, frames: int, views: slice = ALL, some: slice = ALL) -> Tensor:
+        """Lays out what was computed from ``rows`` as one sequence for each frame of each view.
+
+        Args:
+            rows: (B, R, X).
+            frames: T latent frames of the clip; T' context frames are resampled to them by nearest neighbour.
+            views: the views that are wanted.
+            some: the latent frames that are wanted.
+
+        Returns:
+            (B, V, T, L, X) of the wanted views and frames.
+        """
         sizes = [self.frames, self.views, self.text, self.views * self.frames * self.slots]
         ego_motion, cameras, text, boxes = rows.split(sizes, dim=1)
-        boxes = boxes.unflatten(1, (self.views, self.frames, self.slots)).transpose(0, 1)[views]
-        boxes = self._of_latent_frames(boxes, 2, frames, some)
+        boxes = rearrange(boxes, "b (v t n) x -> b v t n x", v=self.views, t=self.frames)[:, views]
+        boxes = self._resample(boxes, 2, frames, some)
         parts = [
-            self._of_latent_frames(ego_motion, 1, frames, some)[None, :, :, None],
-            cameras.transpose(0, 1)[views][:, :, None, None],
-            text[None, :, None],
+            rearrange(self._resample(ego_motion, 1, frames, some), "b t x -> b 1 t 1 x"),
+            rearrange(cameras[:, views], "b v x -> b v 1 1 x"),
+            rearrange(text, "b l x -> b 1 1 l x"),
             boxes,
         ]
         return torch.cat([part.expand(*boxes.shape[:3], -1, -1) for part in parts], dim=3)
 
     def bias(self, frames: int, dtype: torch.dtype) -> Tensor | None:
-        """(V, B, T, L): 0 where visible, -inf elsewhere."""
+        """(B, V, T, L): 0 where a token is visible, -inf elsewhere; None: all are visible."""
         if self.visible is None:
             return None
-        visible = self._of_latent_frames(self.visible, 2, frames, ALL)
+        visible = self._resample(self.visible, 2, frames, ALL)
         return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, float("-inf"))
 
-    def _of_latent_frames(self, x: Tensor, dim: int, frames: int, some: slice) -> Tensor:
-        """``some`` of T latent frames, after nearest resampling of the T' along ``dim``."""
+    def _resample(self, x: Tensor, dim: int, frames: int, some: slice) -> Tensor:
+        """Takes ``some`` of T latent frames, after nearest resampling of the T' along ``dim``."""
         if frames == self.frames:
             start, stop, _ = some.indices(frames)
             return x.narrow(dim, start, stop - start)
@@ -66,35 +111,69 @@ class ContextTokens:
 
 
 @dataclass(frozen=True)
-class Context:
-    """Everything of a clip that does not depend on the noise level."""
+class BlockContext:
+    """What a block needs beside its tokens and the noise level; of some views and frames where it runs in slices.
 
-    latent_shape: tuple[int, int, int]  # T, H, W
-    grid: tuple[int, int]  # rows and columns of patches, the published network's padding included
-    places: Places  # of a frame, rows * columns; S of them are this device's
-    views_at_once: int  # in a group
+    Attributes:
+        tokens: the context tokens of the clip.
+        kv: (B, R, 2c), the block's keys and values of ``tokens.rows``, computed once a clip; None: the block computes
+            them, so that a checkpointed block keeps none of them.
+        bias: (B, V, T, L), -inf at context tokens that stand for nothing; None: all are attended to.
+        angles: (T, d/2, 2), rotary angles of all latent frames.
+        frame_tokens: number of tokens of a frame, on all ranks together.
+        views: the views of the slice.
+        frames: the latent frames of the slice.
+    """
+
     tokens: ContextTokens
-    kv: dict[str, list[Tensor]]  # by name of blocks: keys and values (B, R, 2c) of ``tokens.distinct``; or empty
-    position: Tensor  # B or 1, S, C
-    control: Tensor  # B, T, S, C: position and map, added to the control branch
-    fps: Tensor  # B, C
-    angles: Tensor  # T, d/2, 2: rotary angles of the latent frames
-    context_bias: Tensor | None  # V, B, T, L: -inf at context tokens that stand for nothing; None: nothing to hide
+    kv: Tensor | None
+    bias: Tensor | None
+    angles: Tensor
+    frame_tokens: int
+    views: slice
+    frames: slice
 
-    def keys_values(self, rows: Tensor, groups: slice, frames: slice) -> list[Tensor]:
-        """A block's keys and values (B, R, 2c), for each of ``groups`` of views (G, B, T, L, 2c)."""
-        laid_out = self.tokens.spread(rows, self.latent_shape[0], self._views(groups), frames)
-        return list(laid_out.split(self.views_at_once))
+    def by_frame(self, rows: Tensor) -> Tensor:
+        """Lays out ``rows`` (B, R, X) as one sequence for each frame of each view: (B, V, T, L, X)."""
+        return self.tokens.by_frame(rows, len(self.angles), self.views, self.frames)
 
-    def surroundings(self, groups: slice, frames: slice) -> Surroundings:
-        """What a block shares with others that work on the same groups and frames."""
-        if self.context_bias is None:
-            hidden: list[Tensor] | list[None] = [None] * len(range(-(-self.tokens.views // self.views_at_once))[groups])
-        else:
-            parts = self.context_bias[self._views(groups), :, frames].split(self.views_at_once)
-            hidden = [part.flatten(0, 2) for part in parts]
-        return Surroundings(self.angles, hidden, self.places)
+    def part(self, views: slice, frames: slice) -> BlockContext:
+        """Restricts the context to some views and latent frames."""
+        bias = None if self.bias is None else self.bias[:, views, frames]
+        return replace(self, bias=bias, views=views, frames=frames)
 
-    def _views(self, groups: slice) -> slice:
-        start, stop, _ = groups.indices(self.tokens.views)
-        return slice(start * self.views_at_once, stop * self.views_at_once)
+
+@dataclass(frozen=True)
+class Context:
+    """Everything of a clip that does not depend on the noise level.
+
+    Attributes:
+        latent_shape: T, H, W.
+        grid: rows and columns of patches.
+        tokens: the context tokens.
+        kv: keys and values (B, R, 2c) of ``tokens.rows`` for each block; empty: the blocks compute them.
+        position: (B or 1, S, C), position embedding of this rank's tokens.
+        control: (B, T, S, C), position and map tokens, added to the control branch.
+        fps: (B, C), embedded frame rate.
+        angles: (T, d/2, 2), rotary angles of the latent frames.
+        bias: (B, V, T, L), -inf at context tokens that stand for nothing; None: all are attended to.
+    """
+
+    latent_shape: tuple[int, int, int]
+    grid: tuple[int, int]
+    tokens: ContextTokens
+    kv: dict[Block, Tensor]
+    position: Tensor
+    control: Tensor
+    fps: Tensor
+    angles: Tensor
+    bias: Tensor | None
+
+    @property
+    def frame_tokens(self) -> int:
+        """Number of tokens of a frame, on all ranks together."""
+        return self.grid[0] * self.grid[1]
+
+    def of_block(self, block: Block) -> BlockContext:
+        """The context as ``block`` takes it."""
+        return BlockContext(self.tokens, self.kv.get(block), self.bias, self.angles, self.frame_tokens, ALL, ALL)

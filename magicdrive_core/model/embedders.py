@@ -1,22 +1,91 @@
-"""What the network is told, as tokens and feature maps. Golden notes (README of the reference data), section 2.
+"""Embedders: latents, numbers and conditions as tokens and feature maps. Golden notes, section 2.
 
-Letters: V views, B samples, F frames, T' context frames, N box slots, L text tokens, C width, D text width.
+Shapes: B samples, V views, F frames, T' context frames, N box slots, L text tokens, K classes, C width, D text width.
 """
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-from magicdrive_core.model.layers import Mlp, ModulatedMlp, Rotary, TemporalAttention
+from magicdrive_core.model.attention import Rotary, TemporalAttention
+from magicdrive_core.model.blocks import Mlp, ModulatedMlp
+from magicdrive_core.model.config import NetworkConfig
 
 FREQUENCIES = (1.0, 2.0, 4.0, 8.0)
 FOURIER_WIDTH = 3 * (1 + 2 * len(FREQUENCIES))  # 27 numbers for a 3-vector
 CORNERS = 8
-PICTURE_WIDTH = 1600.0  # pixels: intrinsics are divided by it where the published scale is not asked for
+PICTURE_WIDTH = 1600.0  # pixels of the width of a nuScenes picture, the unit of the intrinsics
+
+
+class PatchEmbedding(nn.Module):
+    """Convolution with kernel = stride = (1, p, p), written as a linear map of patches.
+
+    Args:
+        channels: of the input.
+        width: C.
+        patch: p.
+    """
+
+    def __init__(self, channels: int, width: int, patch: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv3d(channels, width, kernel_size=(1, patch, patch), stride=(1, patch, patch))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Maps patches (..., channels * p * p) in the order channel, row, column to tokens (..., C)."""
+        return functional.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+def sinusoid(values: Tensor, width: int = 256) -> Tensor:
+    """[cos(v g), sin(v g)] with g_k = 10000^(-k / (width/2)), fp32: (B) -> (B, width)."""
+    half = width // 2
+    k = torch.arange(half, device=values.device, dtype=torch.float32)
+    angles = values.float()[:, None] * torch.exp(-math.log(10000.0) / half * k)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class ScalarEmbedding(nn.Module):
+    """A number (noise level, frames a second) as a vector: sinusoid, Linear, SiLU, Linear."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, values: Tensor) -> Tensor:
+        """(B) -> (B, C)."""
+        return self.mlp(sinusoid(values).to(next(self.parameters()).dtype))
+
+
+def position_embedding(grid: tuple[int, int], scale: Tensor, base: int, width: int) -> Tensor:
+    """[sin(x f), cos(x f), sin(y f), cos(y f)] of every patch in fp32; the column x comes first.
+
+    Args:
+        grid: rows and columns of patches.
+        scale: (B), sqrt(height * width in pixels) / 512.
+        base: round(sqrt(rows * columns)).
+        width: C, a multiple of 4.
+
+    Returns:
+        (B, rows * columns, C).
+    """
+    rows, columns = grid
+    device = scale.device
+    k = torch.arange(width // 4, device=device, dtype=torch.float32)
+    freqs = 1.0 / 10000.0 ** (2 * k / (width // 2))
+
+    def axis(count: int) -> Tensor:
+        positions = torch.arange(count, device=device, dtype=torch.float32) / scale[:, None] * (base / count)
+        angles = positions[..., None] * freqs
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+    x = axis(columns)[:, None].expand(-1, rows, -1, -1)
+    y = axis(rows)[:, :, None].expand(-1, -1, columns, -1)
+    return torch.cat([x, y], dim=-1).flatten(1, 2)
 
 
 def fourier(vectors: Tensor) -> Tensor:
@@ -29,21 +98,21 @@ def fourier(vectors: Tensor) -> Tensor:
 
 
 def halve_frames(x: Tensor, dim: int) -> Tensor:
-    """Means of neighbouring pairs along ``dim``; of an odd count the first is kept as it is."""
+    """Takes means of neighbouring pairs along ``dim``; of an odd count the first is kept as it is."""
     odd = x.shape[dim] % 2
     first, rest = x.split([odd, x.shape[dim] - odd], dim)
     return torch.cat([first, rest.unflatten(dim, (x.shape[dim] // 2, 2)).mean(dim + 1)], dim)
 
 
-def halved_any(flags: Tensor, dim: int) -> Tensor:
-    """``halve_frames`` for booleans: whether any frame of a group is True."""
+def halve_flags(flags: Tensor, dim: int) -> Tensor:
+    """``halve_frames`` for booleans: whether any frame of a pair is True."""
     odd = flags.shape[dim] % 2
     first, rest = flags.split([odd, flags.shape[dim] - odd], dim)
     return torch.cat([first, rest.unflatten(dim, (flags.shape[dim] // 2, 2)).any(dim + 1)], dim)
 
 
 class TextEmbedder(nn.Module):
-    """Projected text features. ``y_embedding`` stands for a dropped text: drawn once, never trained."""
+    """Projects text features. ``y_embedding`` stands for a dropped text: drawn once, never trained."""
 
     y_embedding: Tensor
 
@@ -60,37 +129,47 @@ class TextEmbedder(nn.Module):
 class CameraEmbedder(nn.Module):
     """One token a view from the clip's first frame: seven columns of [K | R | t] through Fourier features."""
 
-    def __init__(self, width: int, published: bool) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.published = published
         self.uncond_cam = nn.Parameter(torch.randn(3, 7))
         self.emb2token = nn.Linear(7 * FOURIER_WIDTH, width)
         self.after_proj = nn.Linear(width, width)
 
     def forward(self, cameras: Tensor, keep: Tensor) -> Tensor:
-        """(..., 3, 7) with pixels of the 1600x900 picture, keep (...) bool -> (..., C).
+        """Embeds cameras.
 
-        The published network takes the intrinsics in pixels, about 1e3, into sines and linear maps (oddity 3).
-        Otherwise they enter in units of the picture's width.
+        Args:
+            cameras: (..., 3, 7) with intrinsics in pixels of the 1600x900 picture.
+            keep: (...) bool, False = the camera is dropped.
+
+        Returns:
+            (..., C).
         """
-        cameras = cameras.float()
-        if not self.published:
-            unit = cameras.new_ones(3, 7)
-            unit[:2, :3] = 1 / PICTURE_WIDTH
-            cameras = cameras * unit
-        cameras = torch.where(keep[..., None, None], cameras, self.uncond_cam.float())
-        features = fourier(cameras.transpose(-1, -2)).flatten(-2)
+        cameras = torch.where(keep[..., None, None], self.in_units(cameras.float()), self.uncond_cam.float())
+        features = rearrange(fourier(cameras.transpose(-1, -2)), "... column f -> ... (column f)")
         return self.after_proj(self.emb2token(features.to(self.emb2token.weight.dtype)))
+
+    def in_units(self, cameras: Tensor) -> Tensor:
+        """Gives the intrinsics in units of the picture's width: pixels, about 1e3, would go through sines."""
+        unit = cameras.new_ones(3, 7)
+        unit[:2, :3] = 1 / PICTURE_WIDTH
+        return cameras * unit
 
 
 class TemporalEmbedder(nn.Module):
-    """A transformer block over the frames of a condition, with a static modulation, then a reduction of the frames."""
+    """A transformer block over the frames of a condition, with a static modulation, then a reduction of the frames.
 
-    def __init__(self, width: int, heads: int, mean_over_frames: bool, published: bool) -> None:
+    Args:
+        width: C.
+        heads: of the attention over frames.
+        mean_over_frames: whether one token, the mean, remains; else a quarter of the frames.
+    """
+
+    def __init__(self, width: int, heads: int, mean_over_frames: bool) -> None:
         super().__init__()
         self.mean_over_frames = mean_over_frames
         self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
-        self.rope = Rotary(width // heads, published)
+        self.rope = Rotary(width // heads)
         self.attn = TemporalAttention(width, heads)
         self.mlp = ModulatedMlp(width, 4 * width)
         self.final_proj = nn.Linear(width, width)
@@ -107,15 +186,23 @@ class TemporalEmbedder(nn.Module):
 class EgoMotionEmbedder(TemporalEmbedder):
     """Tokens of the motion from the first lidar frame to each frame's own."""
 
-    def __init__(self, width: int, heads: int, mean_over_frames: bool, published: bool) -> None:
-        super().__init__(width, heads, mean_over_frames, published)
+    def __init__(self, width: int, heads: int, mean_over_frames: bool) -> None:
+        super().__init__(width, heads, mean_over_frames)
         self.uncond_cam = nn.Parameter(torch.randn(3, 4))
         self.emb2token = nn.Linear(4 * FOURIER_WIDTH, width)
 
     def forward(self, ego_motion: Tensor, keep: Tensor) -> Tensor:
-        """(B, F, 4, 4), keep (B, F) bool -> (B, T', C)."""
+        """Embeds ego motion.
+
+        Args:
+            ego_motion: (B, F, 4, 4).
+            keep: (B, F) bool, False = the frame's ego motion is dropped.
+
+        Returns:
+            (B, T', C).
+        """
         poses = torch.where(keep[..., None, None], ego_motion[..., :3, :].float(), self.uncond_cam.float())
-        features = fourier(poses.transpose(-1, -2)).flatten(-2)
+        features = rearrange(fourier(poses.transpose(-1, -2)), "... column f -> ... (column f)")
         tokens = self.emb2token(features.to(self.emb2token.weight.dtype))
         return self.over_time(tokens[..., None, :])[..., 0, :]
 
@@ -125,46 +212,36 @@ class BoxEmbedder(TemporalEmbedder):
 
     _class_tokens: Tensor
 
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        mean_over_frames: bool,
-        published: bool,
-        *,
-        classes: int,
-        class_width: int,
-        widths: tuple[int, ...],
-        instance_latent: bool,
-    ) -> None:
-        super().__init__(width, heads, mean_over_frames, published)
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__(config.width, config.box_heads, config.mean_over_frames)
         features = CORNERS * FOURIER_WIDTH
-        if instance_latent:
-            self.mean_var = nn.Parameter(torch.randn(classes, 2))
-        self.instance_latent = instance_latent
+        class_width = config.class_width or config.width
+        self.instance_latent = config.instance_latent
+        if config.instance_latent:
+            self.mean_var = nn.Parameter(torch.randn(config.classes, 2))
         self.null_class_feature = nn.Parameter(torch.zeros(class_width))
         self.null_pos_feature = nn.Parameter(torch.zeros(features))
         self.mask_class_feature = nn.Parameter(torch.zeros(class_width))
         self.mask_pos_feature = nn.Parameter(torch.zeros(features))
-        self.register_buffer("_class_tokens", torch.randn(classes, class_width))
-        first, *hidden = widths
+        self.register_buffer("_class_tokens", torch.randn(config.classes, class_width))
+        first, *hidden = config.box_widths
         self.bbox_proj = nn.Linear(features, first)
         layers: list[nn.Module] = []
-        for before, after in zip([first + class_width, *hidden], [*hidden, width], strict=True):
+        for before, after in zip([first + class_width, *hidden], [*hidden, config.width], strict=True):
             layers += [nn.Linear(before, after), nn.SiLU()]
         self.second_linear = nn.Sequential(*layers[:-1])
 
     def forward(self, corners: Tensor, classes: Tensor, states: Tensor, latent: Tensor | None) -> Tensor:
-        """Box tokens.
+        """Embeds boxes.
 
         Args:
-            corners: (V, B, F, N, 8, 3) metres.
-            classes: (V, B, F, N), -1 where there is no box.
-            states: (V, B, F, N), 1 shown, 0 no box, -1 hidden.
+            corners: (B, V, F, N, 8, 3) metres.
+            classes: (B, V, F, N), -1 where there is no box.
+            states: (B, V, F, N), 1 shown, 0 no box, -1 hidden.
             latent: (B, N, class width), a standard normal vector an object; None: zeros.
 
         Returns:
-            (V, B, T', N, C).
+            (B, V, T', N, C).
         """
         dtype = self.bbox_proj.weight.dtype
         known = classes.clamp(min=0)
@@ -173,24 +250,39 @@ class BoxEmbedder(TemporalEmbedder):
             mean, log_variance = self.mean_var[known].unbind(-1)
             kind = kind + mean[..., None]
             if latent is not None:
-                kind = kind + latent[:, None].to(dtype) * (0.5 * log_variance).exp()[..., None]
+                kind = kind + latent[:, None, None].to(dtype) * (0.5 * log_variance).exp()[..., None]
         shown, absent = (states == 1)[..., None], (states == 0)[..., None]
-        position = torch.where(shown, fourier(corners).flatten(-2).to(dtype), self.mask_pos_feature)
+        features = rearrange(fourier(corners), "... corner f -> ... (corner f)")
+        position = torch.where(shown, features.to(dtype), self.mask_pos_feature)
         position = torch.where(absent, self.null_pos_feature, position)
         kind = torch.where(absent, self.null_class_feature, torch.where(shown, kind, self.mask_class_feature))
-        tokens = torch.cat([functional.silu(self.bbox_proj(position)), kind], dim=-1)
-        return self.over_time(self.second_linear(tokens).flatten(0, 1)).unflatten(0, states.shape[:2])
+        tokens = self.second_linear(torch.cat([functional.silu(self.bbox_proj(position)), kind], dim=-1))
+        by_view = rearrange(tokens, "b v f n c -> (b v) f n c")
+        return self.over_time(by_view).unflatten(0, states.shape[:2])
 
     def present(self, states: Tensor) -> Tensor:
-        """Which box tokens stand for a box, shown or hidden, in any of their frames: (V, B, F, N) -> (V, B, T', N)."""
+        """Tells which box tokens stand for a box, shown or hidden, in any of their frames.
+
+        Args:
+            states: (B, V, F, N), as of ``forward``.
+
+        Returns:
+            (B, V, T', N) bool.
+        """
         here = states != 0
         if self.mean_over_frames:
             return here.any(2, keepdim=True)
-        return halved_any(halved_any(here, 2), 2)
+        return halve_flags(halve_flags(here, 2), 2)
 
 
 class MapEncoder(nn.Module):
-    """Convolutions from BEV cells to the latents' grid: 200x200 -> 28x50, 400x400 -> 53x100."""
+    """Convolutions from BEV cells to the latents' grid: 200x200 -> 28x50, 400x400 -> 53x100.
+
+    Args:
+        layers: of the map.
+        channels: of the convolutions.
+        width: C.
+    """
 
     def __init__(self, layers: int, channels: tuple[int, ...], width: int) -> None:
         super().__init__()
@@ -204,11 +296,9 @@ class MapEncoder(nn.Module):
         self.conv_out = nn.Conv2d(channels[-1], width // 2, 3, padding=1)
 
     def forward(self, bev_map: Tensor) -> Tensor:
-        """(R, 8, rows, columns) -> (R, C/2, h, w)."""
+        """(B * F, layers, rows, columns) -> (B * F, C/2, h, w)."""
         x = bev_map.to(self.conv_in.weight.dtype)
-        if (
-            x.device.type == "cpu"
-        ):  # an eighth less of a training step's time for the map (benchmarks/results/network.md)
+        if x.device.type == "cpu":  # an eighth less time (benchmarks/results/network.md)
             x = x.contiguous(memory_format=torch.channels_last)
         x = functional.silu(self.conv_in(x))
         for block in self.blocks:
@@ -235,9 +325,10 @@ class FrameConvolution(nn.Module):
 
 
 class MapReduction(nn.Module):
-    """From frames to latent frames: halved and convolved twice. (B, F, C/2, h, w) -> (B, T', C, h, w).
+    """From frames to latent frames, halved and convolved twice: (B, F, C/2, h, w) -> (B, T', C, h, w).
 
-    The notes tell of zero padding in two halves, around the halving; halving keeps zeros, so it is plain padding.
+    The golden notes describe zero padding in two halves, around the halving. Halving keeps zeros, so plain padding is
+    the same.
     """
 
     def __init__(self, width: int) -> None:

@@ -1,6 +1,7 @@
-"""Initial weights: the model card's ``initialisation``.
+"""Initial weights: the model card's ``initialisation``, with two changes.
 
-Unless published, fresh temporal blocks are an identity, and the map is seen from the first step on.
+Fresh temporal blocks are an identity, and the BEV map matters from the first step on. The published network has
+neither (``published/transformer.py``).
 """
 
 from __future__ import annotations
@@ -24,9 +25,8 @@ ZERO = (
     "frame_embedder.final_proj",
     "camera_embedder.after_proj",
 )
-ZERO_PUBLISHED = ("before_proj",)
-# A fresh temporal block of the published network is no identity, since its MLP is not among them (oddity 10), and one
-# of its control branch changes the branch's own tokens. With these both pass their tokens on unchanged.
+# A fresh temporal block of the published network is no identity, since its MLP is not among the above (oddity 10), and
+# one of its control branch changes the branch's own tokens. With these both pass their tokens on unchanged.
 ZERO_FOR_IDENTITY = (
     "base_blocks_t.*.mlp.fc2",
     "control_blocks_t.*.attn.proj",
@@ -38,9 +38,16 @@ SMALL = ("bbox_embedder.mlp.fc?", "frame_embedder.mlp.fc?", "camera_embedder.emb
 
 
 @torch.no_grad()
-def initialise(network: MagicDrive) -> None:
-    """Draws the weights whose distribution differs from their module's own default, in the state dict's order."""
-    zero = ZERO + (ZERO_PUBLISHED if network.config.published else ZERO_FOR_IDENTITY)
+def initialise(
+    network: MagicDrive, zero: tuple[str, ...] = ZERO + ZERO_FOR_IDENTITY, *, map_scale: bool = True
+) -> None:
+    """Draws the weights whose distribution differs from their module's own default, in the state dict's order.
+
+    Args:
+        network: the network to initialise.
+        zero: name patterns of the linear maps that start at zero.
+        map_scale: whether the convolutions of the BEV map keep the scale of what they are given.
+    """
     for name, module in network.named_modules():
         if not isinstance(module, nn.Linear):
             continue
@@ -53,16 +60,17 @@ def initialise(network: MagicDrive) -> None:
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     nn.init.xavier_uniform_(network.controlnet_cond_patchifier.proj.weight.flatten(1))
-    if not network.config.published:
+    if map_scale:
         _keep_scale(network.controlnet_cond_embedder, SILU_GAIN)
         _keep_scale(network.controlnet_cond_embedder_temp, 1.0)
 
 
 def _keep_scale(convolutions: nn.Module, gain: float) -> None:
-    """He's initialisation (arXiv 1502.01852, eq. 10) with the gain of what acts between the convolutions.
+    """Applies He's initialisation (arXiv 1502.01852, eq. 10) with the gain of what acts between the convolutions.
 
-    With the framework's default each convolution gives a third to a half of what it gets: behind all of them, the maps
-    of two scenes differed by 3e-5, now by 0.2, and 3,000 steps at 1.5e-3 had not made the map matter (decision 0009).
+    With the framework's default the output of each convolution has a third to a half of its input's scale: behind all
+    of them the maps of two scenes differed by 3e-5, now by 0.2, and 3,000 steps at 1.5e-3 had not made the map matter
+    (decision 0009).
     """
     for module in convolutions.modules():
         if isinstance(module, nn.Conv2d) and module.bias is not None:

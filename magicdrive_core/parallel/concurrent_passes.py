@@ -1,4 +1,4 @@
-"""Calls made at the same time on one CPU, each with its share of the threads."""
+"""Passes of the network at the same time on one CPU, each with its share of the threads."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor
 
 
 class ConcurrentPasses:
-    """Makes ``calls`` calls at a time, each in a Python thread of its own.
+    """Makes ``count`` calls at a time, each in a Python thread with its share of torch's threads.
 
     Two passes on half of the threads each take less time than one after the other on all of them: one computes while
-    the other waits for its slowest thread, moves memory or is in Python. The result is the same, bit for bit.
+    the other waits for its slowest thread, moves memory or is in Python.
 
     Args:
-        calls: that divide ``torch.get_num_threads()``.
+        count: divides ``torch.get_num_threads()``.
     """
 
-    def __init__(self, calls: int) -> None:
-        share = torch.get_num_threads() // calls
-        self._threads = ThreadPoolExecutor(calls, initializer=torch.set_num_threads, initargs=(share,))
+    def __init__(self, count: int) -> None:
+        share = torch.get_num_threads() // count
+        self._threads = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(share,))
 
     def __call__(self, *calls: Callable[[], Tensor]) -> list[Tensor]:
         """The results of ``calls``, under the caller's gradient mode."""
@@ -34,6 +34,6 @@ class ConcurrentPasses:
         return list(self._threads.map(run, calls))
 
 
-def in_turn(*calls: Callable[[], Tensor]) -> list[Tensor]:
-    """The results of ``calls``, made one after the other."""
+def one_after_another(*calls: Callable[[], Tensor]) -> list[Tensor]:
+    """The results of ``calls``, made in turn."""
     return [call() for call in calls]

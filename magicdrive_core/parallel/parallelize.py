@@ -1,16 +1,20 @@
-"""Applies everything that is not the network's mathematics to a network: sharing, slicing, checkpointing, compiling."""
+"""Applies to a network all that is not its mathematics: sharing of tokens, compilation, checkpointing, slicing."""
 
 from __future__ import annotations
 
-from magicdrive_core.model.transformer import SLICE_TOKENS, MagicDrive
-from magicdrive_core.parallel.sequence_parallel import OneDevice, RankGroup
+import torch
+
+from magicdrive_core.model.transformer import MagicDrive
+from magicdrive_core.parallel.activation_checkpointing import checkpoint_blocks
+from magicdrive_core.parallel.sequence_parallel import GroupShard, RankGroup, share_tokens
+from magicdrive_core.parallel.slicing import slice_network
 
 
 def parallelize(
     network: MagicDrive,
     *,
     sequence_group: RankGroup | None = None,
-    slice_tokens: int | None = SLICE_TOKENS,
+    slice_tokens: int | None = None,
     checkpoint_every: int = 0,
     compile_backend: str | None = None,
 ) -> None:
@@ -19,18 +23,31 @@ def parallelize(
     Args:
         network: keeps its weights and their names.
         sequence_group: ranks that share the tokens of every frame; None: this rank has all of them.
-        slice_tokens: without gradients a block works on at most so many tokens at a time; None: on all.
+        slice_tokens: without gradients a block works on at most so many tokens at a time; None: a number for the
+            device; 0: on all.
         checkpoint_every: every n-th block is computed again in the backward pass instead of keeping its activations;
             0: none.
         compile_backend: ``torch.compile`` backend for the blocks, one graph for all of a kind; None: not compiled.
     """
-    network.devices = sequence_group or OneDevice()
-    network.slice_tokens = slice_tokens
-    network.checkpoint_blocks = checkpoint_every
+    _restore(network)
+    if sequence_group is not None:
+        share_tokens(network, sequence_group)
     if compile_backend:
-        network.compile_blocks(compile_backend)
+        for block in network.blocks():
+            block.forward = torch.compile(block.forward, backend=compile_backend)
+    if checkpoint_every:
+        checkpoint_blocks(network, checkpoint_every)
+    if slice_tokens != 0:
+        slice_network(network, slice_tokens)
 
 
 def sequence_group_of(network: MagicDrive) -> RankGroup | None:
     """The ranks that ``parallelize`` made share the tokens of ``network``."""
-    return network.devices if isinstance(network.devices, RankGroup) else None
+    return network.tokens.group if isinstance(network.tokens, GroupShard) else None
+
+
+def _restore(network: MagicDrive) -> None:
+    """Takes everything off that an earlier call applied."""
+    for module in network.modules():
+        for applied in ("forward", "add_skip", "inner", "own_heads", "tokens"):  # what the classes have shows again
+            vars(module).pop(applied, None)

@@ -1,12 +1,12 @@
-"""Sequence parallelism: the S places of every frame shared out among p devices (Ulysses, Jacobs et al. 2023).
+"""Sequence parallelism: the S tokens of every frame shared out among p ranks (Ulysses, Jacobs et al. 2023).
 
-Each device holds n = ceil(S / p) places of every frame of every view, one after the other, and all that a block does
-to a place alone happens where the place is. Attention within a frame needs all of them: there the devices exchange
-places for heads, so that each has all S places of h / p heads, and back. Attention to the context takes the same way:
-no device needs more than its own heads' keys and values of the context.
+Each rank holds n = ceil(S / p) tokens of every frame of every view, one after the other, and all that a block does to
+a token alone happens where the token is. Attention within a frame needs all of them: around it the ranks exchange
+tokens for heads, so that each has all S tokens of h / p heads, and back. Attention to the context is wrapped alike: no
+rank needs more than its own heads' keys and values of the context.
 
-Where p does not divide S, the last shares are filled up with zeros, at most p - 1 in all. No attention looks at these
-and they are cut off at the end, so that any number of devices gives one result (docs/decisions/0004).
+Where p does not divide S, the last shares are padded with zeros, at most p - 1 in all. No attention sees these and
+they are cut off at the end, so that any number of ranks gives one result (docs/decisions/0004).
 
 The collectives are differentiable as the linear maps that they are. With every rank's own loss L_r on its whole output,
 gradients averaged over all ranks are therefore those of the mean of all L_r: no gradient is scaled by hand.
@@ -14,94 +14,104 @@ gradients averaged over all ranks are therefore those of the mean of all L_r: no
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch.distributed as dist
+from einops import rearrange
 from torch import Tensor
 from torch.distributed import _functional_collectives as collectives
 from torch.nn import functional
 
-
-class Places:
-    """The places of a frame on a single device, which has all of them and all heads: nothing is moved."""
-
-    def __init__(self, count: int) -> None:
-        """S, the places that there are."""
-        self.count = count
-
-    def own(self, x: Tensor) -> Tensor:
-        """This device's share: (..., S, C) -> (..., n, C)."""
-        return x
-
-    def whole(self, x: Tensor) -> Tensor:
-        """All shares together, the filling cut off: (..., n, C) -> (..., S, C)."""
-        return x
-
-    def heads(self, count: int) -> slice:
-        """Which of ``count`` heads are this device's own."""
-        return slice(0, count)
-
-    def by_heads(self, x: Tensor) -> Tensor:
-        """Own places of all heads -> all places of own heads: (R, n, ..., h, d) -> (R, p * n, ..., h / p, d)."""
-        return x
-
-    def by_places(self, x: Tensor) -> Tensor:
-        """The way back: (R, p * n, h / p, d) -> (R, n, h, d)."""
-        return x
+from magicdrive_core.model.blocks import MultiViewBlock
+from magicdrive_core.model.context import TokenShard
+from magicdrive_core.model.transformer import MagicDrive
 
 
-class OneDevice:
-    """No sequence parallelism."""
+class RankGroup:
+    """The ranks of a process group, with differentiable collectives. All ranks make every call, in one order.
 
-    size = 1
-
-    def places(self, count: int) -> Places:
-        """How ``count`` places of a frame are shared out."""
-        return Places(count)
-
-
-class RankGroup(OneDevice):
-    """The devices of a process group share the places of every frame. All of them make every call, in one order."""
+    Attributes:
+        size: p.
+        rank: of this process within the group.
+    """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
         self.size = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
 
-    def places(self, count: int) -> Places:
-        """Alike."""
-        return SharedPlaces(count, self)
-
     def all_to_all(self, x: Tensor) -> Tensor:
-        """(p, ...): part i goes to device i, and part i of the result came from there."""
+        """Sends part i of (p, ...) to rank i; part i of the result came from there."""
         return collectives.wait_tensor(collectives.all_to_all_single(x.contiguous(), None, None, self._group))
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """(...) -> (p, ...): every device's tensor, on all of them."""
+        """Gives every rank's tensor (...) to all of them: (p, ...)."""
         return collectives.wait_tensor(collectives.all_gather_single(x.contiguous()[None], 0, self._group))
 
 
-class SharedPlaces(Places):
-    """The places of a frame on the devices of a group."""
+class GroupShard(TokenShard):
+    """This rank's share of the tokens of a frame."""
 
-    def __init__(self, count: int, devices: RankGroup) -> None:
-        super().__init__(count)
-        self._devices = devices
-        self._share = -(-count // devices.size)
+    def __init__(self, group: RankGroup) -> None:
+        self.group = group
+        self.ranks = group.size
 
-    def own(self, x: Tensor) -> Tensor:
-        missing = self._devices.size * self._share - self.count
-        return functional.pad(x, (0, 0, 0, missing)).narrow(-2, self._devices.rank * self._share, self._share)
+    def shard(self, x: Tensor) -> Tensor:
+        share = -(-x.shape[-2] // self.ranks)
+        padded = functional.pad(x, (0, 0, 0, self.ranks * share - x.shape[-2]))
+        return padded.narrow(-2, self.group.rank * share, share)
 
-    def whole(self, x: Tensor) -> Tensor:
-        return self._devices.all_gather(x).movedim(0, -3).flatten(-3, -2)[..., : self.count, :]
+    def gather(self, x: Tensor, frame_tokens: int) -> Tensor:
+        return rearrange(self.group.all_gather(x), "p ... n c -> ... (p n) c")[..., :frame_tokens, :]
 
-    def heads(self, count: int) -> slice:
-        share = count // self._devices.size
-        return slice(self._devices.rank * share, (self._devices.rank + 1) * share)
 
-    def by_heads(self, x: Tensor) -> Tensor:
-        received = self._devices.all_to_all(x.unflatten(-2, (self._devices.size, -1)).movedim(-3, 0))
-        return received.movedim(0, 1).flatten(1, 2)
+def share_tokens(network: MagicDrive, group: RankGroup) -> None:
+    """Shares the tokens of every frame among the ranks of ``group``.
 
-    def by_places(self, x: Tensor) -> Tensor:
-        received = self._devices.all_to_all(x.unflatten(1, (self._devices.size, -1)).movedim(1, 0))
-        return received.movedim(0, -3).flatten(-3, -2)
+    Args:
+        network: the network; its token shard and the inner attentions of its blocks are replaced.
+        group: p ranks; p divides the network's heads.
+    """
+    network.tokens = GroupShard(group)
+    for block in network.blocks():
+        if not block.temporal:
+            block.attn.inner = exchange_heads(block.attn.inner, group)
+        if isinstance(block, MultiViewBlock):
+            block.cross_view_attn.inner = exchange_heads(block.cross_view_attn.inner, group)
+        attention = block.cross_attn
+        share = attention.heads // group.size
+        attention.own_heads = slice(group.rank * share, (group.rank + 1) * share)
+        attention.inner = exchange_query_heads(attention.inner, group)
+
+
+def exchange_heads(inner: Callable[..., Tensor], group: RankGroup) -> Callable[..., Tensor]:
+    """Wraps attention of packed q, k, v: each rank computes h / p heads of all tokens.
+
+    Args:
+        inner: maps (..., p * n, 3, h / p, d) to (..., p * n, h / p, d).
+        group: p ranks.
+
+    Returns:
+        A function that maps (..., n, 3, h, d) to (..., n, h, d).
+    """
+
+    def attend(packed: Tensor, *rest: Any) -> Tensor:
+        sent = rearrange(packed, "... n qkv (p h) d -> p ... n qkv h d", p=group.size)
+        packed = rearrange(group.all_to_all(sent), "p ... n qkv h d -> ... (p n) qkv h d")
+        sent = rearrange(inner(packed, *rest), "... (p n) h d -> p ... n h d", p=group.size)
+        return rearrange(group.all_to_all(sent), "p ... n h d -> ... n (p h) d")
+
+    return attend
+
+
+def exchange_query_heads(inner: Callable[..., Tensor], group: RankGroup) -> Callable[..., Tensor]:
+    """Wraps attention to the context, whose keys and values are of this rank's heads already; as ``exchange_heads``."""
+
+    def attend(q: Tensor, kv: Tensor, bias: Tensor | None) -> Tensor:
+        def packed_inner(packed: Tensor) -> Tensor:
+            return inner(packed[..., 0, :, :], kv, bias)
+
+        return exchange_heads(packed_inner, group)(q[..., None, :, :])
+
+    return attend

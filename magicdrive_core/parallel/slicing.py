@@ -1,71 +1,114 @@
-"""Inference in slices: a block works on a few frames, or a few places, at a time, with the result of all at once.
+"""Inference in slices: a block works on a few frames, or a few token positions, at a time.
 
-All of a spatial block stays within a frame (of all views), all of a temporal block within a place of a view. So the
-activations of a block, which are many times its tokens, are bounded whatever the size and length of a clip.
+All of a spatial block stays within a frame (of all views), all of a temporal block within a token position of a view.
+So the activations of a block, which are many times its tokens, are bounded whatever the size and length of a clip, and
+the result is that of all tokens at once. On a CPU small slices also stay in its cache.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
+import torch
 from torch import Tensor
 
-ALL = slice(None)
+from magicdrive_core.model.blocks import Block, ControlBlock
+from magicdrive_core.model.context import ALL, BlockContext
+from magicdrive_core.model.transformer import MagicDrive
+
+CPU_TOKENS = 16384  # tokens of a slice, unless one frame of all views or one token position of a view has more
+GPU_TOKENS = 65536
+
+Slice = tuple[slice, slice, slice]  # of views, frames and tokens
+WHOLE: Slice = (ALL, ALL, ALL)
 
 
-class Slice(NamedTuple):
-    """A part of the tokens, which are groups of views (G, B, T, S, C)."""
-
-    groups: slice = ALL
-    frames: slice = ALL
-    places: slice = ALL
-
-    def of(self, tokens: list[Tensor]) -> list[Tensor]:
-        """Views of the part."""
-        return [x[:, :, self.frames, self.places] for x in tokens[self.groups]]
-
-    def put(self, tokens: list[Tensor], results: list[Tensor]) -> None:
-        """Replaces the part: in place, unless it is the whole."""
-        if self == WHOLE:
-            tokens[:] = results
-            return
-        for x, result in zip(self.of(tokens), results, strict=True):
-            x.copy_(result)
-
-    def add(self, tokens: list[Tensor], results: list[Tensor]) -> None:
-        """Adds to the part: in place, unless it is the whole."""
-        if self == WHOLE:
-            tokens[:] = [x + result for x, result in zip(tokens, results, strict=True)]
-            return
-        for x, result in zip(self.of(tokens), results, strict=True):
-            x.add_(result)
-
-
-WHOLE = Slice()
-
-
-def slices(tokens: list[Tensor], *, temporal: bool, limit: int | None) -> list[Slice]:
-    """The parts that a block may work on one after the other.
+def slice_network(network: MagicDrive, limit: int | None = None) -> None:
+    """Makes blocks and head work in slices where no gradients are wanted. Blocks then write over their tokens.
 
     Args:
-        tokens: groups of views (G, B, T, S, C).
-        temporal: whether the block attends over frames, else over places and views.
-        limit: tokens of a slice, unless one frame of all views or one place of a group has more; None: all.
+        network: the network; its blocks' ``forward`` is wrapped.
+        limit: tokens of a slice; None: ``CPU_TOKENS`` or ``GPU_TOKENS``.
     """
-    views = sum(len(x) for x in tokens)
-    _, batch, frames, places, _ = tokens[0].shape
-    if limit is None or views * batch * frames * places <= limit:
-        return [WHOLE]
-    if not temporal:
-        return [Slice(frames=some) for some in cut(frames, limit // (views * batch * places))]
-    return [
-        Slice(groups=slice(group, group + 1), places=some)
-        for group, x in enumerate(tokens)
-        for some in cut(places, limit // (len(x) * batch * frames))
-    ]
+    for block in network.blocks():
+        block.forward = slice_block(block, block.forward, limit)
+        if isinstance(block, ControlBlock):
+            block.add_skip = slice_skip(block.add_skip, limit)
+    network.final_layer.forward = slice_head(network.final_layer.forward, limit)
+
+
+def slice_block(
+    block: Block, forward: Callable[[Tensor, Tensor, BlockContext], Tensor], limit: int | None
+) -> Callable[[Tensor, Tensor, BlockContext], Tensor]:
+    """Wraps the ``forward`` of a block."""
+
+    def sliced(x: Tensor, modulation: Tensor, context: BlockContext) -> Tensor:
+        parts = [WHOLE] if torch.is_grad_enabled() else list(slices(x, temporal=block.temporal, limit=limit))
+        if parts == [WHOLE]:
+            return forward(x, modulation, context)
+        if context.kv is None:  # once for all slices
+            context = replace(context, kv=block.cross_attn.keys_values(context.tokens.rows))
+        for views, frames, tokens in parts:
+            part = x[:, views, frames, tokens]
+            by_frame = modulation[:, frames] if modulation.shape[1] > 1 else modulation
+            part.copy_(forward(part, by_frame, context.part(views, frames)))
+        return x
+
+    return sliced
+
+
+def slice_skip(add_skip: Callable[[Tensor, Tensor], Tensor], limit: int | None) -> Callable[[Tensor, Tensor], Tensor]:
+    """Wraps ``ControlBlock.add_skip``."""
+
+    def sliced(x: Tensor, control: Tensor) -> Tensor:
+        parts = [WHOLE] if torch.is_grad_enabled() else list(slices(x, temporal=False, limit=limit))
+        if parts == [WHOLE]:
+            return add_skip(x, control)
+        for _, frames, _ in parts:
+            x[:, :, frames] = add_skip(x[:, :, frames], control[:, :, frames])
+        return x
+
+    return sliced
+
+
+def slice_head(head: Callable[..., Tensor], limit: int | None) -> Callable[..., Tensor]:
+    """Wraps the ``forward`` of the head."""
+
+    def sliced(x: Tensor, noisy: Tensor, clean: Tensor | None, x_mask: Tensor | None) -> Tensor:
+        if torch.is_grad_enabled():
+            return head(x, noisy, clean, x_mask)
+        parts = [
+            head(x[:, :, frames], noisy, clean, None if x_mask is None else x_mask[:, frames])
+            for _, frames, _ in slices(x, temporal=False, limit=limit)
+        ]
+        return torch.cat(parts, dim=2)
+
+    return sliced
+
+
+def slices(x: Tensor, *, temporal: bool, limit: int | None) -> Iterator[Slice]:
+    """Cuts tokens into the parts that a block may work on one after the other.
+
+    Args:
+        x: (B, V, T, S, C).
+        temporal: whether the block attends over frames, else over the tokens and views of a frame.
+        limit: tokens of a slice; None: ``CPU_TOKENS`` or ``GPU_TOKENS``.
+    """
+    batch, views, frames, tokens, _ = x.shape
+    limit = limit or (CPU_TOKENS if x.device.type == "cpu" else GPU_TOKENS)
+    if batch * views * frames * tokens <= limit:
+        yield WHOLE
+    elif not temporal:
+        yield from ((ALL, some, ALL) for some in cut(frames, limit // (batch * views * tokens)))
+    elif batch * frames * tokens <= limit:
+        yield from ((some, ALL, ALL) for some in cut(views, limit // (batch * frames * tokens)))
+    else:
+        for view in cut(views, 1):
+            yield from ((view, ALL, some) for some in cut(tokens, limit // (batch * frames)))
 
 
 def cut(length: int, size: int) -> list[slice]:
-    """``length`` in parts of ``size``, at least 1."""
+    """Cuts ``length`` into parts of ``size``, at least 1."""
     size = max(1, size)
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]

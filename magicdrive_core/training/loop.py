@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from magicdrive_core.config.schema import Config, StageConfig
-from magicdrive_core.diffusion.rectified_flow import RectifiedFlow, keep_given
+from magicdrive_core.diffusion.rectified_flow import RectifiedFlow, restore_conditioning_frames
 from magicdrive_core.experiment.stages import StagePlan
 from magicdrive_core.launch.process_group import RESUMABLE
 from magicdrive_core.model.transformer import MagicDrive
@@ -184,7 +184,7 @@ def flow_loss(engine: Engine, flow: RectifiedFlow, batch: Batch) -> tuple[Tensor
     x_0 = batch.latents
     t = flow.draw_timesteps(generator, len(x_0), batch.shape).to(device)
     noise = torch.randn(x_0.shape, generator=generator).to(device)  # drawn on the CPU: the same on every device
-    x_t = keep_given(flow.add_noise(x_0, noise, t), x_0, batch.mask)
+    x_t = restore_conditioning_frames(flow.add_noise(x_0, noise, t), x_0, batch.mask)
     prediction = engine.network(x_t, t, batch.conditions, batch.mask)
     return flow.loss(prediction, x_0, noise, batch.mask), t
 

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from magicdrive_core.diffusion.rectified_flow import RectifiedFlow, VideoShape, guide, keep_given, sample
+from magicdrive_core.diffusion.guidance import guide
+from magicdrive_core.diffusion.rectified_flow import RectifiedFlow, VideoShape, restore_conditioning_frames
+from magicdrive_core.diffusion.solvers import EulerSolver
 
 Golden = dict[str, Tensor]
 
@@ -67,7 +69,7 @@ def test_loss_equals_the_published_one(golden: Golden) -> None:
     x_t = RectifiedFlow.add_noise(x_0, noise, t)
     torch.testing.assert_close(x_t, golden["loss/x_t"])
     torch.testing.assert_close(RectifiedFlow.loss(fake_network(golden, x_t, t), x_0, noise), golden["loss/loss_nomask"])
-    partly = keep_given(x_t, x_0, mask)
+    partly = restore_conditioning_frames(x_t, x_0, mask)
     torch.testing.assert_close(partly, golden["loss/model_input_mask"])
     torch.testing.assert_close(
         RectifiedFlow.loss(fake_network(golden, partly, t), x_0, noise, mask), golden["loss/loss_mask"]
@@ -115,10 +117,10 @@ def test_sampler_equals_the_published_trace(golden: Golden, variant: str) -> Non
     def velocity(x: Tensor, t: Tensor, x_mask: Tensor | None) -> Tensor:
         first = next(calls)
         if sliced:
-            halves = (first, slice(None)), (next(calls), slice(None))
+            rows = (first, slice(None)), (next(calls), slice(None))
         else:
-            halves = (first, slice(batch)), (first, slice(batch, None))
-        cond, null = (once(call, row, x, t, x_mask) for call, row in halves)
+            rows = (first, slice(batch)), (first, slice(batch, None))
+        cond, null = (once(call, row, x, t, x_mask) for call, row in rows)
         return guide(cond, null, 1.0 if variant.endswith("cfg1") else 2.0)
 
     steps = len(golden[prefix + "t"]) // (2 if sliced else 1)
@@ -128,9 +130,11 @@ def test_sampler_equals_the_published_trace(golden: Golden, variant: str) -> Non
         timesteps = RectifiedFlow().timesteps(steps, (17, 848, 1600))
     if variant.endswith("mask"):
         drawn = iter(golden[prefix + "noise_drawn"])
-        out = sample(velocity, z, timesteps, x_0=z, edit=golden["sample/edit_mask"], draw_noise=lambda x: next(drawn))
+        out = EulerSolver(timesteps).sample(
+            velocity, z, x_0=z, edit=golden["sample/edit_mask"], draw_noise=lambda x: next(drawn)
+        )
     else:
-        out = sample(velocity, z, timesteps)
+        out = EulerSolver(timesteps).sample(velocity, z)
     torch.testing.assert_close(out, golden[prefix + "z_final"], rtol=1e-5, atol=2e-5)
 
 
@@ -140,18 +144,18 @@ def test_the_true_velocity_leads_back_to_the_data(steps: int, seed: int, frames:
     generator = torch.Generator().manual_seed(seed)
     x_0, noise = torch.randn(2, 2, 3, 4, 2, 2, 2, generator=generator).unbind(0)
     timesteps = RectifiedFlow().timesteps(steps, (frames, 224, 400))
-    out = sample(lambda x, t, mask: x_0 - noise, noise, timesteps)
+    out = EulerSolver(timesteps).sample(lambda x, t, mask: x_0 - noise, noise)
     torch.testing.assert_close(out, x_0, rtol=0, atol=1e-4)
 
 
 @settings(deadline=None, max_examples=25)
 @given(st.lists(st.booleans(), min_size=4, max_size=4), st.integers(0, 2**31))
-def test_given_frames_come_out_unchanged(kept: list[bool], seed: int) -> None:
+def test_conditioning_frames_come_out_unchanged(kept: list[bool], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     x_0, noise = torch.randn(2, 1, 3, 4, 2, 2, generator=generator).unbind(0)
     edit = 1.0 - torch.tensor([kept]).float()
     timesteps = RectifiedFlow().timesteps(3, (17, 224, 400))
-    out = sample(lambda x, t, mask: torch.ones_like(x), noise, timesteps, x_0=x_0, edit=edit)
+    out = EulerSolver(timesteps).sample(lambda x, t, mask: torch.ones_like(x), noise, x_0=x_0, edit=edit)
     for frame, keep in enumerate(kept):
         assert torch.equal(out[:, :, frame], x_0[:, :, frame]) == keep
 

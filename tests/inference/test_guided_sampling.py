@@ -91,7 +91,7 @@ def test_devices_that_share_a_clip_make_the_passes_in_turn(two_threads: None) ->
     assert threads == {threading.get_ident()}
 
 
-def test_given_frames_are_kept() -> None:
+def test_conditioning_frames_are_kept() -> None:
     net, told = network(), conditions()
     given = torch.randn(1, 6, 3, *SHAPE)
     mask = torch.tensor([[False, True, True]])
@@ -143,7 +143,7 @@ def test_the_chosen_state_decides_the_sample() -> None:
 def test_a_step_cache_passes_the_blocks_where_the_noise_level_has_fallen_enough() -> None:
     net, told = network(), conditions()
     passed: list[int] = []
-    net.base_blocks_s[0].register_forward_hook(lambda *_: passed.append(1))
+    net.base_blocks_s[0].mlp.register_forward_hook(lambda *_: passed.append(1))
 
     def run(step_cache: float | None, guidance: float = 1.0) -> tuple[torch.Tensor, int]:
         passed.clear()

@@ -22,7 +22,6 @@ from magicdrive_core.inference.memory_plan import (
     Planner,
     Setting,
 )
-from magicdrive_core.model import transformer as network_module
 from magicdrive_core.parallel.parallelize import parallelize
 from tests.model.networks import conditions, config, network, noisy
 
@@ -56,10 +55,9 @@ def allocated(work: Callable[[], Any]) -> int:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("limit", [None, 400])
-def test_the_plan_is_within_a_tenth_of_a_real_run(limit: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("limit", [0, 400])
+def test_the_plan_is_within_a_tenth_of_a_real_run(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The network on meta tensors against the same on real ones, on a CPU that takes a GPU's paths."""
-    monkeypatch.setattr(network_module, "TOKENS_AT_ONCE", {"cpu": 65536, "gpu": 65536})
     monkeypatch.setattr("magicdrive_core.kernels.library.usable", lambda _: False)
     real = network(width=128, heads=4, ego_heads=4, box_heads=4).requires_grad_(False)
     parallelize(real, slice_tokens=limit)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from magicdrive_core.kernels import library as module
-from magicdrive_core.kernels.attention_ops import attend_packed
+from magicdrive_core.kernels.cpp_ops import attend_packed
 from magicdrive_core.kernels.functions import modulated_mlp
 from magicdrive_core.kernels.library import library, usable
 from tests.kernels import formulas

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from magicdrive_core.cli.main import main as cli
-from magicdrive_core.diffusion.rectified_flow import RectifiedFlow, keep_given, sample
+from magicdrive_core.diffusion.rectified_flow import RectifiedFlow, restore_conditioning_frames
+from magicdrive_core.diffusion.solvers import EulerSolver
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.inference.guided_sampling import guided_velocity, published_null
+from magicdrive_core.inference.guided_sampling import guided_velocity
 from magicdrive_core.model.build import build_network
 from magicdrive_core.model.published.golden import (
     channels_from_views,
@@ -22,6 +23,7 @@ from magicdrive_core.model.published.golden import (
     read_npz,
     views_from_channels,
 )
+from magicdrive_core.model.published.transformer import published_null
 
 CASES = ["stage1_keep", "stage3_f1", "stage3_f17", "stage3_f17_xmask_drop", "stage3_pad4"]
 
@@ -75,7 +77,7 @@ def test_a_training_step_gives_the_published_loss_and_gradients(shared: Path) ->
     conditions, x_mask = read_conditions(case), case["in/x_mask"]
     views = conditions.cameras.shape[1]
     x_0, noise = (views_from_channels(x, views) for x in (case["in/x"], step["in/noise"]))
-    x_t = keep_given(RectifiedFlow.add_noise(x_0, noise, step["t"]), x_0, x_mask)
+    x_t = restore_conditioning_frames(RectifiedFlow.add_noise(x_0, noise, step["t"]), x_0, x_mask)
     loss = RectifiedFlow.loss(network(x_t, step["t"], conditions, x_mask), x_0, noise, x_mask)
     torch.testing.assert_close(loss, step["loss"], rtol=1e-5, atol=1e-5)
     loss.mean().backward()
@@ -107,6 +109,6 @@ def test_guided_sampling_equals_the_published_one(shared: Path, variant: str, ze
     with torch.no_grad():
         null = published_null(network, conditions, zero_map=zero_map)
         velocity = guided_velocity(network, conditions, null, tuple(z.shape[3:]), meta["cfg_scale"])
-        out = sample(velocity, z, RectifiedFlow().timesteps(meta["steps"], (17, 48, 80)))
+        out = EulerSolver(RectifiedFlow().timesteps(meta["steps"], (17, 48, 80))).sample(velocity, z)
     # Guidance doubles the two passes' own tolerance of 5e-5.
     torch.testing.assert_close(channels_from_views(out), arrays[f"{variant}/z_final"], rtol=0, atol=1e-4)

@@ -8,10 +8,15 @@ import pytest
 import torch
 
 from magicdrive_core.diffusion.rectified_flow import RectifiedFlow
-from magicdrive_core.inference.guided_sampling import published_null, sample_latents, unconditional
-from magicdrive_core.model.blocks import Surroundings, ViewBlock
+from magicdrive_core.inference.guided_sampling import sample_latents, unconditional
+from magicdrive_core.model.blocks import MultiViewBlock
+from magicdrive_core.model.context import ALL, BlockContext, ContextTokens
 from magicdrive_core.model.embedders import PICTURE_WIDTH, CameraEmbedder
-from magicdrive_core.parallel.sequence_parallel import Places
+from magicdrive_core.model.published.transformer import (
+    PublishedCameraEmbedder,
+    PublishedMultiViewBlock,
+    published_null,
+)
 from tests.model.networks import conditions, config, network
 
 SHAPE = (3, 4, 6)
@@ -22,14 +27,15 @@ SHAPE = (3, 4, 6)
 def test_cross_view_modulation_by_vectors_or_by_three_scalars(published: bool) -> None:
     """Oddity 1: published, all but three numbers of the time projection leave cross-view attention as it is."""
     torch.manual_seed(0)
-    block = ViewBlock(config(published=published))
-    tokens = [torch.randn(6, 1, 2, 5, 32)]
-    around = Surroundings(torch.zeros(2, 8, 2), [None], Places(5))
+    block = (PublishedMultiViewBlock if published else MultiViewBlock)(config())
+    tokens = torch.randn(1, 6, 2, 5, 32)
+    nothing = ContextTokens(torch.empty(1, 0, 32), 6, 0, 0, 0, None)
+    context = BlockContext(nothing, None, None, torch.zeros(2, 8, 2), 5, ALL, ALL)
     time = torch.randn(1, 1, 6, 32)
     other = torch.randn(1, 1, 6, 32)
     other[:, :, 0, :3] = time[:, :, 0, :3]
     torch.nn.init.normal_(block.mva_proj.weight)
-    first, second = (block.across_views(tokens, by, around)[0] for by in (time, other))
+    first, second = (block.across_views(tokens, by, context) for by in (time, other))
     assert torch.equal(first, second) == published
 
 
@@ -37,7 +43,7 @@ def test_cross_view_modulation_by_vectors_or_by_three_scalars(published: bool) -
 def test_intrinsics_in_units_of_the_picture_or_in_pixels() -> None:
     """Oddity 3: pixels of about 1e3 go through sines as they are; by default the width of the picture is 1."""
     torch.manual_seed(0)
-    pixels, unit = (CameraEmbedder(32, published) for published in (True, False))
+    pixels, unit = PublishedCameraEmbedder(32), CameraEmbedder(32)
     torch.nn.init.normal_(pixels.emb2token.weight)
     unit.load_state_dict(pixels.state_dict())
     cameras, keep = torch.randn(4, 3, 7), torch.ones(4, dtype=torch.bool)
@@ -93,8 +99,8 @@ def test_positions_are_rounded_once_under_bf16() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("published", [False, True])
-def test_given_frames_are_normalised_once_or_twice_by_the_head(published: bool) -> None:
-    """Oddity 13: all frames given is noise level zero by default; published, the head sees both levels."""
+def test_conditioning_frames_are_normalised_once_or_twice_by_the_head(published: bool) -> None:
+    """Oddity 13: conditioning frames are at noise level zero by default; published, the head sees both levels."""
     net, told, x = network(published=published), conditions(), torch.randn(1, 6, 3, *SHAPE)
     given = net(x, torch.tensor([700.0]), told, torch.zeros(1, 3, dtype=torch.bool))
     at_zero = net(x, torch.zeros(1), told)

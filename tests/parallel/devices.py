@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from magicdrive_core.model.transformer import MagicDrive
+from magicdrive_core.parallel.parallelize import parallelize
 from magicdrive_core.parallel.sequence_parallel import RankGroup
 
 
@@ -33,15 +34,18 @@ class ThreadGroup(RankGroup):
         return everyone
 
 
-def on_devices(network: MagicDrive, size: int, work: Callable[[MagicDrive], Tensor]) -> list[Tensor]:
+def on_devices(
+    network: MagicDrive, size: int, work: Callable[[MagicDrive], Tensor], slice_tokens: int | None = None
+) -> list[Tensor]:
     """``work`` with the network on so many devices, the result of each."""
     board: list[Any] = [None] * size
     barrier = threading.Barrier(size, timeout=60)
 
     @torch.no_grad()
     def run(rank: int) -> Tensor:
-        own = copy.copy(network)  # the same weights
-        own.devices = ThreadGroup(rank, board, barrier)
+        weights = {id(each): each for each in (*network.parameters(), *network.buffers())}
+        own = copy.deepcopy(network, weights)  # the same weights
+        parallelize(own, sequence_group=ThreadGroup(rank, board, barrier), slice_tokens=slice_tokens)
         try:
             return work(own)
         except BaseException:

@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.kernels.functions import NORM_EPS
+from magicdrive_core.kernels.torch_ops import NORM_EPS, attend, normed_heads
+from magicdrive_core.model.attention import CrossViewAttention
+from magicdrive_core.model.blocks import ControlBlock
 from magicdrive_core.model.build import build_network
 from magicdrive_core.model.config import NetworkConfig
 from magicdrive_core.model.inputs import Conditions
@@ -151,7 +154,6 @@ def check_golden(path: Path | str) -> GoldenResult:
     if "out" not in arrays or "config" not in meta:
         raise MagicDriveError(f"{path} is no golden model case", "name a golden_model_*.npz that is no weights file")
     network = load_golden_network(path, meta)
-    network.slice_tokens = None  # every module sees all frames at once, as in the file
     conditions = read_conditions(arrays)
     views = conditions.cameras.shape[1]
     latents = views_from_channels(arrays["in/x"], views)
@@ -167,35 +169,22 @@ def check_golden(path: Path | str) -> GoldenResult:
     return GoldenResult([*rows, ("out", float((channels_from_views(out) - arrays["out"]).abs().max()))])
 
 
-def _stacked(name: str, outputs: list[Any]) -> dict[str, Tensor]:
-    """The calls of a module as one tensor; in blocks and head a module is called once a group of views."""
-    first = outputs[0]
-    if isinstance(first, tuple):
-        return {f"{name}.{index}": torch.cat(part) for index, part in enumerate(first)}
-    if isinstance(first, list):
-        return {name: torch.cat(first)}
-    return {name: torch.cat(outputs) if "_blocks_" in name or name == "final_layer" else first}
-
-
 def _of_context(context: Context, pixels: Tensor) -> dict[str, Tensor]:
+    """Intermediates that are no module's output."""
     rows, columns = context.grid
     return {
         "pos_emb": context.position,
         "pos_emb_args": torch.tensor([rows, columns, float(pixels) ** 0.5 / 512, round((rows * columns) ** 0.5)]),
-        "cond_sequence": context.tokens.spread(context.tokens.distinct, context.tokens.frames),
+        "cond_sequence": context.tokens.by_frame(context.tokens.rows, context.tokens.frames),
     }
 
 
 def _difference(name: str, ours: Tensor, expected: Tensor, views: int) -> float:
     """Largest absolute difference after ours is laid out like the file's: rows b*V+v, all views in full."""
     if name.endswith("controlnet_cond_embedder_temp"):
-        ours = ours.transpose(1, 2)
-    elif name.endswith("cross_view_attn"):
-        pass  # rows are pairs of views already, then samples and frames
-    elif ours.ndim == 5 or name.endswith("camera_token"):
-        ours = ours.transpose(0, 1)
-    if "_t." in name and name.endswith(".attn"):
-        ours = ours.transpose(2, 3)
+        ours = rearrange(ours, "b t c h w -> b c t h w")
+    elif "_t." in name and name.endswith(".attn"):
+        ours = rearrange(ours, "b v t s c -> b v s t c")
     if expected.numel() == views * ours.numel():
         ours = ours.repeat_interleave(views, dim=0)
     return float((ours.reshape(expected.shape) - expected).abs().max())
@@ -204,46 +193,59 @@ def _difference(name: str, ours: Tensor, expected: Tensor, views: int) -> float:
 @contextmanager
 def _recorded(network: MagicDrive) -> Iterator[dict[str, Tensor]]:
     """Collects the first output of every module that the reference files know, by their names for it."""
-    calls: dict[str, list[Any]] = {}
     found: dict[str, Tensor] = {}
     handles = []
 
     def keep(module: nn.Module, name: str) -> None:
-        handles.append(
-            module.register_forward_hook(lambda _module, _inputs, output: calls.setdefault(name, []).append(output))
-        )
+        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            found.setdefault(name, output)
+
+        handles.append(module.register_forward_hook(hook))
 
     def keep_norm(block: nn.Module, name: str) -> None:
         def hook(_module: nn.Module, inputs: Any) -> None:
-            found[name] = torch.cat([functional.layer_norm(x, x.shape[-1:], eps=NORM_EPS) for x in inputs[0]])
+            found[name] = functional.layer_norm(inputs[0], inputs[0].shape[-1:], eps=NORM_EPS)
 
         handles.append(block.register_forward_pre_hook(hook))
 
     def keep_pairs(attention: nn.Module, name: str) -> None:
-        def hook(module: Any, inputs: Any, _output: list[Tensor]) -> None:
-            found[name] = torch.stack([module.proj(out.flatten(-2)) for view in module.pairs(*inputs) for out in view])
+        def hook(module: Any, inputs: Any, _output: Tensor) -> None:
+            found[name] = _view_pairs(module, *inputs)
 
         handles.append(attention.register_forward_hook(hook))
 
     tokens = {"camera_embedder": "camera_token", "frame_embedder": "frame_token"}
-    groups = network.block_groups()
     for name, module in network.named_children():
-        if name not in groups:
+        if not isinstance(module, nn.ModuleList):
             keep(module, tokens.get(name, name))
-    for group, blocks in groups.items():
-        for index, block in enumerate(blocks):
-            keep(block, f"{group}.{index}")
-        first = dict(blocks[0].named_children())
-        keep_norm(blocks[0], f"{group}.0.norm1")
-        for name in ("attn", "cross_attn", "mva_proj", "mlp"):
-            if name in first:
-                keep(first[name], f"{group}.0.{name}")
+            continue
+        for index, block in enumerate(module):
+            if isinstance(block, ControlBlock):
+                keep(block, f"{name}.{index}.0")
+                keep(block.after_proj, f"{name}.{index}.1")
+            else:
+                keep(block, f"{name}.{index}")
+        first = dict(module[0].named_children()) if len(module) else {}
+        if first:
+            keep_norm(module[0], f"{name}.0.norm1")
+        for part in ("attn", "cross_attn", "mva_proj", "mlp"):
+            if part in first:
+                keep(first[part], f"{name}.0.{part}")
         if "cross_view_attn" in first:
-            keep_pairs(first["cross_view_attn"], f"{group}.0.cross_view_attn")
+            keep_pairs(first["cross_view_attn"], f"{name}.0.cross_view_attn")
     try:
         yield found
-        for name, outputs in calls.items():
-            found |= _stacked(name, outputs)
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _view_pairs(module: CrossViewAttention, x: Tensor, shift: Tensor, scale: Tensor, _: int) -> Tensor:
+    """Attention of every view to each of its neighbours, projected, before the sum: (V * neighbours, B, T, S, C)."""
+    q, k, v = (part.unbind(1) for part in normed_heads(module.packed(x, shift, scale), module.norm))
+    pairs = []
+    for view, others in enumerate(module.neighbours):
+        for other in others:
+            arguments = (rearrange(part, "b t s h d -> (b t) s h d") for part in (q[view], k[other], v[other]))
+            pairs.append(module.proj(rearrange(attend(*arguments), "(b t) s h d -> b t s (h d)", b=len(x))))
+    return torch.stack(pairs)

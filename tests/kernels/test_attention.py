@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magicdrive_core.kernels.attention_ops import attend_context, attend_neighbours, attend_packed
+from magicdrive_core.kernels import cpp_ops
+from magicdrive_core.kernels.cpp_ops import attend_context, attend_neighbours, attend_packed
 from tests.kernels import formulas
 from tests.kernels.formulas import assert_as_in_fp64
 
@@ -61,21 +62,21 @@ def test_of_views_to_their_neighbours(tokens: int, heads: int, d: int, data: st.
     torch.manual_seed(tokens)
     count = data.draw(st.integers(1, tokens))
     neighbours = data.draw(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=4, max_size=4))
-    views = [torch.randn(1, 2, tokens, 3, heads, d) for _ in range(4)]
+    packed = torch.randn(2, 4, 3, tokens, 3, heads, d)
 
-    def formula(norm: torch.Tensor, *views: torch.Tensor) -> torch.Tensor:
+    def formula(norm: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+        views = packed.unbind(1)
         q, k = ([formulas.normed(view[..., i, :, :], norm[i]) for view in views] for i in range(2))
         pairs = [
             [formulas.attention(q[view], k[other][:, :, :count], views[other][:, :, :count, 2]) for other in others]
             for view, others in enumerate(neighbours)
         ]
-        return torch.stack([sum(outs[1:], outs[0]) for outs in pairs])
+        return torch.stack([sum(outs[1:], outs[0]) for outs in pairs], dim=1)
 
-    flat = [other for others in neighbours for other in others]
     assert_as_in_fp64(
-        lambda norm, *views: torch.stack(attend_neighbours(list(views), norm, count, flat)),
+        lambda norm, packed: attend_neighbours(packed, norm, count, neighbours),
         formula,
-        (torch.rand(2, d) + 0.5, *views),
+        (torch.rand(2, d) + 0.5, packed),
     )
 
 
@@ -142,5 +143,6 @@ def test_they_are_operations_as_torch_wants_them() -> None:
     q, kv = torch.randn(2, 4, 2, 8, requires_grad=True), torch.randn(2, 5, 2, 2, 8, requires_grad=True)
     torch.library.opcheck(attend_packed, (packed, norm, 3, angles_of(4, 8)))
     torch.library.opcheck(attend_packed, (packed.transpose(1, 2), norm, 3, None))
-    torch.library.opcheck(attend_neighbours, ([packed, packed.detach().clone()], norm, 4, [1, 0]))
+    views = torch.randn(1, 2, 3, 4, 3, 2, 8, requires_grad=True)
+    torch.library.opcheck(cpp_ops._attend_neighbours, (views, norm, 4, [1, 0]))
     torch.library.opcheck(attend_context, (q, kv, torch.zeros(2, 5)))
