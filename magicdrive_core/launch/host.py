@@ -1,7 +1,8 @@
 """One host's ranks of a job: ``python -m magicdrive_core.launch.host FOLDER``, started by Slurm or Kubernetes.
 
-The scheduler tells the host its number; ``MASTER_ADDR`` and ``MASTER_PORT`` say where host 0 is. SIGTERM or SIGUSR2,
-the time limit's and a pre-emption's alike, asks the ranks to save. Exit status: 0, 75 (saved, to be started again), 1.
+The scheduler sets the number of the host in the environment; ``MASTER_ADDR`` and ``MASTER_PORT`` say where host 0 is.
+SIGTERM and SIGUSR2, which a scheduler sends before a time limit or a pre-emption, request the ranks to stop. Exit
+status: 0, 75 (checkpoint saved, may be started again), 1.
 """
 
 from __future__ import annotations
@@ -19,12 +20,21 @@ from magicdrive_core.launch.job import Job
 from magicdrive_core.launch.process_group import HostPlacement, run_group
 from magicdrive_core.utils.files import write_json
 
-NUMBERS = ("SLURM_NODEID", "JOB_COMPLETION_INDEX")  # a host's number, as Slurm and Kubernetes call it
+HOST_NUMBERS = ("SLURM_NODEID", "JOB_COMPLETION_INDEX")  # variables of Slurm and Kubernetes
 
 
 def run_host(job: Job, placement: HostPlacement, stop: Callable[[], bool]) -> int:
-    """Runs this host's ranks to their end, leaves the answer in the job's folder, and returns the exit status."""
-    job.answer(placement.host).unlink(missing_ok=True)
+    """Run this host's ranks to their end, and write their exit status into the job's folder.
+
+    Args:
+        job: what to run.
+        placement: of this host.
+        stop: called twice a second; once it returns True, the ranks are requested to stop.
+
+    Returns:
+        The exit status.
+    """
+    job.exit_file(placement.host).unlink(missing_ok=True)
     error = MagicDriveError("")
     try:
         code = run_group(
@@ -42,25 +52,25 @@ def run_host(job: Job, placement: HostPlacement, stop: Callable[[], bool]) -> in
     except MagicDriveError as failure:
         error, code = failure, failure.exit_code
         report_error(error, "")
-    answer = {"code": code, "message": error.message, "hint": error.hint, "ended": time.time()}
-    write_json(job.answer(placement.host), answer)
+    status = {"code": code, "message": error.message, "hint": error.hint, "ended": time.time()}
+    write_json(job.exit_file(placement.host), status)
     return code
 
 
 def main() -> None:
-    """Reads the job and the placement among the hosts, and exits with the ranks' status."""
-    asked = False
+    """Read the job and this host's placement, and exit with the ranks' status."""
+    requested = False
 
     def note(_signum: int, _frame: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
+        nonlocal requested
+        requested = True
 
     for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
         signal.signal(number, note)
     job = Job.read(Path(sys.argv[1]))
-    host = next(int(os.environ[name]) for name in NUMBERS if name in os.environ)
+    host = next(int(os.environ[name]) for name in HOST_NUMBERS if name in os.environ)
     placement = HostPlacement(host, job.hosts, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-    sys.exit(run_host(job, placement, lambda: asked))
+    sys.exit(run_host(job, placement, lambda: requested))
 
 
 if __name__ == "__main__":

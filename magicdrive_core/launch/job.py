@@ -1,6 +1,6 @@
-"""A process group to be launched, and what each of its hosts says of the end.
+"""A job: a process group to be launched, and the exit status of each of its hosts.
 
-All hosts see one folder, the project's: what a host needs and what it answers are files below ``Job.folder``.
+All hosts share the project's folder: a job and the exit statuses of its hosts are files below ``Job.folder``.
 """
 
 from __future__ import annotations
@@ -11,21 +11,35 @@ from typing import Any
 
 from magicdrive_core.config.schema import Cluster
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.launch.process_group import RESUMABLE
+from magicdrive_core.launch.process_group import RESUMABLE, RESUME_HINT
 from magicdrive_core.utils.files import read_json, write_json
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every rank runs. Paths are relative to the project's folder, in which all ranks run."""
+    """What every rank runs. Paths are relative to the project's folder, in which all ranks run.
 
-    name: str  # in a queue: lower-case letters, digits and dashes
-    command: list[str]  # for torchrun: a script and its arguments, or ``-m module arguments``
-    folder: Path  # of this launch's files
-    log: Path  # of host 0's ranks; the other hosts' lie beside it
-    status: Path  # touched by the ranks as they go on
+    Attributes:
+        name: in a queue: lower-case letters, digits and dashes.
+        command: a script and its arguments, or ``-m module arguments``.
+        folder: of this launch's files.
+        log: of host 0's ranks; the logs of other hosts are beside it.
+        status: touched by the ranks while they make progress.
+        hosts: number of hosts.
+        ranks: on each host.
+        environment: variables of the ranks.
+        threads: CPU threads of a rank; 0 shares the host's cores evenly.
+        stall_seconds: the ranks are stopped when ``status`` has not changed for this long.
+        grace_seconds: between SIGTERM and SIGKILL.
+    """
+
+    name: str
+    command: list[str]
+    folder: Path
+    log: Path
+    status: Path
     hosts: int
-    ranks: int  # of each host
+    ranks: int
     environment: dict[str, str]
     threads: int
     stall_seconds: float
@@ -44,7 +58,18 @@ class Job:
         environment: dict[str, str],
         shape: tuple[int, int] | None = None,
     ) -> Job:
-        """A job as the cluster's settings have it; ``shape``: other hosts and ranks than theirs."""
+        """Make a job with the cluster's settings.
+
+        Args:
+            cluster: hosts, ranks, threads, times.
+            name: in a queue.
+            command: what every rank runs.
+            folder: of this launch's files.
+            log: of host 0's ranks.
+            status: touched by the ranks while they make progress.
+            environment: variables of the ranks; the cluster's come on top.
+            shape: hosts and ranks of each, in place of the cluster's.
+        """
         hosts, ranks = shape or (cluster.hosts, cluster.ranks)
         return cls(
             name,
@@ -62,48 +87,53 @@ class Job:
 
     @property
     def stop_note(self) -> Path:
-        """There once the job was cancelled: the ranks are to save, and nobody starts them again."""
+        """A file that exists once the job was cancelled: the ranks save, and nobody starts them again."""
         return self.folder / "stop"
 
     def log_of(self, host: int) -> Path:
-        """The log of a host's ranks."""
+        """Return the log of a host's ranks."""
         return self.log if host == 0 else self.log.with_name(f"{self.log.stem}-host{host}{self.log.suffix}")
 
-    def answer(self, host: int) -> Path:
-        """What a host leaves when its ranks have ended."""
+    def exit_file(self, host: int) -> Path:
+        """Return the file that a host writes when its ranks have ended."""
         return self.folder / f"host-{host}.json"
 
     def write(self) -> None:
-        """For the hosts; answers and notes of an earlier start are removed."""
-        for path in [self.stop_note, *(self.answer(host) for host in range(self.hosts))]:
+        """Write the job for the hosts; exit files and the stop note of an earlier start are removed."""
+        for path in [self.stop_note, *(self.exit_file(host) for host in range(self.hosts))]:
             path.unlink(missing_ok=True)
         write_json(self.folder / "job.json", asdict(self) | _texts(self))
 
     @classmethod
     def read(cls, folder: Path) -> Job:
-        """What ``write`` left in a folder."""
+        """Read the job that ``write`` wrote into a folder."""
         values = read_json(folder / "job.json", "magicdrive train writes it")
         return cls(**values | {name: Path(values[name]) for name in ("folder", "log", "status")})
 
     def outcome(self) -> int:
-        """0, or 75: the ranks saved and want to be started again.
+        """Read the exit status of all hosts.
+
+        Returns:
+            0, or 75 (``RESUMABLE``) when the ranks saved a checkpoint and want to be started again.
 
         Raises:
-            MagicDriveError: of the host that failed first; or a host ended without a word.
+            MagicDriveError: of the host that failed first, or a host wrote no exit status.
         """
-        answers = {host: read_json(self.answer(host)) for host in range(self.hosts) if self.answer(host).is_file()}
-        failures = [answer for answer in answers.values() if answer["code"] not in (0, RESUMABLE)]
+        files = {host: self.exit_file(host) for host in range(self.hosts)}
+        statuses = {host: read_json(file) for host, file in files.items() if file.is_file()}
+        failures = [status for status in statuses.values() if status["code"] not in (0, RESUMABLE)]
         if failures:
-            first = min(failures, key=lambda answer: answer["ended"])
+            first = min(failures, key=lambda status: status["ended"])
             raise MagicDriveError(first["message"], first["hint"])
-        silent = [str(host) for host in range(self.hosts) if host not in answers]
+        silent = [str(host) for host in range(self.hosts) if host not in statuses]
         if silent:
             raise MagicDriveError(
-                f"{self.name} has left the queue, and host {', '.join(silent)} of {self.hosts} said nothing of its"
-                f" end; logs: {self.folder}, {self.log}",
-                "lost host, time or memory limit, or cancelled there; run again to resume from the last checkpoint",
+                f"{self.name} has left the queue, but host {', '.join(silent)} of {self.hosts} wrote no exit status;"
+                f" logs: {self.folder}, {self.log}",
+                "the host was lost, hit a limit of time or memory, or the job was cancelled in the queue; "
+                + RESUME_HINT,
             )
-        return int(max(answer["code"] for answer in answers.values()))
+        return int(max(status["code"] for status in statuses.values()))
 
 
 def _texts(job: Job) -> dict[str, Any]:

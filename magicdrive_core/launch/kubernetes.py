@@ -1,7 +1,7 @@
-"""Kubernetes: a JobSet of one pod a host, which its controller starts again on exit status 75 and on eviction.
+"""Kubernetes: a JobSet with one pod for each host, which its controller restarts on exit status 75 and on eviction.
 
-JobSet (jobset.x-k8s.io/v1alpha2) is what Kubeflow's TrainJob becomes too; rendered directly, nothing but its controller
-has to be installed, and the rules for restarts stand in one file.
+Kubeflow's TrainJob is turned into a JobSet (jobset.x-k8s.io/v1alpha2) too; rendered directly, it needs no more than the
+JobSet controller, and the restart policy is in one file.
 """
 
 from __future__ import annotations
@@ -15,16 +15,20 @@ import yaml
 from magicdrive_core.config.schema import Kubernetes
 from magicdrive_core.launch.job import Job
 from magicdrive_core.launch.process_group import RESUMABLE
-from magicdrive_core.launch.queue import ask, tell
+from magicdrive_core.launch.queue import query, run_command
 
-MOUNT = "/project"  # where pods see the project's folder
+MOUNT = "/project"  # the project's folder in a pod
 PORT = 29400
 KILL_SECONDS = 30  # after the ranks' own grace, for the launcher in the pod to end
-KEPT_SECONDS = 86400  # how long a finished JobSet can be looked at
+KEPT_SECONDS = 86400  # how long a finished JobSet can be inspected
 
 
 class KubernetesQueue:
-    """The cluster that ``kubectl`` reaches."""
+    """The Kubernetes cluster that ``kubectl`` reaches.
+
+    Args:
+        settings: image, volume claim, namespace, devices.
+    """
 
     file = "jobset.yaml"
 
@@ -32,25 +36,25 @@ class KubernetesQueue:
         self._settings = settings
 
     def render(self, job: Job) -> str:
-        """The manifest."""
+        """Return the manifest of a job."""
         return yaml.safe_dump(self._job_set(job), sort_keys=False, width=120)
 
     def submit(self, job: Job, path: Path) -> str:
-        """Returns the JobSet's name; a finished one of that name is removed first."""
+        """Create the JobSet at ``path`` and return its name; a finished one of that name is removed first."""
         self._kubectl("delete", "jobset", job.name, "--ignore-not-found", "--cascade=foreground")
         self._kubectl("create", "--filename", str(path))
         return job.name
 
     def ended(self, name: str) -> bool:
-        """Completed or failed for good, or gone."""
-        answer = ask([*self._command, "get", "jobset", name, "--output", "json"])
-        if answer.returncode:
-            return "NotFound" in answer.stderr
-        conditions = json.loads(answer.stdout).get("status", {}).get("conditions", [])
+        """Return whether a JobSet has completed, has failed for good, or is gone."""
+        result = query([*self._command, "get", "jobset", name, "--output", "json"])
+        if result.returncode:
+            return "NotFound" in result.stderr
+        conditions = json.loads(result.stdout).get("status", {}).get("conditions", [])
         return any(each["type"] in ("Completed", "Failed") and each["status"] == "True" for each in conditions)
 
     def cancel(self, name: str) -> None:
-        """Its pods get SIGTERM and their grace; the JobSet stays until they are gone."""
+        """Delete a JobSet: its pods get SIGTERM and their grace, and it stays until they are gone."""
         self._kubectl("delete", "jobset", name, "--ignore-not-found", "--cascade=foreground", "--wait=false")
 
     @property
@@ -58,7 +62,7 @@ class KubernetesQueue:
         return ["kubectl", "--namespace", self._settings.namespace]
 
     def _kubectl(self, *words: str) -> None:
-        tell([*self._command, *words])
+        run_command([*self._command, *words])
 
     def _job_set(self, job: Job) -> dict[str, Any]:
         return {
@@ -68,7 +72,7 @@ class KubernetesQueue:
             "spec": {
                 "network": {"enableDNSHostnames": True},  # host 0 has a name
                 "ttlSecondsAfterFinished": KEPT_SECONDS,
-                # What podFailurePolicy ended is started again, as often as it takes; anything else fails for good.
+                # A job that podFailurePolicy failed is restarted without limit; any other failure is final.
                 "failurePolicy": {
                     "maxRestarts": 0,
                     "rules": [

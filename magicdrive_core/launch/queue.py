@@ -1,6 +1,6 @@
 """A job in a scheduler's queue, from its submission to its end: watched, cancelled in order, found again.
 
-The queue outlives whoever submitted: a flow that was killed and is started again watches the job that is still there.
+The job outlives the process that submitted it: a flow that was killed and is started again watches the same job.
 """
 
 from __future__ import annotations
@@ -19,53 +19,53 @@ from magicdrive_core.utils.files import atomic_file, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
-ASK_SECONDS = 5.0  # between questions to the queue
+QUERY_SECONDS = 5.0  # between queries of the queue
 
 
 class Queue(Protocol):
     """A scheduler."""
 
-    file: str  # name of what is submitted
+    file: str  # name of the rendered script or manifest
 
     def render(self, job: Job) -> str:
-        """The script or manifest."""
+        """Return the script or manifest of a job."""
         ...
 
     def submit(self, job: Job, path: Path) -> str:
-        """Puts the rendered file into the queue; returns the job's name there."""
+        """Submit the rendered file at ``path``; return the job's name in the queue."""
         ...
 
     def ended(self, name: str) -> bool:
-        """Whether it runs no more and waits no more. A scheduler that does not answer has ended nothing."""
+        """Return whether a job neither runs nor waits; False where the scheduler does not result."""
         ...
 
     def cancel(self, name: str) -> None:
-        """Takes it out of the queue; where it runs, its ranks are asked to save."""
+        """Remove a job from the queue; the ranks of a running one are requested to stop."""
         ...
 
 
 def run_queued(
-    queue: Queue, job: Job, on_poll: Callable[[], None] | None = None, *, ask_seconds: float = ASK_SECONDS
+    queue: Queue, job: Job, on_poll: Callable[[], None] | None = None, *, query_seconds: float = QUERY_SECONDS
 ) -> int:
-    """Submits a job, or finds the one that was submitted before, and waits for its end.
+    """Submit a job, or find the one that was submitted before, and wait for its end.
 
     Args:
-        queue: where to.
-        job: what.
+        queue: the scheduler.
+        job: what to run.
         on_poll: called twice a second.
-        ask_seconds: between questions to the queue.
+        query_seconds: between queries of the queue.
 
     Returns:
-        0, or 75: the ranks saved and want to be started again (where the queue has not done that itself).
+        0, or 75 (``RESUMABLE``) when the ranks saved a checkpoint and the queue has not started them again itself.
 
     Raises:
         MagicDriveError: the scheduler refused the job, or the job failed.
-        BaseException: whatever interrupts the waiting is raised again after the job was cancelled.
+        BaseException: whatever interrupted the waiting, raised again after the job was cancelled.
     """
     note = job.folder / "queued.json"
     name = read_json(note)["name"] if note.is_file() else None
     if name is not None and not queue.ended(name):
-        logger.info("%s is in the queue already, as %s: going on with it", job.name, name)
+        logger.info("%s is already in the queue as %s; waiting for it", job.name, name)
     else:
         job.write()
         with atomic_file(job.folder / queue.file) as partial:
@@ -75,55 +75,55 @@ def run_queued(
         logger.info("%s is in the queue as %s: %s", job.name, name, job.folder / queue.file)
     with terminable():
         try:
-            _wait(queue, name, on_poll, ask_seconds)
+            _wait(queue, name, on_poll, query_seconds)
         except BaseException:
             job.stop_note.touch()
             try:
                 queue.cancel(name)
             except MagicDriveError as error:  # the interruption is what is raised
-                logger.warning("%s may go on in the queue as %s: %s", job.name, name, error)
-            _wait(queue, name, None, min(1.0, ask_seconds), limit=job.grace_seconds)
+                logger.warning("%s may still be in the queue as %s: %s", job.name, name, error)
+            _wait(queue, name, None, min(1.0, query_seconds), limit=job.grace_seconds)
             raise
     note.unlink()
     return job.outcome()
 
 
 def _wait(
-    queue: Queue, name: str, on_poll: Callable[[], None] | None, ask_seconds: float, limit: float = float("inf")
+    queue: Queue, name: str, on_poll: Callable[[], None] | None, query_seconds: float, limit: float = float("inf")
 ) -> None:
-    began = asked = time.monotonic()
-    while time.monotonic() - began < limit:
+    started = queried = time.monotonic()
+    while time.monotonic() - started < limit:
         if on_poll is not None:
             on_poll()
-        time.sleep(min(POLL_SECONDS, ask_seconds))
-        if time.monotonic() - asked >= ask_seconds:
+        time.sleep(min(POLL_SECONDS, query_seconds))
+        if time.monotonic() - queried >= query_seconds:
             if queue.ended(name):
                 return
-            asked = time.monotonic()
+            queried = time.monotonic()
 
 
-def ask(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Runs a scheduler's command and returns what it said.
+def query(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Run a scheduler's command and return its result.
 
     Raises:
-        MagicDriveError: there is no such command here.
+        MagicDriveError: the command is not installed.
     """
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         raise MagicDriveError(
-            f"{command[0]} is not installed on this host", "start from a host of the cluster, or cluster.launcher=local"
+            f"{command[0]} is not installed on this host", "run on a host of the cluster, or set cluster.launcher=local"
         ) from None
 
 
-def tell(command: Sequence[str]) -> str:
-    """Runs a scheduler's command that has to succeed, and returns its output.
+def run_command(command: Sequence[str]) -> str:
+    """Run a scheduler's command that must succeed, and return its output.
 
     Raises:
-        MagicDriveError: it refused, with its own reason.
+        MagicDriveError: the scheduler refused, with its reason.
     """
-    answer = ask(command)
-    if answer.returncode:
-        reason = (answer.stderr.strip() or answer.stdout.strip() or "it gave no reason").splitlines()[-1]
+    result = query(command)
+    if result.returncode:
+        reason = (result.stderr.strip() or result.stdout.strip() or "no reason given").splitlines()[-1]
         raise MagicDriveError(f"{command[0]} refused: {reason}", "check the cluster section of params.yaml")
-    return answer.stdout
+    return result.stdout

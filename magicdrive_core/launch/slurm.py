@@ -1,4 +1,4 @@
-"""Slurm: a batch script that starts one launcher on each host, and has the queue start it again on exit status 75."""
+"""Slurm: a batch script that starts one launcher on each host, and requeues itself on exit status 75."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from magicdrive_core.config.schema import Slurm
 from magicdrive_core.launch.job import Job
-from magicdrive_core.launch.queue import ask, tell
+from magicdrive_core.launch.queue import query, run_command
 
-# States after which Slurm does nothing more with a job.
+# Final states of a job.
 ENDED = frozenset(
     [
         "BOOT_FAIL",
@@ -30,7 +30,11 @@ ENDED = frozenset(
 
 
 class SlurmQueue:
-    """The queue that ``sbatch`` reaches."""
+    """The Slurm cluster that ``sbatch`` reaches.
+
+    Args:
+        settings: partition, account, time, devices, more options.
+    """
 
     file = "slurm.sh"
 
@@ -38,7 +42,7 @@ class SlurmQueue:
         self._settings = settings
 
     def render(self, job: Job) -> str:
-        """The batch script."""
+        """Return the batch script of a job."""
         templates = Environment(
             loader=PackageLoader("magicdrive_core.launch", "."),
             undefined=StrictUndefined,
@@ -51,17 +55,19 @@ class SlurmQueue:
         )
 
     def submit(self, job: Job, path: Path) -> str:  # noqa: ARG002
-        """Returns Slurm's number of the job."""
-        return tell(["sbatch", "--parsable", str(path)]).strip().split(";")[0]  # "number;cluster" in a federation
+        """Submit the script at ``path``; return Slurm's number of the job."""
+        return (
+            run_command(["sbatch", "--parsable", str(path)]).strip().split(";")[0]
+        )  # "number;cluster" in a federation
 
     def ended(self, name: str) -> bool:
-        """A job that was started again has not."""
-        answer = ask(["squeue", "--noheader", "--states=all", "--format=%T", "--jobs", name])
-        if answer.returncode:
-            return "Invalid job id" in answer.stderr  # forgotten; anything else is a controller that does not answer
-        return answer.stdout.strip() in ENDED | {""}
+        """Return whether a job is in a final state; a requeued job is not."""
+        result = query(["squeue", "--noheader", "--states=all", "--format=%T", "--jobs", name])
+        if result.returncode:
+            return "Invalid job id" in result.stderr  # forgotten; otherwise the controller does not answer
+        return result.stdout.strip() in ENDED | {""}
 
     def cancel(self, name: str) -> None:
-        """Waiting jobs go; the ranks of a running one are asked to save, and its script ends with them."""
-        tell(["scancel", "--quiet", "--state=PENDING", name])
-        ask(["scancel", "--quiet", "--signal=TERM", name])
+        """Remove a waiting job; request the ranks of a running one to stop, and its script ends with them."""
+        run_command(["scancel", "--quiet", "--state=PENDING", name])
+        query(["scancel", "--quiet", "--signal=TERM", name])

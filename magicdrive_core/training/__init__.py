@@ -1,1 +1,1 @@
-"""Training: the loop, its engine (ColossalAI), state, loader and records."""
+"""Training: the loop, the engine (ColossalAI ZeRO-2), sharded state and checkpoints, the loader, statistics and records."""

@@ -1,63 +1,29 @@
-"""Whether a file of weights is of the network that params.yaml describes, from its header alone. No torch."""
+"""The host memory of a stage's micro-batches, and whether they fit, before anything is started. No torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
-from magicdrive_core.config.schema import Bucket, Config, Model, Stage, parse_size
+from magicdrive_core.config.schema import Bucket, Config, Stage, parse_size
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.geometry.cameras import VIEWS
 from magicdrive_core.utils.files import read_json
 from magicdrive_core.utils.memory import memory_left
 
-
-def check_architecture(path: Path, model: Model) -> None:
-    """Compares the widths and depths that a safetensors file shows with the model section.
-
-    Raises:
-        MagicDriveError: they differ, or it is no such file.
-    """
-    try:
-        with safe_open(path, framework="numpy") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise MagicDriveError(f"{path} is no file of weights: {error}", "move its folder away to start anew") from None
-    found = {
-        "width": shapes.get("before_proj.weight", (0,))[0],
-        "depth": _blocks(shapes, "base_blocks_s"),
-        "control_depth": _blocks(shapes, "control_blocks_s"),
-    }
-    for name, value in found.items():
-        wanted = getattr(model, name)
-        if value != wanted:
-            raise MagicDriveError(
-                f"{path} is of another network: model.{name} is {wanted} in params.yaml, {value} in the file",
-                f"set model.{name} back, or move the file's folder away to start anew",
-            )
-
-
-def _blocks(shapes: dict[str, tuple[int, ...]], group: str) -> int:
-    return len({name.split(".")[1] for name in shapes if name.startswith(f"{group}.")})
-
-
-# How much memory the micro-batches of a stage take, and whether they fit, before anything is started. No torch.
-
-SLOTS = 100  # box slots of a clip; nuScenes' fullest clips have more, most have fewer
-SHARE = 0.1  # of the memory that is left, for micro-batches that wait
-MAPS_SHARE = 0.05  # of it, for maps of scenes that are read again and again
+SLOTS = 100  # box slots of a clip: few clips of nuScenes have more
+WAITING_SHARE = 0.1  # of the memory that is left, for micro-batches that wait
+MAPS_SHARE = 0.05  # likewise, for maps of scenes, which are read again and again
 MIB = 1 << 20
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What the loader of one rank may hold.
+    """Host memory that the loader of one rank may hold.
 
     Attributes:
         left: bytes that the container leaves to each rank of this host.
-        waiting: bytes of micro-batches that are prepared ahead.
+        waiting: bytes of prepared micro-batches that wait.
         maps: bytes of BEV maps that are kept.
         batches: bytes of a micro-batch, by bucket name.
     """
@@ -69,18 +35,18 @@ class Budget:
 
     @property
     def needed(self) -> int:
-        """Bytes at least: the largest micro-batch three times, in use, waiting, and while it is prepared."""
+        """Bytes needed at least: the largest micro-batch three times, in use, waiting, and while it is prepared."""
         return 3 * max(self.batches.values())
 
 
 def plan_budget(config: Config, stage: Stage, project: Path = Path(), left: int | None = None) -> Budget:
-    """The budget of a stage's loaders.
+    """Plan the memory of a stage's loaders.
 
     Args:
         config: the buckets, and ``training.prefetch_mbytes``.
         stage: to be trained.
         project: the project's folder.
-        left: bytes that the container leaves to all ranks of this host; None: measured now.
+        left: bytes that the container leaves to all ranks of this host; None measures it now.
 
     Raises:
         MagicDriveError: the largest micro-batch does not fit.
@@ -93,20 +59,20 @@ def plan_budget(config: Config, stage: Stage, project: Path = Path(), left: int 
         bucket.name: batch_bytes(config, bucket, channels, text_width)
         for bucket in config.training.stage(stage).buckets
     }
-    waiting = int(SHARE * each) if chosen is None else chosen * MIB
+    waiting = int(WAITING_SHARE * each) if chosen is None else chosen * MIB
     budget = Budget(each, waiting, int(MAPS_SHARE * each), batches)
     if budget.needed > each:
         name = max(batches, key=batches.__getitem__)
         raise MagicDriveError(
             f"{stage}: a micro-batch of {name} takes {batches[name] / 1e9:.2f} GB of host memory, three are held at a"
             f" time, and {each / 1e9:.2f} GB are left for each of {config.cluster.ranks} ranks",
-            "make its batch smaller, take fewer ranks on this host, or give the container more memory",
+            "reduce its batch or the ranks of this host, or give the container more memory",
         )
     return budget
 
 
 def batch_bytes(config: Config, bucket: Bucket, latent_channels: int, text_width: int) -> int:
-    """Bytes of a micro-batch as ``loader.Batch`` holds it, with ``SLOTS`` box slots."""
+    """Return the bytes of a micro-batch as ``loader.Batch`` holds it, with ``SLOTS`` box slots."""
     height, width = (side // 8 for side in parse_size(bucket.resolution))
     latent_frames = bucket.frames // 4 + bucket.frames % 2
     cells, views = config.conditions.map_cells[bucket.resolution], len(VIEWS)

@@ -1,4 +1,4 @@
-"""How fast a stage's micro-batches come, and what they hold in memory, without a network."""
+"""The speed of a stage's loader and the memory that it holds, measured without a network."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from magicdrive_core.utils.memory import memory_left, memory_limit, resident
 
 @dataclass(frozen=True)
 class LoaderSpeed:
-    """What one rank's loader did.
+    """A measurement of one rank's loader.
 
     Attributes:
-        clips: that came.
-        seconds: they took.
-        batches: bytes of a micro-batch as measured, the largest one by bucket name.
-        held: most bytes of micro-batches that waited and of maps that were kept.
+        clips: number of clips that it yielded.
+        seconds: that they took.
+        batches: bytes of the largest micro-batch of each bucket, by bucket name.
+        held: largest number of bytes of waiting micro-batches and kept maps.
         resident: bytes of physical memory of the process at the end.
-        limit: bytes that the container may hold.
-        left: bytes that it still may hold.
-        budget: what the loader may hold.
+        limit: bytes that the container may use.
+        left: bytes that it may still use.
+        budget: of the loader.
     """
 
     clips: int
@@ -39,7 +39,7 @@ class LoaderSpeed:
     budget: Budget
 
     def lines(self) -> list[str]:
-        """A report for people."""
+        """Return a report to print."""
         out = [
             f"{self.clips / self.seconds:.2f} clips/s ({self.clips} clips in {self.seconds:.1f} s, one rank)",
             f"held: {_mib(self.held)} of micro-batches and maps; the process: {_mib(self.resident)}",
@@ -56,7 +56,14 @@ class LoaderSpeed:
 def measure_loader(
     config: Config, stage: Stage, *, seconds: float, ranks: int = 1, project: Path = Path()
 ) -> LoaderSpeed:
-    """Takes micro-batches for so long, as the first of ``ranks``.
+    """Take micro-batches for some time.
+
+    Args:
+        config: of the run.
+        stage: whose loader is measured.
+        seconds: how long.
+        ranks: that share the micro-batches; the first one is measured.
+        project: the project's folder.
 
     Raises:
         MagicDriveError: a cache is missing or stale, or the micro-batches do not fit into memory.
@@ -65,8 +72,8 @@ def measure_loader(
     batches: dict[str, int] = {}
     with Loader(config, stage, project) as loader:
         loader.start(0, groups=ranks, group=0)
-        began = time.perf_counter()
-        while (passed := time.perf_counter() - began) < seconds or not clips:
+        started = time.perf_counter()
+        while (passed := time.perf_counter() - started) < seconds or not clips:
             batch = loader.next()
             clips += len(batch.latents)
             name = loader.buckets[batch.bucket].name
@@ -76,7 +83,7 @@ def measure_loader(
 
 
 def batch_nbytes(batch: Batch) -> int:
-    """Bytes that a micro-batch's tensors really hold; what is expanded over the views counts once."""
+    """Return the bytes that a micro-batch's tensors occupy; what is expanded over the views counts once."""
     conditions = (getattr(batch.conditions, field.name) for field in fields(batch.conditions))
     tensors = [tensor for tensor in (batch.latents, batch.mask, *conditions) if isinstance(tensor, Tensor)]
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)

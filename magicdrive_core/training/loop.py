@@ -100,14 +100,14 @@ def train(
             # Forward and backward passes. The gradient is that of the mean loss of the micro-batches.
             micro_batches, waited = [], 0.0
             for _ in range(stage.accumulate):
-                asked = time.perf_counter()
+                called = time.perf_counter()
                 batch = loader.next()
-                waited += time.perf_counter() - asked
+                waited += time.perf_counter() - called
                 losses, t = flow_loss(engine, flow, batch)
                 engine.optimizer.backward(losses.mean() / stage.accumulate)
                 micro_batches.append(MicroBatchStatistics.of(losses, t, batch))  # synchronises with the device
 
-            # Every rank learns what all ranks know of this step: from here on all of them decide alike.
+            # Every rank learns what all ranks know of this step: from here on all of them decide the same.
             own = RankStatistics(
                 micro_batches,
                 gradients=engine.optimizer.check_gradients(),

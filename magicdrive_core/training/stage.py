@@ -1,4 +1,4 @@
-"""The network at the first step of a stage: fresh in stage 1, then the EMA weights of the stage before."""
+"""The network at the first step of a stage: new in stage 1, then with the EMA weights of the previous stage."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from magicdrive_core.model.transformer import MagicDrive
 
 logger = logging.getLogger(__name__)
 
-# What a stage adds to the network of the stage before (model card).
+# Prefixes of the names that a stage adds to the network of the previous stage (model card).
 NEW_IN_STAGE: dict[Stage, tuple[str, ...]] = {
     "stage2": ("base_blocks_t.", "control_blocks_t.", "bbox_embedder.mean_var"),
     "stage3": (),
@@ -26,10 +26,15 @@ NEW_IN_STAGE: dict[Stage, tuple[str, ...]] = {
 
 
 def first_network(config: Config, plan: StagePlan, project: Path = Path()) -> MagicDrive:
-    """The network before its first step, equal on all ranks.
+    """Build the network before its first step, equal on all ranks.
+
+    Args:
+        config: model, seed, what is frozen.
+        plan: of the stage; its previous stage is finished.
+        project: the project's folder.
 
     Raises:
-        MagicDriveError: the weights of the stage before do not fit.
+        MagicDriveError: the weights of the previous stage do not fit.
     """
     stage = config.training.stage(plan.stage)
     torch.manual_seed(stage.seed)  # the same on all ranks: nothing later draws from this generator
@@ -45,7 +50,16 @@ def first_network(config: Config, plan: StagePlan, project: Path = Path()) -> Ma
 
 
 def load_previous(network: nn.Module, weights: dict[str, Tensor], stage: Stage, source: Path) -> list[str]:
-    """Loads the weights of the stage before; returns the names that the stage adds and that stay as initialised.
+    """Load the weights of the previous stage.
+
+    Args:
+        network: of this stage.
+        weights: of the previous stage, by name.
+        stage: whose additions may be missing.
+        source: of the weights, for messages.
+
+    Returns:
+        The names that the stage adds, which stay as initialised.
 
     Raises:
         MagicDriveError: a name is missing or unexpected that the stage does not allow, or a shape differs.
@@ -59,8 +73,8 @@ def load_previous(network: nn.Module, weights: dict[str, Tensor], stage: Stage, 
         if names:
             logger.error("%s %s: %s", source, fault, ", ".join(names))
             raise MagicDriveError(
-                f"{source} {fault} {names[0]} ({len(names)} in all): it is of another network",
-                "train the stage before with the same model section",
+                f"{source} {fault} {names[0]} ({len(names)} in all): it belongs to another network",
+                "train the previous stage with the same model section",
             )
     network.load_state_dict(weights, strict=False)
     logger.info("%s: %d tensors from %s, %d new: %s", stage, len(weights), source, len(new), ", ".join(new) or "none")

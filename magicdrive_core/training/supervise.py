@@ -1,6 +1,6 @@
-"""Trains one stage from outside: skips what is done, keeps the MLflow run, starts the ranks, starts them again.
+"""Trains one stage from outside the ranks: skips a finished stage, keeps the MLflow run, starts and restarts the ranks.
 
-No torch in here: the ranks (rank.py) are a process group of their own.
+No torch in here: the ranks (worker.py) are processes of a group that the launcher starts.
 """
 
 from __future__ import annotations
@@ -11,59 +11,68 @@ from pathlib import Path
 from typing import Any
 
 from rich.progress import Progress, TaskID
+from safetensors import SafetensorError, safe_open
 
 from magicdrive_core.config.load import load_config
-from magicdrive_core.config.schema import Config, Stage
+from magicdrive_core.config.schema import Config, Model, Stage
 from magicdrive_core.diffusion.frame_masks import check_ratios
 from magicdrive_core.errors import MagicDriveError, UsageError
 from magicdrive_core.experiment.stages import StagePlan, feasibility, plan_stage, write_job
-from magicdrive_core.launch.devices import check_ranks
 from magicdrive_core.launch.job import Job
-from magicdrive_core.launch.launcher import run_job, show_job
-from magicdrive_core.launch.process_group import RESUMABLE
+from magicdrive_core.launch.launcher import check_ranks, run_job, show_job
+from magicdrive_core.launch.process_group import RESUMABLE, RESUME_HINT
 from magicdrive_core.tracking.lineage import lineage_tags
 from magicdrive_core.tracking.runs import SHA256, Store
-from magicdrive_core.training.budget import check_architecture, plan_budget
+from magicdrive_core.training.budget import plan_budget
 from magicdrive_core.utils.files import read_json, write_json
 from magicdrive_core.utils.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
-RESTARTS = 20  # after ranks that saved and asked to be started again
+RESTARTS = 20  # starts at most, of ranks that saved a checkpoint and exited with RESUMABLE
 
 
 @dataclass(frozen=True)
 class StageResult:
-    """A finished stage."""
+    """A finished stage.
+
+    Attributes:
+        stage: its name.
+        folder: of the run.
+        weights: EMA weights, fp32.
+        run: MLflow's run id; None where it was trained without one.
+        skipped: whether it was finished before.
+        facts: the content of run.json.
+    """
 
     stage: Stage
     folder: Path
-    weights: Path  # EMA weights, fp32
-    run: str | None  # MLflow's run id
-    skipped: bool  # it was done already
-    facts: dict[str, Any]  # run.json
+    weights: Path
+    run: str | None
+    skipped: bool
+    facts: dict[str, Any]
 
 
 def train_stage(
     config_path: Path | str, overrides: list[str] | None, stage: Stage, parent_run: str | None, project: Path = Path()
 ) -> StageResult:
-    """Trains a stage, or goes on with it, or does nothing because it is done.
+    """Train a stage from its newest checkpoint; a finished stage is returned as it is.
 
     Args:
         config_path: params.yaml.
-        overrides: ``key=value`` texts on top of it.
+        overrides: ``key=value`` texts that change it.
         stage: "stage1", "stage2" or "stage3".
         parent_run: MLflow run of the whole training, to which this stage's run belongs.
         project: the project's folder.
 
     Raises:
         UsageError: the stage has no data, or the settings are impossible; nothing was started.
-        MagicDriveError: the stage before is not done, or a rank failed.
+        MagicDriveError: the previous stage is not finished, or a rank failed.
     """
     config = load_config(config_path, overrides)
     plan = plan_stage(config, stage, project)
     if plan.done:
-        logger.info("%s is done: %s", stage, plan.folder)
+        logger.info("%s is finished: %s", stage, plan.folder)
         facts = read_json(plan.result)
         if parent_run:
             Store(config.tracking, project).client.set_tag(parent_run, f"reused.{stage}", facts["run"] or plan.folder)
@@ -88,7 +97,7 @@ def train_stage(
 
 
 def show_launch(config_path: Path | str, overrides: list[str] | None, stage: Stage, project: Path = Path()) -> str:
-    """What ``train_stage`` would start: a batch script, a manifest, or torchrun's command line. Nothing is started.
+    """Return what ``train_stage`` would start: a batch script, a manifest, or a command line. Nothing is started.
 
     Raises:
         UsageError: the settings are impossible.
@@ -111,14 +120,14 @@ def _check_settings(config: Config, plan: StagePlan, project: Path) -> None:
     if clips.empty and not config.training.skip_empty:
         raise UsageError(
             f"{plan.stage}: the data has no training clip for {', '.join(clips.empty)}",
-            f"take it out of training.{plan.stage}.buckets, or set training.skip_empty to true",
+            f"remove it from training.{plan.stage}.buckets, or set training.skip_empty to true",
         )
     for bucket in config.training.stage(plan.stage).buckets:
         if 0 < clips.clips[bucket.name] < bucket.batch:
             raise UsageError(
                 f"{plan.stage}: a micro-batch of {bucket.name} has {bucket.batch} clips, and the data has"
                 f" {clips.clips[bucket.name]}",
-                f"set its batch in training.{plan.stage}.buckets to {clips.clips[bucket.name]} or less, or take more"
+                f"set its batch in training.{plan.stage}.buckets to {clips.clips[bucket.name]} or less, or use more"
                 " scenes",
             )
     if clips.warning:
@@ -130,14 +139,45 @@ def _check_previous(config: Config, plan: StagePlan) -> None:
         check_architecture(plan.previous.weights, config.model)
     elif plan.previous is not None:
         raise MagicDriveError(
-            f"{plan.stage} starts from {plan.previous.stage}, which is not trained with these settings: "
+            f"{plan.stage} starts from {plan.previous.stage}, which was not trained with these settings: "
             f"{plan.previous.folder} is missing or incomplete",
             f"magicdrive train {plan.previous.stage}",
         )
 
 
+def check_architecture(path: Path, model: Model) -> None:
+    """Compare the widths and depths in a safetensors file's header with the model section; no torch is needed.
+
+    Raises:
+        MagicDriveError: they differ, or the file cannot be read.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise MagicDriveError(
+            f"{path} is not a safetensors file: {error}", "move its folder away to train it again"
+        ) from None
+    found = {
+        "width": shapes.get("before_proj.weight", (0,))[0],
+        "depth": _blocks(shapes, "base_blocks_s"),
+        "control_depth": _blocks(shapes, "control_blocks_s"),
+    }
+    for name, value in found.items():
+        wanted = getattr(model, name)
+        if value != wanted:
+            raise MagicDriveError(
+                f"{path} belongs to another network: model.{name} is {wanted} in params.yaml, {value} in the file",
+                f"set model.{name} back, or move the file's folder away to train it again",
+            )
+
+
+def _blocks(shapes: dict[str, tuple[int, ...]], group: str) -> int:
+    return len({name.split(".")[1] for name in shapes if name.startswith(f"{group}.")})
+
+
 def _child_run(store: Store, config: Config, plan: StagePlan, parent: str | None, project: Path) -> str:
-    """The MLflow run of this folder: opened once, and gone on with after an interruption."""
+    """Open the MLflow run of this folder, or reopen it after an interruption."""
     note = plan.folder / "mlflow.json"
     run = read_json(note)["run"] if note.is_file() else None
     if run is None or not store.reopen(run, parent):
@@ -156,18 +196,18 @@ def _child_run(store: Store, config: Config, plan: StagePlan, parent: str | None
 
 def _run_until_done(config: Config, plan: StagePlan, run: str) -> None:
     job = _job(config, plan, {"MLFLOW_RUN_ID": run})
-    for _ in range(RESTARTS):
+    for starts in range(1, RESTARTS + 1):  # noqa: B007 - the message has it
         with progress_bar() as bar:
             watch = _Bar(bar, plan.stage, config.training.stage(plan.stage).steps, job.status)
             code = run_job(config.cluster, job, watch.update)
             watch.update()
         if code != RESUMABLE:
             break
-        logger.warning("%s saved a checkpoint and asked to be started again", plan.stage)
+        logger.warning("%s saved a checkpoint and stopped; starting it again", plan.stage)
     if not plan.done:
         raise MagicDriveError(
-            f"{plan.stage} ended without its weights ({RESTARTS} starts at most); log: {plan.folder / 'log.txt'}",
-            "run again to resume from the last checkpoint",
+            f"{plan.stage} stopped without weights after {starts} starts; log: {plan.folder / 'log.txt'}",
+            RESUME_HINT,
         )
 
 
@@ -179,12 +219,12 @@ def _job(config: Config, plan: StagePlan, environment: dict[str, str]) -> Job:
         folder=plan.folder / "launch",
         log=plan.folder / "log.txt",
         status=plan.folder / "status.json",
-        environment=environment | {"PYTHONWARNINGS": "ignore"},  # colossalai warns of all it lacks
+        environment=environment | {"PYTHONWARNINGS": "ignore"},  # ColossalAI warns of each optional package
     )
 
 
 class _Bar:
-    """Moves a progress bar by what rank 0 writes into status.json."""
+    """A progress bar that follows rank 0's status.json."""
 
     def __init__(self, bar: Progress, stage: Stage, steps: int, status: Path) -> None:
         self._bar, self._stage, self._status = bar, stage, status

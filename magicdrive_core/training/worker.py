@@ -1,7 +1,7 @@
-"""One process of a stage's training: ``torchrun ... -m magicdrive_core.training.worker runs/stage1-0123456789ab``.
+"""One rank of a stage's training.
 
-Smallest run on a CPU, after ``magicdrive train stage1`` has left a job in the folder:
-``torchrun --standalone --nproc-per-node 1 -m magicdrive_core.training.worker runs/stage1-*``
+The launcher starts it on every rank with the folder of a job that ``magicdrive train`` has written. By hand, on a CPU:
+``torchrun --standalone --nproc-per-node 1 -m magicdrive_core.training.worker runs/stage1-0123456789ab``
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from magicdrive_core.training.stage import first_network
 
 
 class StopRequest:
-    """Whether this process was asked to stop: by a signal, or because its launcher is gone."""
+    """Notes that this process is requested to stop: by a signal, or because its launcher is gone."""
 
     def __init__(self) -> None:
         self._signalled = False
@@ -40,7 +40,7 @@ class StopRequest:
             signal.signal(number, self._note)
 
     def _note(self, _signum: int, _frame: FrameType | None) -> None:
-        self._signalled = True  # the step goes on; all ranks agree at its end
+        self._signalled = True  # the loop ends the step first; all ranks then agree to stop
 
     @property
     def requested(self) -> bool:
@@ -51,8 +51,8 @@ class StopRequest:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Holds a lock on the run's folder; the system frees it when the process ends, however it ends.
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a lock on the run's folder; the system frees it when the process ends, however it ends.
 
     Raises:
         MagicDriveError: another process trains into the folder.
@@ -67,20 +67,18 @@ def _alone(folder: Path) -> Iterator[None]:
 
 @record  # so that the launcher can name the rank that failed first, with its exception
 def main() -> None:
-    """Trains, and exits with 0 (done) or 75 (saved, to be started again)."""
+    """Train, and exit with 0 (finished) or 75 (checkpoint saved, may be started again)."""
     stop = StopRequest()
     folder = Path(sys.argv[1])
     config, plan = read_job(folder)
     device = join_group()
     rank = dist.get_rank()
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format=f"[rank {rank}] %(message)s")
-    try:
-        with _alone(folder) if rank == 0 else nullcontext():
-            network = first_network(config, plan)
-            preview = Preview.of(config, plan.stage) if rank < config.cluster.sequence_parallel else None
-            code = train(config, plan, network, Loader(config, plan.stage), preview, stop, device)
-    finally:
-        dist.destroy_process_group()
+    with _locked(folder) if rank == 0 else nullcontext():
+        network = first_network(config, plan)
+        preview = Preview.of(config, plan.stage) if rank < config.cluster.sequence_parallel else None
+        code = train(config, plan, network, Loader(config, plan.stage), preview, stop, device)
+    dist.destroy_process_group()  # not after an error: NCCL would wait for ranks that are in another collective
     sys.exit(code)
 
 

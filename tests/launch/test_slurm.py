@@ -1,4 +1,4 @@
-"""Jobs of two hosts on a real Slurm: started again on exit status 75, cancelled for good, failures told."""
+"""Jobs of two hosts on a real Slurm: started again on exit status 75, cancelled for good, failures reported."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 PROJECT = Path(__file__).resolve().parents[2]
 
-# A rank that meets its peer through torchrun's store, then does as it is told.
+# A rank that meets its peer, and then does what the test wants.
 RANK = """
 import os, pathlib, signal, sys, time
 folder, mode = pathlib.Path(sys.argv[1]), sys.argv[2]
@@ -34,7 +34,7 @@ signal.signal(signal.SIGTERM, save)
 starts = folder / f"starts-{rank}"
 count = int(starts.read_text()) + 1 if starts.exists() else 1
 starts.write_text(str(count))
-print(f"rank {rank} of {world} on {os.environ['SLURMD_NODENAME']}, told {os.environ['TOLD']}", flush=True)
+print(f"rank {rank} of {world} on {os.environ['SLURMD_NODENAME']}, with {os.environ['GREETING']}", flush=True)
 while not all((folder / f"starts-{r}").exists() for r in range(world)):
     time.sleep(0.05)
 if mode == "saves once" and count == 1:
@@ -72,7 +72,7 @@ def job(folder: Path, mode: str, hosts: int = 2) -> Job:
             "ranks": 1,
             "slurm": {},
             "grace_seconds": 20,
-            "environment": {"PYTHONPATH": str(PROJECT), "TOLD": "it's so", "OMP_NUM_THREADS": "1"},
+            "environment": {"PYTHONPATH": str(PROJECT), "GREETING": "it's so", "OMP_NUM_THREADS": "1"},
         }
     )
     return Job.of(
@@ -98,16 +98,16 @@ def test_ranks_that_saved_are_started_again_by_the_queue(queue: SlurmQueue, tmp_
             command = ["scontrol", "update", f"jobid={name}", "starttime=now+3seconds"]
             hurried = subprocess.run(command, capture_output=True, check=False).returncode == 0
 
-    assert run_queued(queue, this, hurry, ask_seconds=0.5) == 0
+    assert run_queued(queue, this, hurry, query_seconds=0.5) == 0
     assert [(tmp_path / f"starts-{rank}").read_text() for rank in range(2)] == ["2", "2"]
-    assert "rank 0 of 2 on host0, told it's so" in (tmp_path / "log.txt").read_text()
-    assert "rank 1 of 2 on host1, told it's so" in (tmp_path / "log-host1.txt").read_text()
+    assert "rank 0 of 2 on host0, with it's so" in (tmp_path / "log.txt").read_text()
+    assert "rank 1 of 2 on host1, with it's so" in (tmp_path / "log-host1.txt").read_text()
     assert not (tmp_path / "launch/queued.json").exists()
 
 
 def test_a_failing_rank_of_any_host_is_named(queue: SlurmQueue, tmp_path: Path) -> None:
     with pytest.raises(MagicDriveError, match=r"rank 1 failed: ValueError: the disk is on fire; log: .*log-host1\.txt"):
-        run_queued(queue, job(tmp_path, "fails"), ask_seconds=0.5)
+        run_queued(queue, job(tmp_path, "fails"), query_seconds=0.5)
 
 
 def test_a_cancelled_job_saves_on_all_hosts_and_stays_cancelled(queue: SlurmQueue, tmp_path: Path) -> None:
@@ -118,13 +118,13 @@ def test_a_cancelled_job_saves_on_all_hosts_and_stays_cancelled(queue: SlurmQueu
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_queued(queue, this, cancel, ask_seconds=0.5)
+        run_queued(queue, this, cancel, query_seconds=0.5)
     assert all((tmp_path / f"saved-{rank}").exists() for rank in range(2))
     name = json.loads((tmp_path / "launch/queued.json").read_text())["name"]
     assert queue.ended(name)
     assert this.outcome() == RESUMABLE
 
 
-def test_a_refusal_of_the_queue_is_told(slurm: None, tmp_path: Path) -> None:
+def test_a_refusal_of_the_queue_is_reported(slurm: None, tmp_path: Path) -> None:
     with pytest.raises(MagicDriveError, match=r"sbatch refused: .*[Ii]nvalid partition"):
         run_queued(SlurmQueue(Slurm(partition="none", devices=None)), job(tmp_path, "waits"))

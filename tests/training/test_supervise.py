@@ -17,8 +17,8 @@ from magicdrive_core.config.schema import Cluster, Stage, Tracking
 from magicdrive_core.errors import MagicDriveError, UsageError
 from magicdrive_core.experiment import stages as plan
 from magicdrive_core.experiment.stages import read_job
-from magicdrive_core.launch.devices import check_ranks
 from magicdrive_core.launch.job import Job
+from magicdrive_core.launch.launcher import check_ranks
 from magicdrive_core.launch.process_group import RESUMABLE
 from magicdrive_core.tracking.runs import PARENT, Store
 from magicdrive_core.training import supervise
@@ -131,13 +131,13 @@ def test_an_interrupted_stage_goes_on_in_its_run(
 
 
 def test_ranks_that_end_without_a_result_are_an_error(project: Path, train: Callable[..., Any]) -> None:
-    with pytest.raises(MagicDriveError, match="ended without its weights"):
+    with pytest.raises(MagicDriveError, match="stage1 stopped without weights after 20 starts"):
         train(Ranks(*[RESUMABLE] * supervise.RESTARTS))
     assert only_run(project).info.status == "FAILED"
 
 
 def test_a_stage_needs_the_one_before(train: Callable[..., Any]) -> None:
-    with pytest.raises(MagicDriveError, match="stage2 starts from stage1, which is not trained with these settings"):
+    with pytest.raises(MagicDriveError, match="stage2 starts from stage1, which was not trained with these settings"):
         train(Ranks(), "stage2")
 
 
@@ -228,7 +228,7 @@ def test_ranks_beyond_the_devices_of_the_host(
 ) -> None:
     for name in ("nvidia0", "nvidia1", "nvidia2", "nvidiactl", "null"):
         (tmp_path / name).touch()
-    monkeypatch.setattr("magicdrive_core.launch.devices.version", lambda _: "2.13.0+cu130")
+    monkeypatch.setattr("magicdrive_core.launch.launcher.version", lambda _: "2.13.0+cu130")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
