@@ -56,9 +56,8 @@ class SlurmQueue:
 
     def submit(self, job: Job, path: Path) -> str:  # noqa: ARG002
         """Submit the script at ``path``; return Slurm's number of the job."""
-        return (
-            run_command(["sbatch", "--parsable", str(path)]).strip().split(";")[0]
-        )  # "number;cluster" in a federation
+        number = run_command(["sbatch", "--parsable", str(path)])  # "number;cluster" in a federation
+        return number.strip().split(";")[0]
 
     def ended(self, name: str) -> bool:
         """Return whether a job is in a final state; a requeued job is not."""

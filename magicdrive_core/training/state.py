@@ -1,8 +1,8 @@
 """The sharded state of a training: fp32 master weights, Adam's moments and the moving average of the weights.
 
-ZeRO cuts each of these tensors, flat and padded with zeros, into one shard for each rank. All are cut in the same way, so that
-one pair of functions gathers any of them, and checkpoints (checkpoints.py) hold them in one form. Functions that take
-or return shards use the parameters' names as keys; only trainable parameters have shards.
+ZeRO cuts each of these tensors, flat and padded with zeros, into one shard for each rank. All are cut in the same way,
+so that one function gathers any of them, and checkpoints (checkpoints.py) hold them in one form. Functions that take or
+return shards use the parameters' names as keys; only trainable parameters have shards.
 """
 
 from __future__ import annotations
