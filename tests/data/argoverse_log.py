@@ -1,4 +1,4 @@
-"""Writes a small Argoverse 2 log: three seconds of a car that turns, a parked car, a walker, and a map around them."""
+"""Write a small Argoverse 2 log: three seconds of a turning ego car, a parked car, a pedestrian, and a map."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from magicdrive_core.geometry import poses
 
 LOG = "0a1b2c3d"
 PARKED, WALKER = np.array([1020.0, 2004.0, 1.0]), np.array([1010.0, 1995.0, 1.0])
-WALK = np.array([0.0, 1.5, 0.0])  # metres a second
+WALK = np.array([0.0, 1.5, 0.0])  # metres per second
 SWEEPS = 31  # at 10 Hz
 YAWS = {
     "ring_front_center": 0,
@@ -29,19 +29,19 @@ FOCAL = 1700.0
 
 
 def size_of(camera: str) -> tuple[int, int]:
-    """Width and height: the front camera stands upright, as the real one does."""
+    """Return width and height; the front camera is in portrait format like the real one."""
     return (1550, 2048) if camera == "ring_front_center" else (2048, 1550)
 
 
 def ego_pose(seconds: float) -> np.ndarray:
-    """Ego to city: 8 m/s along a gentle left turn."""
+    """Compute ego to city: 8 m/s along a gentle left turn."""
     heading = 0.1 * seconds
     rotation = [np.cos(heading / 2), 0, 0, np.sin(heading / 2)]
     return poses.pose(rotation, [1000 + 80 * np.sin(heading), 2000 + 80 * (1 - np.cos(heading)), 10.0])
 
 
 def camera_pose(camera: str) -> np.ndarray:
-    """Camera to ego: z forward, x right, y down."""
+    """Compute camera to ego: z forward, x right, y down."""
     yaw = np.radians(YAWS[camera])
     forward, left = np.array([np.cos(yaw), np.sin(yaw), 0]), np.array([-np.sin(yaw), np.cos(yaw), 0])
     return poses.pose(np.stack([-left, [0, 0, -1.0], forward], axis=1), 1.5 * forward + [0, 0, 1.4])
@@ -59,7 +59,7 @@ def _write(path: Path, columns: dict[str, object]) -> None:
 
 
 def write_log(root: Path, version: str = "val", log: str = LOG) -> Path:
-    """Writes ``root/version/log`` and returns it."""
+    """Write ``root/version/log`` and return it."""
     folder = root / version / log
     start = 315_966_000_000_000_000  # nanoseconds
     fine = np.arange(0, SWEEPS / 10, 0.01)
@@ -69,22 +69,22 @@ def write_log(root: Path, version: str = "val", log: str = LOG) -> Path:
         {"timestamp_ns": moments, **_columns(np.stack([ego_pose(second) for second in fine]))},
     )
     rows: dict[str, list[object]] = {"timestamp_ns": [], "track_uuid": [], "category": []}
-    sizes, places = [], []
+    sizes, object_poses = [], []
     for sweep in range(SWEEPS):
         second = sweep / 10
         to_ego = poses.inverse(ego_pose(second))
         for token, category, centre, size in (
             ("parked", "REGULAR_VEHICLE", PARKED, (4.5, 1.9, 1.6)),
             ("walker", "PEDESTRIAN", WALKER + second * WALK, (0.7, 0.6, 1.8)),
-            ("sign", "SIGN", PARKED, (0.1, 0.5, 0.5)),  # of no class that the network knows
+            ("sign", "SIGN", PARKED, (0.1, 0.5, 0.5)),  # none of the ten classes
         ):
             rows["timestamp_ns"].append(start + sweep * 100_000_000)
             rows["track_uuid"].append(token)
             rows["category"].append(category)
             sizes.append(size)
-            places.append(to_ego @ poses.pose([1.0, 0, 0, 0], [*centre[:2], centre[2] + 10]))
+            object_poses.append(to_ego @ poses.pose([1.0, 0, 0, 0], [*centre[:2], centre[2] + 10]))
     lengths = {name: np.array(sizes)[:, index] for index, name in enumerate(("length_m", "width_m", "height_m"))}
-    _write(folder / "annotations.feather", {**rows, **lengths, **_columns(np.stack(places))})
+    _write(folder / "annotations.feather", {**rows, **lengths, **_columns(np.stack(object_poses))})
     cameras = [*YAWS]
     sensors = np.stack([*(camera_pose(camera) for camera in cameras), poses.pose([1.0, 0, 0, 0], [1.3, 0, 1.6])])
     _write(

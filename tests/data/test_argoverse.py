@@ -1,4 +1,4 @@
-"""The second adapter: an Argoverse 2 log becomes a scene whose geometry is that of the log's own files."""
+"""The Argoverse 2 adapter: a log becomes a scene with the geometry of the log's files."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def log(tmp_path: Path) -> Path:
 def config(log: Path) -> Config:
     values = yaml.safe_load((PROJECT / "profiles/demo.yaml").read_text())
     values["data"] = {"format": "argoverse2", "root": str(log.parents[1]), "version": "val"}
-    values["conditions"] = {"map_cells": {"80x144": 100, "96x176": 100}}  # of one metre
+    values["conditions"] = {"map_cells": {"80x144": 100, "96x176": 100}}  # cells of one metre
     return parse_config(values)
 
 
@@ -48,7 +48,7 @@ def read(config: Config) -> Scene:
     return open_adapter(config).read(LOG, "both")
 
 
-def test_frames_lie_at_12_hz_and_objects_where_the_log_has_them(config: Config) -> None:
+def test_frames_are_12_hz_and_objects_at_their_logged_positions(config: Config) -> None:
     scene = read(config)
     assert len(scene) == 37
     assert scene.key_frames.sum() == 7
@@ -62,11 +62,11 @@ def test_frames_lie_at_12_hz_and_objects_where_the_log_has_them(config: Config) 
         for token, centre in zip(boxes.ids, there, strict=True):
             np.testing.assert_allclose(centre, wanted[token] + [0, 0, 10], atol=2e-3)
         np.testing.assert_allclose(boxes.boxes[boxes.ids.index("parked"), 3:6], [1.9, 4.5, 1.6])
-    np.testing.assert_allclose(scene.boxes[0].boxes[0, 0], -4, atol=1e-6)  # four metres to the left: x is to the right
+    np.testing.assert_allclose(scene.boxes[0].boxes[0, 0], -4, atol=1e-6)  # four metres to the left; x is to the right
     assert scene.boxes[0].boxes[0, 1] > 15  # ahead: y is forward
 
 
-def test_points_fall_on_the_pixels_that_the_calibration_says(config: Config) -> None:
+def test_points_project_as_by_the_calibration_of_the_log(config: Config) -> None:
     scene, start = read(config), 315_966_000_000_000
     for frame in (0, 7, 20):
         for view, camera in enumerate(CAMERAS):
@@ -85,7 +85,7 @@ def test_points_fall_on_the_pixels_that_the_calibration_says(config: Config) -> 
             np.testing.assert_allclose(depth, 12, atol=1e-3)
 
 
-def test_a_log_feeds_infos_maps_and_pictures(config: Config, tmp_path: Path) -> None:
+def test_infos_maps_and_pictures_are_made_from_a_log(config: Config, tmp_path: Path) -> None:
     build_infos(config, tmp_path / "infos")
     (scene,) = read_scenes(tmp_path / "infos")
     assert json.loads((tmp_path / "infos/infos.json").read_text())["pictures"] == len(
@@ -96,7 +96,7 @@ def test_a_log_feeds_infos_maps_and_pictures(config: Config, tmp_path: Path) -> 
     lidar = (scene.ego_to_global @ scene.lidar_to_ego)[0, :2, 3]
 
     def at(x: float, y: float) -> set[str]:
-        right, forward = -(y - lidar[1]), x - lidar[0]  # the car looks along the city's x
+        right, forward = -(y - lidar[1]), x - lidar[0]  # the ego car looks along the x axis of the city
         cell = bits[0, int(50 + right), int(50 + forward)]
         return {name for layer, name in enumerate(MAP_LAYERS) if cell >> layer & 1}
 
@@ -108,7 +108,7 @@ def test_a_log_feeds_infos_maps_and_pictures(config: Config, tmp_path: Path) -> 
     assert read_clip(config.data.root, scene, Clip(scene.token, 0, 1), "80x144").shape == (6, 1, 80, 144, 3)
 
 
-def test_the_verbs_prepare_a_log(log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_prepare_a_log(log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copy(PROJECT / "profiles/demo.yaml", tmp_path / "params.yaml")
     monkeypatch.chdir(tmp_path)
     settings = {"synth": "null", "data.format": "argoverse2", "data.root": log.parents[1], "data.version": "val"}
@@ -122,7 +122,7 @@ def test_the_verbs_prepare_a_log(log: Path, tmp_path: Path, monkeypatch: pytest.
     assert json.loads(Path("artifacts/conditions/clips.json").read_text())["train"]["80x144"]["17"] == 2
 
 
-def test_a_change_of_a_log_is_another_data_set(config: Config, log: Path) -> None:
+def test_a_changed_log_changes_the_digest(config: Config, log: Path) -> None:
     adapter = open_adapter(config)
     before = adapter.digest(), adapter.map_digest()
     (log / "map" / next(file.name for file in (log / "map").iterdir())).write_text("{}")
@@ -132,7 +132,7 @@ def test_a_change_of_a_log_is_another_data_set(config: Config, log: Path) -> Non
     assert adapter.digest() != before[0]
 
 
-def test_a_broken_map_costs_its_log_where_that_is_asked_for(config: Config, log: Path, tmp_path: Path) -> None:
+def test_skip_bad_leaves_out_a_log_with_a_broken_map(config: Config, log: Path, tmp_path: Path) -> None:
     other = write_log(tmp_path / "argoverse", log="1a")
     (path,) = (log / "map").iterdir()
     path.write_text(path.read_text()[:-9])

@@ -1,9 +1,8 @@
-"""BEV maps: the devkit's own masks, the file, and what is said about unusable maps."""
+"""BEV maps equal the masks of the devkit, and unusable vector maps are refused with their names."""
 
 from __future__ import annotations
 
 import json
-import zipfile
 from pathlib import Path
 
 import cv2
@@ -13,7 +12,6 @@ import shapely
 from nuscenes.map_expansion.map_api import NuScenesMap, NuScenesMapExplorer
 
 from magicdrive_core.data.bev_maps import rasterise, unpack
-from magicdrive_core.data.map_cache import read_map, write_map
 from magicdrive_core.data.nuscenes_scenes import build_scene
 from magicdrive_core.data.nuscenes_tables import load_tables
 from magicdrive_core.data.records import MAP_LAYERS, Scene
@@ -24,7 +22,7 @@ from magicdrive_core.geometry import poses
 
 @pytest.fixture
 def devkit_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The devkit 1.2 cannot iterate a line of several parts under shapely 2: the same drawing, part by part."""
+    """Patch devkit 1.2, which cannot iterate lines of several parts under shapely 2, to draw them part by part."""
 
     def draw(lines: shapely.Geometry, mask: np.ndarray) -> np.ndarray:
         for line in shapely.get_parts(lines):
@@ -41,7 +39,7 @@ def devkit_map(devkit: NuScenesMap, lidar_to_global: np.ndarray, cells: int) -> 
 
 
 def compare(root: Path, location: str, lidar_to_global: np.ndarray, cells: int) -> np.ndarray:
-    """IoU by layer with the devkit over all frames; NaN where neither draws anything."""
+    """Compute the IoU with the devkit by layer over all frames; NaN if neither draws anything."""
     devkit = NuScenesMap(str(root), location)
     theirs = np.stack([devkit_map(devkit, pose, cells) for pose in lidar_to_global])
     ours = unpack(rasterise(load_map(root, location), lidar_to_global, cells))
@@ -50,7 +48,7 @@ def compare(root: Path, location: str, lidar_to_global: np.ndarray, cells: int) 
 
 
 @pytest.mark.parametrize("cells", [200, 400])
-def test_generated_map_is_drawn_as_by_the_devkit(
+def test_a_generated_map_equals_the_devkits(
     synthetic_root: Path, scenes: list[Scene], devkit_lines: None, cells: int
 ) -> None:
     scene = scenes[0]
@@ -61,13 +59,13 @@ def test_generated_map_is_drawn_as_by_the_devkit(
 
 
 @pytest.mark.parametrize("cells", [200, 400])
-def test_real_maps_are_drawn_as_by_the_devkit(shared: Path, devkit_lines: None, cells: int) -> None:
+def test_real_maps_equal_the_devkits(shared: Path, devkit_lines: None, cells: int) -> None:
     drive = shared / "data/nuscenes-drive"
     tables = load_tables(drive, "v1.0-drive")
     scene = build_scene(tables, tables.scene[0], "both", published=False)
     frames = (scene.ego_to_global @ scene.lidar_to_ego)[::20]
     assert np.nanmin(compare(drive, "boston-seaport", frames, cells)) >= 0.999
-    # a real drivable area with 130 holes, at places and headings all over it
+    # a real drivable area with 130 holes, at positions and headings all over it
     one = shared / "data/nuscenes-one"
     rng = np.random.default_rng(0)
     places = rng.choice(load_map(one, "singapore-onenorth").points, 8)
@@ -81,7 +79,7 @@ def square(layer: str, hole: bool, low: float, high: float) -> tuple[int, bool, 
     return MAP_LAYERS.index(layer), hole, np.array([[low, low], [high, low], [high, high], [low, high]])
 
 
-def test_holes_bits_and_axes() -> None:
+def test_holes_bits_and_axes_follow_the_layout() -> None:
     vectors = VectorMap.of(
         [
             square("drivable_area", False, -20, 20),
@@ -93,22 +91,22 @@ def test_holes_bits_and_axes() -> None:
     drivable, walkway, divider = 1 << 0, 1 << 2, 1 << 6
 
     def at(x: float, y: float) -> int:
-        return int(bits[int(100 + 2 * x), int(100 + 2 * y)])  # half a metre a cell
+        return int(bits[int(100 + 2 * x), int(100 + 2 * y)])  # cells of half a metre
 
     (bits,) = rasterise(vectors, np.eye(4)[None], 200)
     assert at(15, 15) == at(-15, 3) == drivable
-    assert at(3, 5) == at(25, 25) == 0  # in the hole, and beyond
-    assert at(35, 0) == walkway  # along the lidar's x
-    assert at(0, 35) == divider  # along its y
+    assert at(3, 5) == at(25, 25) == 0  # in the hole, and outside
+    assert at(35, 0) == walkway  # along the x axis of the lidar
+    assert at(0, 35) == divider  # along the y axis
     assert at(0, 15) == drivable | divider
     turned = np.eye(4)
-    turned[:2, :2] = [[0, -1], [1, 0]]  # the lidar's x looks along the global y
+    turned[:2, :2] = [[0, -1], [1, 0]]  # x axis of the lidar along the global y
     (bits,) = rasterise(vectors, turned[None], 200)
-    assert at(0, -35) == walkway  # now at its right
+    assert at(0, -35) == walkway  # now to the right
     assert at(35, 0) == divider
 
 
-def test_a_patch_inside_a_polygon_is_full_and_far_away_is_empty() -> None:
+def test_a_patch_inside_a_polygon_is_full_and_one_far_away_is_empty() -> None:
     vectors = VectorMap.of([square("carpark_area", False, -500, 500)])
     far = np.eye(4)
     far[0, 3] = 5000
@@ -116,38 +114,6 @@ def test_a_patch_inside_a_polygon_is_full_and_far_away_is_empty() -> None:
     assert (near_bits == 1 << 4).all()
     assert not far_bits.any()
     assert not rasterise(VectorMap.of([]), np.eye(4)[None], 50).any()
-
-
-def test_maps_come_back_and_their_bytes_do_not_depend_on_the_time(tmp_path: Path) -> None:
-    bits = np.random.default_rng(0).integers(0, 256, (3, 20, 20), dtype=np.uint8)
-    folder = tmp_path / "bev" / "20"
-    write_map(folder / "a.npz", bits)
-    np.testing.assert_array_equal(read_map(tmp_path, "a", 20), bits)
-    first = (folder / "a.npz").read_bytes()
-    write_map(folder / "b.npz", bits)
-    assert (folder / "b.npz").read_bytes() == first
-    with np.load(folder / "a.npz") as archive:
-        assert archive.files == ["map"]
-    with zipfile.ZipFile(folder / "a.npz") as archive:
-        assert [entry.date_time for entry in archive.infolist()] == [(1980, 1, 1, 0, 0, 0)]
-
-
-def test_half_written_maps_are_refused(tmp_path: Path) -> None:
-    folder = tmp_path / "bev" / "20"
-    write_map(folder / "a.npz", np.ones((3, 20, 20), np.uint8))
-    whole = (folder / "a.npz").read_bytes()
-    damaged = bytearray(whole)
-    damaged[len(whole) // 3] ^= 0xFF
-    for broken in (whole[:-30], b"", b"no archive", bytes(damaged)):
-        (folder / "a.npz").write_bytes(broken)
-        with pytest.raises(MagicDriveError, match=r"a.npz cannot be read") as error:
-            read_map(tmp_path, "a", 20)
-        assert "dvc repro" in error.value.hint
-    with pytest.raises(MagicDriveError, match="is missing"):
-        read_map(tmp_path, "b", 20)
-    write_map(tmp_path / "bev" / "40" / "a.npz", np.ones((3, 20, 20), np.uint8))
-    with pytest.raises(MagicDriveError, match="expected uint8 \\(F, 40, 40\\)"):
-        read_map(tmp_path, "a", 40)
 
 
 def test_unusable_map_files_are_named(synthetic_root: Path, scenes: list[Scene], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Broken records: each is named with file, record and field, and costs its scene alone where that is asked for."""
+"""Broken records are named with file, record and field; ``data.skip_bad`` leaves out only their scenes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAN = float("nan")
 
 
 class Broken:
-    """The tables of one scene, for a change of a single record of it."""
+    """The tables of one scene, to break a single record."""
 
     def __init__(self, root: Path, name: str) -> None:
         self.root = root
@@ -28,33 +28,35 @@ class Broken:
         (self.scene,) = (scene["token"] for scene in self.tables["scene"] if scene["name"] == name)
 
     def records(self, table: str) -> list[dict[str, Any]]:
-        """Of the scene: samples, annotations, one camera's sensor records in time order, or their poses."""
+        """List records of the scene: samples, annotations, sensor records of a camera in order, or their poses."""
         samples = {record["token"] for record in self.tables["sample"] if record["scene_token"] == self.scene}
         if table == "sample":
             return sorted((r for r in self.tables["sample"] if r["token"] in samples), key=lambda r: r["timestamp"])
         if table == "sample_annotation":
             return [record for record in self.tables[table] if record["sample_token"] in samples]
-        seen = (r for r in self.tables["sample_data"] if r["sample_token"] in samples and "/CAM_BACK/" in r["filename"])
-        seen_in_order = sorted(seen, key=lambda record: record["timestamp"])
+        shots = (
+            r for r in self.tables["sample_data"] if r["sample_token"] in samples and "/CAM_BACK/" in r["filename"]
+        )
+        in_order = sorted(shots, key=lambda record: record["timestamp"])
         if table == "sample_data":
-            return seen_in_order
+            return in_order
         poses = {record["token"]: record for record in self.tables["ego_pose"]}
-        return [poses[record["ego_pose_token"]] for record in seen_in_order]
+        return [poses[record["ego_pose_token"]] for record in in_order]
 
-    def set(self, table: str, place: int, field: str, value: Any) -> str:
-        record = self.records(table)[place]
+    def set(self, table: str, row: int, field: str, value: Any) -> str:
+        record = self.records(table)[row]
         record[field] = value
         self.changed.add(table)
         return record["token"]
 
-    def remove(self, table: str, place: int) -> str:
-        record = self.records(table)[place]
+    def remove(self, table: str, row: int) -> str:
+        record = self.records(table)[row]
         self.tables[table].remove(record)
         self.changed.add(table)
         return record["token"]
 
-    def swap_times(self, table: str, place: int) -> str:
-        first, second = self.records(table)[place : place + 2]
+    def swap_times(self, table: str, row: int) -> str:
+        first, second = self.records(table)[row : row + 2]
         first["timestamp"], second["timestamp"] = second["timestamp"], first["timestamp"]
         self.changed.add(table)
         return second["token"]
@@ -109,7 +111,7 @@ CASES = {
         lambda b: b.set("sample_data", 4, "timestamp", "noon"),
         r"sample_data.json: timestamp of record {0} is 'noon', expected integer microseconds",
     ),
-    "NaN in a place": (
+    "NaN in a position": (
         lambda b: b.set("ego_pose", 2, "translation", [NAN, 0.0, 0.0]),
         r"ego_pose.json: translation of record {0} is not 3 finite numbers",
     ),
@@ -121,7 +123,7 @@ CASES = {
         lambda b: b.set("sample_annotation", 5, "size", [0.0, 4.0, 1.5]),
         r"sample_annotation.json: size of record {0} is not positive",
     ),
-    "box of no place": (
+    "box without a position": (
         lambda b: b.set("sample_annotation", 5, "translation", [1.0, NAN, 1.5]),
         r"sample_annotation.json: translation of record {0} is not 3 finite numbers",
     ),
@@ -129,7 +131,7 @@ CASES = {
 
 
 @pytest.mark.parametrize(("change", "message"), CASES.values(), ids=list(CASES))
-def test_one_broken_record_costs_one_scene_and_is_named(
+def test_a_broken_record_is_named_and_costs_only_its_scene(
     root_copy: Path, scenes: list[Scene], make_config: Any, tmp_path: Path, change: Any, message: str
 ) -> None:
     whole, bad = (scene.name for scene in scenes)
@@ -148,18 +150,18 @@ def test_one_broken_record_costs_one_scene_and_is_named(
 
 
 def spoil(path: Path) -> str:
-    """Puts a bracket before a key in the middle of a JSON file, on a new line, and returns what is to be said of it."""
+    """Put a bracket on a new line in the middle of a JSON file; return the expected message."""
     whole = path.read_text()
-    place = whole.index('"token"', len(whole) // 2)
-    path.write_text(f"{whole[:place]}\n  ]{whole[place:]}")
-    line = whole.count("\n", 0, place) + 2
+    index = whole.index('"token"', len(whole) // 2)
+    path.write_text(f"{whole[:index]}\n  ]{whole[index:]}")
+    line = whole.count("\n", 0, index) + 2
     return rf"{path.name} is not valid JSON: .* line {line} column 3 "
 
 
-def test_a_table_that_is_no_json_ends_the_stage_with_file_line_and_column(
+def test_a_table_that_is_not_json_ends_the_stage_with_file_line_and_column(
     root_copy: Path, make_config: Any, tmp_path: Path
 ) -> None:
-    """It concerns every scene, so that nothing would be left where it is skipped."""
+    """A broken table affects every scene, so skipping would leave none."""
     message = spoil(root_copy / "v1.0-demo/sample_data.json")
     config = make_config(root_copy)
     for skip_bad in (False, True):
@@ -172,7 +174,7 @@ def test_a_table_that_is_no_json_ends_the_stage_with_file_line_and_column(
         build_infos(config, tmp_path / "infos")
 
 
-def test_a_broken_map_costs_the_scenes_that_drive_on_it(
+def test_a_broken_map_costs_only_the_scenes_on_it(
     root_copy: Path, scenes: list[Scene], make_config: Any, tmp_path: Path
 ) -> None:
     whole, bad = scenes
@@ -190,7 +192,7 @@ def test_a_broken_map_costs_the_scenes_that_drive_on_it(
     assert re.search(message, quarantined[bad.name])
 
 
-def test_a_record_that_belongs_to_no_scene_ends_the_stage(root_copy: Path, scenes: list[Scene]) -> None:
+def test_a_broken_record_without_a_scene_ends_the_stage(root_copy: Path, scenes: list[Scene]) -> None:
     broken = Broken(root_copy, scenes[1].name)
     annotations = broken.tables["sample_annotation"]
     annotations.append(annotations[0] | {"token": "lost", "sample_token": "gone", "prev": "", "next": ""})

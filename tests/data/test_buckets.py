@@ -1,4 +1,4 @@
-"""Micro-batches: the recorded ones of the published sampler, and what must hold for any buckets."""
+"""Micro-batches equal those recorded from the published sampler, and properties that hold for any buckets."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def golden(shared: Path) -> dict[str, Any]:
 
 
 def sampler_of(golden: dict[str, Any], rank: int, *, drop_last: bool = True, buckets: int = 3) -> BucketSampler:
-    """The recorded runs know the first three buckets; one more run knows the fourth, with batch size -1."""
+    """The recorded runs use the first three buckets; one more run has the fourth, with batch size -1."""
     keys = list(golden["bucket_sizes"])[:buckets]
     counts, batches = ([golden[field][key] for key in keys] for field in ("bucket_sizes", "batch_size"))
     return BucketSampler(counts, batches, ranks=2, rank=rank, seed=42, drop_last=drop_last)
@@ -38,27 +38,27 @@ def named(golden: dict[str, Any], batches: list[tuple[int, list[int]]]) -> list[
 
 
 @pytest.mark.parametrize("run", range(8))
-def test_recorded_batches(golden: dict[str, Any], run: int) -> None:
+def test_batches_equal_the_recorded_ones(golden: dict[str, Any], run: int) -> None:
     recorded = golden["runs"][run]
     sampler = sampler_of(golden, recorded["rank"], drop_last=recorded["drop_last"])
     assert named(golden, sampler.epoch(recorded["epoch"])) == recorded["batches"]
     assert len(sampler) == recorded["length"]
 
 
-def test_recorded_resume(golden: dict[str, Any]) -> None:
+def test_a_resumed_epoch_equals_the_recorded_one(golden: dict[str, Any]) -> None:
     sampler = sampler_of(golden, rank=1)
     resumed = list(islice(sampler.stream(4), len(sampler) - 2))
     assert named(golden, resumed) == golden["resume_after_2_steps_rank1"]
 
 
-def test_recorded_batches_beside_a_bucket_that_is_left_out(golden: dict[str, Any]) -> None:
+def test_recorded_batches_with_a_bucket_left_out(golden: dict[str, Any]) -> None:
     assert golden["batch_size"]["848-1600-12-9"] == -1
     sampler = sampler_of(golden, rank=0, buckets=4)
     assert named(golden, sampler.epoch(0)) == golden["with_disabled_bucket_rank0"]
 
 
 @given(st.integers(0, 2**40), st.lists(st.integers(0, 300), min_size=1, max_size=4))
-def test_permutations_are_those_of_torch(seed: int, counts: list[int]) -> None:
+def test_permutations_equal_those_of_torch(seed: int, counts: list[int]) -> None:
     own, generator = _TorchGenerator(seed), torch.Generator().manual_seed(seed)
     for count in counts:
         np.testing.assert_array_equal(own.permutation(count), torch.randperm(count, generator=generator).numpy())
@@ -70,7 +70,7 @@ buckets = st.lists(st.tuples(st.integers(0, 30), st.integers(1, 7)), min_size=1,
 
 
 @given(buckets, st.integers(1, 5), st.integers(0, 3))
-def test_an_epoch_shows_every_clip_and_ranks_take_as_many_steps(
+def test_an_epoch_holds_every_clip_and_ranks_take_equally_many_steps(
     buckets: list[tuple[int, int]], ranks: int, epoch: int
 ) -> None:
     counts, batches = zip(*buckets, strict=True)
@@ -83,7 +83,7 @@ def test_an_epoch_shows_every_clip_and_ranks_take_as_many_steps(
 
 
 @given(buckets, st.integers(1, 4))
-def test_dropping_the_rest_repeats_no_clip(buckets: list[tuple[int, int]], ranks: int) -> None:
+def test_drop_last_repeats_no_clip(buckets: list[tuple[int, int]], ranks: int) -> None:
     counts, batches = zip(*buckets, strict=True)
     if sum(count // batch for count, batch in buckets) < ranks:
         with pytest.raises(UsageError):
@@ -97,20 +97,20 @@ def test_dropping_the_rest_repeats_no_clip(buckets: list[tuple[int, int]], ranks
 
 
 @given(buckets, st.integers(0, 40))
-def test_a_resumed_stream_goes_on_where_it_stopped(buckets: list[tuple[int, int]], start: int) -> None:
+def test_a_resumed_stream_continues_where_it_stopped(buckets: list[tuple[int, int]], start: int) -> None:
     counts, batches = zip(*buckets, strict=True)
     sampler = BucketSampler(counts, batches, ranks=2, rank=1, seed=3)
     assert list(islice(sampler.stream(2 * start), 5)) == list(islice(sampler.stream(), start, start + 5))
 
 
-def together(samplers: list[BucketSampler], done: int, steps: int) -> list[Any]:
-    """What some ranks work on in so many steps, in the order of the micro-batches."""
+def dealt(samplers: list[BucketSampler], done: int, steps: int) -> list[Any]:
+    """List the micro-batches that ranks work on in some steps, in the order in which they are dealt."""
     streams = [list(islice(sampler.stream(done), steps)) for sampler in samplers]
     return [stream[step] for step in range(steps) for stream in streams]
 
 
 @given(buckets, st.sampled_from([1, 2, 4]), st.integers(1, 4), st.integers(1, 5), st.integers(0, 12))
-def test_other_ranks_go_on_where_the_first_ones_stopped(
+def test_another_number_of_ranks_continues_where_the_first_stopped(
     buckets: list[tuple[int, int]], group: int, ranks: int, others: int, steps: int
 ) -> None:
     counts, batches = zip(*buckets, strict=True)
@@ -120,12 +120,12 @@ def test_other_ranks_go_on_where_the_first_ones_stopped(
         return [BucketSampler(counts, batches, ranks, r, seed=5, costs=costs, group=group) for r in range(ranks)]
 
     done = ranks * steps
-    alone = together(of(1), 0, done + 3 * others)
-    assert together(of(ranks), 0, steps) + together(of(others), done, 3) == alone
+    single = dealt(of(1), 0, done + 3 * others)
+    assert dealt(of(ranks), 0, steps) + dealt(of(others), done, 3) == single
 
 
 @given(buckets, st.sampled_from([2, 4, 8]), st.integers(0, 3))
-def test_groups_hold_like_with_like_and_every_clip(buckets: list[tuple[int, int]], group: int, epoch: int) -> None:
+def test_groups_hold_similar_costs_and_every_clip(buckets: list[tuple[int, int]], group: int, epoch: int) -> None:
     counts, batches = zip(*buckets, strict=True)
     costs = [3.0**bucket for bucket in range(len(counts))]
     order = BucketSampler(counts, batches, 1, 0, seed=2, costs=costs, group=group).order(epoch)
@@ -136,10 +136,10 @@ def test_groups_hold_like_with_like_and_every_clip(buckets: list[tuple[int, int]
     mixed = sum(
         len({bucket for bucket, _ in order[start : start + group]}) > 1 for start in range(0, len(order), group)
     )
-    assert mixed <= len(counts)  # at most where one level of cost meets the next
+    assert mixed <= len(counts)  # at most where two levels of cost meet
 
 
-def test_paired_ranks_wait_less_on_the_published_buckets() -> None:
+def test_groups_reduce_idle_time_on_the_published_buckets() -> None:
     """Stage 3 (golden notes, section 3), 70 scenes of 220 frames, eight data ranks."""
     stage = yaml.safe_load((PROJECT / "profiles/nuscenes.yaml").read_text())["training"]["stage3"]
     buckets = [(b["resolution"], b["frames"], b["batch"]) for b in stage["buckets"]]
@@ -162,6 +162,6 @@ def test_idle_share_of_simple_orders() -> None:
     assert idle_share([(0, [0]), (0, [1]), (1, [0])], [1.0, 3.0], 2) == 0
 
 
-def test_nothing_to_deal_is_an_error() -> None:
+def test_buckets_with_too_few_clips_are_refused() -> None:
     with pytest.raises(UsageError, match="too few clips"):
         BucketSampler([0, 5], [2, -1], ranks=1, rank=0, seed=0)

@@ -1,4 +1,4 @@
-"""Which clips are cut, what a clip's conditions look like, and how training changes them."""
+"""Clips, their conditions, and the augmentation of conditions in training."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def conditions(synthetic_root: Path, infos: Path, make_config: Any, tmp_path_fac
 
 
 @pytest.fixture(scope="module")
-def told(conditions: Path, scenes: list[Scene]) -> ClipConditions:
+def clip_input(conditions: Path, scenes: list[Scene]) -> ClipConditions:
     bits = read_map(conditions, scenes[0].token, 200)
     return clip_conditions(scenes[0], Clip(scenes[0].token, 2, 9), "80x144", bits[2:11], published=False)
 
@@ -94,12 +94,12 @@ def test_validation_takes_the_first_clip_of_each_scene(scenes: list[Scene]) -> N
         ("After rain", ["rain"], ["rain"]),
     ],
 )
-def test_weather_is_told_by_word(description: str, words: list[str], substrings: list[str]) -> None:
+def test_weather_groups_are_found_by_words(description: str, words: list[str], substrings: list[str]) -> None:
     assert weather_groups(description) == words
     assert weather_groups(description, published=True) == substrings
 
 
-def test_balanced_groups_are_of_like_size(scenes: list[Scene]) -> None:
+def test_balanced_weather_groups_have_similar_sizes(scenes: list[Scene]) -> None:
     descriptions = ["Day"] * 7 + ["Night"] * 2 + ["Rain", "Rain, night", "Rain"]
     many = [replace(scenes[0], token=str(n), description=text) for n, text in enumerate(descriptions)]
     tokens = [scene.token for scene in balance_weather(many)]
@@ -117,7 +117,7 @@ def test_conditions_hold_maps_for_the_sizes_in_use_and_counts(conditions: Path, 
     assert counts["val"]["96x176"] == {"1": 1}
 
 
-def test_the_same_infos_give_the_same_conditions(
+def test_equal_infos_give_equal_conditions(
     synthetic_root: Path, infos: Path, conditions: Path, make_config: Any, tmp_path: Path
 ) -> None:
     build_conditions(make_config(synthetic_root), infos, tmp_path / "again")
@@ -125,7 +125,7 @@ def test_the_same_infos_give_the_same_conditions(
         assert (tmp_path / "again" / path.relative_to(conditions)).read_bytes() == path.read_bytes()
 
 
-def test_maps_that_are_drawn_when_they_are_asked_for_are_the_same(
+def test_maps_drawn_on_demand_equal_cached_maps(
     synthetic_root: Path, infos: Path, conditions: Path, scenes: list[Scene], make_config: Any, tmp_path: Path
 ) -> None:
     config = make_config(synthetic_root)
@@ -140,7 +140,7 @@ def test_maps_that_are_drawn_when_they_are_asked_for_are_the_same(
     assert [path.name for path in (tmp_path / "live").iterdir()] == ["clips.json"]
 
 
-def test_a_map_of_another_version_leaves_nothing_behind(
+def test_a_map_of_another_version_leaves_no_output(
     root_copy: Path, infos: Path, make_config: Any, tmp_path: Path
 ) -> None:
     for path in (root_copy / "maps" / "expansion").glob("*.json"):
@@ -150,83 +150,85 @@ def test_a_map_of_another_version_leaves_nothing_behind(
     assert not (tmp_path / "conditions").exists()
 
 
-def test_conditions_of_a_clip(told: ClipConditions, scenes: list[Scene]) -> None:
+def test_conditions_of_a_clip_have_their_shapes_and_values(clip_input: ClipConditions, scenes: list[Scene]) -> None:
     scene = scenes[0]
-    N = len(told.box_ids)
-    assert told.box_ids == sorted({token for frame in scene.boxes[2:11] for token in frame.ids})
-    assert told.cameras.shape == (9, 6, 3, 7)
-    assert told.box_corners.shape == (9, N, 8, 3)
-    assert told.box_masks.shape == (9, 6, N)
-    assert told.bev_map.shape == (9, 8, 200, 200)
-    assert set(np.unique(told.bev_map)) == {0, 1}
-    assert (told.height, told.width, told.fps) == (80, 144, 12)
-    assert told.caption == caption(scene) == f"A driving scene image at {scene.location}. {scene.description}."
-    np.testing.assert_allclose(told.ego_motion[0], np.eye(4), atol=1e-12)
+    N = len(clip_input.box_ids)
+    assert clip_input.box_ids == sorted({token for frame in scene.boxes[2:11] for token in frame.ids})
+    assert clip_input.cameras.shape == (9, 6, 3, 7)
+    assert clip_input.box_corners.shape == (9, N, 8, 3)
+    assert clip_input.box_masks.shape == (9, 6, N)
+    assert clip_input.bev_map.shape == (9, 8, 200, 200)
+    assert set(np.unique(clip_input.bev_map)) == {0, 1}
+    assert (clip_input.height, clip_input.width, clip_input.fps) == (80, 144, 12)
+    assert clip_input.caption == caption(scene) == f"A driving scene image at {scene.location}. {scene.description}."
+    np.testing.assert_allclose(clip_input.ego_motion[0], np.eye(4), atol=1e-12)
     origin = poses.transform(scene.ego_to_global[2] @ scene.lidar_to_ego[2], np.zeros(3))
-    there = poses.transform(poses.inverse(scene.ego_to_global[9] @ scene.lidar_to_ego[9]), origin)
-    np.testing.assert_allclose(told.ego_motion[7, :3, 3], there, atol=1e-6)
+    moved = poses.transform(poses.inverse(scene.ego_to_global[9] @ scene.lidar_to_ego[9]), origin)
+    np.testing.assert_allclose(clip_input.ego_motion[7, :3, 3], moved, atol=1e-6)
 
 
 def test_absent_objects_have_no_class_no_corners_and_no_mask(scenes: list[Scene]) -> None:
     boxes = list(scenes[0].boxes)
     boxes[5] = FrameBoxes(boxes[5].ids[1::2], boxes[5].names[1::2], boxes[5].boxes[1::2])
     scene = replace(scenes[0], boxes=boxes)
-    told = clip_conditions(scene, Clip(scene.token, 2, 9), "80x144", np.zeros((9, 8, 8), np.uint8), published=False)
-    absent = told.box_classes < 0
+    clip_input = clip_conditions(
+        scene, Clip(scene.token, 2, 9), "80x144", np.zeros((9, 8, 8), np.uint8), published=False
+    )
+    absent = clip_input.box_classes < 0
     for index, frame in enumerate(boxes[2:11]):
-        assert {told.box_ids[slot] for slot in np.flatnonzero(~absent[index])} == set(frame.ids)
+        assert {clip_input.box_ids[slot] for slot in np.flatnonzero(~absent[index])} == set(frame.ids)
     assert absent.any()
-    assert not told.box_corners[absent].any()
-    assert not told.box_masks.transpose(0, 2, 1)[absent].any()
-    assert np.all(told.box_masks.sum(1)[~absent] >= 1)  # the ring of cameras looks everywhere
+    assert not clip_input.box_corners[absent].any()
+    assert not clip_input.box_masks.transpose(0, 2, 1)[absent].any()
+    assert np.all(clip_input.box_masks.sum(1)[~absent] >= 1)  # the ring of cameras has no gaps
 
 
-def test_single_frames_are_told_another_rate(scenes: list[Scene]) -> None:
+def test_single_frames_have_the_published_frame_rate(scenes: list[Scene]) -> None:
     still = clip_conditions(scenes[0], Clip("", 6, 1), "224x400", np.zeros((1, 8, 8), np.uint8), published=False)
     assert still.fps == 120
 
 
 def test_a_clip_without_objects_has_no_slots(scenes: list[Scene]) -> None:
     empty = replace(scenes[0], boxes=[FrameBoxes([], [], np.zeros((0, 7)))] * len(scenes[0]))
-    told = clip_conditions(empty, Clip("", 0, 9), "224x400", np.zeros((9, 8, 8), np.uint8), published=True)
-    assert told.box_corners.shape == (9, 0, 8, 3)
-    assert told.box_masks.shape == (9, 6, 0)
-    hide_boxes(add_boxes(told, 1.0, np.random.default_rng(0)), np.ones(9, bool), 1.0, np.random.default_rng(0))
+    clip_input = clip_conditions(empty, Clip("", 0, 9), "224x400", np.zeros((9, 8, 8), np.uint8), published=True)
+    assert clip_input.box_corners.shape == (9, 0, 8, 3)
+    assert clip_input.box_masks.shape == (9, 6, 0)
+    hide_boxes(add_boxes(clip_input, 1.0, np.random.default_rng(0)), np.ones(9, bool), 1.0, np.random.default_rng(0))
 
 
 @pytest.mark.parametrize(("published", "shown"), [(True, [0, 6]), (False, [4])])
-def test_hidden_frames_hide_everything_but_key_frames_never(
-    told: ClipConditions, scenes: list[Scene], published: bool, shown: list[int]
+def test_hidden_frames_hide_all_boxes_and_key_frames_none(
+    clip_input: ClipConditions, scenes: list[Scene], published: bool, shown: list[int]
 ) -> None:
-    """The clip begins at frame 2 of the scene, whose key frames are 0, 6, 12."""
+    """The clip starts at frame 2 of the scene, whose key frames are 0, 6, 12."""
     always = anchor_frames(scenes[0], Clip(scenes[0].token, 2, 9), published=published)
     assert np.flatnonzero(always).tolist() == shown
     rng = np.random.default_rng(0)
-    masks = hide_boxes(told, always, 1.0, rng).box_masks
+    masks = hide_boxes(clip_input, always, 1.0, rng).box_masks
     for frame in range(9):
         if frame not in shown:
             assert (masks[frame] == -1).all()
         else:
-            np.testing.assert_array_equal(masks[frame], told.box_masks[frame])
-    share = np.mean([(hide_boxes(told, always, 0.4, rng).box_masks[1] == -1).all() for _ in range(400)])
+            np.testing.assert_array_equal(masks[frame], clip_input.box_masks[frame])
+    share = np.mean([(hide_boxes(clip_input, always, 0.4, rng).box_masks[1] == -1).all() for _ in range(400)])
     assert 0.3 < share < 0.5
-    assert not (told.box_masks == -1).any()
+    assert not (clip_input.box_masks == -1).any()
 
 
-def test_added_boxes_are_present_and_at_most_three(told: ClipConditions) -> None:
+def test_added_boxes_are_present_out_of_view_and_at_most_three(clip_input: ClipConditions) -> None:
     rng = np.random.default_rng(0)
-    masks = add_boxes(told, 1.0, rng).box_masks
-    added = (masks == 1) & (told.box_masks == 0)
-    assert np.array_equal(masks[told.box_masks == 1], told.box_masks[told.box_masks == 1])
-    unseen = ((told.box_masks == 0) & (told.box_classes >= 0)[:, None]).sum(-1)
+    masks = add_boxes(clip_input, 1.0, rng).box_masks
+    added = (masks == 1) & (clip_input.box_masks == 0)
+    assert np.array_equal(masks[clip_input.box_masks == 1], clip_input.box_masks[clip_input.box_masks == 1])
+    unseen = ((clip_input.box_masks == 0) & (clip_input.box_classes >= 0)[:, None]).sum(-1)
     assert np.all(added.sum(-1) <= np.minimum(3, unseen))
     assert np.all(added.sum(-1) >= np.minimum(1, unseen))
-    assert not added.transpose(0, 2, 1)[told.box_classes < 0].any()
-    np.testing.assert_array_equal(add_boxes(told, 0.0, rng).box_masks, told.box_masks)
+    assert not added.transpose(0, 2, 1)[clip_input.box_classes < 0].any()
+    np.testing.assert_array_equal(add_boxes(clip_input, 0.0, rng).box_masks, clip_input.box_masks)
 
 
 @given(st.integers(1, 60), st.floats(0, 1), st.integers(0, 99))
-def test_dropped_frames_lie_between_first_and_last(frames: int, ratio: float, seed: int) -> None:
+def test_dropped_frames_are_between_the_first_and_last_frame(frames: int, ratio: float, seed: int) -> None:
     keep = drop_frames(frames, ratio, np.random.default_rng(seed))
     assert keep.shape == (frames,)
     assert keep[0]

@@ -1,4 +1,4 @@
-"""Conditions held against what the published pipeline gave for the same raw data (golden_condition.npz)."""
+"""Conditions equal those of the published pipeline for the same raw data (golden_condition.npz)."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_boxes(golden: dict[str, np.ndarray], scene: Scene, size: str, frames: i
     np.testing.assert_allclose(own.box_corners, golden[f"{key}box_bboxes"][:, 0], rtol=0, atol=4e-6)
 
 
-def test_right_boxes_differ_by_half_a_height_alone(golden: dict[str, np.ndarray], scene: Scene) -> None:
+def test_exact_corners_are_half_a_height_below_the_published_ones(golden: dict[str, np.ndarray], scene: Scene) -> None:
     own = clip_conditions(scene, Clip("scene", 0, 17), "224x400", np.zeros((17, 4, 4), np.uint8), published=False)
     corners = golden["clip_224x400_f17/box_bboxes"][:, 0].copy()
     for frame, boxes in enumerate(scene.boxes):
@@ -104,8 +104,8 @@ def test_bev_map(golden: dict[str, np.ndarray], meta: dict[str, Any], size: str,
     shapes = {**meta["map_polygons"], **meta["map_lines"]}
     paths = [(MAP_LAYERS.index(name), False, np.array(shape, float)) for name in MAP_LAYERS for shape in shapes[name]]
 
-    # Straight lines across the whole map change rows with the last bit of the pose: take the matrices that the
-    # published pipeline takes, from pyquaternion.
+    # Straight lines across the whole map change rows with the last bit of the pose, so build the matrices with
+    # pyquaternion like the published pipeline.
     def matrices(name: str) -> np.ndarray:
         rotations = [Quaternion(q).rotation_matrix for q in golden[f"raw/{name}_rotation"]]
         return poses.pose(rotations, golden[f"raw/{name}_translation"])

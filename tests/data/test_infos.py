@@ -1,4 +1,4 @@
-"""12 Hz infos: the two rules, the parquet file, splits, and what is said about unusable data."""
+"""The infos: both alignments, the parquet file, splits, and messages about unusable data."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def edit(root: Path, table: str, change: Any) -> None:
     path.write_text(json.dumps(records))
 
 
-def test_frames_lie_at_12_hz_between_key_frames(tables: Tables) -> None:
+def test_frames_are_12_hz_between_key_frames(tables: Tables) -> None:
     for record in tables.scene:
         scene, samples = build_scene(tables, record, "train", published=False), tables.samples(record)
         assert len(scene) == 6 * (len(samples) - 1) + 1
@@ -57,7 +57,7 @@ def test_frames_lie_at_12_hz_between_key_frames(tables: Tables) -> None:
         assert {name for frame in scene.boxes for name in frame.names} <= set(CLASSES)
 
 
-def test_key_frames_hold_the_devkits_own_poses_boxes_and_pictures(tables: Tables) -> None:
+def test_key_frames_hold_the_poses_boxes_and_pictures_of_the_devkit(tables: Tables) -> None:
     record = tables.scene[1]
     scene = build_scene(tables, record, "train", published=False)
     for key, sample in enumerate(tables.samples(record)):
@@ -66,7 +66,7 @@ def test_key_frames_hold_the_devkits_own_poses_boxes_and_pictures(tables: Tables
             path, boxes, intrinsics = tables.get_sample_data(sample["data"][channel], box_vis_level=0)
             assert str(tables.root / scene.pictures[index][view]) == path
             np.testing.assert_array_equal(scene.intrinsics[index, view], intrinsics)
-            # The devkit brings boxes to the camera through the global frame at the camera's own time.
+            # The devkit transforms boxes to the camera through the global frame at the time of the camera.
             own = poses.transform(poses.inverse(scene.camera_to_lidar[index, view]), scene.boxes[index].boxes[:, :3])
             for box in boxes:
                 token = tables.get("sample_annotation", box.token)["instance_token"]
@@ -111,11 +111,11 @@ def test_pictures_are_the_nearest_in_time_although_records_are_missing(drive: Ta
         every = np.array(sorted(times.values()))
         np.testing.assert_allclose(np.abs(chosen - wanted), np.abs(every[:, None] - wanted).min(0))
         assert np.all(np.diff(chosen) >= 0)
-        assert np.abs(chosen - wanted).max() < 90_000  # one dropped record away at most
+        assert np.abs(chosen - wanted).max() < 90_000  # at most one dropped record away
 
 
-def test_the_published_rule_follows_records_and_its_lidar_saws(drive: Tables) -> None:
-    right, published = (scene_of(drive, published=rule) for rule in (False, True))
+def test_the_published_alignment_follows_records_and_its_lidar_jumps(drive: Tables) -> None:
+    exact, published = (scene_of(drive, published=flag) for flag in (False, True))
     records = drive.sensor_records(drive.scene[0])[LIDAR]
     keys = [index for index, entry in enumerate(records) if entry["is_key_frame"]]
     for frame in (0, 7, 20, 186):
@@ -123,22 +123,22 @@ def test_the_published_rule_follows_records_and_its_lidar_saws(drive: Tables) ->
         pose = drive.get("ego_pose", entry["ego_pose_token"])
         np.testing.assert_allclose(published.ego_to_global[frame], poses.pose(pose["rotation"], pose["translation"]))
     steps, sawing = (
-        np.linalg.norm(np.diff(scene.ego_to_global[60:90, :3, 3], axis=0), axis=1) for scene in (right, published)
+        np.linalg.norm(np.diff(scene.ego_to_global[60:90, :3, 3], axis=0), axis=1) for scene in (exact, published)
     )
     assert steps.max() < 1.5 * np.median(steps)
     assert sawing.max() > 3 * np.median(sawing)
-    # the same objects at the same moments, whatever the lidar: they agree in the global frame
+    # equal objects at equal times: they agree in the global frame, whatever the lidar pose
     for frame in (3, 40):
         centres = [
             poses.transform(scene.ego_to_global[frame] @ scene.lidar_to_ego[frame], scene.boxes[frame].boxes[:, :3])
-            for scene in (right, published)
+            for scene in (exact, published)
         ]
-        assert right.boxes[frame].ids == published.boxes[frame].ids
+        assert exact.boxes[frame].ids == published.boxes[frame].ids
         np.testing.assert_allclose(*centres, atol=1e-6)
 
 
-def test_interpolated_objects_are_near_the_annotations_that_were_held_back(drive: Tables) -> None:
-    """Every second key frame of the real drive is left out, and its boxes are then compared."""
+def test_interpolated_objects_are_near_held_back_annotations(drive: Tables) -> None:
+    """Hold back every second key frame of the real drive, and compare its boxes."""
     samples = drive.samples(drive.scene[0])
     errors = []
     for before, held_back, after in zip(samples[:-2:2], samples[1:-1:2], samples[2::2], strict=True):
@@ -156,7 +156,7 @@ def test_interpolated_objects_are_near_the_annotations_that_were_held_back(drive
     assert np.quantile(errors, 0.95) < 0.5
 
 
-def test_objects_in_one_of_two_key_frames_only_are_left_out_between(tables: Tables) -> None:
+def test_objects_in_only_one_of_two_key_frames_are_left_out_between(tables: Tables) -> None:
     scene = scene_of(tables, published=False)
     for start in range(0, len(scene) - 6, 6):
         first, last = set(scene.boxes[start].ids), set(scene.boxes[start + 6].ids)
@@ -175,7 +175,7 @@ def test_a_missing_key_frame_is_bridged_at_12_hz(root_copy: Path) -> None:
     assert gone["token"] not in bridged.tokens
 
 
-def test_parquet_gives_back_every_field(tables: Tables, scenes: list[Scene]) -> None:
+def test_every_field_survives_the_round_trip_through_parquet(tables: Tables, scenes: list[Scene]) -> None:
     for read in scenes:
         record = next(record for record in tables.scene if record["token"] == read.token)
         built = build_scene(tables, record, read.split, published=False)
@@ -189,15 +189,13 @@ def test_parquet_gives_back_every_field(tables: Tables, scenes: list[Scene]) -> 
             np.testing.assert_array_equal(own.boxes, frame.boxes)
 
 
-def test_the_same_tables_give_the_same_bytes(
-    synthetic_root: Path, infos: Path, make_config: Any, tmp_path: Path
-) -> None:
+def test_equal_tables_give_equal_bytes(synthetic_root: Path, infos: Path, make_config: Any, tmp_path: Path) -> None:
     build_infos(make_config(synthetic_root), tmp_path / "again")
     for name in ("frames.parquet", "infos.json"):
         assert (tmp_path / "again" / name).read_bytes() == (infos / name).read_bytes()
 
 
-def test_summary_names_rule_and_counts(infos: Path, scenes: list[Scene]) -> None:
+def test_the_summary_names_alignment_and_counts(infos: Path, scenes: list[Scene]) -> None:
     summary = json.loads((infos / "infos.json").read_text())
     assert summary["rule"] == "by time stamp"
     assert summary["frames"] == sum(map(len, scenes))
@@ -206,7 +204,7 @@ def test_summary_names_rule_and_counts(infos: Path, scenes: list[Scene]) -> None
     assert sum(summary["boxes"].values()) == sum(len(frame.ids) for scene in scenes for frame in scene.boxes)
 
 
-def test_splits() -> None:
+def test_splits_follow_the_setting_or_the_official_ones() -> None:
     names = [f"scene-{index:04d}" for index in range(1, 10)]
     assert [name for name, split in choose_splits(names, "auto", "v1.0-demo").items() if split == "val"] == names[-2:]
     assert choose_splits(names[:1], "auto", "v1.0-demo") == {names[0]: "both"}
@@ -300,11 +298,13 @@ def test_bad_scenes_are_quarantined_on_request(
     assert len(read_scenes(tmp_path / "infos")) == 1  # the earlier result stays
 
 
-def test_the_parquet_file_names_the_rule(infos: Path, synthetic_root: Path, make_config: Any, tmp_path: Path) -> None:
+def test_parquet_metadata_names_the_alignment(
+    infos: Path, synthetic_root: Path, make_config: Any, tmp_path: Path
+) -> None:
     build_infos(make_config(synthetic_root, published=True), tmp_path / "infos")
-    for folder, rule in ((infos, b"by time stamp"), (tmp_path / "infos", b"published")):
+    for folder, alignment in ((infos, b"by time stamp"), (tmp_path / "infos", b"published")):
         metadata = pq.read_schema(folder / "frames.parquet").metadata
-        assert metadata[b"magicdrive.rule"] == rule
+        assert metadata[b"magicdrive.rule"] == alignment
         assert metadata[b"magicdrive.unpaired"] == b"leave_out"
 
 
@@ -324,15 +324,15 @@ def test_missing_and_empty_pictures_are_counted(root_copy: Path, make_config: An
     assert not (tmp_path / "infos").exists()
 
 
-def test_other_pictures_under_the_same_tables_are_noticed(
+def test_replaced_pictures_under_equal_tables_are_noticed(
     synthetic_root: Path, make_config: Any, tmp_path: Path
 ) -> None:
     root, infos = tmp_path / "root", tmp_path / "infos"
     shutil.copytree(synthetic_root, root, copy_function=os.link)
-    assert not pictures_changed(infos, root)  # DVC makes them anyway
+    assert not pictures_changed(infos, root)  # DVC runs the stage anyway
     build_infos(make_config(root), infos)
     assert not pictures_changed(infos, root)
-    assert not pictures_changed(infos, synthetic_root)  # a copy, whatever its dates
+    assert not pictures_changed(infos, synthetic_root)  # a copy with other dates
     first, second = sorted((root / "samples/CAM_BACK").iterdir())[:2]
     first.rename(tmp_path / "kept")
     second.rename(first)
@@ -349,13 +349,13 @@ def test_a_single_real_key_frame_is_a_scene_of_one_frame(shared: Path, make_conf
         build_infos(make_config(root, "v1.0-one", published=True), tmp_path / "published")
 
 
-def test_a_root_without_pictures_says_how_to_draw_them(shared: Path, make_config: Any, tmp_path: Path) -> None:
+def test_missing_pictures_are_reported_with_how_to_render_them(shared: Path, make_config: Any, tmp_path: Path) -> None:
     with pytest.raises(MagicDriveError, match=r"1\d\d\d pictures are unusable") as error:
         build_infos(make_config(shared / "data/nuscenes-drive", "v1.0-drive"), tmp_path / "infos")
     assert "--render-for" in error.value.hint
 
 
-def test_the_published_rule_is_named_in_the_summary(synthetic_root: Path, make_config: Any, tmp_path: Path) -> None:
+def test_the_summary_names_the_published_alignment(synthetic_root: Path, make_config: Any, tmp_path: Path) -> None:
     build_infos(make_config(synthetic_root, published=True), tmp_path / "infos")
     assert json.loads((tmp_path / "infos" / "infos.json").read_text())["rule"] == "published"
     assert len(read_scenes(tmp_path / "infos")) == 2

@@ -1,4 +1,4 @@
-"""Pictures as video frames, and what is said about unusable ones."""
+"""Pictures as video frames, and messages about unusable pictures."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def picture(synthetic_root: Path, scenes: list[Scene], tmp_path: Path) -> Path:
     return path
 
 
-def test_the_whole_size_is_the_picture_without_its_top(picture: Path) -> None:
+def test_the_full_size_is_the_picture_without_its_top_rows(picture: Path) -> None:
     with Image.open(picture) as image:
         np.testing.assert_array_equal(read_picture(picture, Framing(848, 1600)), np.asarray(image)[52:])
 
@@ -35,7 +35,7 @@ def test_smaller_sizes_show_the_same_scene(picture: Path) -> None:
     assert np.abs(small[-212:] - averaged).mean() < 4
 
 
-def test_a_clip_is_views_by_frames(synthetic_root: Path, scenes: list[Scene]) -> None:
+def test_a_clip_has_views_and_frames(synthetic_root: Path, scenes: list[Scene]) -> None:
     clip = read_clip(synthetic_root, scenes[0], Clip(scenes[0].token, 4, 2), "112x200")
     assert clip.shape == (6, 2, 112, 200, 3)
     path = synthetic_root / scenes[0].pictures[5][3]
@@ -52,21 +52,21 @@ def test_unusable_pictures_are_named(picture: Path, tmp_path: Path) -> None:
         read_picture(tmp_path / "gone.jpg", SMALL)
 
 
-def test_of_another_shape_the_middle_is_seen(tmp_path: Path) -> None:
+def test_pictures_of_another_aspect_ratio_show_their_centre(tmp_path: Path) -> None:
     path = tmp_path / "tall.png"
     tall = np.zeros((2048, 1550, 3), np.uint8)
-    tall[588:1460] = 200  # 1550 * 9 / 16 = 872 rows about the middle
+    tall[588:1460] = 200  # 1550 * 9 / 16 = 872 central rows
     Image.fromarray(tall).save(path)
     seen = read_picture(path, SMALL)
     assert seen.shape == (224, 400, 3)
     assert (seen[3:-3] == 200).all()
-    Image.fromarray(tall[:872]).resize((800, 450)).save(path)  # the same shape, smaller: seen whole
+    Image.fromarray(tall[:872]).resize((800, 450)).save(path)  # 16:9 but smaller: nothing is cut
     assert read_picture(path, SMALL).shape == (224, 400, 3)
 
 
 @pytest.mark.parametrize("size", [(112, 200), (224, 400), (424, 800)])
-def test_scaled_decoding_is_fifty_decibels_from_whole_decoding(shared: Path, size: tuple[int, int]) -> None:
-    """Six real pictures; at 424x800 twice the size is the whole picture, so that nothing is scaled."""
+def test_scaled_decoding_agrees_with_full_decoding_to_50_db(shared: Path, size: tuple[int, int]) -> None:
+    """Six real pictures; at 424x800 twice the size is the full size, so that nothing is scaled."""
     errors = []
     for path in sorted((shared / "data/nuscenes-one/samples").glob("CAM_*/*.jpg")):
         whole, scaled = (read_picture(path, Framing(*size), scaled=flag).astype(float) for flag in (False, True))

@@ -1,4 +1,4 @@
-"""Published info files: scenes there and back, what is refused, and what is said about broken ones."""
+"""Published info files: the round trip of scenes, refused types, and messages about broken files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def assert_same(read: Scene, scene: Scene) -> None:
         np.testing.assert_array_equal(own.boxes, frame.boxes)
 
 
-def test_scenes_come_back(scenes: list[Scene], tmp_path: Path) -> None:
+def test_scenes_survive_the_round_trip(scenes: list[Scene], tmp_path: Path) -> None:
     write_published(scenes, tmp_path / "infos.pkl", "v1.0-demo")
     for read, scene in zip(read_published(tmp_path / "infos.pkl", "val"), scenes, strict=True):
         assert_same(read, scene)
@@ -61,7 +61,7 @@ def test_a_real_drive_has_the_published_fields(shared: Path, tmp_path: Path) -> 
     assert record["gt_boxes"].shape == (count, 7)
     assert record["gt_velocity"].shape == (count, 2)
     assert record["is_key_frame"]
-    for camera in record["cams"].values():  # the two ways from a camera to the lidar are one
+    for camera in record["cams"].values():  # both transformations from camera to lidar agree
         to_global = poses.pose(camera["ego2global_rotation"], camera["ego2global_translation"]) @ poses.pose(
             camera["sensor2ego_rotation"], camera["sensor2ego_translation"]
         )
@@ -72,7 +72,7 @@ def test_a_real_drive_has_the_published_fields(shared: Path, tmp_path: Path) -> 
         np.testing.assert_allclose(poses.inverse(lidar) @ to_global, straight, atol=1e-9)
 
 
-def test_velocities_are_those_of_the_annotations(shared: Path, tmp_path: Path) -> None:
+def test_velocities_match_those_of_the_annotations(shared: Path, tmp_path: Path) -> None:
     tables = load_tables(shared / "data/nuscenes-drive", "v1.0-drive")
     scene = build_scene(tables, tables.scene[0], "val", published=False)
     write_published([scene], tmp_path / "infos.pkl", "v1.0-drive")
@@ -86,7 +86,7 @@ def test_velocities_are_those_of_the_annotations(shared: Path, tmp_path: Path) -
             wanted = (lidar_to_global[:3, :3].T @ tables.box_velocity(token))[:2]
             differences.append(np.linalg.norm(record["gt_velocity"][row] - wanted))
     assert len(differences) > 20
-    assert np.nanmedian(differences) < 0.2  # the devkit's are over a second, these over a sixth of one
+    assert np.nanmedian(differences) < 0.2  # the devkit's span a second, these a sixth of one
 
 
 class Malicious:
@@ -99,7 +99,7 @@ class Malicious:
 
 @pytest.mark.parametrize("protocol", [0, 2, 4, 5])
 @pytest.mark.parametrize("function", [os.mkdir, eval, __import__, getattr, pickle.loads])
-def test_what_is_no_data_is_refused_and_not_run(tmp_path: Path, protocol: int, function: Any) -> None:
+def test_types_other_than_data_are_refused_and_not_run(tmp_path: Path, protocol: int, function: Any) -> None:
     argument = str(tmp_path / "trace") if function is os.mkdir else "1"
     path = tmp_path / "infos.pkl"
     path.write_bytes(pickle.dumps({"infos": [Malicious(function, argument)]}, protocol=protocol))
@@ -131,7 +131,7 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     for broken in (b"", whole[: len(whole) // 2], b"not a pickle", b"\x80\x04\x8c\x05numpy\x8c\x05dtype\x93."):
         path.write_bytes(broken)
         if broken.endswith(b"\x93."):
-            assert read_plain_pickle(path) is np.dtype  # a type alone is harmless
+            assert read_plain_pickle(path) is np.dtype  # a bare type is harmless
             continue
         with pytest.raises(MagicDriveError, match=r"a.pkl is not a complete pickle"):
             read_plain_pickle(path)
@@ -173,7 +173,7 @@ def test_broken_records_are_named(scenes: list[Scene], tmp_path: Path, change: A
         read_published(path, "val")
 
 
-def test_verbs_take_infos_out_and_in(
+def test_commands_export_and_import_infos(
     infos: Path, scenes: list[Scene], synthetic_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "artifacts").mkdir()

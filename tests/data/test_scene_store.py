@@ -1,4 +1,4 @@
-"""Infos of many scenes: made in processes, gone on with after an interruption, and read without being held."""
+"""The scene store: written by several processes, resumed after an interruption, read by mapping files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def assert_equal_folders(folder: Path, other: Path) -> None:
         assert (folder / file).read_bytes() == (other / file).read_bytes(), file
 
 
-def test_interrupted_infos_go_on_after_the_scenes_that_are_written(
+def test_interrupted_infos_resume_after_the_written_scenes(
     synthetic_root: Path, infos: Path, make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
@@ -54,7 +54,7 @@ def test_interrupted_infos_go_on_after_the_scenes_that_are_written(
     assert_equal_folders(tmp_path / "infos", infos)
 
 
-def test_processes_give_the_same_infos(
+def test_any_number_of_processes_gives_equal_infos(
     synthetic_root: Path, infos: Path, make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
@@ -78,7 +78,7 @@ def test_a_fault_stops_the_other_processes(monkeypatch: pytest.MonkeyPatch) -> N
     assert not multiprocessing.active_children()
 
 
-def test_scenes_are_mapped_and_hold_what_the_parquet_file_holds(infos: Path, scenes: list[Scene]) -> None:
+def test_scenes_are_mapped_and_equal_the_parquet_file(infos: Path, scenes: list[Scene]) -> None:
     with pq.ParquetFile(infos / "frames.parquet") as file:
         assert file.num_row_groups == len(scenes) == 2
         for group, scene in enumerate(scenes):
@@ -94,7 +94,7 @@ def test_scenes_are_mapped_and_hold_what_the_parquet_file_holds(infos: Path, sce
     assert pa.total_allocated_bytes() - before < sum(array.nbytes for array in arrays) / 10
 
 
-def test_scenes_are_found_by_token_and_in_parts(infos: Path, scenes: list[Scene]) -> None:
+def test_scenes_are_found_by_token_and_by_slice(infos: Path, scenes: list[Scene]) -> None:
     found = ScenesByToken(scenes, [SceneHeader.of(scene) for scene in scenes])
     assert list(found) == [scene.token for scene in scenes]
     assert found[scenes[1].token].name == scenes[1].name
@@ -102,7 +102,7 @@ def test_scenes_are_found_by_token_and_in_parts(infos: Path, scenes: list[Scene]
     assert "nobody" not in found
 
 
-def test_half_written_and_foreign_scenes_are_refused(infos: Path, scenes: list[Scene], tmp_path: Path) -> None:
+def test_incomplete_and_foreign_scenes_are_refused(infos: Path, scenes: list[Scene], tmp_path: Path) -> None:
     with pytest.raises(MagicDriveError, match="is missing") as error:
         read_scenes(tmp_path)
     assert "dvc repro" in error.value.hint

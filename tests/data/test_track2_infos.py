@@ -1,4 +1,4 @@
-"""The W-CODA track-2 evaluation file: the published form (golden notes, section 3), written here field by field."""
+"""The W-CODA track-2 evaluation file in the published format (golden notes, section 3), written field by field."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ from magicdrive_core.data.records import Scene
 from magicdrive_core.geometry.cameras import VIEWS
 from tests.conftest import PROJECT
 
-FRAMES = 17  # of each scene, from its first one on: what a submission's clips are generated from
+FRAMES = 17  # of each scene, the first ones, from which the clips of a submission are generated
 TURN = np.array([[0.0, 0.0, 1.0], [-1.0, 0.0, 0.0], [0.0, -1.0, 0.0]])  # camera axes to lidar axes
 SCENES = ("a" * 32, "b" * 32)
-OFFICE = "/home/someone/data/nuscenes/"
+PREFIX = "/home/someone/data/nuscenes/"
 
 
 def record(scene: int, frame: int) -> dict[str, Any]:
-    """One frame: the car drives along the global x at 6 m/s; a car, and something of no class that is generated."""
+    """Make one frame: the ego car drives along the global x at 6 m/s, past a car and an object of no known class."""
     key, step = divmod(frame, 6)
     token = f"{SCENES[scene][:-1]}{key}" + (str(step) if step else "")
     second = frame / 12
     cameras = {
         name: {
-            "data_path": f"{OFFICE}{'sweeps' if step else 'samples'}/{name}/{scene}-{frame}.jpg",
+            "data_path": f"{PREFIX}{'sweeps' if step else 'samples'}/{name}/{scene}-{frame}.jpg",
             "type": name,
             "sample_data_token": f"{name}-{frame}",
             "sensor2ego_translation": [1.5, 0.0, 1.5],
             "sensor2ego_rotation": [0.5, -0.5, 0.5, -0.5],
             "ego2global_translation": [100 + 6 * second, 50.0, 0.0],
             "ego2global_rotation": [1.0, 0.0, 0.0, 0.0],
-            "timestamp": 1_533_000_000_000_000 + round(second * 1e6) + 4000 * place,
+            "timestamp": 1_533_000_000_000_000 + round(second * 1e6) + 4000 * index,
             "sensor2lidar_rotation": TURN,
-            "sensor2lidar_translation": np.array([0.1 * place, 0.5, -0.3]),
+            "sensor2lidar_translation": np.array([0.1 * index, 0.5, -0.3]),
             "camera_intrinsics": np.array([[1266.4, 0, 816.3], [0, 1266.4, 491.5], [0, 0, 1]]),
         }
-        for place, name in enumerate(CAMERA_ORDER)
+        for index, name in enumerate(CAMERA_ORDER)
     }
     return {
-        "lidar_path": f"{OFFICE}samples/LIDAR_TOP/{scene}-{frame}.bin",
+        "lidar_path": f"{PREFIX}samples/LIDAR_TOP/{scene}-{frame}.bin",
         "token": token,
         "sweeps": [],
         "cams": cameras,
@@ -74,7 +74,7 @@ def record(scene: int, frame: int) -> dict[str, Any]:
 
 @pytest.fixture(params=["numpy.core", "numpy._core"], ids=["NumPy 1", "NumPy 2"])
 def pickled(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """The file as either NumPy writes it; protocol 2 names modules in plain words."""
+    """Write the file as NumPy 1 or 2 writes it; protocol 2 spells out module names."""
     infos = [record(scene, frame) for scene in range(2) for frame in range(FRAMES)]
     tokens = [[info["token"] for info in infos[start : start + FRAMES]] for start in (0, FRAMES)]
     values = {"infos": infos[::-1], "metadata": {"version": "v1.0-trainval"}, "scene_tokens": tokens}
@@ -101,8 +101,8 @@ def check(scenes: list[Scene]) -> None:
         assert scene.description == ("Parked cars, peds", "Night, rain")[number]
         assert scene.key_frames.nonzero()[0].tolist() == [0, 6, 12]
         assert scene.pictures[7] == [f"sweeps/{view}/{number}-7.jpg" for view in VIEWS]
-        places = [CAMERA_ORDER.index(view) for view in VIEWS]
-        np.testing.assert_allclose(scene.camera_to_lidar[7, :, :3, 3], [[0.1 * place, 0.5, -0.3] for place in places])
+        indices = [CAMERA_ORDER.index(view) for view in VIEWS]
+        np.testing.assert_allclose(scene.camera_to_lidar[7, :, :3, 3], [[0.1 * index, 0.5, -0.3] for index in indices])
         np.testing.assert_allclose(scene.camera_to_lidar[7, 3, :3, :3], TURN)
         np.testing.assert_allclose(scene.ego_to_global[12, :3, 3], [106, 50, 0])
         np.testing.assert_allclose(scene.lidar_to_ego[3, :3, :3], [[0, 1, 0], [-1, 0, 0], [0, 0, 1]], atol=1e-12)
@@ -111,7 +111,7 @@ def check(scenes: list[Scene]) -> None:
             np.testing.assert_allclose(boxes.boxes, [[2, 20 - frame / 2, -1, 1.9, 4.5, 1.6, -1.57]])
 
 
-def test_it_becomes_infos_and_goes_out_again(pickled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_file_is_imported_and_exported(pickled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "params.yaml").write_text((PROJECT / "profiles/demo.yaml").read_text())
     assert "2 scenes in" in run("import-infos", "--val", pickled.name)
@@ -124,11 +124,11 @@ def test_it_becomes_infos_and_goes_out_again(pickled: Path, tmp_path: Path, monk
     check(read_scenes("artifacts/infos"))
 
 
-def test_code_in_it_is_refused_and_not_run(pickled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_in_the_file_is_refused_unrun(pickled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "params.yaml").write_text((PROJECT / "profiles/demo.yaml").read_text())
     whole = pickled.read_bytes()
-    assert whole.count(b"X\x07\x00\x00\x00version") == 1  # the key's value becomes os.mkdir("trace")
+    assert whole.count(b"X\x07\x00\x00\x00version") == 1  # its value becomes os.mkdir("trace")
     call = b"cos\nmkdir\n(X\x05\x00\x00\x00tracetR"
     pickled.write_bytes(whole.replace(b"X\r\x00\x00\x00v1.0-trainval", call))
     result = CliRunner().invoke(app, ["import-infos", "--val", pickled.name])

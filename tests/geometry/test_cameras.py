@@ -1,4 +1,4 @@
-"""What resizing and cropping do to a picture's pixels, and the ring of cameras."""
+"""Framing of pictures, projection, and the ring of cameras."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from magicdrive_core.geometry.cameras import VIEWS, Framing, project, ring_neigh
 @pytest.mark.parametrize(
     ("height", "width", "ratio", "crop"), [(224, 400, 0.25, 1), (424, 800, 0.5, 26), (848, 1600, 1.0, 52)]
 )
-def test_published_sizes(height: int, width: int, ratio: float, crop: int) -> None:
+def test_framing_of_the_published_sizes(height: int, width: int, ratio: float, crop: int) -> None:
     framing = Framing(height, width)
     assert (framing.ratio, framing.crop) == (ratio, crop)
     np.testing.assert_array_equal(framing.matrix @ [100, 900, 0, 1], [100 * ratio, 900 * ratio - crop, 0, 1])
 
 
-def test_ring_is_closed_and_mutual() -> None:
+def test_ring_neighbours_are_closed_and_mutual() -> None:
     neighbours = ring_neighbours(len(VIEWS))
     assert neighbours[0] == (5, 1)
     assert neighbours[5] == (4, 0)

@@ -1,4 +1,4 @@
-"""Rigid motions: inverses, composition, and the great arc between rotations."""
+"""Rigid motions and quaternions: conversion, inversion and interpolation."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ vectors = arrays(np.float64, 3, elements=finite)
 
 
 @given(quaternions)
-def test_rotation_matrices_are_those_of_pyquaternion(q: np.ndarray) -> None:
+def test_rotation_matrices_equal_those_of_pyquaternion(q: np.ndarray) -> None:
     np.testing.assert_allclose(poses.rotation_matrix(q), Quaternion(q).normalised.rotation_matrix, atol=1e-12)
 
 
 @given(quaternions, vectors, vectors)
-def test_inverse_brings_points_back(q: np.ndarray, translation: np.ndarray, point: np.ndarray) -> None:
+def test_inverse_transforms_points_back(q: np.ndarray, translation: np.ndarray, point: np.ndarray) -> None:
     matrix = poses.pose(q, translation)
     np.testing.assert_allclose(poses.transform(poses.inverse(matrix), poses.transform(matrix, point)), point, atol=1e-9)
     np.testing.assert_allclose(poses.inverse(matrix) @ matrix, np.eye(4), atol=1e-10)
@@ -40,22 +40,22 @@ def test_slerp_divides_the_shorter_arc(start: np.ndarray, end: np.ndarray, fract
 
 
 @given(quaternions)
-def test_slerp_between_equal_rotations_stays(q: np.ndarray) -> None:
+def test_slerp_between_equal_rotations_is_constant(q: np.ndarray) -> None:
     unit = q / np.linalg.norm(q)
     np.testing.assert_allclose(poses.slerp(q, q, 0.3), unit, atol=1e-15)
     np.testing.assert_allclose(np.abs(poses.slerp(q, -q, 0.3) @ unit), 1.0, atol=1e-12)
 
 
-def test_slerp_takes_many_at_once() -> None:
+def test_slerp_of_a_batch_equals_single_calls() -> None:
     rng = np.random.default_rng(0)
     start, end, fraction = rng.normal(size=(5, 4)), rng.normal(size=(5, 4)), rng.random(5)
-    together = poses.slerp(start, end, fraction)
+    batch = poses.slerp(start, end, fraction)
     for index in range(5):
-        np.testing.assert_allclose(together[index], poses.slerp(start[index], end[index], fraction[index]), atol=1e-15)
+        np.testing.assert_allclose(batch[index], poses.slerp(start[index], end[index], fraction[index]), atol=1e-15)
 
 
 @given(quaternions, quaternions)
-def test_quaternions_come_back_from_matrices_and_multiply_as_they_do(a: np.ndarray, b: np.ndarray) -> None:
+def test_quaternions_survive_the_round_trip_and_multiply_like_matrices(a: np.ndarray, b: np.ndarray) -> None:
     matrix = poses.rotation_matrix(a)
     back = poses.quaternion(matrix)
     assert back[0] >= 0

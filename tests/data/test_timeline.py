@@ -1,4 +1,4 @@
-"""Held-back key frames: how far interpolated and carried objects are from what was annotated."""
+"""Interpolated and extrapolated objects are close to the annotations of held-back key frames."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from magicdrive_core.data.timeline import Objects, extrapolate
 from magicdrive_core.geometry.poses import slerp
 
 
-def objects(**places: tuple[float, float]) -> Objects:
-    count = len(places)
+def objects(**positions: tuple[float, float]) -> Objects:
+    count = len(positions)
     return Objects(
-        ids=list(places),
+        ids=list(positions),
         names=["car"] * count,
-        centres=np.array([[*place, 0.0] for place in places.values()]).reshape(-1, 3),
+        centres=np.array([[*position, 0.0] for position in positions.values()]).reshape(-1, 3),
         rotations=np.tile([1.0, 0, 0, 0], (count, 1)),
         sizes=np.ones((count, 3)),
     )
 
 
-def test_a_real_drive_is_bridged_to_centimetres(shared: Path) -> None:
+def test_a_real_drive_is_interpolated_to_centimetres(shared: Path) -> None:
     result = held_back(load_tables(shared / "data/nuscenes-drive", "v1.0-drive"))
     errors = {(entry.kind, entry.name): entry for entry in result.errors}
     paired, carried = errors[PAIRED, "all"], errors[CARRIED, "all"]
@@ -43,7 +43,7 @@ def test_a_real_drive_is_bridged_to_centimetres(shared: Path) -> None:
     )
 
 
-def test_carried_objects_keep_their_velocity_or_stand() -> None:
+def test_extrapolated_objects_keep_their_velocity_or_stand_still() -> None:
     earlier, here, gone = (
         objects(moving=(0, 0)),
         objects(moving=(2, 0), new=(5, 5), stays=(1, 1)),
@@ -56,7 +56,7 @@ def test_carried_objects_keep_their_velocity_or_stand() -> None:
 
 
 @pytest.mark.parametrize("published", [False, True])
-def test_lone_objects_are_shown_in_the_nearer_half_on_request(shared: Path, published: bool) -> None:
+def test_unpaired_objects_are_shown_in_the_nearer_half_on_request(shared: Path, published: bool) -> None:
     tables = load_tables(shared / "data/nuscenes-drive", "v1.0-drive")
     plain = build_scene(tables, tables.scene[0], "both", published=published)
     carried = build_scene(tables, tables.scene[0], "both", published=published, extrapolate_unpaired=True)
