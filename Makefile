@@ -45,10 +45,10 @@ test: check  ## check, then run all tests (what .ci/run calls)
 	OMP_NUM_THREADS=1 pytest -n 2
 
 docs: $(READY)  ## build the documentation site in site/; a broken link or a faulty docstring stops the build
-	mkdocs build --quiet
+	mkdocs build
 
 docs-serve: $(READY)  ## serve the documentation site on 127.0.0.1:8000 and rebuild it at each change
-	mkdocs serve --dev-addr 127.0.0.1:8000
+	mkdocs serve --no-strict --dev-addr 127.0.0.1:8000
 
 demo: $(READY)  ## run everything on generated data, or on yours: make demo DATA=/path VERSION=v1.0-mini
 	magicdrive use $(PROFILE) $(if $(DATA),-S data.root='$(abspath $(DATA))' -S data.version='$(VERSION)' -S synth=null)
