@@ -1,4 +1,4 @@
-"""A small project folder as a user has one: the repository's DVC files, tiny settings, generated data, `dvc repro`."""
+"""A small project folder like a user's: the repository's DVC files, tiny settings, generated data, `dvc repro`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ TINY = [
 
 
 def run(project: Path, *command: str) -> str:
-    """Output of a command of this environment that must succeed, run in the project's folder."""
+    """Runs a command of this environment in the project's folder; it must succeed. Returns its output."""
     tools = Path(sys.executable).parent
     environment = os.environ | {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -56,7 +56,7 @@ def make_project(folder: Path, data: Path) -> None:
         shutil.copytree(PROJECT / name, folder / name, ignore=shutil.ignore_patterns("cache", "tmp"))
     for name in ("dvc.yaml", ".dvcignore", ".gitignore", "pyproject.toml"):
         shutil.copy(PROJECT / name, folder / name)
-    # The whole source: `python -m` looks into the folder that it is started in before it looks elsewhere.
+    # The whole source: `python -m` prefers modules of the working directory.
     shutil.copytree(
         PROJECT / "magicdrive_core", folder / "magicdrive_core", ignore=shutil.ignore_patterns("__pycache__")
     )
@@ -67,7 +67,7 @@ def make_project(folder: Path, data: Path) -> None:
 
 
 def reproduced(base: Path, data: Path) -> Path:
-    """The project below ``base`` in which ``dvc repro`` was run, made by the first who asks. Not to be changed."""
+    """Returns the project below ``base`` after ``dvc repro``; the first caller makes it. Do not change its files."""
     folder = base / "project"
     with FileLock(base / "project.lock"):
         if not (folder / "reproduced").exists():
@@ -86,7 +86,7 @@ def change(project: Path, *overrides: str) -> None:
 
 
 def copy_project(source: Path, target: Path) -> Path:
-    """A copy to be changed; files are linked where nothing is written into them."""
+    """Makes a copy that may be changed; files that nobody writes into are hard links."""
     shutil.copytree(
         source, target, copy_function=os.link, ignore=shutil.ignore_patterns("params.yaml", "*.lock", "tmp")
     )

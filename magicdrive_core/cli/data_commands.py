@@ -18,7 +18,7 @@ from magicdrive_core.cli.options import (
     Set,
     read_config,
 )
-from magicdrive_core.errors import MagicDriveError, UsageError
+from magicdrive_core.errors import UsageError
 
 app = typer.Typer()
 
@@ -142,16 +142,11 @@ def export_infos(
 
     Example: magicdrive export-infos infos_val.pkl --split val
     """
-    from magicdrive_core.data.infos import SUMMARY, read_scenes
-    from magicdrive_core.data.published_infos import write_published
-    from magicdrive_core.utils.files import read_json
+    from magicdrive_core.data.infos import export_infos as write_exported
 
     if split not in ("train", "val"):
         raise UsageError(f"--split {split}: write train or val")
-    scenes = [scene for scene in read_scenes(INFOS) if scene.split in (split, "both")]
-    if not scenes:
-        raise MagicDriveError(f"{INFOS} has no scene of the split {split}", "infos.json lists the splits")
-    write_published(scenes, out, read_json(INFOS / SUMMARY)["version"])
+    scenes = write_exported(INFOS, split, out)
     print(f"{len(scenes)} scenes, {sum(map(len, scenes))} frames: {out}")
 
 
@@ -171,13 +166,10 @@ def preview_edits(
     Example: magicdrive preview-edits edits.yaml --scene demo-2001 --out preview.png
     """
     from magicdrive_core.data.edits import load_edits
-    from magicdrive_core.data.infos import read_scenes
+    from magicdrive_core.data.infos import find_scene
     from magicdrive_core.report.edit_preview import draw_preview, list_objects
 
-    scenes = {found.name: found for found in read_scenes(INFOS)}
-    if scene not in scenes:
-        raise UsageError(f"there is no scene {scene!r}", f"known: {', '.join(list(scenes)[:10])}")
-    chosen = scenes[scene]
+    chosen = find_scene(INFOS, scene)
     if not 0 <= frame < len(chosen):
         raise UsageError(f"--frame {frame}: {scene} has frames 0 to {len(chosen) - 1}")
     if edits is None:

@@ -20,10 +20,10 @@ from magicdrive_core.config.schema import Config, fingerprint
 from magicdrive_core.data.adapters import Adapter, open_adapter
 from magicdrive_core.data.nuscenes_scenes import choose_splits
 from magicdrive_core.data.pictures import PictureInventory, check_pictures
-from magicdrive_core.data.published_infos import read_published
+from magicdrive_core.data.published_infos import read_published, write_published
 from magicdrive_core.data.records import CLASSES, Scene
 from magicdrive_core.data.scene_store import SCHEMA, Scenes, read_scene, scene_path, to_table, write_scene
-from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.errors import MagicDriveError, UsageError
 from magicdrive_core.utils.files import atomic_folder, read_json, resumable_folder, sha256_file, write_json
 from magicdrive_core.utils.process_pool import for_each_scene
 
@@ -126,6 +126,27 @@ def import_infos(files: Mapping[str, Path], root: Path, version: str, out: Path 
     return len(scenes)
 
 
+def export_infos(infos: Path, split: str, out: Path) -> list[Scene]:
+    """Write the scenes of a split as one published info file.
+
+    Args:
+        infos: the infos folder.
+        split: "train" or "val".
+        out: the file to write.
+
+    Returns:
+        The scenes that were written.
+
+    Raises:
+        MagicDriveError: the infos are missing or have no scene of the split.
+    """
+    scenes = [scene for scene in read_scenes(infos) if scene.split in (split, "both")]
+    if not scenes:
+        raise MagicDriveError(f"{infos} has no scene of the split {split}", f"{infos / SUMMARY} lists the splits")
+    write_published(scenes, out, read_json(infos / SUMMARY)["version"])
+    return scenes
+
+
 def write_infos(scenes: Iterable[Scene], facts: Mapping[str, str], folder: Path) -> None:
     """Write all files of an infos folder; pictures are not checked.
 
@@ -147,6 +168,19 @@ def read_scenes(folder: Path | str) -> Scenes:
         MagicDriveError: the folder holds no infos.
     """
     return Scenes(folder)
+
+
+def find_scene(infos: Path, name: str) -> Scene:
+    """Find a scene of an infos folder by its name.
+
+    Raises:
+        UsageError: there is no such scene.
+        MagicDriveError: the folder holds no infos.
+    """
+    scenes = {scene.name: scene for scene in read_scenes(infos)}
+    if name not in scenes:
+        raise UsageError(f"there is no scene {name!r}", f"known: {', '.join(list(scenes)[:10])}")
+    return scenes[name]
 
 
 def infos_digest(folder: Path | str) -> str:

@@ -1,4 +1,4 @@
-"""Unusable data and disks as a user meets them at the command line: one line, a hint, nothing half-done."""
+"""Unusable data and full disks at the command line: one line, a hint, nothing half-written."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.utils.files import sha256_folder
 from tests.projects import change, copy_project
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # the first one waits for `dvc repro`
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # the first test waits for `dvc repro`
 
 
 @pytest.fixture
 def project(reproduced_project: Path, tmp_path: Path) -> Path:
-    """A project on data of its own, as with `make demo DATA=...`."""
+    """Makes a project on the user's data, as with `make demo DATA=...`."""
     project = copy_project(reproduced_project, tmp_path / "project")
     (project / "data").rename(project / "own")
     change(project, f"data.root={project / 'own'}", "synth=null")
@@ -29,7 +29,7 @@ def project(reproduced_project: Path, tmp_path: Path) -> Path:
 
 
 def fail(project: Path, *words: str, file_bytes: int = resource.RLIM_INFINITY) -> tuple[int, list[str]]:
-    """Exit code and standard error, the progress bars left out, of a command that must fail without a traceback."""
+    """Runs a command that must fail without a traceback; returns exit code and the lines with errors and hints."""
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
@@ -49,13 +49,13 @@ def fail(project: Path, *words: str, file_bytes: int = resource.RLIM_INFINITY) -
 
 
 def replace(path: Path, data: bytes) -> None:
-    """New content for a file that is a link to another project's."""
+    """Replaces a file, which is a hard link to another project's file."""
     path.unlink()
     path.write_bytes(data)
 
 
 def front(project: Path) -> Path:
-    """The first front picture that is trained on."""
+    """Finds the first front picture of a training scene."""
     scene = next(scene for scene in read_scenes(project / "artifacts/infos") if scene.split == "train")
     return project / "own" / scene.pictures[0][1]
 
