@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from einops import rearrange
 
 from magicdrive_core.config.schema import parse_size
 from magicdrive_core.errors import UsageError
@@ -89,7 +90,7 @@ class BucketSampler:
                 queues.append([])
                 continue
             clips = generator.permutation(self._filled(bucket)) % max(1, count)
-            queues.append(clips.reshape(-1, batch).tolist())
+            queues.append(rearrange(clips, "(m b) -> m b", b=batch).tolist())
         turns = np.repeat(np.arange(len(queues)), [len(queue) for queue in queues])
         waiting = [iter(queue) for queue in queues]
         dealt = [(bucket, next(waiting[bucket])) for bucket in turns[generator.permutation(len(turns))].tolist()]
@@ -155,7 +156,8 @@ def idle_share(batches: Sequence[MicroBatch], costs: Sequence[float], ranks: int
         costs: cost of a micro-batch of each bucket.
         ranks: number of ranks; each step takes the next ``ranks`` micro-batches.
     """
-    steps = np.array([costs[bucket] for bucket, _ in batches[: len(batches) // ranks * ranks]]).reshape(-1, ranks)
+    in_steps = np.array([costs[bucket] for bucket, _ in batches[: len(batches) // ranks * ranks]])
+    steps = rearrange(in_steps, "(s r) -> s r", r=ranks)
     return float(1 - steps.sum() / (ranks * steps.max(axis=1).sum()))
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+from einops import repeat
 from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, ValidationError, field_validator
 
@@ -300,7 +301,8 @@ class _EditedScene:
         """Move an object of a size (w, l, h) through points on the ground: boxes (F, 7) in the start frame."""
         positions, headings = follow(points, self.seconds)
         heights = self.ground_at(positions) + size[2] / 2
-        rows = np.column_stack([positions, heights, np.tile(size, (len(positions), 1)), -headings - np.pi])
+        sizes = repeat(np.asarray(size), "c -> f c", f=len(positions))
+        rows = np.column_stack([positions, heights, sizes, -headings - np.pi])
         if len(points) > 1:
             present = (self.seconds >= points[0].second - 1e-6) & (self.seconds <= points[-1].second + 1e-6)
             rows[~present] = np.nan

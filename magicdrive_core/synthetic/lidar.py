@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from einops import rearrange, repeat
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
@@ -39,8 +40,8 @@ def scan(boxes: Array, lidar_to_global: Array, azimuths: int) -> Sweep:
     flat = np.stack([np.cos(turn), np.sin(turn)], axis=1)
     up, out = np.sin(BEAMS), np.cos(BEAMS)
     local = np.concatenate(
-        [flat[:, None] * out[None, :, None], np.broadcast_to(up[None, :, None], (azimuths, len(BEAMS), 1))], axis=-1
-    )
+        [rearrange(flat, "a c -> a 1 c") * rearrange(out, "b -> b 1"), repeat(up, "b -> a b 1", a=azimuths)], axis=-1
+    )  # (A, 32, 3)
     rays = local @ lidar_to_global[:3, :3].T  # (A, 32, 3)
     origin = lidar_to_global[:3, 3]
     with np.errstate(divide="ignore"):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from einops import repeat
 from numpy.typing import NDArray
 
 from magicdrive_core.errors import MagicDriveError
@@ -121,11 +122,11 @@ def draw_regions(camera: PosedCamera, world: StaticWorld, movers: Solids, descri
     labels = np.zeros((PICTURE_HEIGHT, PICTURE_WIDTH), np.uint8)
     paint_sky(labels, camera)
     paint(labels, world.ground, camera)
-    regions = np.repeat(_TABLE[labels][..., None], 3, axis=2)
+    regions = repeat(_TABLE[labels], "h w -> h w c", c=3)  # as a picture, which ``fill`` expects
     solids = visible(movers.joined(on_ground(world.scenery, camera)), camera, MAP_RANGE)
     faces = faces_of(solids, camera, light_of(description), np.empty((0, 2)))
-    own = np.array([_of_solid(name) for name in solids.names], dtype=np.int64)
-    colours = np.repeat(own[faces.owners][:, None], 3, axis=1)
+    region_of = np.array([_of_solid(name) for name in solids.names], dtype=np.int64)
+    colours = repeat(region_of[faces.owners], "f -> f c", c=3)
     # Move faces beyond SMOOTH, where edges are not anti-aliased: regions cannot be mixed.
     fill(regions, replace(faces, colours=colours, away=faces.away + SMOOTH), camera)
     return np.ascontiguousarray(regions[..., 0])

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from einops import rearrange
 from numpy.typing import NDArray
 
 from magicdrive_core.errors import MagicDriveError
@@ -172,7 +173,8 @@ def _shadows(solids: Solids, light: Light) -> Array:
     top = foot + (solids.sizes[:, 2, None] * light.shadow_step)[:, None]
     after, top_after = np.roll(foot, -1, axis=1), np.roll(top, -1, axis=1)
     sides = np.stack([foot, after, top_after, top], axis=2)  # (N, 4, 4, 2)
-    return np.concatenate([foot[:, None], top[:, None], sides], axis=1).reshape(-1, 4, 2)
+    quads = np.concatenate([foot[:, None], top[:, None], sides], axis=1)  # (N, 6, 4, 2)
+    return rearrange(quads, "n q k c -> (n q) k c")
 
 
 def _mirror(picture: Picture, labels: Labels, faces: Faces, camera: PosedCamera) -> None:

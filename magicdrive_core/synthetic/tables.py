@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from einops import repeat
 from numpy.typing import NDArray
 
 from magicdrive_core.geometry import poses
@@ -209,7 +210,8 @@ def _boxes(actor: Actor, seconds: NDArray[np.float64]) -> NDArray[np.float64]:
     """Compute the box (T, 7) of an actor at times (T,): centre, w, l, h, heading."""
     track = actor.poses(seconds)
     height = np.full(len(seconds), actor.size[2] / 2)
-    return np.column_stack([np.round(track[:, :2], 4), height, np.tile(actor.size, (len(seconds), 1)), track[:, 2]])
+    sizes = repeat(np.array(actor.size), "c -> t c", t=len(seconds))
+    return np.column_stack([np.round(track[:, :2], 4), height, sizes, track[:, 2]])
 
 
 def _annotate(
