@@ -128,8 +128,8 @@ def current_value(config: Config, setting: Setting) -> str:
 
 def json_schema() -> str:
     """Returns the JSON schema of params.yaml, which editors use to complete keys and to mark faults."""
-    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
-    return json.dumps(schema, indent=1) + "\n"
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "params.yaml of MagicDrive"}
+    return json.dumps(head | _for_editors(Config.model_json_schema()), indent=1) + "\n"
 
 
 def reference_page() -> str:
@@ -143,6 +143,20 @@ def reference_page() -> str:
             table.extend(_section_table(setting))
     top = [setting for setting in list_settings() if "." not in setting.key and setting.section is None]
     return "\n".join([*lines, "## Top level", "", *_table(top), *table]) + "\n"
+
+
+def _for_editors(node: Any) -> Any:
+    """Moves unit and source into the description, which editors show, and drops what they do not show."""
+    if isinstance(node, list):
+        return [_for_editors(part) for part in node]
+    if not isinstance(node, dict):
+        return node
+    hidden = {name: text for name in ("title", "unit", "source", "used_in") if isinstance(text := node.get(name), str)}
+    shown = {name: _for_editors(part) for name, part in node.items() if name not in hidden}
+    facts = [f"{name.capitalize()}: {hidden[name]}." for name in ("unit", "source") if name in hidden]
+    if facts:
+        shown["description"] = " ".join([shown["description"], *facts])
+    return shown
 
 
 def _section_table(setting: Setting) -> list[str]:

@@ -6,7 +6,9 @@ import json
 import re
 from pathlib import Path
 
+import jsonschema
 import pytest
+import yaml
 
 from magicdrive_core.config.describe import (
     current_value,
@@ -110,8 +112,13 @@ def test_generated_files_are_current(file: str, text: str, command: str) -> None
 
 
 @pytest.mark.parametrize("path", [PROJECT / "params.yaml", *sorted((PROJECT / "profiles").glob("*.yaml"))])
-def test_editors_find_the_schema(path: Path) -> None:
+def test_editors_find_the_schema_and_it_knows_every_key(path: Path) -> None:
     first = path.read_text().partition("\n")[0]
     schema = first.removeprefix("# yaml-language-server: $schema=")
     assert (path.parent / schema).resolve() == PROJECT / "params.schema.json"
-    assert json.loads((path.parent / schema).read_text())["title"] == "Config"
+    json_schema = json.loads((path.parent / schema).read_text())
+    values = yaml.safe_load(path.read_text())
+    jsonschema.validate(values, json_schema)
+    values["generate"]["gudance"] = 2.0
+    with pytest.raises(jsonschema.ValidationError, match="gudance"):
+        jsonschema.validate(values, json_schema)
