@@ -135,8 +135,8 @@ def guided_velocity(
             return guide(conditional, unconditional, guidance)
 
         return of_both_ranks
-    passes = one_pass(conditions), one_pass(null)
     run = ConcurrentPasses(2) if _threads_can_be_shared(network) else one_after_another
+    passes = run(partial(one_pass, conditions), partial(one_pass, null))  # encoded on a pass's own threads too
 
     def of_both_passes(x: Tensor, t: Tensor, x_mask: Tensor | None) -> Tensor:
         conditional, unconditional = run(*(partial(each, x, t, x_mask) for each in passes))

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from magicdrive_core.model.transformer import MagicDrive
+from magicdrive_core.parallel.wrapping import wrap
 
 
 def checkpoint_blocks(network: MagicDrive, every: int) -> None:
@@ -27,7 +28,7 @@ def checkpoint_blocks(network: MagicDrive, every: int) -> None:
         layer = index // 2 if network.config.temporal else index
         for block in pair:
             if block is not None and layer % every == 0:
-                block.forward = _checkpointed(block.forward)
+                wrap(block, "forward", _checkpointed)
 
 
 def _checkpointed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from magicdrive_core.model.transformer import MagicDrive
 from magicdrive_core.parallel.activation_checkpointing import checkpoint_blocks
 from magicdrive_core.parallel.sequence_parallel import GroupShard, RankGroup, share_tokens
 from magicdrive_core.parallel.slicing import slice_network
+from magicdrive_core.parallel.wrapping import unwrap, wrap
 
 
 def parallelize(
@@ -29,12 +32,12 @@ def parallelize(
             0: none.
         compile_backend: ``torch.compile`` backend for the blocks, one graph for all of a kind; None: not compiled.
     """
-    _restore(network)
+    unwrap(network)
     if sequence_group is not None:
         share_tokens(network, sequence_group)
     if compile_backend:
         for block in network.blocks():
-            block.forward = torch.compile(block.forward, backend=compile_backend)
+            wrap(block, "forward", partial(torch.compile, backend=compile_backend))
     if checkpoint_every:
         checkpoint_blocks(network, checkpoint_every)
     if slice_tokens != 0:
@@ -44,10 +47,3 @@ def parallelize(
 def sequence_group_of(network: MagicDrive) -> RankGroup | None:
     """The ranks that ``parallelize`` made share the tokens of ``network``."""
     return network.tokens.group if isinstance(network.tokens, GroupShard) else None
-
-
-def _restore(network: MagicDrive) -> None:
-    """Takes everything off that an earlier call applied."""
-    for module in network.modules():
-        for applied in ("forward", "add_skip", "inner", "own_heads", "tokens"):  # what the classes have shows again
-            vars(module).pop(applied, None)

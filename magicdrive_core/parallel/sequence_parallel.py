@@ -14,7 +14,7 @@ gradients averaged over all ranks are therefore those of the mean of all L_r: no
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from torch.nn import functional
 from magicdrive_core.model.blocks import MultiViewBlock
 from magicdrive_core.model.context import TokenShard
 from magicdrive_core.model.transformer import MagicDrive
+from magicdrive_core.parallel.wrapping import Call, wrap
 
 
 class RankGroup:
@@ -76,21 +77,21 @@ def share_tokens(network: MagicDrive, group: RankGroup) -> None:
     network.tokens = GroupShard(group)
     for block in network.blocks():
         if not block.temporal:
-            block.attn.inner = exchange_heads(block.attn.inner, group)
+            wrap(block.attn, "inner", partial(exchange_heads, group))
         if isinstance(block, MultiViewBlock):
-            block.cross_view_attn.inner = exchange_heads(block.cross_view_attn.inner, group)
+            wrap(block.cross_view_attn, "inner", partial(exchange_heads, group))
         attention = block.cross_attn
         share = attention.heads // group.size
         attention.own_heads = slice(group.rank * share, (group.rank + 1) * share)
-        attention.inner = exchange_query_heads(attention.inner, group)
+        wrap(attention, "inner", partial(exchange_query_heads, group))
 
 
-def exchange_heads(inner: Callable[..., Tensor], group: RankGroup) -> Callable[..., Tensor]:
+def exchange_heads(group: RankGroup, inner: Call) -> Call:
     """Wraps attention of packed q, k, v: each rank computes h / p heads of all tokens.
 
     Args:
-        inner: maps (..., p * n, 3, h / p, d) to (..., p * n, h / p, d).
         group: p ranks.
+        inner: maps (..., p * n, 3, h / p, d) to (..., p * n, h / p, d).
 
     Returns:
         A function that maps (..., n, 3, h, d) to (..., n, h, d).
@@ -105,13 +106,13 @@ def exchange_heads(inner: Callable[..., Tensor], group: RankGroup) -> Callable[.
     return attend
 
 
-def exchange_query_heads(inner: Callable[..., Tensor], group: RankGroup) -> Callable[..., Tensor]:
+def exchange_query_heads(group: RankGroup, inner: Call) -> Call:
     """Wraps attention to the context, whose keys and values are of this rank's heads already; as ``exchange_heads``."""
 
     def attend(q: Tensor, kv: Tensor, bias: Tensor | None) -> Tensor:
         def packed_inner(packed: Tensor) -> Tensor:
             return inner(packed[..., 0, :, :], kv, bias)
 
-        return exchange_heads(packed_inner, group)(q[..., None, :, :])
+        return exchange_heads(group, packed_inner)(q[..., None, :, :])
 
     return attend

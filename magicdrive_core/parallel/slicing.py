@@ -7,8 +7,9 @@ the result is that of all tokens at once. On a CPU small slices also stay in its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from magicdrive_core.model.blocks import Block, ControlBlock
 from magicdrive_core.model.context import ALL, BlockContext
 from magicdrive_core.model.transformer import MagicDrive
+from magicdrive_core.parallel.wrapping import Call, wrap
 
 CPU_TOKENS = 16384  # tokens of a slice, unless one frame of all views or one token position of a view has more
 GPU_TOKENS = 65536
@@ -32,15 +34,13 @@ def slice_network(network: MagicDrive, limit: int | None = None) -> None:
         limit: tokens of a slice; None: ``CPU_TOKENS`` or ``GPU_TOKENS``.
     """
     for block in network.blocks():
-        block.forward = slice_block(block, block.forward, limit)
+        wrap(block, "forward", partial(slice_block, block, limit))
         if isinstance(block, ControlBlock):
-            block.add_skip = slice_skip(block.add_skip, limit)
-    network.final_layer.forward = slice_head(network.final_layer.forward, limit)
+            wrap(block, "add_skip", partial(slice_skip, limit))
+    wrap(network.final_layer, "forward", partial(slice_head, limit))
 
 
-def slice_block(
-    block: Block, forward: Callable[[Tensor, Tensor, BlockContext], Tensor], limit: int | None
-) -> Callable[[Tensor, Tensor, BlockContext], Tensor]:
+def slice_block(block: Block, limit: int | None, forward: Call) -> Call:
     """Wraps the ``forward`` of a block."""
 
     def sliced(x: Tensor, modulation: Tensor, context: BlockContext) -> Tensor:
@@ -58,7 +58,7 @@ def slice_block(
     return sliced
 
 
-def slice_skip(add_skip: Callable[[Tensor, Tensor], Tensor], limit: int | None) -> Callable[[Tensor, Tensor], Tensor]:
+def slice_skip(limit: int | None, add_skip: Call) -> Call:
     """Wraps ``ControlBlock.add_skip``."""
 
     def sliced(x: Tensor, control: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def slice_skip(add_skip: Callable[[Tensor, Tensor], Tensor], limit: int | None) 
     return sliced
 
 
-def slice_head(head: Callable[..., Tensor], limit: int | None) -> Callable[..., Tensor]:
+def slice_head(limit: int | None, head: Call) -> Call:
     """Wraps the ``forward`` of the head."""
 
     def sliced(x: Tensor, noisy: Tensor, clean: Tensor | None, x_mask: Tensor | None) -> Tensor:

@@ -16,6 +16,7 @@ from magicdrive_core.inference.models import Models
 from magicdrive_core.model.build import build_network
 from magicdrive_core.model.config import NetworkConfig
 from magicdrive_core.model.published.checkpoint import import_checkpoint
+from magicdrive_core.model.published.transformer import PublishedMagicDrive
 from tests.inference.project import make_project, small_config, small_scene
 
 IMPORTED = "generate.weights=runs/published-stage3"
@@ -43,7 +44,7 @@ def test_imported_weights_generate(project: Path) -> None:
     assert paths.model.done
     network = Models.load(config, paths.model.folder, project).network
     assert network.config.published
-    assert network.rope.published
+    assert isinstance(network, PublishedMagicDrive)
     items = list_items(config, read_scenes(project / "artifacts/infos"))
     summary = generate_items(config, items, paths.model.folder, paths.generated, project=project)
     assert summary.made == [items[0].name]

@@ -107,8 +107,8 @@ def test_bf16_too() -> None:
         ),
         (["cluster.ranks=6", "cluster.sequence_parallel=3"], "cluster.sequence_parallel 3 does not divide model.heads"),
         (["generate.sequence_parallel=3"], "generate.sequence_parallel 3 does not divide model.heads 2"),
-        (["generate.pad_patches=4"], "generate.pad_patches is for published: true"),
-        (["training.stage3.simulate_sizes=[4, 8]"], "training.stage3.simulate_sizes is for published: true"),
+        (["generate.pad_patches=4"], "generate.pad_patches needs published: true"),
+        (["training.stage3.simulate_sizes=[4, 8]"], "training.stage3.simulate_sizes needs published: true"),
     ],
 )
 def test_impossible_sizes_are_refused_in_one_line(overrides: list[str], message: str) -> None:
