@@ -21,12 +21,12 @@ from tests.conftest import PROJECT
 from tests.flows.test_children import assert_gone, family
 from tests.projects import copy_project
 
-# The flow and torchrun are real; a rank notes its process and its agent's, then does what the test says.
+# The flow and the launcher are real; a rank notes its process id and its agent's, then does what the test says.
 FLOW = """
 from flows.train import train
-from magicdrive_core.launch import run
-run_group = run.run_group
-run.run_group = lambda command, ranks, **options: run_group(["rank.py"], 1, **options)
+from magicdrive_core.launch import launcher
+run_group = launcher.run_group
+launcher.run_group = lambda command, ranks, **options: run_group(["rank.py"], 1, **options)
 train("stage1")
 """
 RANK = """
@@ -40,7 +40,7 @@ with open("pids", "a") as file: print(os.getpid(), os.getppid(), file=file)
 def test_mlflow_records_how_a_training_ended(
     prefect_api: str, project: Path, synthetic_root: Path, rank: str, status: str
 ) -> None:
-    """Prefect turns SIGTERM into an exception of its own, which must close parent and child run as killed."""
+    """Prefect turns SIGTERM into its own exception, which must close parent and child run as killed."""
     text = (PROJECT / "profiles/demo.yaml").read_text()
     (project / "params.yaml").write_text(text.replace("root: data", f"root: {synthetic_root}"))
     (project / "rank.py").write_text(RANK + rank)
