@@ -115,6 +115,7 @@ class _Pairs:
 
     @classmethod
     def near(cls, vectors: VectorMap, centres: Floats, headings: Floats, wanted: Flags, cells: int) -> _Pairs:
+        """Pair each frame with the wanted (R,) paths whose bounds come near its patch, and transform them to cells."""
         reach = HALF * np.sqrt(2)  # half a diagonal
         low, high = vectors.bounds[:, :2], vectors.bounds[:, 2:]
         near: Flags = ((low < centres[:, None] + reach) & (high > centres[:, None] - reach)).all(2) & wanted

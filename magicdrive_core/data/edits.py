@@ -232,6 +232,7 @@ class _EditedScene:
 
     @classmethod
     def of(cls, scene: Scene) -> _EditedScene:
+        """Collect the boxes of each object over all frames, in the start frame."""
         lidar_to_global = scene.ego_to_global @ scene.lidar_to_ego
         lidar_to_start = poses.inverse(lidar_to_global[0]) @ lidar_to_global
         objects: dict[str, _EditedObject] = {}
@@ -245,9 +246,11 @@ class _EditedScene:
         return cls(scene, list(objects.values()), lidar_to_global, seconds)
 
     def keep(self, wanted: Callable[[_EditedObject], bool]) -> None:
+        """Remove all objects but the wanted ones."""
         self.objects = [item for item in self.objects if wanted(item)]
 
     def drop_nearest(self, name: str, count: int) -> None:
+        """Remove the objects of a class that come nearest to the lidar."""
         lidar = (poses.inverse(self.lidar_to_global[0]) @ self.lidar_to_global)[:, :2, 3]
 
         def distance(item: _EditedObject) -> float:
@@ -258,12 +261,14 @@ class _EditedScene:
         self.keep(lambda item: item.token not in gone)
 
     def drop_share(self, share: float, seed: Sequence[int]) -> None:
+        """Remove a random share of the objects."""
         tokens = sorted(item.token for item in self.objects)
         order = np.random.default_rng(seed).permutation(len(tokens))
         gone = {tokens[index] for index in order[: int(share * len(tokens))]}
         self.keep(lambda item: item.token not in gone)
 
     def change(self, number: int, change: Change) -> None:
+        """Apply one entry of ``Edits.objects``; ``number`` is its index there."""
         match change:
             case Add():
                 size = change.size or USUAL_SIZES[change.add]
@@ -287,6 +292,7 @@ class _EditedScene:
                 item.boxes = self.along(change.points, np.nanmean(item.boxes[:, 3:6], axis=0))
 
     def find(self, number: int, token: str) -> _EditedObject:
+        """Find the object whose token starts with ``token``, for entry ``number``."""
         found = [item for item in self.objects if item.token.startswith(token)]
         exact = [item for item in found if item.token == token]
         if len(exact or found) != 1:

@@ -108,11 +108,13 @@ class _Frame:
         self._where = where or f"frame {record['token']}"
 
     def field(self, name: str) -> Any:
+        """Return a field of the record."""
         if not isinstance(self._record, dict) or name not in self._record:
             raise MagicDriveError(f"{self._path}: {self._where} has no {name}")
         return self._record[name]
 
     def numbers(self, name: str, *shape: int) -> Floats:
+        """Return a field of finite numbers with a shape; a first dimension of -1 may have any length."""
         try:
             values = np.asarray(self.field(name), np.float64)
         except (TypeError, ValueError):
@@ -125,11 +127,13 @@ class _Frame:
         return values
 
     def pose(self, name: str) -> Floats:
+        """Return the pose (4, 4) of the fields ``<name>_rotation`` and ``<name>_translation``."""
         rotation = np.asarray(self.field(f"{name}_rotation"), dtype=object)
         rotation = self.numbers(f"{name}_rotation", *((3, 3) if rotation.ndim == 2 else (4,)))
         return poses.pose(rotation, self.numbers(f"{name}_translation", 3))
 
     def camera(self, view: str) -> _Frame:
+        """Return the record of one camera."""
         cameras = _Frame(self._path, self.field("cams"), self._where)
         return _Frame(self._path, cameras.field(view), f"{view} of {self._where}")
 
@@ -142,6 +146,7 @@ class _Frame:
         return path[start:]
 
     def boxes(self) -> FrameBoxes:
+        """Return the boxes of the ten classes."""
         boxes = self.numbers("gt_boxes", -1, 7)
         ids, names = ([str(word) for word in self.field(name)] for name in ("gt_box_ids", "gt_names"))
         if not len(boxes) == len(ids) == len(names):

@@ -35,9 +35,11 @@ class _Expansion:
         self.lines: list[Record] = []
 
     def token(self, *names: object) -> str:
+        """Make the token of a record of this map."""
         return token("map", self.city.location, *names)
 
     def add_nodes(self, owner: str, points: Array) -> list[str]:
+        """Add a node for each point (N, 2) and return their tokens."""
         tokens = [self.token("node", owner, index) for index in range(len(points))]
         for node, point in zip(tokens, points, strict=True):
             x, y = rounded(point)
@@ -45,6 +47,7 @@ class _Expansion:
         return tokens
 
     def add_polygon(self, layer: str, name: str, rings: list[Array]) -> str:
+        """Add a polygon, the outer ring first, and return its token."""
         polygon = self.token("polygon", layer, name)
         outer, *holes = [self.add_nodes(f"{polygon}-{index}", ring) for index, ring in enumerate(rings)]
         self.polygons.append(
@@ -53,12 +56,14 @@ class _Expansion:
         return polygon
 
     def add_line(self, layer: str, name: str, points: Array) -> tuple[str, list[str]]:
+        """Add a line and return its token and those of its nodes."""
         line = self.token("line", layer, name)
         nodes = self.add_nodes(line, points)
         self.lines.append({"token": line, "node_tokens": nodes})
         return line, nodes
 
     def area_records(self, layer: str, **fields: Any) -> list[Record]:
+        """Make the records of a layer of areas, each with the extra fields."""
         return [
             {
                 "token": self.token(layer, area.name),
@@ -70,6 +75,7 @@ class _Expansion:
         ]
 
     def lane_record(self, layer: str, lane: Lane) -> Record:
+        """Make the record of a lane or, in the layer ``lane_connector``, of a connector."""
         left, right = (lane.curve.points(CURVE_SPACING, side * LANE / 2) for side in (-1, 1))
         record: Record = {
             "token": self.token(layer, lane.name),
