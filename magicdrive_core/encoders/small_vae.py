@@ -31,7 +31,7 @@ from magicdrive_core.config.schema import VaeBuild, parse_size
 from magicdrive_core.data.pictures import read_picture
 from magicdrive_core.data.records import Scene
 from magicdrive_core.encoders.vae import Vae, to_video
-from magicdrive_core.encoders.vae_layers import use_planes
+from magicdrive_core.encoders.vae_layers import use_plane_convolutions
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.geometry.cameras import Framing
 from magicdrive_core.utils.progress import track
@@ -255,7 +255,7 @@ def build_vae(build: VaeBuild, clips: Pixels) -> Any:
             sample_height=parse_size(build.resolution)[0],
             sample_width=parse_size(build.resolution)[1],
         )
-        use_planes(model)
+        use_plane_convolutions(model)
         start_linear(model, to_video(clips[:START_FRAMES, -1:])[:, :, 0])
         model.train()
         optimizers = _optimizers(model, build.learning_rate)

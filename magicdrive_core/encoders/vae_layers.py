@@ -1,8 +1,13 @@
-"""The VAE's causal 3D convolutions as 2D ones, for CPUs.
+"""Layers that replace diffusers' ones in the CogVideoX VAE, with equal weights and state-dict names.
 
-torch computes small 3D convolutions without oneDNN (measured: 8 to 25 times slower for 8 to 16 channels at 112x200),
-and a single frame, which stands for its own past, is convolved three times with itself. Summing the kernel's frames for
-single frames, and folding them into the channels for clips, gives 2D convolutions of the same numbers.
+``PlaneCausalConv3d`` computes causal 3D convolutions as 2D ones, for CPUs. torch computes small 3D convolutions without
+oneDNN (measured: 8 to 25 times slower for 8 to 16 channels at 112x200), and convolves a single frame, which is repeated
+as its own past, three times. Summing the kernel's frames for a single frame, and moving them into the channels for
+clips, gives 2D convolutions of the same numbers.
+
+``LeanSpatialNorm`` normalises with three full-size activations in memory instead of six, and keeps no cache.
+
+Shapes: N videos, C channels, F frames, H, W rows and columns; latents (N, C_z, T, h, w).
 """
 
 from __future__ import annotations
@@ -11,15 +16,20 @@ from collections.abc import Sequence
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXCausalConv3d, CogVideoXSpatialNorm3D
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-# torch gives a 3D convolution to oneDNN above this many values along batch, channels, frames and rows together.
+# torch computes a 3D convolution with oneDNN above this product of batch, channels, frames and rows.
 ONEDNN_VALUES = 20480
 
 
 class PlaneConv3d(nn.Module):
-    """Weights of a ``CogVideoXCausalConv3d``'s convolution under the same names."""
+    """A 3D convolution that is computed as a 2D one where this is faster.
+
+    Args:
+        conv: the convolution whose weights are used, under the same names.
+    """
 
     def __init__(self, conv: nn.Conv3d) -> None:
         super().__init__()
@@ -27,26 +37,29 @@ class PlaneConv3d(nn.Module):
         self.padding = tuple(int(side) for side in conv.padding[1:])
 
     def single(self, frame: Tensor) -> Tensor:
-        """A still of one frame, (N, C, 1, H, W): every kernel frame meets the same picture."""
+        """Convolves a single frame (N, C, 1, H, W) that is repeated as its own past."""
         weight = self.weight.sum(dim=2)
         return functional.conv2d(frame[:, :, 0], weight, self.bias, padding=self.padding)[:, :, None]
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, F, H, W) -> (N, C_out, F - kernel frames + 1, H, W)."""
+        """Convolves (N, C, F, H, W) to (N, C_out, F - kernel frames + 1, H, W)."""
         kernel = self.weight.shape[2]
         if kernel > 1 and x.shape[:4].numel() > ONEDNN_VALUES:
             return functional.conv3d(x, self.weight, self.bias, padding=(0, *self.padding))
-        N, _, F, H, W = x.shape
-        F = F - kernel + 1
+        F = x.shape[2] - kernel + 1
         windows = torch.cat([x[:, :, shift : shift + F] for shift in range(kernel)], dim=1) if kernel > 1 else x
-        planes = windows.transpose(1, 2).reshape(N * F, -1, H, W)
-        weight = self.weight.transpose(1, 2).flatten(1, 2)
+        planes = rearrange(windows, "n c f h w -> (n f) c h w")
+        weight = rearrange(self.weight, "c_out c_in f h w -> c_out (f c_in) h w")
         out = functional.conv2d(planes, weight, self.bias, padding=self.padding)
-        return out.reshape(N, F, -1, H, W).transpose(1, 2)
+        return rearrange(out, "(n f) c h w -> n c f h w", f=F)
 
 
 class PlaneCausalConv3d(nn.Module):
-    """Stands in for a ``CogVideoXCausalConv3d``: the same values to rounding, state-dict names and cache."""
+    """Replaces a ``CogVideoXCausalConv3d``: equal values to rounding, state-dict names and cache.
+
+    Args:
+        causal: the layer to replace.
+    """
 
     def __init__(self, causal: CogVideoXCausalConv3d) -> None:
         super().__init__()
@@ -54,7 +67,15 @@ class PlaneCausalConv3d(nn.Module):
         self.past = causal.time_kernel_size - 1
 
     def forward(self, inputs: Tensor, conv_cache: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """(N, C, F, H, W) and the last frames of the chunk before; without one, the first frame repeats."""
+        """Convolves frames together with their past.
+
+        Args:
+            inputs: (N, C, F, H, W).
+            conv_cache: last frames of the chunk before (N, C, past, H, W); None: the first frame is repeated.
+
+        Returns:
+            (N, C_out, F, H, W), and the last frames for the next chunk.
+        """
         if self.past == 0:
             return self.conv(inputs), None
         if conv_cache is None and inputs.shape[2] == 1:
@@ -65,7 +86,7 @@ class PlaneCausalConv3d(nn.Module):
         return self.conv(x), x[:, :, -self.past :].clone()
 
 
-def use_planes(model: nn.Module) -> None:
+def use_plane_convolutions(model: nn.Module) -> None:
     """Replaces the causal convolutions of a CogVideoX VAE in place."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -73,14 +94,14 @@ def use_planes(model: nn.Module) -> None:
                 setattr(parent, name, PlaneCausalConv3d(child))
 
 
-# The VAE decoder's spatial norms with three full activations alive instead of six, and no caches that nobody reads.
-
-
 class LeanSpatialNorm(nn.Module):
-    """Stands in for a ``CogVideoXSpatialNorm3D`` without gradients: the same bits, state-dict names and interface.
+    """Replaces a ``CogVideoXSpatialNorm3D`` without gradients: equal bits, state-dict names and interface.
 
-    Its 1x1x1 convolutions look at no frame but their own, so that there is nothing to keep for the next group, where
+    Its 1x1x1 convolutions see only their own frame, so that nothing has to be kept for the next group of frames, while
     diffusers keeps a full copy of their input (golden notes, oddity 23).
+
+    Args:
+        norm: the layer to replace.
     """
 
     def __init__(self, norm: CogVideoXSpatialNorm3D) -> None:
@@ -90,19 +111,31 @@ class LeanSpatialNorm(nn.Module):
     def forward(
         self, f: Tensor, zq: Tensor, conv_cache: dict[str, Tensor] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Group norm of (N, C, F, H, W), scaled and shifted by what the latents (N, C_z, T, h, w) say of each place."""
-        del conv_cache  # the interface's: nothing is kept
+        """Normalises activations, then scales and shifts each position by the latents there.
+
+        Args:
+            f: activations (N, C, F, H, W).
+            zq: latents (N, C_z, T, h, w).
+            conv_cache: unused, part of diffusers' interface.
+
+        Returns:
+            (N, C, F, H, W), and an empty cache.
+        """
+        del conv_cache
         return self.modulate(self.norm_layer(f), resized(zq, f.shape[-3:])), {}
 
     def modulate(self, normed: Tensor, zq: Tensor) -> Tensor:
-        """Scales and shifts ``normed`` (N, C, F, H, W) in place, by ``zq`` at its own frames, rows and columns."""
+        """Scales and shifts ``normed`` (N, C, F, H, W) in place by latents ``zq`` (N, C_z, F, H, W)."""
         normed.mul_(self.conv_y.conv(zq))
         normed.add_(self.conv_b.conv(zq))
         return normed
 
 
 def resized(zq: Tensor, shape: Sequence[int]) -> Tensor:
-    """Latents (N, C_z, T, h, w) at ``shape`` (F, H, W), nearest; the first of an odd number of frames for itself."""
+    """Resizes latents (N, C_z, T, h, w) to ``shape`` (F, H, W) by nearest neighbours.
+
+    Of an odd number of frames, the first one is resized from the first latent frame alone.
+    """
     if shape[0] > 1 and shape[0] % 2 == 1:
         first = functional.interpolate(zq[:, :, :1], size=(1, *shape[1:]))
         rest = functional.interpolate(zq[:, :, 1:], size=(shape[0] - 1, *shape[1:]))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from magicdrive_core.encoders.small_vae import WHITENING, start_linear
-from magicdrive_core.encoders.vae_layers import use_planes
+from magicdrive_core.encoders.vae_layers import use_plane_convolutions
 from magicdrive_core.errors import MagicDriveError
 
 LATENTS = 9
@@ -92,7 +92,7 @@ def test_a_still_clip_is_coded_as_its_picture(model, pictures) -> None:
 
 def test_replaced_convolutions_start_the_same(pictures) -> None:
     plain, planes = make_model(), make_model()
-    use_planes(planes)
+    use_plane_convolutions(planes)
     for each in (plain, planes):
         start_linear(each, pictures)
     for name, weight in planes.state_dict().items():

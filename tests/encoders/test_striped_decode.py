@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from magicdrive_core.encoders.striped_decode import StripedDecoder
-from magicdrive_core.encoders.vae import Vae
-from magicdrive_core.encoders.vae_layers import use_planes
+from magicdrive_core.encoders.vae import SPACE_STRIDE, Vae
+from magicdrive_core.encoders.vae_layers import use_plane_convolutions
 from magicdrive_core.inference import memory_plan as memory
 from magicdrive_core.inference.memory_plan import LiveMemory, Planner, Setting
 from tests.model.networks import config
@@ -33,7 +33,7 @@ def make_vae(widths: tuple[int, ...] = (8, 8, 12, 16), layers: int = 1) -> Vae:
 
 VAE = make_vae()
 ON_CPU = make_vae()
-use_planes(ON_CPU.model)
+use_plane_convolutions(ON_CPU.model)
 
 
 def decoded(vae: Vae, latents: torch.Tensor, rows: int | None) -> torch.Tensor:
@@ -94,7 +94,10 @@ def peaks(rows: int) -> tuple[int, int, int]:
     real = make_vae((16, 32, 32, 64)).model.decoder
     fake = torch.nn.Module.to(deepcopy(real), "meta")
     found = []
-    for decoder, latents in ((StripedDecoder(real, rows), z), (StripedDecoder(fake, rows), z.to("meta"))):
+    for decoder, latents in (
+        (StripedDecoder(real, rows, SPACE_STRIDE), z),
+        (StripedDecoder(fake, rows, SPACE_STRIDE), z.to("meta")),
+    ):
         with LiveMemory(latents.device.type) as tracker:
             decoder(latents)
         found.append(tracker.peak)
