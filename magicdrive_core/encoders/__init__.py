@@ -1,1 +1,1 @@
-"""Video and text encoders, and caches of what they computed."""
+"""Video and text encoders: the CogVideoX VAE, T5, small ones for the demo, and caches of what they compute."""

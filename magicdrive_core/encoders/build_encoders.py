@@ -1,6 +1,6 @@
-"""The ``encoders`` DVC stage: builds the small VAE and T5 where the profile says so, else checks the ones it names.
+"""The DVC stage ``encoders``: builds the small VAE and T5 if the settings say so, or checks the encoders they name.
 
-Both kinds end as from_pretrained folders; ``encoders.json`` says where they are and what they are.
+In both cases the encoders are from_pretrained folders, and ``encoders.json`` records their paths and facts.
 """
 
 from __future__ import annotations
@@ -19,25 +19,30 @@ from magicdrive_core.encoders.text import build_text_encoder
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.utils.files import atomic_folder, read_json, sha256_folder, write_json
 
-HELD_OUT_FRAMES, HELD_OUT_CLIPS, HELD_OUT_LENGTH = 36, 3, 17  # single pictures; clips of 17 frames at most
-SPREAD_CLIPS, SPREAD_SIZE = 12, "224x400"  # measured where nothing is built
+HELD_OUT_FRAMES, HELD_OUT_CLIPS, HELD_OUT_LENGTH = 36, 3, 17  # for PSNR: single frames; clips and their most frames
+SPREAD_CLIPS, SPREAD_SIZE = 12, "224x400"  # clips for the scaling factor, and their size for a VAE that is not built
 
 
 def build_encoders(config: Config, infos: Path, out: Path) -> None:
-    """Writes ``encoders.json``, and the folders ``vae`` and ``text`` beside it where they are built.
+    """Writes ``encoders.json``, and the folders ``vae`` and ``text`` next to it for encoders that are built.
 
-    A built encoder lies in ``out`` whatever ``path`` says; the facts name the folder that counts.
+    A built encoder is in ``out`` whatever ``path`` is set to; ``encoders.json`` names the folder that is used.
+
+    Args:
+        config: settings; sections ``vae``, ``text`` and ``data`` are read.
+        infos: folder of the infos.
+        out: folder to write.
 
     Raises:
-        MagicDriveError: a named encoder is missing or of another kind, or data for building is.
+        MagicDriveError: a named encoder is missing or of another kind, or data for building is missing.
     """
     scenes = read_scenes(infos)
     with atomic_folder(out) as folder:
-        facts = {"vae": _vae(config, scenes, folder, out), "text": _text(config, scenes, folder, out)}
+        facts = {"vae": _prepare_vae(config, scenes, folder, out), "text": _prepare_text(config, scenes, folder, out)}
         write_json(folder / "encoders.json", facts)
 
 
-def _vae(config: Config, scenes: Sequence[Scene], folder: Path, out: Path) -> dict[str, Any]:
+def _prepare_vae(config: Config, scenes: Sequence[Scene], folder: Path, out: Path) -> dict[str, Any]:
     build, root = config.vae.build, Path(config.data.root)
     facts: dict[str, Any] = {}
     train = _split(scenes, "train")
@@ -53,7 +58,7 @@ def _vae(config: Config, scenes: Sequence[Scene], folder: Path, out: Path) -> di
         described = _describe(model_folder, "vae.path", vae.BUILD_HINT)
         if described.get("_class_name") != "AutoencoderKLCogVideoX":
             raise MagicDriveError(
-                f"vae.path: {path} holds a {described.get('_class_name')}, no CogVideoX VAE", vae.BUILD_HINT
+                f"vae.path: {path} holds a {described.get('_class_name')}, not a CogVideoX VAE", vae.BUILD_HINT
             )
         clips = None
     loaded = vae.Vae.load(model_folder, scaling_factor=1.0, chunk_frames=config.vae.chunk_frames)
@@ -79,7 +84,7 @@ def _vae(config: Config, scenes: Sequence[Scene], folder: Path, out: Path) -> di
     }
 
 
-def _text(config: Config, scenes: Sequence[Scene], folder: Path, out: Path) -> dict[str, Any]:
+def _prepare_text(config: Config, scenes: Sequence[Scene], folder: Path, out: Path) -> dict[str, Any]:
     if config.text.build is not None:
         build_text_encoder(
             config.text.build, sorted({caption(scene) for scene in scenes} | set(CLASSES)), folder / "text"
@@ -92,7 +97,7 @@ def _text(config: Config, scenes: Sequence[Scene], folder: Path, out: Path) -> d
     path = Path(config.text.path)
     described = _describe(path, "text.path", text.BUILD_HINT)
     if described.get("model_type") != "t5":
-        raise MagicDriveError(f"text.path: {path} holds a {described.get('model_type')}, no T5", text.BUILD_HINT)
+        raise MagicDriveError(f"text.path: {path} holds a {described.get('model_type')}, not a T5", text.BUILD_HINT)
     return {"path": config.text.path, "digest": sha256_folder(path), "width": described["d_model"]}
 
 
@@ -101,10 +106,15 @@ def _split(scenes: Sequence[Scene], split: str) -> list[Scene]:
 
 
 def _describe(folder: Path, key: str, hint: str) -> dict[str, Any]:
-    """config.json of a from_pretrained folder that also holds weights.
+    """Reads config.json of a from_pretrained folder and checks that weights are there.
+
+    Args:
+        folder: the folder.
+        key: setting that names it, for messages.
+        hint: how to get the encoder.
 
     Raises:
-        MagicDriveError: one of them is missing.
+        MagicDriveError: the folder, its weights or config.json are missing.
     """
     if not folder.is_dir():
         raise MagicDriveError(f"{key}: the folder {folder} is missing", hint)

@@ -1,7 +1,10 @@
-"""What the encoders computed once: text features, and VAE moments of all clips that are trained on.
+"""Text features and VAE moments for training: computed once into caches, or live when they are needed.
 
-A cache is a folder that appears whole or not at all, with an ``index.json`` that says what it was made from. Readers
-compare it with the encoders and infos that lie beside the cache (the layout of ``artifacts/``) and refuse a stale one.
+A cache is a folder that appears only when it is complete. Its ``index.json`` says what it was made from. Readers
+compare this with the encoders and infos next to the cache (the layout of ``artifacts/``) and refuse a stale one.
+
+``TextCache`` and ``LatentCache`` read caches. ``LiveText`` and ``LiveLatents`` have the same interface and encode when
+they are asked (``text.live``, ``latents.live``).
 """
 
 from __future__ import annotations
@@ -33,9 +36,9 @@ from magicdrive_core.utils.progress import announce, track
 if TYPE_CHECKING:
     from magicdrive_core.encoders.text import TextEncoder
 
-FORMAT = 1  # of the files below; another number is refused
+FORMAT = 1  # of the cache files; another number is refused
 TEXTS_AT_ONCE = 32
-SAMPLE = 8  # texts whose time is taken before
+SAMPLE = 8  # texts that are timed for the estimate
 INDEX = "index.json"
 FEATURES = "features.safetensors"
 CAPTIONS = "captions.json"
@@ -44,17 +47,22 @@ ENCODERS_HINT = "run `dvc repro encoders`"
 
 
 def write_text_cache(config: Config, infos: Path, encoders: Path, out: Path) -> None:
-    """T5 features of every distinct caption, with and without "Daytime.", every class name and the empty text.
+    """Writes the T5 features of every distinct caption, with and without "Daytime.", and of every class name.
 
-    With ``text.live`` there are no captions in it, only class names and the empty text. Writes
-    ``features.safetensors`` (one (l, D) float32 tensor a caption, named by its place in ``captions.json``;
-    ``class_features`` (K, D): the mean over the tokens of the bare class name; ``base_feature`` (D): the empty
-    text's), ``captions.json`` and ``index.json``.
+    The folder holds ``captions.json``, ``index.json`` and ``features.safetensors`` with these tensors in float32: one
+    (l, D) for each caption, named by its index in ``captions.json``; ``class_features`` (K, D), the mean over the
+    tokens of each class name; ``base_feature`` (D), of the empty text. With ``text.live`` it holds no captions.
+
+    Args:
+        config: settings; sections ``text`` and ``data`` are read.
+        infos: folder of the infos.
+        encoders: folder of ``encoders.json``.
+        out: folder of the cache.
 
     Raises:
         MagicDriveError: the infos or the encoder are missing, or the disk is too small.
     """
-    from magicdrive_core.encoders.text import TextEncoder  # readers of caches need no transformers
+    from magicdrive_core.encoders.text import TextEncoder  # imports transformers, which readers of caches do not need
 
     scenes = [] if config.text.live else [SceneHeader.of(scene) for scene in read_scenes(infos)]
     by_day = (caption(scene, say_daytime=True) for scene in scenes if weather_groups(scene.description) == ["none"])
@@ -75,12 +83,12 @@ def write_text_cache(config: Config, infos: Path, encoders: Path, out: Path) -> 
 
 
 def _encode_texts(encoder: TextEncoder, texts: list[str], out: Path) -> list[Tensor]:
-    """Features of texts; before, a sample of them tells how long all will take."""
+    """Encodes texts to features (l, D); announces size and duration first, estimated from a sample."""
     rows = encoder.count_tokens(texts)
     size = 4 * encoder.width * rows
     check_space(out, "text features", size, "free some space, or set text.live")
     sample = texts[:: -(-len(texts) // SAMPLE)]
-    encoder.encode(sample)  # the first time takes longer
+    encoder.encode(sample)  # warm-up: the first call takes longer
     began = time.perf_counter()
     encoder.encode(sample)
     seconds = (time.perf_counter() - began) * rows / encoder.count_tokens(sample)
@@ -92,14 +100,18 @@ def _encode_texts(encoder: TextEncoder, texts: list[str], out: Path) -> list[Ten
 
 
 def write_latent_cache(config: Config, infos: Path, encoders: Path, out: Path) -> None:
-    """Moments of every training clip of every bucket of the three stages.
+    """Writes the VAE moments of every training clip of every bucket of the three stages.
 
-    With ``latents.live`` there is nothing to encode, and only an index is written.
+    The clips of a bucket start at frame 0, ``start_stride``, 2 ``start_stride`` and so on; single frames are the key
+    frames. The folder holds ``<HxW>-<frames>/<scene>.safetensors`` with ``moments`` (n, V, 2C, T, h, w) and ``starts``
+    (n), and ``index.json`` with the standard deviation of each bucket's scaled latents. After an interruption the next
+    call continues with the scenes that are not encoded yet. With ``latents.live`` only the index is written.
 
-    A bucket's clips start at frame 0, ``start_stride``, 2 ``start_stride``, ...; single frames are the key frames.
-    Writes ``<HxW>-<frames>/<scene>.safetensors`` with ``moments`` (n, V, 2C, T, h, w) and ``starts`` (n), and
-    ``index.json`` with the standard deviation of each bucket's scaled latents. Interrupted, it goes on after the scenes
-    that are encoded.
+    Args:
+        config: settings; sections ``training``, ``latents``, ``vae`` and ``data`` are read.
+        infos: folder of the infos.
+        encoders: folder of ``encoders.json``.
+        out: folder of the cache.
 
     Raises:
         MagicDriveError: infos, encoder or a picture are missing or broken, or the disk is too small.
@@ -118,8 +130,8 @@ def write_latent_cache(config: Config, infos: Path, encoders: Path, out: Path) -
         *(CITY_VERSION, VAE_VERSION, LATENTS_VERSION),
     )
     with resumable_folder(out, key) as folder:
-        there = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
-        needed = sum(work.bytes(settings) for work in works) - there
+        written = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+        needed = sum(work.bytes(settings) for work in works) - written
         check_space(
             out,
             "latents",
@@ -133,15 +145,20 @@ def write_latent_cache(config: Config, infos: Path, encoders: Path, out: Path) -
 
 
 class TextCache:
-    """Reads what ``write_text`` wrote.
+    """Reads text features from the cache of ``write_text_cache``.
 
     Args:
         folder: the cache.
-        config: that its settings must be those of; None: class names alone are read, which no setting changes.
+        config: settings that the cache must have been made with; None: only class names are read, which do not depend
+            on settings.
+
+    Attributes:
+        class_features: (K, D) features of the class names.
+        base_feature: (D) feature of the empty text.
 
     Raises:
-        MagicDriveError: missing, half-written, or made by other encoders, from other infos than those beside it, or
-            with other settings.
+        MagicDriveError: the cache is missing or incomplete, or was made by another encoder, from other infos than those
+            next to it, or with other settings.
     """
 
     def __init__(self, folder: Path | str, config: Config | None = None) -> None:
@@ -150,19 +167,19 @@ class TextCache:
         self._folder = folder
         self._names = {caption: str(i) for i, caption in enumerate(read_json(folder / CAPTIONS, HINT))}
         self._file = safe_open(folder / FEATURES, framework="pt")
-        self.class_features: Tensor = self._file.get_tensor("class_features")  # K, D
-        self.base_feature: Tensor = self._file.get_tensor("base_feature")  # D
+        self.class_features: Tensor = self._file.get_tensor("class_features")
+        self.base_feature: Tensor = self._file.get_tensor("base_feature")
 
     @property
     def width(self) -> int:
-        """D."""
+        """Width D of the features."""
         return int(self.base_feature.shape[0])
 
     def __contains__(self, caption: str) -> bool:
         return caption in self._names
 
     def features(self, caption: str) -> Tensor:
-        """(l, D) float32: the features of a caption's own tokens.
+        """Returns the features (l, D) of a caption's l tokens in float32.
 
         Raises:
             MagicDriveError: the caption is not in the cache.
@@ -174,11 +191,15 @@ class TextCache:
 
 
 class LatentCache:
-    """Reads what ``write_latent_cache`` wrote, a clip at a time and without loading the rest of the file.
+    """Reads VAE moments from the cache of ``write_latent_cache``, one clip at a time, without loading the whole file.
+
+    Args:
+        folder: the cache.
+        config: settings that the cache must have been made with.
 
     Raises:
-        MagicDriveError: missing, half-written, or made by other encoders, from other infos than those beside it, or
-            with other settings than those of ``config``.
+        MagicDriveError: the cache is missing or incomplete, or was made by another encoder, from other infos than those
+            next to it, or with other settings.
     """
 
     def __init__(self, folder: Path | str, config: Config) -> None:
@@ -186,14 +207,27 @@ class LatentCache:
         self._index = _read_index(self._folder, "vae", _latent_settings(config))
 
     def starts(self, size: str, frames: int, scene: str) -> list[int]:
-        """First frames of the clips of one scene that the cache holds, rising; none: an empty list."""
+        """Lists the first frames of the cached clips of one scene in ascending order.
+
+        Args:
+            size: height and width of the video, such as "224x400".
+            frames: frames of the clips.
+            scene: scene token.
+        """
         if f"{bucket_name(size, frames)}/{scene}.safetensors" not in self._index["files"]:
             return []
         with self._open(size, frames, scene) as file:
             return [int(start) for start in file.get_tensor("starts")]
 
     def moments(self, size: str, clip: Clip) -> Tensor:
-        """(V, 2C, T, h, w): posterior mean and log-variance of a clip's views, in the dtype of the cache.
+        """Reads the posterior mean and log-variance of a clip.
+
+        Args:
+            size: height and width of the video, such as "224x400".
+            clip: the clip.
+
+        Returns:
+            (V, 2C, T, h, w) in the dtype of the cache.
 
         Raises:
             MagicDriveError: the cache does not hold this clip.
@@ -222,12 +256,12 @@ def _write_index(folder: Path, files: Iterable[str], settings: dict[str, Any]) -
 
 
 def _text_settings(config: Config) -> dict[str, Any]:
-    """The settings that decide what the text cache holds."""
+    """Returns the settings that decide the contents of the text cache."""
     return {"max_tokens": config.text.max_tokens}
 
 
 def _latent_settings(config: Config) -> dict[str, Any]:
-    """The settings that decide what the latents are."""
+    """Returns the settings that decide the latents."""
     return {
         "chunk_frames": config.vae.chunk_frames,
         "dtype": config.latents.dtype,
@@ -236,32 +270,45 @@ def _latent_settings(config: Config) -> dict[str, Any]:
 
 
 def _read_index(folder: Path, encoder: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The index of a cache that is whole and was made from what lies beside it, with these settings."""
+    """Reads the index of a cache and checks that the cache is complete and up to date.
+
+    Args:
+        folder: the cache.
+        encoder: entry of ``encoders.json`` that made it: "text" or "vae".
+        settings: settings that it must have been made with, by name.
+
+    Raises:
+        MagicDriveError: the cache is missing, incomplete or stale.
+    """
     index: dict[str, Any] = read_json(folder / INDEX, HINT)
     again = f"delete {folder} and {HINT}"
     if index.get("format") != FORMAT:
-        raise MagicDriveError(f"{folder} was written by another version of this program", again)
+        raise MagicDriveError(f"{folder} was written by another version of this project", again)
     for name, size in index["files"].items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != size:
-            raise MagicDriveError(f"{path} is missing or not whole", again)
+            raise MagicDriveError(f"{path} is missing or incomplete", again)
     encoders = folder.parent / "encoders/encoders.json"
     if encoders.is_file() and read_json(encoders)[encoder]["digest"] != index["encoder"]:
-        raise MagicDriveError(f"{folder} is stale: it was made by another encoder than {encoders} names", HINT)
+        raise MagicDriveError(f"{folder} is stale: {encoders} now names another encoder", HINT)
     infos = folder.parent / "infos"
     if infos.is_dir() and infos_digest(infos) != index["infos"]:
-        raise MagicDriveError(f"{folder} is stale: it was made from other data than {infos}", HINT)
+        raise MagicDriveError(f"{folder} is stale: {infos} has changed since it was made", HINT)
     for name, value in settings.items():
         if index.get(name) != value:
-            raise MagicDriveError(f"{folder} is stale: made with {name} {index.get(name)}, {value} is asked for", HINT)
+            raise MagicDriveError(f"{folder} is stale: made with {name} {index.get(name)}, now {value} is set", HINT)
     return index
 
 
 class LiveText:
-    """Encodes captions, as ``caches.TextCache`` reads; each is kept from its first time on.
+    """Encodes captions when they are needed, and keeps their features; has the interface of ``TextCache``.
+
+    Args:
+        config: settings of the text encoder.
+        project: folder of the project.
 
     Raises:
-        MagicDriveError: there is no encoder.
+        MagicDriveError: the text encoder is missing.
     """
 
     def __init__(self, config: Config, project: Path) -> None:
@@ -273,31 +320,35 @@ class LiveText:
         self._known: dict[str, Tensor] = {}
 
     def features(self, caption: str) -> Tensor:
-        """(l, D) float32: the features of a caption's own tokens."""
+        """Returns the features (l, D) of a caption's l tokens in float32."""
         if caption not in self._known:
             self._known[caption] = self._encoder.encode([caption])[0]
         return self._known[caption]
 
 
 def open_text(config: Config, project: Path) -> TextCache | LiveText:
-    """The features of captions, from the cache or encoded now, as ``text.live`` says.
+    """Opens the source of text features that ``text.live`` chooses.
+
+    Args:
+        config: settings.
+        project: folder of the project.
 
     Raises:
-        MagicDriveError: the cache is missing or stale, or there is no encoder.
+        MagicDriveError: the cache is missing or stale, or the text encoder is missing.
     """
     return LiveText(config, project) if config.text.live else TextCache(project / "artifacts/text", config)
 
 
 class LiveLatents:
-    """Encodes view by view, as ``caches.LatentCache`` reads.
+    """Encodes clips when they are needed, view by view; has the interface of ``LatentCache``.
 
     Args:
-        config: of the VAE and the pictures.
-        project: the project's folder.
-        scenes: by token.
+        config: settings of the VAE and the pictures.
+        project: folder of the project.
+        scenes: all scenes by token.
 
     Raises:
-        MagicDriveError: there is no encoder.
+        MagicDriveError: the VAE is missing.
     """
 
     def __init__(self, config: Config, project: Path, scenes: Mapping[str, Scene]) -> None:
@@ -312,9 +363,15 @@ class LiveLatents:
         self._dtype, self._scaled = DTYPES[config.latents.dtype], config.latents.scaled_decoding
 
     def moments(self, size: str, clip: Clip, views: Sequence[int] = range(len(VIEWS))) -> Tensor:
-        """(V, 2C, T, h, w): posterior mean and log-variance of a clip's views, in the dtype of the cache.
+        """Encodes the posterior mean and log-variance of a clip.
 
-        ``views``: those that are encoded; the others are zeros.
+        Args:
+            size: height and width of the video, such as "224x400".
+            clip: the clip.
+            views: views that are encoded; the moments of the others are zeros.
+
+        Returns:
+            (V, 2C, T, h, w) in the dtype of the cache.
 
         Raises:
             MagicDriveError: a picture is missing or broken.

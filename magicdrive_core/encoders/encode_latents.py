@@ -1,4 +1,8 @@
-"""What there is to encode: the clips of each training scene, at each size and length."""
+"""Encoding the clips of training scenes to VAE moments: what there is to encode, and the work on a GPU or all cores.
+
+The unit of work is one scene at one size; its files appear when they are complete, so that an interrupted run continues
+with the next scene. A clip that equals the start of a longer one is copied from it, not encoded again.
+"""
 
 from __future__ import annotations
 
@@ -31,52 +35,73 @@ from magicdrive_core.utils.process_pool import end_with_parent
 from magicdrive_core.utils.progress import announce, track
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
+FRAMES_AT_ONCE = 8  # single frames in a batch
 
 
-def begins_as(frames: int, longer: int, chunk_frames: int | None) -> bool:
-    """Whether a clip's latents are the first ones of a longer clip from the same frame.
+def is_prefix(frames: int, longer: int, chunk_frames: int | None) -> bool:
+    """Tells whether a clip's latents are the first ones of a longer clip that starts at the same frame.
 
-    The encoder is causal, and its norms see one chunk at a time: so it is if the chunks have the same lengths. The
-    first chunk takes the frames that do not fill one.
+    The encoder is causal, and its norms see one chunk at a time. So this holds if the chunks of both clips have the
+    same lengths; the first chunk takes the frames that do not fill one.
+
+    Args:
+        frames: frames of the clip.
+        longer: frames of the longer clip.
+        chunk_frames: frames of an encoder chunk; None: the whole clip.
     """
     return chunk_frames is not None and chunk_frames <= frames and (longer - frames) % chunk_frames == 0
 
 
 @dataclass(frozen=True)
 class EncoderSettings:
-    """The VAE and how it is used."""
+    """The VAE and how it is used.
+
+    Attributes:
+        folder: from_pretrained folder of the VAE.
+        scaling_factor: latents = sample * factor.
+        latent_channels: C.
+        chunk_frames: frames of an encoder chunk; None: the whole clip.
+        dtype: of the stored moments, a key of ``DTYPES``.
+    """
 
     folder: str
     scaling_factor: float
     latent_channels: int
     chunk_frames: int | None
-    dtype: str  # of the stored moments
+    dtype: str
 
 
 @dataclass(frozen=True)
 class SceneWork:
-    """All clips of one scene at one size. Pictures are read once for all lengths."""
+    """All clips of one scene at one size; pictures are read once for clips of all lengths.
+
+    Attributes:
+        scene: scene token.
+        pictures: picture files, F frames of V views.
+        size: height and width of the video, such as "224x400".
+        starts: first frames of the clips, by their number of frames.
+    """
 
     scene: str
-    pictures: list[list[Path]]  # F, V
+    pictures: list[list[Path]]
     size: str
-    starts: dict[int, list[int]]  # by frames of the clip
+    starts: dict[int, list[int]]
 
     def encoded(self, chunk_frames: int | None) -> dict[int, list[int]]:
-        """The clips that the encoder must see: the others are the first chunks of a longer clip from the same frame."""
+        """Returns the clips that have to be encoded, as ``starts``; the others are prefixes of longer clips."""
         left: dict[int, list[int]] = {}
         for frames, starts in sorted(self.starts.items(), reverse=True):
-            longer = {start for n in left if begins_as(frames, n, chunk_frames) for start in left[n]}
+            longer = {start for n in left if is_prefix(frames, n, chunk_frames) for start in left[n]}
             left[frames] = [start for start in starts if start not in longer]
         return left
 
     def frames(self, chunk_frames: int | None) -> int:
-        """Frames that the encoder must see, all views."""
+        """Returns the number of frames that have to be encoded, over all views."""
         views = len(self.pictures[0])
         return views * sum(frames * len(starts) for frames, starts in self.encoded(chunk_frames).items())
 
     def bytes(self, settings: EncoderSettings) -> int:
-        """Size of the moments."""
+        """Returns the size of the moments in bytes."""
         views, width = len(self.pictures[0]), DTYPES[settings.dtype].itemsize
         values = [
             len(starts)
@@ -90,9 +115,15 @@ class SceneWork:
 
 
 def plan_scenes(scenes: Sequence[Scene], root: Path, buckets: Sequence[Bucket], stride: int) -> list[SceneWork]:
-    """What is to be encoded of the training scenes; what several buckets have in common is there once.
+    """Lists the clips of all training scenes; clips that several buckets share are listed once.
 
-    A bucket that is longer than every scene has no clips: training leaves it out and says so (``training/plan.py``).
+    A bucket that is longer than every scene has no clips; training skips it with a warning.
+
+    Args:
+        scenes: all scenes of the infos.
+        root: data root of the pictures.
+        buckets: buckets of all stages.
+        stride: frames between the starts of two clips.
 
     Raises:
         MagicDriveError: no bucket has a clip.
@@ -115,20 +146,19 @@ def plan_scenes(scenes: Sequence[Scene], root: Path, buckets: Sequence[Bucket], 
     ]
 
 
-# Encoding the clips of scenes on the GPU, or in a process on each core.
-
-FRAMES_AT_ONCE = 8  # single frames are encoded in batches of so many
-
-
 def encode_scenes(
     works: list[SceneWork], settings: EncoderSettings, folder: Path, *, scaled: bool = False
 ) -> dict[str, float]:
-    """Writes the moments of every clip below ``folder``, on the GPU if there is one, else on all cores.
+    """Writes the moments of every clip, on the GPU if there is one, else in a process on each core.
 
-    ``scaled``: JPEG's scaled decoding, see ``read_picture``.
+    Args:
+        works: scenes and clips to encode.
+        settings: the VAE and how it is used.
+        folder: folder of the cache.
+        scaled: JPEG's scaled decoding, see ``read_picture``.
 
     Returns:
-        The standard deviation of each bucket's scaled latents (means over channels; 1 is right for diffusion).
+        The standard deviation of each bucket's scaled latents over all channels; diffusion expects about 1.
 
     Raises:
         MagicDriveError: a picture is missing or broken, or a process was killed.
@@ -137,13 +167,13 @@ def encode_scenes(
     workers = min(len(os.sched_getaffinity(0)), len(works)) if device == "cpu" else 1
     if workers == 1:
         _load_vae(settings, device)
-        _tell_estimate(works, settings, folder, _seconds_per_pixel(works[0], scaled))
-        with closing(track(works, "VAE moments")) as rest:  # or an error would be told before the bar ends
+        _announce_work(works, settings, folder, _seconds_per_pixel(works[0], scaled))
+        with closing(track(works, "VAE moments")) as rest:  # an error is shown below the bar
             parts = [_encode_scene(work, settings.dtype, folder, scaled) for work in rest]
     else:
         parts = _encode_in_processes(works, settings, folder, workers, scaled)
     sums: dict[str, np.ndarray] = {}
-    for part in parts:  # in the order of the works, so that rounding is the same every time
+    for part in parts:  # in the order of the works, so that the sums are rounded the same way in every run
         for bucket, values in part.items():
             sums[bucket] = sums.get(bucket, np.zeros(3)) + values
     factor = settings.scaling_factor
@@ -153,28 +183,28 @@ def encode_scenes(
 def _encode_in_processes(
     works: list[SceneWork], settings: EncoderSettings, folder: Path, workers: int, scaled: bool
 ) -> list[dict[str, np.ndarray]]:
-    """One process of one thread a core: measured on 2 cores, faster than one process of two threads."""
+    """Encodes in one single-threaded process on each core, which is faster than one process with many threads."""
     context = multiprocessing.get_context("spawn")
     others = multiprocessing.active_children()
     try:
         with ProcessPoolExecutor(workers, context, initializer=_load_vae, initargs=(settings, "cpu")) as pool:
             seconds_per_pixel = pool.submit(_seconds_per_pixel, works[0], scaled).result()
-            _tell_estimate(works, settings, folder, seconds_per_pixel / workers)
+            _announce_work(works, settings, folder, seconds_per_pixel / workers)
             futures = [pool.submit(_encode_scene, work, settings.dtype, folder, scaled) for work in works]
             try:
                 with closing(track(as_completed(futures), "VAE moments", len(futures))) as done:
                     for future in done:
                         future.result()
             except BaseException:
-                # Leaving the pool would wait for scenes that are being encoded, minutes each; their files appear whole
-                # or not at all.
+                # Leaving the pool would wait minutes for scenes that are being encoded; their files appear only when
+                # they are complete.
                 for process in set(multiprocessing.active_children()) - set(others):
                     process.terminate()
                 raise
             return [future.result() for future in futures]
     except BrokenProcessPool:
         raise MagicDriveError(
-            "a process that encoded clips was killed", "most likely the memory is full: close other programs"
+            "a process that encoded clips was killed", "the memory is probably full: close other programs"
         ) from None
 
 
@@ -182,6 +212,7 @@ _vae: Vae  # of this process
 
 
 def _load_vae(settings: EncoderSettings, device: str) -> None:
+    """Loads the VAE of this process."""
     global _vae
     if multiprocessing.parent_process() is not None:
         end_with_parent()
@@ -195,27 +226,27 @@ def _load_vae(settings: EncoderSettings, device: str) -> None:
 
 
 def _paths(work: SceneWork, folder: Path) -> dict[int, Path]:
-    """The file of a scene's clips, by their frames."""
+    """Returns the files of a scene's clips, by number of frames."""
     return {frames: folder / bucket_name(work.size, frames) / f"{work.scene}.safetensors" for frames in work.starts}
 
 
 def _is_done(work: SceneWork, folder: Path) -> bool:
-    """Whether an interrupted run encoded it."""
+    """Tells whether an earlier, interrupted run encoded the scene."""
     return all(path.is_file() for path in _paths(work, folder).values())
 
 
 def _encode_scene(work: SceneWork, dtype: str, folder: Path, scaled: bool) -> dict[str, np.ndarray]:
-    """Writes the moments of one scene at one size, unless they are there.
+    """Writes the moments of one scene at one size, unless an earlier run did.
 
     Returns:
-        count, sum and sum of squares of each bucket's latents.
+        Count, sum and sum of squares of each bucket's latents.
     """
     paths = _paths(work, folder)
     if _is_done(work, folder):
         return {path.parent.name: _sums(load_file(path)["moments"]) for path in paths.values()}
     framing = Framing(*parse_size(work.size))
     views = []
-    for view in range(len(work.pictures[0])):  # memory holds one view's pictures
+    for view in range(len(work.pictures[0])):  # one view at a time, to hold the pictures of one view only
 
         @cache
         def read(frame: int, view: int = view) -> np.ndarray:
@@ -233,14 +264,22 @@ def _encode_scene(work: SceneWork, dtype: str, folder: Path, scaled: bool) -> di
 
 
 def _sums(moments: Tensor) -> np.ndarray:
-    """Count, sum and sum of squares of the latents whose moments are (n, V, 2C, T, h, w)."""
+    """Returns count, sum and sum of squares of the latents with the given moments (n, V, 2C, T, h, w)."""
     mean, log_variance = moments.double().chunk(2, dim=2)
     squares = mean.square().sum() + log_variance.exp().sum()
     return np.array([mean.numel(), mean.sum().item(), squares.item()])
 
 
 def _encode_view(work: SceneWork, read: Callable[[int], np.ndarray]) -> dict[tuple[int, int], Tensor]:
-    """Moments (2C, T, h, w) of one view's clips by frames and start; ``read`` gives the picture of a frame."""
+    """Encodes the clips of one view.
+
+    Args:
+        work: scene and clips.
+        read: returns the picture (H, W, 3) of a frame.
+
+    Returns:
+        Moments (2C, T, h, w) by number of frames and first frame.
+    """
     chunk = _vae.chunk_frames
     moments: dict[tuple[int, int], Tensor] = {}
     for frames, starts in work.encoded(chunk).items():
@@ -254,13 +293,13 @@ def _encode_view(work: SceneWork, read: Callable[[int], np.ndarray]) -> dict[tup
         length = latent_shape(frames, *parse_size(work.size))[0]
         for start in starts:
             if (frames, start) not in moments:
-                longer = next(n for n, s in moments if s == start and n > frames and begins_as(frames, n, chunk))
+                longer = next(n for n, s in moments if s == start and n > frames and is_prefix(frames, n, chunk))
                 moments[frames, start] = moments[longer, start][:, :length]
     return moments
 
 
 def _seconds_per_pixel(work: SceneWork, scaled: bool) -> float:
-    """Time to read and encode one clip of the work's shortest length, after one to warm up."""
+    """Measures the seconds for a pixel of reading and encoding one clip of the shortest length, after a warm-up."""
     framing = Framing(*parse_size(work.size))
     frames = min(work.starts)
     for _ in range(2):
@@ -271,8 +310,8 @@ def _seconds_per_pixel(work: SceneWork, scaled: bool) -> float:
     return seconds / (frames * framing.height * framing.width)
 
 
-def _tell_estimate(works: list[SceneWork], settings: EncoderSettings, folder: Path, seconds_per_pixel: float) -> None:
-    """Of what an interrupted run left to do."""
+def _announce_work(works: list[SceneWork], settings: EncoderSettings, folder: Path, seconds_per_pixel: float) -> None:
+    """Announces size and duration of what is left to encode."""
     left = [work for work in works if not _is_done(work, folder)]
     frames = [work.frames(settings.chunk_frames) for work in left]
     pixels = sum(n * int(np.prod(parse_size(work.size))) for n, work in zip(frames, left, strict=True))

@@ -1,13 +1,19 @@
-"""Fresh weights with which a small CogVideoX VAE already is the best linear code of the pictures.
+"""A small CogVideoX VAE, trained on the data's pictures in about a minute, for runs without the published one.
 
-Training from random weights spends its first minutes on finding out what principal component analysis computes in a
-second. So the encoder starts as the principal components of 8x8 patches, level by level (a strided convolution holds
-those of 2x2 neighbours), and the decoder as the least-squares way back. Its convolutions follow nearest-neighbour
-upsampling, cannot tell the pixels of one cell apart, and reach across its border instead: hence least squares, fitted
-on the level below as it comes out. Residual branches start at zero. Measured: benchmarks/results/demo.md.
+``build_vae`` trains it. Two things make a minute enough:
 
-All of it needs norms of one group: a large constant pair of channels then makes the last norms nearly linear maps,
-and pairs of opposite sign make SiLU one, since silu(x) - silu(-x) = x.
+- A linear start (``start_linear``). Training from random weights spends its first minutes on what principal component
+  analysis computes in a second. So the encoder starts with the principal components of 8x8 patches, level by level: a
+  strided convolution holds those of 2x2 neighbours. The decoder starts with the least-squares inverse, fitted level by
+  level to the output of the level below: its convolutions follow nearest-neighbour upsampling, so that they cannot tell
+  the pixels of one cell apart but reach into its neighbours. Residual branches start at zero. Norms must have one
+  group: a large constant pair of channels then makes the last norms nearly linear, and pairs of opposite sign make SiLU
+  linear, since silu(x) - silu(-x) = x.
+- Muon (``Muon``), an optimizer that makes the momentum orthogonal (Jordan et al. 2024, "Muon: an optimizer for hidden
+  layers"). On the demo's VAE 200 steps reach what Adam needs about 500 for. torch's own Muon computes in bfloat16,
+  which is 11 times slower than float32 on CPUs without it, and takes matrices only.
+
+Shapes: N pictures or clips, F frames, C channels, H, W rows and columns.
 """
 
 from __future__ import annotations
@@ -21,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKLCogVideoX
+from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
@@ -36,211 +43,28 @@ from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.geometry.cameras import Framing
 from magicdrive_core.utils.progress import track
 
-CONSTANT = 32.0  # of the pair that outweighs the picture in the last norms
-WHITENING = 0.85  # latent channel k is divided by its deviation to this power: 0 keeps the pictures' scale, 1 is white
-RIDGE = 1e-5  # share of the mean square, added to the diagonal
-LOG_VARIANCE = -6.0  # of the posterior: its noise hides nothing yet
-
-
-@torch.no_grad()
-def start_linear(model: Any, frames: Tensor) -> None:
-    """Overwrites fresh weights of an ``AutoencoderKLCogVideoX`` in place.
-
-    Args:
-        model: with norms of one group.
-        frames: (N, 3, H, W) in [-1, 1], height and width multiples of 8.
-
-    Raises:
-        MagicDriveError: all frames are of one colour, the same in all of them.
-    """
-    mean = frames.mean(dim=(0, 2, 3))
-    if (frames - mean[:, None, None]).abs().max() < 1 / 255:
-        raise MagicDriveError("all pictures for the VAE are of one colour", "look at the pictures of data.root")
-    for name, weight in model.named_parameters():
-        if ".conv2.conv." in name:
-            weight.zero_()
-    _start_encoder(model.encoder, frames, mean)
-    latents = model.encode(frames[:, :, None]).latent_dist.mean[:, :, 0]
-    _start_decoder(model.decoder, frames, mean, latents)
-
-
-def _start_encoder(encoder: Any, frames: Tensor, mean: Tensor) -> None:
-    _set(encoder.conv_in.conv, torch.eye(3), -mean)
-    features = frames - mean[:, None, None]
-    for block in encoder.down_blocks[:-1]:
-        _widen(block)
-        convolution = block.downsamplers[0].conv
-        patches = functional.pixel_unshuffle(features, 2)  # channel, row, column
-        axes = _principal(patches, convolution.out_channels)
-        kernel = torch.zeros_like(convolution.weight)
-        kernel[: axes.shape[1], : features.shape[1], :2, :2] = axes.T.unflatten(1, (-1, 2, 2))
-        convolution.weight.copy_(kernel)
-        convolution.bias.zero_()
-        features = torch.einsum("pc,nphw->nchw", axes, patches)
-    count = len(encoder.conv_out.conv.bias) // 2
-    axes = _principal(features, count)
-    deviation = torch.einsum("pc,nphw->nchw", axes, features).square().mean(dim=(0, 2, 3)).sqrt()
-    axes = axes * deviation**-WHITENING
-    axes /= (axes.T @ _covariance(features) @ axes).diagonal().mean().sqrt()
-    scale = _signed_pairs(encoder.down_blocks[-1].resnets[0].conv_shortcut, axes.T)
-    means = scale * torch.cat([torch.eye(count), -torch.eye(count)], dim=1)
-    _set(encoder.conv_out.conv, torch.cat([means, torch.zeros_like(means)]))
-    encoder.conv_out.conv.bias[count:] = LOG_VARIANCE
-
-
-def _start_decoder(decoder: Any, frames: Tensor, mean: Tensor, latents: Tensor) -> None:
-    _set(decoder.conv_in.conv, torch.eye(latents.shape[1]))
-    features, factor = latents, 8
-    for block, after in zip(decoder.up_blocks[:-1], decoder.up_blocks[1:], strict=True):
-        _widen(block)
-        factor //= 2
-        target = functional.pixel_unshuffle(frames - mean[:, None, None], factor)
-        if factor > 1:
-            axes = _principal(target, after.resnets[0].out_channels)
-            target = torch.einsum("pc,nphw->nchw", axes, target)
-        up = functional.interpolate(features, scale_factor=2.0, mode="nearest")
-        kernel, bias = _least_squares(up, target)
-        _set(block.upsamplers[0].conv, kernel, bias)
-        features = functional.conv2d(up, kernel, bias, padding=1)
-    scale = _signed_pairs(decoder.up_blocks[-1].resnets[0].conv_shortcut, torch.eye(3))
-    norm = decoder.norm_out
-    norm.conv_y.conv.weight.zero_()
-    norm.conv_y.conv.bias.fill_(1.0)
-    norm.conv_b.conv.weight.zero_()
-    norm.conv_b.conv.bias.zero_()
-    _set(decoder.conv_out.conv, scale * torch.cat([torch.eye(3), -torch.eye(3)], dim=1), mean)
-
-
-def _widen(block: Any) -> None:
-    """Makes a block's first residual connection the identity, as far as the widths go."""
-    first = block.resnets[0]
-    if first.in_channels != first.out_channels:
-        _set(first.conv_shortcut, torch.eye(min(first.in_channels, first.out_channels)))
-
-
-def _signed_pairs(shortcut: Any, matrix: Tensor) -> float:
-    """Channels (matrix x, -matrix x, constant, -constant); returns what the norm after them divides by, about."""
-    rows = 2 * len(matrix)
-    _set(shortcut, torch.cat([matrix, -matrix, torch.zeros(2, matrix.shape[1])]))
-    shortcut.bias[rows : rows + 2] = torch.tensor([CONSTANT, -CONSTANT])
-    return float(CONSTANT * (2 / len(shortcut.bias)) ** 0.5)
-
-
-def _set(convolution: Any, kernel: Tensor, bias: Tensor | float = 0.0) -> None:
-    """First rows of a convolution: a kernel (out, in, 3, 3), or a matrix (out, in) at its centre, for the present."""
-    rows, columns = kernel.shape[:2]
-    weight = convolution.weight
-    weight[:rows] = 0
-    present = weight[:, :, -1] if weight.ndim == 5 else weight
-    centre = present.shape[-1] // 2
-    view = present if kernel.ndim == 4 else present[:, :, centre, centre]
-    view[:rows, :columns] = kernel
-    convolution.bias[:rows] = bias
-
-
-def _covariance(features: Tensor) -> Tensor:
-    """(C, C) second moments of features (N, C, H, W)."""
-    values = features.double().transpose(0, 1).flatten(1)
-    return (values @ values.T / values.shape[1]).float()
-
-
-def _principal(features: Tensor, count: int) -> Tensor:
-    """(C, count or fewer) orthonormal axes of most variance first, signs fixed."""
-    axes = torch.linalg.eigh(_covariance(features).double()).eigenvectors.flip(1)[:, :count]
-    signs = axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()
-    return (axes * signs).float()
-
-
-def _least_squares(features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Kernel (out, in, 3, 3) and bias of the convolution that comes nearest to the target."""
-    size = 9 * features.shape[1] + 1
-    gram, moments = (
-        torch.zeros(size, size, dtype=torch.float64),
-        torch.zeros(size, target.shape[1], dtype=torch.float64),
-    )
-    for source, wanted in zip(features, target, strict=True):  # one picture at a time, for memory
-        columns = functional.unfold(source[None].double(), 3, padding=1)[0]
-        columns = torch.cat([columns, torch.ones_like(columns[:1])])
-        gram += columns @ columns.T
-        moments += columns @ wanted.flatten(1).double().T
-    gram += RIDGE * gram.diagonal().mean() * torch.eye(size, dtype=torch.float64)
-    solution = torch.linalg.solve(gram, moments).float().T
-    return solution[:, :-1].unflatten(1, (-1, 3, 3)), solution[:, -1]
-
-
-# Muon: momentum whose update is made orthogonal (Jordan et al. 2024, "Muon: an optimizer for hidden layers").
-#
-# Measured on the demo's VAE: 200 steps reach what Adam needs about 500 for. torch's own Muon computes in bfloat16,
-# which is 11 times slower than float32 on CPUs without it, and takes matrices only.
-
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration that drives all singular values towards 1
-ITERATIONS = 5
-
-
-def orthogonalised(matrix: Tensor) -> Tensor:
-    """About U V^T of the singular value decomposition U S V^T of a matrix (m, n), by Newton-Schulz iteration.
-
-    Every iterate is a polynomial of X X^T times X, so that the iteration runs on square matrices of the shorter side.
-    """
-    a, b, c = COEFFICIENTS
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    wide = wide / (wide.norm() + 1e-7)
-    gram = wide @ wide.T
-    product = identity = torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
-    for _ in range(ITERATIONS):
-        factor = a * identity + b * gram + c * gram @ gram
-        product = factor @ product
-        gram = factor @ gram @ factor
-    wide = product @ wide
-    return wide if matrix.shape[0] <= matrix.shape[1] else wide.T
-
-
-class Muon(Optimizer):
-    """For weights of convolutions and matrices; their rows are the output channels.
-
-    Args:
-        params: tensors of two or more dimensions.
-        lr: size of a step's singular values.
-        momentum: share of the past, applied in Nesterov's way.
-    """
-
-    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """One update of every parameter with a gradient, after ``closure``, which computes the loss anew."""
-        with torch.enable_grad():
-            loss = closure() if closure is not None else None
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                average = state.setdefault("average", torch.zeros_like(parameter))
-                average.lerp_(parameter.grad, 1 - group["momentum"])
-                update = orthogonalised(parameter.grad.lerp(average, group["momentum"]).flatten(1))
-                rows, columns = update.shape
-                parameter.add_(update.view_as(parameter), alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
-        return loss
-
-
-# A small CogVideoX VAE, trained on the data's pictures in about a minute, for runs without the published one.
-
 Pixels = NDArray[np.uint8]
-CLIP_FRAMES = 9  # of a training clip at most: three latent frames
-EDGE_WEIGHT = 0.25  # of the error of neighbouring pixels' differences: keeps outlines sharp
-KL_WEIGHT = 1e-6  # of latent diffusion's: keeps the latents bounded, and hardly blurs
+CLIP_FRAMES = 9  # most frames of a training clip: three latent frames
+EDGE_WEIGHT = 0.25  # of the error of differences between neighbouring pixels: keeps outlines sharp
+KL_WEIGHT = 1e-6  # as in latent diffusion: keeps the latents bounded and hardly blurs
 START_FRAMES = 24  # pictures that the linear start is fitted to
 ADAM_SHARE = 0.2  # of Muon's learning rate
 
+CONSTANT = 32.0  # value of the channel pair that outweighs the picture in the last norms
+WHITENING = 0.85  # latent channels are divided by their deviation to this power: 0 keeps the pictures' scale, 1 whitens
+RIDGE = 1e-5  # share of the mean square that is added to the diagonal of least squares
+LOG_VARIANCE = -6.0  # of the posterior at the start, so low that its noise hides nothing
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Muon's quintic iteration, which drives all singular values towards 1
+ITERATIONS = 5
+
 
 def build_vae(build: VaeBuild, clips: Pixels) -> Any:
-    """Trains a VAE from nothing; the same seed and number of threads give the same weights.
+    """Trains a new VAE; the same seed and number of threads give the same weights.
 
     Args:
         build: sizes and schedule.
-        clips: (n, F, H, W, 3) training clips.
+        clips: training clips (N, F, H, W, 3) in [0, 255].
 
     Returns:
         The diffusers ``AutoencoderKLCogVideoX`` in evaluation mode.
@@ -274,7 +98,7 @@ def build_vae(build: VaeBuild, clips: Pixels) -> Any:
 
 
 def _optimizers(model: Any, learning_rate: float) -> list[Optimizer]:
-    """Muon for the inner convolutions; Adam for the first and last ones, norms and biases."""
+    """Returns Muon for the inner convolutions, and Adam for the first and last ones, norms and biases."""
     ends = {id(model.encoder.conv_in.conv.weight), id(model.decoder.conv_out.conv.weight)}
     inner = [p for p in model.parameters() if p.ndim >= 4 and id(p) not in ends]
     rest = [p for p in model.parameters() if p.ndim < 4 or id(p) in ends]
@@ -282,7 +106,7 @@ def _optimizers(model: Any, learning_rate: float) -> list[Optimizer]:
 
 
 def _loss(model: Any, video: Tensor) -> Tensor:
-    """Squared error of pixels and of their differences along height and width, and the posterior's divergence."""
+    """Returns the squared error of pixels and of their differences along rows and columns, plus the KL divergence."""
     posterior = model.encode(video).latent_dist
     error = model.decode(posterior.sample()).sample - video
     edges = error.diff(dim=3).square().mean() + error.diff(dim=4).square().mean()
@@ -290,7 +114,7 @@ def _loss(model: Any, video: Tensor) -> Tensor:
 
 
 def _crops(build: VaeBuild, clips: Pixels) -> Iterator[Pixels]:
-    """Endless random crops: single frames, and every ``clip_every`` steps a clip."""
+    """Yields random crops (N, F, H, W, 3) without end: single frames, and every ``clip_every`` steps a clip."""
     rng = np.random.default_rng(build.seed)
     count, frames, height, width = clips.shape[:4]
     step = 0
@@ -306,12 +130,23 @@ def _crops(build: VaeBuild, clips: Pixels) -> Iterator[Pixels]:
 
 
 def longest_clip(scenes: Sequence[Scene], at_most: int) -> int:
-    """Frames (8n + 1) of the longest clip that some scene has, up to ``at_most``."""
+    """Returns the frames (8n + 1) of the longest clip that some scene allows, up to ``at_most``."""
     return (min(at_most, max(map(len, scenes), default=1)) - 1) // 8 * 8 + 1
 
 
 def draw_clips(scenes: Sequence[Scene], root: Path, size: str, frames: int, count: int, seed: int) -> Pixels:
-    """(count, frames, H, W, 3): clips of one view each, spread evenly over scenes, at random times and views.
+    """Reads clips of one view each, spread evenly over the scenes, at random times and views.
+
+    Args:
+        scenes: scenes to choose from.
+        root: data root of the pictures.
+        size: height and width of the clips, such as "224x400".
+        frames: frames of a clip.
+        count: number of clips N.
+        seed: of the random times and views.
+
+    Returns:
+        (N, F, H, W, 3) in [0, 255].
 
     Raises:
         MagicDriveError: every scene is too short, or a picture is missing or broken.
@@ -319,7 +154,8 @@ def draw_clips(scenes: Sequence[Scene], root: Path, size: str, frames: int, coun
     long_enough = [scene for scene in scenes if len(scene) >= frames]
     if not long_enough:
         raise MagicDriveError(
-            f"no scene has the {frames} frames that the VAE is built with", "use longer scenes, or a VAE that exists"
+            f"no scene has the {frames} frames that the VAE is built with",
+            "use longer scenes, or set vae.build to null and vae.path to a trained VAE",
         )
     rng = np.random.default_rng(seed)
     framing = Framing(*parse_size(size))
@@ -329,13 +165,13 @@ def draw_clips(scenes: Sequence[Scene], root: Path, size: str, frames: int, coun
         start = int(rng.integers(len(scene) - frames + 1))
         view = int(rng.integers(len(scene.pictures[0])))
         paths += [root / views[view] for views in scene.pictures[start : start + frames]]
-    with ThreadPoolExecutor() as pool:  # PIL decodes and resizes without Python's lock
+    with ThreadPoolExecutor() as pool:  # PIL releases the interpreter lock
         pictures = list(track(pool.map(partial(read_picture, framing=framing), paths), "pictures", len(paths)))
-    return np.stack(pictures).reshape(count, frames, framing.height, framing.width, 3)
+    return rearrange(np.stack(pictures), "(n f) h w c -> n f h w c", f=frames)
 
 
 def psnr(vae: Vae, clips: Pixels) -> float:
-    """Peak signal-to-noise ratio in dB of clips (n, F, H, W, 3) that pass through the VAE (posterior mean)."""
+    """Returns the peak signal-to-noise ratio in dB of clips (N, F, H, W, 3) that are encoded (mean) and decoded."""
     squares = 0.0
     for clip in clips:
         latents = vae.latents(vae.moments(to_video(clip[None])))
@@ -345,10 +181,208 @@ def psnr(vae: Vae, clips: Pixels) -> float:
 
 
 def latent_spread(vae: Vae, clips: Pixels) -> float:
-    """Standard deviation of unscaled posterior samples of clips, about 0: one over it makes latents of unit size."""
+    """Returns the root mean square of unscaled posterior samples of clips; its inverse scales latents to unit size."""
     squares, count = 0.0, 0
     for clip in clips:
         mean, log_variance = vae.moments(to_video(clip[None])).double().chunk(2, dim=1)
         squares += float(mean.square().sum() + log_variance.exp().sum())
         count += mean.numel()
     return float(np.sqrt(squares / count))
+
+
+@torch.no_grad()
+def start_linear(model: Any, frames: Tensor) -> None:
+    """Sets the weights of a new ``AutoencoderKLCogVideoX`` to the best linear code of some frames, in place.
+
+    Args:
+        model: a model whose norms have one group.
+        frames: (N, 3, H, W) in [-1, 1]; height and width are multiples of 8.
+
+    Raises:
+        MagicDriveError: all frames have one colour, the same in all of them.
+    """
+    mean = frames.mean(dim=(0, 2, 3))
+    if (frames - mean[:, None, None]).abs().max() < 1 / 255:
+        raise MagicDriveError("all pictures for the VAE are of one colour", "check the pictures of data.root")
+    for name, weight in model.named_parameters():
+        if ".conv2.conv." in name:
+            weight.zero_()
+    _start_encoder(model.encoder, frames, mean)
+    latents = model.encode(frames[:, :, None]).latent_dist.mean[:, :, 0]
+    _start_decoder(model.decoder, frames, mean, latents)
+
+
+def _start_encoder(encoder: Any, frames: Tensor, mean: Tensor) -> None:
+    """Sets the encoder to the principal components of ``frames`` minus their mean colour (3)."""
+    _set(encoder.conv_in.conv, torch.eye(3), -mean)
+    features = frames - mean[:, None, None]
+    for block in encoder.down_blocks[:-1]:
+        _widen(block)
+        convolution = block.downsamplers[0].conv
+        patches = functional.pixel_unshuffle(features, 2)  # channels in the order (c row column)
+        axes = _principal(patches, convolution.out_channels)
+        kernel = torch.zeros_like(convolution.weight)
+        kernel[: axes.shape[1], : features.shape[1], :2, :2] = rearrange(axes, "(i y x) o -> o i y x", y=2, x=2)
+        convolution.weight.copy_(kernel)
+        convolution.bias.zero_()
+        features = torch.einsum("pc,nphw->nchw", axes, patches)
+    count = len(encoder.conv_out.conv.bias) // 2
+    axes = _principal(features, count)
+    deviation = torch.einsum("pc,nphw->nchw", axes, features).square().mean(dim=(0, 2, 3)).sqrt()
+    axes = axes * deviation**-WHITENING
+    axes /= (axes.T @ _covariance(features) @ axes).diagonal().mean().sqrt()
+    scale = _signed_pairs(encoder.down_blocks[-1].resnets[0].conv_shortcut, axes.T)
+    means = scale * torch.cat([torch.eye(count), -torch.eye(count)], dim=1)
+    _set(encoder.conv_out.conv, torch.cat([means, torch.zeros_like(means)]))
+    encoder.conv_out.conv.bias[count:] = LOG_VARIANCE
+
+
+def _start_decoder(decoder: Any, frames: Tensor, mean: Tensor, latents: Tensor) -> None:
+    """Sets the decoder to the least-squares inverse of the encoder, which encodes ``frames`` to ``latents``."""
+    _set(decoder.conv_in.conv, torch.eye(latents.shape[1]))
+    features, factor = latents, 8
+    for block, after in zip(decoder.up_blocks[:-1], decoder.up_blocks[1:], strict=True):
+        _widen(block)
+        factor //= 2
+        target = functional.pixel_unshuffle(frames - mean[:, None, None], factor)
+        if factor > 1:
+            axes = _principal(target, after.resnets[0].out_channels)
+            target = torch.einsum("pc,nphw->nchw", axes, target)
+        up = functional.interpolate(features, scale_factor=2.0, mode="nearest")
+        kernel, bias = _least_squares(up, target)
+        _set(block.upsamplers[0].conv, kernel, bias)
+        features = functional.conv2d(up, kernel, bias, padding=1)
+    scale = _signed_pairs(decoder.up_blocks[-1].resnets[0].conv_shortcut, torch.eye(3))
+    norm = decoder.norm_out
+    norm.conv_y.conv.weight.zero_()
+    norm.conv_y.conv.bias.fill_(1.0)
+    norm.conv_b.conv.weight.zero_()
+    norm.conv_b.conv.bias.zero_()
+    _set(decoder.conv_out.conv, scale * torch.cat([torch.eye(3), -torch.eye(3)], dim=1), mean)
+
+
+def _widen(block: Any) -> None:
+    """Sets a block's first residual connection to the identity, as far as both widths go."""
+    first = block.resnets[0]
+    if first.in_channels != first.out_channels:
+        _set(first.conv_shortcut, torch.eye(min(first.in_channels, first.out_channels)))
+
+
+def _signed_pairs(shortcut: Any, matrix: Tensor) -> float:
+    """Sets a convolution to the channels (matrix x, -matrix x, constant, -constant).
+
+    Returns:
+        The divisor of the norm that follows, which the constants dominate.
+    """
+    rows = 2 * len(matrix)
+    _set(shortcut, torch.cat([matrix, -matrix, torch.zeros(2, matrix.shape[1])]))
+    shortcut.bias[rows : rows + 2] = torch.tensor([CONSTANT, -CONSTANT])
+    return float(CONSTANT * (2 / len(shortcut.bias)) ** 0.5)
+
+
+def _set(convolution: Any, kernel: Tensor, bias: Tensor | float = 0.0) -> None:
+    """Sets the first output channels of a convolution, for the current frame only.
+
+    Args:
+        convolution: a 2D or causal 3D convolution.
+        kernel: (C_out, C_in, 3, 3), or (C_out, C_in) for the centre of the kernel.
+        bias: (C_out), or one value for all.
+    """
+    rows, columns = kernel.shape[:2]
+    weight = convolution.weight
+    weight[:rows] = 0
+    present = weight[:, :, -1] if weight.ndim == 5 else weight
+    centre = present.shape[-1] // 2
+    view = present if kernel.ndim == 4 else present[:, :, centre, centre]
+    view[:rows, :columns] = kernel
+    convolution.bias[:rows] = bias
+
+
+def _covariance(features: Tensor) -> Tensor:
+    """Returns the second moments (C, C) of features (N, C, H, W)."""
+    values = rearrange(features.double(), "n c h w -> c (n h w)")
+    return (values @ values.T / values.shape[1]).float()
+
+
+def _principal(features: Tensor, count: int) -> Tensor:
+    """Returns at most ``count`` orthonormal axes (C, K) of features (N, C, H, W), by falling variance, signs fixed."""
+    axes = torch.linalg.eigh(_covariance(features).double()).eigenvectors.flip(1)[:, :count]
+    signs = axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()
+    return (axes * signs).float()
+
+
+def _least_squares(features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Fits a 3x3 convolution from features (N, C_in, H, W) to a target (N, C_out, H, W) by least squares.
+
+    Returns:
+        Kernel (C_out, C_in, 3, 3) and bias (C_out).
+    """
+    size = 9 * features.shape[1] + 1
+    gram, moments = (
+        torch.zeros(size, size, dtype=torch.float64),
+        torch.zeros(size, target.shape[1], dtype=torch.float64),
+    )
+    for source, wanted in zip(features, target, strict=True):  # one picture at a time, to save memory
+        columns = functional.unfold(source[None].double(), 3, padding=1)[0]
+        columns = torch.cat([columns, torch.ones_like(columns[:1])])
+        gram += columns @ columns.T
+        moments += columns @ wanted.flatten(1).double().T
+    gram += RIDGE * gram.diagonal().mean() * torch.eye(size, dtype=torch.float64)
+    solution = torch.linalg.solve(gram, moments).float().T
+    kernel = rearrange(solution[:, :-1], "o (i y x) -> o i y x", y=3, x=3)
+    return kernel, solution[:, -1]
+
+
+def orthogonalised(matrix: Tensor) -> Tensor:
+    """Approximates U V^T of the singular value decomposition X = U S V^T of a matrix (m, n) by Newton-Schulz iteration.
+
+    Each iterate is a polynomial of X X^T times X, so that the iteration runs on square matrices of the shorter side.
+    """
+    a, b, c = COEFFICIENTS
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    wide = wide / (wide.norm() + 1e-7)
+    gram = wide @ wide.T
+    product = identity = torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
+    for _ in range(ITERATIONS):
+        factor = a * identity + b * gram + c * gram @ gram
+        product = factor @ product
+        gram = factor @ gram @ factor
+    wide = product @ wide
+    return wide if matrix.shape[0] <= matrix.shape[1] else wide.T
+
+
+class Muon(Optimizer):
+    """Muon for weights of convolutions and matrices, whose rows are the output channels.
+
+    Args:
+        params: tensors of two or more dimensions.
+        lr: singular values of a step.
+        momentum: share of the past gradients; applied as Nesterov momentum.
+    """
+
+    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Updates every parameter that has a gradient.
+
+        Args:
+            closure: computes the loss again before the update.
+
+        Returns:
+            The loss of ``closure``; None without one.
+        """
+        with torch.enable_grad():
+            loss = closure() if closure is not None else None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                average = state.setdefault("average", torch.zeros_like(parameter))
+                average.lerp_(parameter.grad, 1 - group["momentum"])
+                update = orthogonalised(parameter.grad.lerp(average, group["momentum"]).flatten(1))
+                rows, columns = update.shape
+                parameter.add_(update.view_as(parameter), alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
+        return loss

@@ -1,4 +1,8 @@
-"""Captions to T5 features."""
+"""Captions to T5 features, and a small T5 for runs without the published one.
+
+The small encoder has random weights and a tokenizer of the data's own words. Random weights keep what conditioning
+needs: equal words give equal features, different words give different ones, and each feature depends on its neighbours.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +20,20 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 from magicdrive_core.config.schema import TextBuild
 from magicdrive_core.errors import MagicDriveError
 
-BUILD_HINT = "`dvc repro encoders` builds the demo's; else put t5-v1_1-xxl there and set text.build to null"
+BUILD_HINT = "`dvc repro encoders` builds the demo's; or put t5-v1_1-xxl there and set text.build to null"
+WORD_START = "▁"  # T5's mark of the start of a word
+CHARACTERS = string.ascii_letters + string.digits + string.punctuation
+SPELLING_LOG_PROBABILITY = -20.0  # so low that only unknown words are spelled in characters
 
 
 class TextEncoder:
-    """A frozen ``T5EncoderModel`` and its tokenizer, in float32. Use ``TextEncoder.load``."""
+    """A frozen ``T5EncoderModel`` with its tokenizer, in float32; see ``TextEncoder.load``.
+
+    Args:
+        model: the transformers model.
+        tokenizer: its tokenizer.
+        max_tokens: tokens to which captions are cut.
+    """
 
     def __init__(self, model: Any, tokenizer: Any, max_tokens: int) -> None:
         self.model = model.eval().requires_grad_(False)
@@ -29,10 +42,15 @@ class TextEncoder:
 
     @classmethod
     def load(cls, folder: Path | str, max_tokens: int, device: torch.device | str = "cpu") -> TextEncoder:
-        """Reads a from_pretrained folder that holds the model and the tokenizer (spiece.model).
+        """Reads a from_pretrained folder with a model and its tokenizer.
+
+        Args:
+            folder: holds config.json, the weights and the tokenizer (spiece.model or tokenizer.json).
+            max_tokens: tokens to which captions are cut.
+            device: where the model runs.
 
         Raises:
-            MagicDriveError: the folder holds no T5.
+            MagicDriveError: the folder holds no readable T5 encoder.
         """
         from transformers import AutoTokenizer, T5EncoderModel  # takes seconds to import
 
@@ -46,19 +64,26 @@ class TextEncoder:
 
     @property
     def width(self) -> int:
-        """D."""
+        """Width D of the features."""
         return int(self.model.config.d_model)
 
     def count_tokens(self, captions: list[str]) -> int:
-        """Tokens of all captions together, after the cut: rows of their features."""
+        """Returns the number of tokens of all captions together, after the cut."""
         ids = self.tokenizer(captions, truncation=True, max_length=self.max_tokens).input_ids
         return sum(map(len, ids))
 
     @torch.no_grad()
     def encode(self, captions: list[str], batch: int = 8) -> list[Tensor]:
-        """Features (l, D) of each caption's own tokens, float32 on the CPU; the end token counts, padding does not.
+        """Encodes captions.
 
-        Captions are cut to ``max_tokens`` tokens. T5 sees them padded on the right, with an attention mask.
+        Captions are cut to ``max_tokens`` tokens. T5 gets them padded on the right, with an attention mask.
+
+        Args:
+            captions: texts.
+            batch: captions that are encoded at a time.
+
+        Returns:
+            Features (l, D) of each caption in float32 on the CPU; l counts the end token but no padding.
         """
         features: list[Tensor] = []
         for start in range(0, len(captions), batch):
@@ -76,32 +101,29 @@ class TextEncoder:
         return features
 
 
-# A small T5 encoder with random weights, and a tokenizer of the data's own words, for runs without the published one.
-#
-# Random weights keep what conditioning needs: equal words give equal features, different words different ones, and each
-# feature knows its neighbours.
-
-SPACE = "▁"  # T5's mark of a word's beginning
-CHARACTERS = string.ascii_letters + string.digits + string.punctuation
-SPELLED = -20.0  # log-probability of a single character: words are spelled only where they are not known
-
-
 def make_tokenizer(captions: list[str]) -> T5Tokenizer:
-    """A T5 tokenizer whose pieces are the words and marks of ``captions``; other words are spelled in characters."""
+    """Builds a T5 tokenizer whose pieces are the words and marks of ``captions``; other words are spelled."""
     pieces: Counter[str] = Counter()
     for text in captions:
         for word in text.split():
             first, *rest = re.findall(r"\w+|[^\w\s]", word)
-            pieces.update([SPACE + first, *rest])
+            pieces.update([WORD_START + first, *rest])
     total = sum(pieces.values())
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     vocabulary += [(piece, math.log(count / total)) for piece, count in sorted(pieces.items())]
-    vocabulary += [(character, SPELLED) for character in SPACE + CHARACTERS if character not in pieces]
+    unseen = [character for character in WORD_START + CHARACTERS if character not in pieces]
+    vocabulary += [(character, SPELLING_LOG_PROBABILITY) for character in unseen]
     return T5Tokenizer(vocab=vocabulary, extra_ids=0)
 
 
 def build_text_encoder(build: TextBuild, captions: list[str], folder: Path) -> None:
-    """Writes a from_pretrained folder with the model and its tokenizer; the same seed gives the same bytes."""
+    """Writes a small T5 with random weights and its tokenizer; the same seed gives the same bytes.
+
+    Args:
+        build: sizes and seed.
+        captions: texts whose words the tokenizer knows.
+        folder: from_pretrained folder to write.
+    """
     tokenizer = make_tokenizer(captions)
     config = T5Config(
         vocab_size=len(tokenizer),
@@ -110,7 +132,7 @@ def build_text_encoder(build: TextBuild, captions: list[str], folder: Path) -> N
         d_ff=build.feed_forward,
         num_layers=build.layers,
         num_heads=build.heads,
-        feed_forward_proj="gated-gelu",  # of t5-v1_1
+        feed_forward_proj="gated-gelu",  # as in t5-v1_1
         dropout_rate=0.0,
     )
     with torch.random.fork_rng():

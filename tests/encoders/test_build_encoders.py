@@ -132,7 +132,7 @@ def test_another_kind_of_vae_is_told(source, tmp_path) -> None:
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae/config.json").write_text('{"_class_name": "AutoencoderKL"}')
     (tmp_path / "vae/weights.safetensors").write_bytes(b"")
-    check(source, tmp_path / "vae", "vae", "holds a AutoencoderKL, no CogVideoX VAE", "CogVideoX-2b")
+    check(source, tmp_path / "vae", "vae", "holds a AutoencoderKL, not a CogVideoX VAE", "CogVideoX-2b")
 
 
 def test_scenes_too_short_for_the_build_are_told(source) -> None:

@@ -32,7 +32,7 @@ from magicdrive_core.encoders.caches import (
     write_latent_cache,
     write_text_cache,
 )
-from magicdrive_core.encoders.encode_latents import EncoderSettings, SceneWork, begins_as, plan_scenes
+from magicdrive_core.encoders.encode_latents import EncoderSettings, SceneWork, is_prefix, plan_scenes
 from magicdrive_core.encoders.text import TextEncoder
 from magicdrive_core.encoders.vae import Vae, to_video
 from magicdrive_core.errors import MagicDriveError
@@ -216,22 +216,22 @@ def test_stale_caches_are_refused(copy, cache, reader, project) -> None:
     encoders = copy / "encoders/encoders.json"
     whole = encoders.read_text()
     encoders.write_text(whole.replace('"digest": "', '"digest": "0'))
-    with pytest.raises(MagicDriveError, match="stale: it was made by another encoder") as caught:
+    with pytest.raises(MagicDriveError, match=r"stale: .*encoders\.json now names another encoder") as caught:
         reader(copy / cache, project.config)
     assert "dvc repro" in caught.value.hint
     encoders.write_text(whole)
     write_infos(copy / "infos", [make_scene("scene-1", "train", "Another scene", 0)])
-    with pytest.raises(MagicDriveError, match="stale: it was made from other data"):
+    with pytest.raises(MagicDriveError, match=r"stale: .*infos has changed since it was made"):
         reader(copy / cache, project.config)
 
 
 @pytest.mark.parametrize(
     ("cache", "reader", "changes", "message"),
     [
-        ("text", TextCache, {"text": {"max_tokens": 7}}, "max_tokens 16, 7 is asked for"),
-        ("latents", LatentCache, {"vae": {"chunk_frames": None}}, "chunk_frames 8, None is asked for"),
-        ("latents", LatentCache, {"latents": {"dtype": "float32"}}, "dtype float16, float32 is asked for"),
-        ("latents", LatentCache, {"latents": {"scaled_decoding": True}}, "scaled_decoding False, True is asked for"),
+        ("text", TextCache, {"text": {"max_tokens": 7}}, "max_tokens 16, now 7 is set"),
+        ("latents", LatentCache, {"vae": {"chunk_frames": None}}, "chunk_frames 8, now None is set"),
+        ("latents", LatentCache, {"latents": {"dtype": "float32"}}, "dtype float16, now float32 is set"),
+        ("latents", LatentCache, {"latents": {"scaled_decoding": True}}, "scaled_decoding False, now True is set"),
     ],
 )
 def test_caches_of_other_settings_are_refused(project, cache, reader, changes, message) -> None:
@@ -251,11 +251,11 @@ def test_caches_of_other_settings_are_refused(project, cache, reader, changes, m
 def test_half_written_caches_are_refused(copy, cache, reader, file, project) -> None:
     path = copy / cache / file
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(MagicDriveError, match="missing or not whole") as caught:
+    with pytest.raises(MagicDriveError, match="missing or incomplete") as caught:
         reader(copy / cache, project.config)
     assert "dvc repro" in caught.value.hint
     path.unlink()
-    with pytest.raises(MagicDriveError, match="missing or not whole"):
+    with pytest.raises(MagicDriveError, match="missing or incomplete"):
         reader(copy / cache, project.config)
     (copy / cache / "index.json").unlink()
     with pytest.raises(MagicDriveError, match=r"index\.json is missing"):
@@ -360,4 +360,4 @@ def test_a_clip_is_taken_from_a_longer_one_only_where_the_encoder_agrees(project
     video = torch.rand((1, 3, longer, 16, 16), generator=torch.Generator().manual_seed(3)) * 2 - 1
     short = vae.moments(video[:, :, :frames])
     same = torch.equal(vae.moments(video)[:, :, : short.shape[2]], short)
-    assert begins_as(frames, longer, chunk) == same
+    assert is_prefix(frames, longer, chunk) == same
