@@ -45,7 +45,7 @@ PartitionName=test Nodes=ALL Default=YES MaxTime=60 State=UP
 
 @contextmanager
 def slurm_cluster(folder: Path) -> Iterator[Path]:
-    """Starts it, gives its slurm.conf, and ends it; skips the test where Slurm is not installed or not root's."""
+    """Start the cluster, yield its slurm.conf, and stop it; skip the test without Slurm or without root."""
     os.environ["PATH"] += ":/usr/sbin:/sbin"
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     if missing:
@@ -81,7 +81,7 @@ def slurm_cluster(folder: Path) -> Iterator[Path]:
 
 
 def _ports() -> list[int]:
-    """Three ports in a row that nobody listens on: Slurm wants the hosts' as a range."""
+    """Find three free ports in a row: Slurm takes the ports of its hosts as a range."""
     for first in range(27100, 27900, 3):
         with ExitStack() as stack:
             try:

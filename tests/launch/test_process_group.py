@@ -17,6 +17,7 @@ import pytest
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.launch.process_group import RESUMABLE, HostPlacement, run_group
 
+AGENT = "magicdrive_core.launch.elastic"
 SCRIPT = """
 import os, pathlib, select, signal, sys, time
 rank, folder, mode = int(os.environ["RANK"]), pathlib.Path(sys.argv[1]), sys.argv[2]
@@ -112,7 +113,8 @@ def test_a_local_group_listens_on_loopback_only(script: Path) -> None:
 
     def look() -> None:
         if (folder / "met-0").exists() and (folder / "met-1").exists():
-            for process in psutil.Process().children(recursive=True):
+            (agent,) = (each for each in psutil.Process().children() if AGENT in each.cmdline())
+            for process in [agent, *agent.children(recursive=True)]:
                 listening = [each for each in process.net_connections("inet") if each.status == psutil.CONN_LISTEN]
                 addresses.update(each.laddr.ip for each in listening)
             (folder / "seen").touch()

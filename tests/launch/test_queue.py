@@ -1,4 +1,4 @@
-"""Watching a job in a queue, with a queue that answers as the test says."""
+"""Jobs in a queue: submitted, watched, found again and cancelled, with a scripted queue."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the launchers would submit, and what they are not asked to launch."""
+"""Scripts and manifests that the launchers submit, and settings that cannot be launched."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_batch_script_of_64_ranks() -> None:
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
 
 
-def test_a_batch_script_asks_for_nothing_that_is_not_said() -> None:
+def test_a_batch_script_has_no_option_that_is_not_set() -> None:
     of = cluster(launcher="slurm", slurm={"devices": None})
     script = show_job(of, job(of))
     assert not any(word in script for word in ("--gres", "--partition", "--account", "None"))

@@ -1,4 +1,4 @@
-"""Jobs of two hosts on a real Slurm: started again on exit status 75, cancelled for good, failures reported."""
+"""Jobs of two hosts on a real Slurm: requeued on exit status 75, cancelled for good, failures reported."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_ranks_that_saved_are_started_again_by_the_queue(queue: SlurmQueue, tmp_
     hurried = False
 
     def hurry() -> None:
-        """Slurm lets a job that is started again wait for two minutes; within a second its hosts would refuse it."""
+        """Shorten the wait of a requeued job: Slurm's is two minutes, and within a second its hosts refuse it."""
         nonlocal hurried
         if not hurried and (tmp_path / "starts-1").exists() and (this.folder / "queued.json").exists():
             name = json.loads((this.folder / "queued.json").read_text())["name"]

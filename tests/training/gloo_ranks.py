@@ -1,4 +1,4 @@
-"""Runs functions in groups of a few gloo ranks, which stay alive between tests.
+"""Run functions in groups of a few gloo ranks, which stay alive between tests.
 
 Importing torch and ColossalAI takes seconds of every rank. One process imports them once, and ranks are its forks: a
 group starts in a moment, so that a test may also kill one.
@@ -24,14 +24,14 @@ PATIENCE = 20.0  # seconds for the other ranks once one has failed
 
 
 def join_training() -> None:
-    """As a rank of a training does."""
+    """Join the group as a rank of a training does."""
     from magicdrive_core.training.engine import join_group
 
     join_group()
 
 
 def join_gloo() -> None:
-    """Without ColossalAI, whose import takes longer than most tests."""
+    """Join the group without ColossalAI, whose import takes longer than most tests."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
@@ -41,13 +41,13 @@ MODULES = {join_training: "magicdrive_core.training.loop", join_gloo: "torch.dis
 
 
 class RankError(AssertionError):
-    """With the traceback of the first rank that failed, or the rank that died."""
+    """A rank failed or died; has the traceback of the first one."""
 
 
 def run_distributed(
     function: Callable[..., Any], ranks: int, *arguments: Any, join: Callable[[], None] = join_training
 ) -> list[Any]:
-    """Calls a module's function with ``arguments`` on every rank of a group; returns the results by rank.
+    """Call a module's function with ``arguments`` on every rank of a group; return the results by rank.
 
     Raises:
         RankError: a rank failed or died. The group is replaced for the next call.
@@ -78,7 +78,7 @@ def run_distributed(
 
 @cache
 def _group(ranks: int, join: Callable[[], None]) -> tuple[list[Connection], list[int]]:
-    """Pipes to the ranks and their process ids."""
+    """Start a group; return pipes to its ranks and their process ids."""
     with Listener(family="AF_UNIX", backlog=ranks) as door:
         _nursery().send((ranks, join, door.address))
         pipes = dict(_enter(door.accept()) for _ in range(ranks))
@@ -92,7 +92,7 @@ def _enter(pipe: Connection) -> tuple[int, tuple[Connection, int]]:
 
 @cache
 def _nursery() -> Connection:
-    """To the process that forks."""
+    """Return a pipe to the process that forks."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_nurse, args=(theirs,), daemon=True)

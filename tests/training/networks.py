@@ -1,4 +1,4 @@
-"""A network of a few hundred weights for tests of the training itself."""
+"""A network of a few hundred weights, for tests of the training alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from magicdrive_core.config.schema import Training
 
 
 class TinyNetwork(nn.Module):
-    """Per-position mixing of channels, conditioned on time; ``video`` takes part for several frames only."""
+    """Mixes the channels of each position, conditioned on time; ``video`` is used for several frames only."""
 
     def __init__(self, channels: int = 4, width: int = 7) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ def tiny_network(seed: int = 0) -> TinyNetwork:
 
 
 def stage(**changes: object) -> dict[str, object]:
-    """Settings of a stage of small trainings."""
+    """Return the settings of a stage of small trainings."""
     return {
         "buckets": [{"resolution": "16x16", "frames": 1, "batch": 2}, {"resolution": "16x16", "frames": 9, "batch": 1}],
         "steps": 8,
@@ -57,7 +57,7 @@ def stage(**changes: object) -> dict[str, object]:
 
 
 def training(**changes: object) -> Training:
-    """Shared settings of small trainings in fp32."""
+    """Return the shared settings of small trainings in fp32."""
     values = {
         **dict.fromkeys(("stage1", "stage2", "stage3"), stage()),
         "precision": "fp32",

@@ -1,4 +1,4 @@
-"""Scenes and caches made by hand: enough for plans and loaders, without pictures and encoders."""
+"""Small scenes and fake caches: enough for plans and loaders, without images and encoders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from magicdrive_core.data.records import Clip, FrameBoxes, Scene
 
 
 def make_scene(name: str, frames: int, split: str = "train") -> Scene:
-    """A scene that drives along +x past two cars, one of which leaves halfway."""
+    """Make a scene that drives along +x past two cars, one of which leaves halfway."""
     poses = np.tile(np.eye(4), (frames, 1, 1))
     poses[:, 0, 3] = np.arange(frames) * 0.5
     boxes = [
@@ -42,7 +42,7 @@ def make_scene(name: str, frames: int, split: str = "train") -> Scene:
 
 
 class FakeLatents:
-    """Moments that tell their clip: mean = the clip's start, log-variance 0."""
+    """Moments by which a clip is recognised: the mean is its start, the log-variance 0."""
 
     def __init__(self, _folder: object, _config: object) -> None: ...
 
@@ -53,7 +53,7 @@ class FakeLatents:
 
 
 class FakeLive:
-    """The same, of the views that are asked for."""
+    """The same moments, of the requested views only."""
 
     encoded = 0  # views, of all clips
 
@@ -68,7 +68,7 @@ class FakeLive:
 
 
 class FakeMaps:
-    """Every cell holds the layers 0 and 2."""
+    """Maps whose cells all hold the layers 0 and 2."""
 
     held = 0
 

@@ -1,4 +1,4 @@
-"""The memory of micro-batches: planned as it is measured, and refused where it cannot fit."""
+"""The memory of micro-batches: the plan equals the measurement, and what cannot fit is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints beside the training: disks that are full, what is kept, other numbers of ranks, kills while writing."""
+"""Checkpoints beside the training: full disks, what is kept, other numbers of ranks, kills while writing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def names(folder: Path) -> list[str]:
 
 
 def train_on_a_disk_that_fills_up(folder: Path, rank: int, file: str) -> int:
-    """The first time that ``rank`` writes ``file``, its disk is full."""
+    """Train; the disk is full the first time that ``rank`` calls ``file``."""
     import torch.distributed as dist
 
     from magicdrive_core.training import checkpoints as saving
@@ -68,7 +68,7 @@ def warnings_of_a_full_disk(folder: Path) -> list[str]:
     return lines
 
 
-def test_a_full_disk_is_told(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported(tmp_path: Path) -> None:
     job(tmp_path)
     first, second = run_distributed(warnings_of_a_full_disk, 2, tmp_path)
     (line,) = first
@@ -93,7 +93,7 @@ def test_other_faults_of_the_writer_end_the_training(tmp_path: Path) -> None:
     assert run_distributed(broken_writer, 2, tmp_path) == ["a fault of the program"] * 2
 
 
-def test_the_newest_are_kept_and_some_for_good(tmp_path: Path) -> None:
+def test_the_newest_checkpoints_are_kept_and_some_for_good(tmp_path: Path) -> None:
     job(tmp_path, checkpoint_every=1, keep_checkpoints=2, keep_every=3)
     assert run_distributed(train_once, 1, tmp_path) == [0]
     assert names(tmp_path) == [f"step-{step:08d}" for step in (3, 6, 7)]
@@ -104,8 +104,8 @@ def test_the_newest_are_kept_and_some_for_good(tmp_path: Path) -> None:
     }
 
 
-def test_other_numbers_of_ranks_go_on_with_the_same_data(whole: Path, tmp_path: Path) -> None:
-    """2 ranks, then 1, then 2 again: every micro-batch once, in one order."""
+def test_other_numbers_of_ranks_resume_with_the_same_data(whole: Path, tmp_path: Path) -> None:
+    """On 2 ranks, then 1, then 2 again, every micro-batch is used once, in one order."""
     job(tmp_path)
     assert run_distributed(train_until_signal, 2, tmp_path, "term-1-2") == [RESUMABLE] * 2
     assert run_distributed(train_until_signal, 1, tmp_path, "term-0-8") == [RESUMABLE]
@@ -113,13 +113,13 @@ def test_other_numbers_of_ranks_go_on_with_the_same_data(whole: Path, tmp_path: 
     assert losses(tmp_path)[:3] == losses(whole)[:3]
     assert all(loss == loss for loss in losses(tmp_path))
     assert len(losses(tmp_path)) == 8
-    asked = sorted(json.loads(line) for line in (tmp_path / "order.jsonl").read_text().splitlines())
+    used = sorted(json.loads(line) for line in (tmp_path / "order.jsonl").read_text().splitlines())
     stream = BucketSampler([7, 5], [2, 1], 1, 0, 3).stream()
-    assert asked == [[place, *next(stream)] for place in range(3 * 2 + 3 * 1 + 2 * 2)]
+    assert used == [[index, *next(stream)] for index in range(3 * 2 + 3 * 1 + 2 * 2)]
 
 
-def test_one_rank_reads_what_two_wrote_and_the_other_way_round(whole: Path, tmp_path: Path) -> None:
-    """The state itself: nothing is trained in between, so the EMA must come out as it went in."""
+def test_one_rank_reads_what_two_wrote_and_two_read_what_one_wrote(whole: Path, tmp_path: Path) -> None:
+    """Nothing is trained in between, so all state must be written as it was read."""
     ends = {}
     for ranks, source in ((1, whole), (2, tmp_path / "1")):
         folder = tmp_path / str(ranks)
@@ -139,7 +139,7 @@ def test_one_rank_reads_what_two_wrote_and_the_other_way_round(whole: Path, tmp_
 
 
 def seen_after_a_slow_rename(folder: Path) -> list[str]:
-    """All ranks have written and said so, as at a step; rank 0 is still busy when the others wait for the end."""
+    """Settle a checkpoint whose rename takes rank 0 a second, then finish; return what each rank sees."""
     import torch
     import torch.distributed as dist
 
@@ -168,7 +168,7 @@ def seen_after_a_slow_rename(folder: Path) -> list[str]:
         return names(folder)
 
 
-def test_the_end_waits_for_what_the_last_step_settled(tmp_path: Path) -> None:
+def test_finishing_waits_for_the_rename_of_the_last_checkpoint(tmp_path: Path) -> None:
     assert run_distributed(seen_after_a_slow_rename, 2, tmp_path) == [["step-00000001"]] * 2
 
 
@@ -192,7 +192,7 @@ def resave(folder: Path) -> dict[str, Any]:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """Every flat tensor, put together from the ranks' files."""
+    """Read every flat tensor, joined from the ranks' files."""
     import torch
 
     parts = [load_file(file) for file in sorted(path.glob("shard-*"))]
@@ -200,7 +200,7 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 def train_until_the_writer_dies(folder: Path, rank: int, step: int) -> None:
-    """Kills this rank when its thread has written its part of a checkpoint, before anyone can know."""
+    """Train; kill this rank when its thread has written its part, before any rank can know."""
     import torch.distributed as dist
 
     from magicdrive_core.training import checkpoints as saving
@@ -216,7 +216,7 @@ def train_until_the_writer_dies(folder: Path, rank: int, step: int) -> None:
         train_once(folder)
 
 
-def test_a_rank_killed_while_it_writes_leaves_nothing_that_is_used(whole: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_a_killed_writer_is_not_used(whole: Path, tmp_path: Path) -> None:
     job(tmp_path)
     with pytest.raises(RankError):
         run_distributed(train_until_the_writer_dies, 2, tmp_path, 0, 6)

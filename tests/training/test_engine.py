@@ -1,4 +1,4 @@
-"""ZeRO-2 through ColossalAI on two gloo ranks, against plain torch."""
+"""The engine on two gloo ranks against plain torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.training.networks import TinyNetwork, tiny_network, training
 
 
 def sample(step: int, rank: int) -> torch.Tensor:
-    """Rank 1 sees videos at every other step: then only it uses the layer ``video``."""
+    """Draw an input. Rank 1 has a video at every other step: then it alone uses the layer ``video``."""
     frames = 3 if rank == 1 and step % 2 else 1
     return torch.randn(2, 6, 4, frames, 4, 4, generator=torch.Generator().manual_seed(100 * step + rank))
 

@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite: found where they arise, kept from the weights, skipped, and reported."""
+"""Losses and gradients that are not finite: found where they arise, skipped, and reported."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def test_a_step_without_a_finite_loss_is_skipped_and_the_next_one_counts(tmp_pat
     }
     assert [line["loss"] is None for line in lines(tmp_path)] == [False, False, True, False, True, True, False, False]
     assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "ema.safetensors").values())
-    # Due after steps 3 and 6, which were skipped: begun after the next good one.
+    # Due after steps 3 and 6, which were skipped: started after the next good one.
     assert names(tmp_path) == ["step-00000004", "step-00000007"]
 
 
-def test_too_many_in_a_row_roll_back_and_end_with_a_report(whole: Path, tmp_path: Path) -> None:
+def test_too_many_skipped_steps_in_a_row_end_with_a_report(whole: Path, tmp_path: Path) -> None:
     plan = job(tmp_path)
     messages = run_distributed(train_in_trouble, 2, tmp_path, "nan-1-4,nan-0-5,nan-1-6")
     report = tmp_path / "nonfinite.json"
@@ -67,7 +67,7 @@ def test_too_many_in_a_row_roll_back_and_end_with_a_report(whole: Path, tmp_path
 
 
 def faulty_step(rank: int, where: str, precision: str) -> tuple[list[str], list[str], bool, bool]:
-    """One step with a NaN on ``rank``: what is found, and whether weights stay and the next step is good."""
+    """Make a step with a NaN on ``rank`` and a good one; return the faults, and whether only the second had an effect."""
     from colossalai.zero.low_level import low_level_optim
 
     from magicdrive_core.training.engine import build_engine
@@ -79,9 +79,9 @@ def faulty_step(rank: int, where: str, precision: str) -> tuple[list[str], list[
     reduce = dist.reduce_scatter_tensor
     dtypes = set()
 
-    def on_the_way(output: torch.Tensor, given: torch.Tensor, **options: Any) -> None:
-        reduce(output, given, **options)
-        dtypes.add(given.dtype)
+    def on_the_way(output: torch.Tensor, source: torch.Tensor, **options: Any) -> None:
+        reduce(output, source, **options)
+        dtypes.add(source.dtype)
         if where == "reduction" and poisoned:
             output[0] = float("nan")
 
@@ -123,7 +123,7 @@ def faulty_step(rank: int, where: str, precision: str) -> tuple[list[str], list[
 def test_a_gradient_that_is_not_finite_is_found_where_it_arises(
     where: str, message: str, rank: int, precision: str
 ) -> None:
-    """Gradients travel in the working precision; what is skipped leaves nothing behind for the next step."""
+    """Gradients travel in the working precision; a skipped step leaves no trace in the next one."""
     for first, second, untouched, good in run_distributed(faulty_step, 2, rank, where, precision):
         assert first == [message.format(rank)]
         assert second == []
@@ -131,7 +131,7 @@ def test_a_gradient_that_is_not_finite_is_found_where_it_arises(
         assert good
 
 
-def unheeded() -> tuple[str, bool]:
+def step_with_infinite_gradient() -> tuple[str, bool]:
     from magicdrive_core.training.engine import build_engine
 
     engine = build_engine(tiny_network(), training(), torch.device("cpu"))
@@ -144,14 +144,14 @@ def unheeded() -> tuple[str, bool]:
 
 
 def test_the_optimizer_refuses_a_norm_that_is_not_finite() -> None:
-    assert run_distributed(unheeded, 2) == [("the norm of the gradient is not finite", True)] * 2
+    assert run_distributed(step_with_infinite_gradient, 2) == [("the norm of the gradient is not finite", True)] * 2
 
 
 class Still(torch.nn.Module):
-    """Predicts nothing, in bf16, and notes what it is given."""
+    """Predicts zeros in bf16, and keeps its inputs."""
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, *_: Any) -> torch.Tensor:
-        self.given = x, t
+        self.inputs = x, t
         return torch.zeros_like(x, dtype=torch.bfloat16)
 
 
@@ -168,7 +168,7 @@ def test_loss_target_and_noise_level_are_fp32() -> None:
 
     engine: Any = mock.Mock(network=Still(), device=torch.device("cpu"))
     losses, t = flow_loss(engine, RectifiedFlow(), batch())
-    x_t, given_t = engine.network.given
+    x_t, given_t = engine.network.inputs
     assert (losses.dtype, t.dtype, x_t.dtype, given_t.dtype) == (torch.float32,) * 4
     again = batch()
     level = RectifiedFlow().draw_timesteps(again.generator, 2, again.shape)

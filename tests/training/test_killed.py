@@ -1,4 +1,4 @@
-"""A rank killed by SIGKILL at any moment of a run, within its checkpoints too: the same command goes on as if not."""
+"""A rank killed by SIGKILL at any moment of a run, even while it writes a checkpoint: the same command resumes exactly."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SETTINGS: dict[str, Any] = {"checkpoint_every": 2, "keep_checkpoints": 2}
 
 
 def count_events(folder: Path) -> int:
-    """Trains; returns how many such events there were on this rank."""
+    """Train; return how many such events there were on this rank."""
     seen: list[str] = []
     with watched(folder, seen.append):
         train_once(folder)
@@ -35,7 +35,7 @@ def count_events(folder: Path) -> int:
 
 
 def train_to_event(folder: Path, rank: int, number: int) -> None:
-    """Trains; ``rank`` kills itself before the event of that number."""
+    """Train; ``rank`` kills itself before the event of that number."""
     seen: list[str] = []
 
     def note(event: str) -> None:
@@ -49,7 +49,7 @@ def train_to_event(folder: Path, rank: int, number: int) -> None:
 
 @contextmanager
 def watched(folder: Path, note: Callable[[str], object]) -> Iterator[None]:
-    """Calls ``note`` at each event in a folder. Python keeps such a hook for good: afterwards it does nothing."""
+    """Call ``note`` at each event in a folder. Python keeps such a hook for good; afterwards it does nothing."""
     prefix, on = str(folder), [True]
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -63,18 +63,17 @@ def watched(folder: Path, note: Callable[[str], object]) -> Iterator[None]:
 
 @pytest.fixture(scope="module", params=["fp32", "bf16"])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, list[int]]:
-    """A precision, a run that nothing interrupted, and its events on each rank."""
+    """Return a precision, an uninterrupted run, and the number of its events on each rank."""
     folder = tmp_path_factory.mktemp(f"whole-{request.param}")
     job(folder, precision=request.param, **SETTINGS)
     return request.param, folder, run_distributed(count_events, 2, folder)
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_kills_at_any_moment(run: tuple[str, Path, list[int]], tmp_path: Path, seed: int) -> None:
-    """Two kills, one after the other, at places drawn by the seed; then the end on two ranks, or on one.
-
-    benchmarks/results/training.md says how many seeds were tried when this was written.
-    """
+def test_a_rank_killed_at_any_moment_resumes_exactly(
+    run: tuple[str, Path, list[int]], tmp_path: Path, seed: int
+) -> None:
+    """Kill a rank twice, at moments drawn by the seed; then finish the run on two ranks, and a copy of it on one."""
     precision, whole, events = run
     draw = random.Random(f"{precision}-{seed}")
     job(tmp_path, precision=precision, **SETTINGS)
@@ -85,15 +84,15 @@ def test_kills_at_any_moment(run: tuple[str, Path, list[int]], tmp_path: Path, s
     with suppress(RankError):  # where so much is left to do
         run_distributed(train_to_event, 2, tmp_path, rank, draw.randrange(events[rank] // 2))
     saved = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*"))
-    shutil.copytree(tmp_path, tmp_path / "alone", ignore=shutil.ignore_patterns("order.jsonl", "alone"))
+    shutil.copytree(tmp_path, tmp_path / "single", ignore=shutil.ignore_patterns("order.jsonl", "single"))
     assert run_distributed(train_once, 2, tmp_path) == [0, 0]
     assert_equal_ends(tmp_path, whole)
-    job(tmp_path / "alone", precision=precision, **SETTINGS)
-    assert run_distributed(train_once, 1, tmp_path / "alone") == [0]
-    assert all(loss == loss for loss in losses(tmp_path / "alone"))
-    begun = int(saved[-1].removeprefix("step-")) if saved else 0
-    asked = [json.loads(line) for line in (tmp_path / "alone/order.jsonl").read_text().splitlines()]
-    stream = BucketSampler([7, 5], [2, 1], 1, 0, 3).stream(2 * begun)
-    assert asked == [[2 * begun + place, *next(stream)] for place in range(8 - begun)]
-    weights = load_file(tmp_path / "alone/ema.safetensors")
+    job(tmp_path / "single", precision=precision, **SETTINGS)
+    assert run_distributed(train_once, 1, tmp_path / "single") == [0]
+    assert all(loss == loss for loss in losses(tmp_path / "single"))
+    resumed = int(saved[-1].removeprefix("step-")) if saved else 0
+    used = [json.loads(line) for line in (tmp_path / "single/order.jsonl").read_text().splitlines()]
+    stream = BucketSampler([7, 5], [2, 1], 1, 0, 3).stream(2 * resumed)
+    assert used == [[2 * resumed + index, *next(stream)] for index in range(8 - resumed)]
+    weights = load_file(tmp_path / "single/ema.safetensors")
     assert all(tensor.isfinite().all() for tensor in weights.values())

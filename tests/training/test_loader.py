@@ -1,4 +1,4 @@
-"""Micro-batches: what is drawn, and that it depends on the seed and the place in the order alone."""
+"""Micro-batches depend on the seed and their index alone, and hold what the settings say."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROFILE = Path(__file__).resolve().parents[2] / "profiles/demo.yaml"
 
 
 def settings(share: int = 1, live: bool = False) -> Config:
-    """For ranks that share clips in groups of ``share``."""
+    """Return settings for ranks that share clips in groups of ``share``."""
     config = load_config(PROFILE, ["text.max_tokens=6", f"latents.live={live}"])
     cluster = config.cluster.model_copy(update={"ranks": 2, "sequence_parallel": share})
     buckets = [Bucket(resolution="16x32", frames=frames, batch=batch) for frames, batch in ((1, 3), (33, 2), (65, 1))]
@@ -29,7 +29,7 @@ def settings(share: int = 1, live: bool = False) -> Config:
 
 
 def batches(project: Path, stage: Any, start: int, count: int, share: int = 1, live: bool = False) -> list[Any]:
-    """The first micro-batches of this rank, by real threads, then its buckets' frames and how many views it encoded."""
+    """Load micro-batches on this rank; return them, then its buckets' frames and the number of views it encoded."""
     from unittest import mock
 
     from magicdrive_core.parallel.mesh import Mesh
@@ -52,13 +52,13 @@ def batches(project: Path, stage: Any, start: int, count: int, share: int = 1, l
 
 
 def plain(batch: Any) -> dict[str, Any]:
-    """A batch as NumPy arrays, so that it can leave the rank."""
+    """Turn a batch into NumPy arrays, so that it can leave the rank."""
     import dataclasses
 
     import torch
 
-    told = {k: v.numpy() if torch.is_tensor(v) else v for k, v in dataclasses.asdict(batch.conditions).items()}
-    return told | {
+    conditions = {k: v.numpy() if torch.is_tensor(v) else v for k, v in dataclasses.asdict(batch.conditions).items()}
+    return conditions | {
         "bucket": batch.bucket,
         "shape": batch.shape,
         "latents": batch.latents.numpy(),
@@ -86,13 +86,13 @@ def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def drawn(cached: Path) -> list[list[dict[str, Any]]]:
-    """Twelve micro-batches of both ranks."""
+    """Load twelve micro-batches on both ranks."""
     results = run_distributed(batches, 2, cached, "stage2", 0, 12)
     assert [rank[12:] for rank in results] == [[[1, 33], 0]] * 2  # no scene has 65 frames
     return [rank[:12] for rank in results]
 
 
-def test_a_later_start_goes_on_with_the_same_batches(cached: Path, drawn: list[list[dict[str, Any]]]) -> None:
+def test_a_later_start_resumes_with_the_same_batches(cached: Path, drawn: list[list[dict[str, Any]]]) -> None:
     later = run_distributed(batches, 2, cached, "stage2", 14, 5)
     for rank in range(2):
         assert all(same(a, b) for a, b in zip(later[rank][:5], drawn[rank][7:], strict=True))
@@ -104,7 +104,7 @@ def test_no_two_micro_batches_draw_the_same(drawn: list[list[dict[str, Any]]]) -
 
 
 def test_ranks_that_share_a_clip_draw_the_same(cached: Path, drawn: list[list[dict[str, Any]]]) -> None:
-    """And as a group all that two ranks draw on their own, and paddings that are not below the real size."""
+    """A group draws all that two single ranks draw, and padding sizes that are not below the real one."""
     first, second = run_distributed(batches, 2, cached, "stage2", 0, 24, 2)
     assert all(same(a, b) for a, b in zip(first[:24], second[:24], strict=True))
     assert {batch["pad_patches"] for batch in first[:24]} == {2, 8}
@@ -113,15 +113,15 @@ def test_ranks_that_share_a_clip_draw_the_same(cached: Path, drawn: list[list[di
     assert all(same(a, b) for a, b in zip(apart, first[:24], strict=True))
 
 
-def test_ranks_that_share_a_clip_encode_each_its_views(cached: Path) -> None:
-    """With the results of one that encodes all."""
+def test_ranks_that_share_a_clip_each_encode_some_views(cached: Path) -> None:
+    """The results equal those of one rank that encodes all."""
     expected = run_distributed(batches, 2, cached, "stage2", 0, 6, 2)
     for rank, drawn in enumerate(run_distributed(batches, 2, cached, "stage2", 0, 6, 2, True)):
         assert all(same(a, b) for a, b in zip(drawn[:6], expected[rank][:6], strict=True))
         assert drawn[7] == sum(3 * len(batch["latents"]) for batch in drawn[:6])
 
 
-def test_shapes_and_scaling(drawn: list[list[dict[str, Any]]]) -> None:
+def test_batches_have_the_shapes_and_the_scale_of_latents(drawn: list[list[dict[str, Any]]]) -> None:
     sizes = {(batch["shape"], batch["latents"].shape) for rank in drawn for batch in rank}
     assert sizes == {((1, 16, 32), (3, 6, 4, 1, 2, 4)), ((33, 16, 32), (2, 6, 4, 9, 2, 4))}
     for batch in (batch for rank in drawn for batch in rank):
@@ -134,7 +134,7 @@ def test_shapes_and_scaling(drawn: list[list[dict[str, Any]]]) -> None:
         assert batch["box_latent"].shape == (B, batch["box_classes"].shape[-1], 128)
 
 
-def test_conditions_are_dropped_and_masked_as_asked(drawn: list[list[dict[str, Any]]]) -> None:
+def test_conditions_are_dropped_and_masked_as_configured(drawn: list[list[dict[str, Any]]]) -> None:
     everything = [batch for rank in drawn for batch in rank]
     keep = [bool(flag) for batch in everything for flag in batch["keep"]]
     assert 0.2 < sum(keep) / len(keep) < 0.8

@@ -1,4 +1,4 @@
-"""The loop on two gloo ranks: exact resume after every kind of end, and what it leaves in the run's folder."""
+"""The loop on two gloo ranks: exact resume after every kind of end, and the files of a run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 
 
 def job(folder: Path, share: int = 1, **changes: object) -> StagePlan:
-    """For ranks that share clips in groups of ``share``."""
+    """Write a job for ranks that share clips in groups of ``share``."""
     config = load_config(PROJECT / "profiles/demo.yaml")
     conditions = Conditions(map_cells={"16x16": 8} | config.conditions.map_cells)
     cluster = config.cluster.model_copy(update={"ranks": 2, "sequence_parallel": share})
@@ -47,7 +47,7 @@ def train_once(folder: Path) -> int:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A training of eight steps that nothing interrupted."""
+    """Make an uninterrupted training of eight steps."""
     folder = tmp_path_factory.mktemp("whole")
     plan = job(folder)
     assert run_distributed(train_once, 2, folder) == [0, 0]
@@ -62,7 +62,7 @@ def assert_equal_ends(folder: Path, whole: Path) -> None:
     assert read_json(folder / "run.json")["weights_sha256"] == read_json(whole / "run.json")["weights_sha256"]
 
 
-def test_a_run_leaves_its_weights_and_facts(whole: Path) -> None:
+def test_a_run_writes_its_weights_and_result(whole: Path) -> None:
     facts = read_json(whole / "run.json")
     assert facts["steps"] == 8
     assert facts["ranks"] == 2
@@ -77,7 +77,7 @@ def test_a_run_leaves_its_weights_and_facts(whole: Path) -> None:
     assert [line["learning_rate"] for line in lines[:3]] == [0.005, 0.01, 0.01]
 
 
-def test_weights_that_were_changed_are_not_done(whole: Path, tmp_path: Path) -> None:
+def test_changed_weights_are_not_a_finished_run(whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path / "run")
     plan = StagePlan("stage1", tmp_path / "run", "f" * 64, {}, None)
     assert plan.done
@@ -90,7 +90,7 @@ def test_weights_that_were_changed_are_not_done(whole: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "damage", ["none", "cut off", "a byte flipped", "a shard missing", "no manifest", "half-written"]
 )
-def test_training_goes_on_from_the_newest_sound_checkpoint(whole: Path, tmp_path: Path, damage: str) -> None:
+def test_training_resumes_from_the_newest_intact_checkpoint(whole: Path, tmp_path: Path, damage: str) -> None:
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
     job(folder)
@@ -114,7 +114,7 @@ def test_training_goes_on_from_the_newest_sound_checkpoint(whole: Path, tmp_path
     assert not list((folder / "checkpoints").glob(".*"))
 
 
-def test_bf16_resumes_exactly_too(tmp_path: Path) -> None:
+def test_bf16_resumes_exactly(tmp_path: Path) -> None:
     job(tmp_path / "whole", precision="bf16")
     assert run_distributed(train_once, 2, tmp_path / "whole") == [0, 0]
     shutil.copytree(tmp_path / "whole/checkpoints", tmp_path / "again/checkpoints")
@@ -124,8 +124,8 @@ def test_bf16_resumes_exactly_too(tmp_path: Path) -> None:
     assert all((weights[name] == expected[name]).all() for name in expected)
 
 
-def test_ranks_that_share_clips_count_them_once_and_may_part(tmp_path: Path) -> None:
-    """Two ranks take one micro-batch a step; after six, each takes its own again."""
+def test_ranks_that_share_clips_count_them_once_and_may_resume_apart(tmp_path: Path) -> None:
+    """Two ranks share a micro-batch in each step; from step 6 on, each takes its own."""
     job(tmp_path, share=2)
     assert run_distributed(train_once, 2, tmp_path) == [0, 0]
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -142,14 +142,14 @@ def test_ranks_that_share_clips_count_them_once_and_may_part(tmp_path: Path) -> 
     assert losses(tmp_path)[:6] == [line["loss"] for line in lines[:6]]
 
 
-def test_micro_batches_of_a_step_may_come_one_after_the_other(whole: Path, tmp_path: Path) -> None:
-    """One rank that takes two a step does what two ranks with one do, to rounding, and either goes on for the other."""
+def test_accumulated_micro_batches_equal_those_of_several_ranks(whole: Path, tmp_path: Path) -> None:
+    """One rank with two micro-batches a step equals two ranks with one, to rounding; either resumes the other's run."""
     more = {"stage1": stage(accumulate=2)}
-    job(tmp_path / "alone", **more)
-    assert run_distributed(train_once, 1, tmp_path / "alone") == [0]
+    job(tmp_path / "single", **more)
+    assert run_distributed(train_once, 1, tmp_path / "single") == [0]
     lines, expected = (
         [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        for folder in (tmp_path / "alone", whole)
+        for folder in (tmp_path / "single", whole)
     )
     for own, other in zip(lines, expected, strict=True):
         assert own["loss"] == pytest.approx(other["loss"], rel=1e-5)
@@ -158,15 +158,15 @@ def test_micro_batches_of_a_step_may_come_one_after_the_other(whole: Path, tmp_p
         assert own["noise_losses"] == pytest.approx(other["noise_losses"], rel=1e-5)
         clips, others = (round(line["clips_per_second"] * line["seconds"]) for line in (own, other))
         assert clips == others
-    order = [sorted((folder / "order.jsonl").read_text().splitlines()) for folder in (tmp_path / "alone", whole)]
+    order = [sorted((folder / "order.jsonl").read_text().splitlines()) for folder in (tmp_path / "single", whole)]
     assert order[0] == order[1]
     state = Path("checkpoints/step-00000006/state.json")
-    assert read_json(tmp_path / "alone" / state)["progress"]["micro_batches"] == 12
-    shutil.copytree(tmp_path / "alone/checkpoints", tmp_path / "two/checkpoints")
+    assert read_json(tmp_path / "single" / state)["progress"]["micro_batches"] == 12
+    shutil.copytree(tmp_path / "single/checkpoints", tmp_path / "two/checkpoints")
     job(tmp_path / "two", **more)
     assert run_distributed(train_once, 2, tmp_path / "two") == [0, 0]
-    asked = sorted(json.loads(line)[0] for line in (tmp_path / "two/order.jsonl").read_text().splitlines())
-    assert asked == list(range(12, 12 + 2 * 2 * 2))
+    used = sorted(json.loads(line)[0] for line in (tmp_path / "two/order.jsonl").read_text().splitlines())
+    assert used == list(range(12, 12 + 2 * 2 * 2))
 
 
 def test_a_checkpoint_of_another_network_is_refused(whole: Path, tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def resume_other_network(folder: Path) -> str:
 
 
 class SlowPreview:
-    """Is asked to stop while it is drawn."""
+    """Is requested to stop while it is drawn."""
 
     def sample(self, _network: object, stop: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -225,7 +225,7 @@ def test_a_signal_to_one_rank_saves_on_all_and_resumes_exactly(whole: Path, tmp_
 
 
 def test_no_further_step_is_made_after_a_signal_in_a_preview_or_before_the_first(whole: Path, tmp_path: Path) -> None:
-    """Beside a busy machine a step may take longer than there is left to save."""
+    """On a busy machine, a step may take longer than the grace that is left to save."""
     job(tmp_path, preview_every=2)
     assert run_distributed(train_until_signal, 2, tmp_path, "term before the first step") == [RESUMABLE] * 2
     assert losses(tmp_path) == []
@@ -237,7 +237,7 @@ def test_no_further_step_is_made_after_a_signal_in_a_preview_or_before_the_first
     assert_equal_ends(tmp_path, whole)
 
 
-def test_after_a_killed_rank_the_last_checkpoint_goes_on(whole: Path, tmp_path: Path) -> None:
+def test_after_a_killed_rank_training_resumes_from_the_last_checkpoint(whole: Path, tmp_path: Path) -> None:
     plan = job(tmp_path)
     with pytest.raises(RankError):
         run_distributed(train_until_signal, 2, tmp_path, "kill-1-4")
@@ -256,7 +256,7 @@ def rates(warmup: int) -> list[float]:
     return [learning_rate(stage, step) for step in range(6)]
 
 
-def test_the_learning_rate_warms_up_and_stays() -> None:
+def test_the_learning_rate_warms_up_and_is_then_constant() -> None:
     assert run_distributed(rates, 2, 4)[0] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
     assert run_distributed(rates, 2, 0)[0] == [0.4] * 6
 

@@ -1,4 +1,4 @@
-"""fp16: the loss scale goes down where gradients overflow, up after good steps, and a resumed run goes on with it."""
+"""fp16's loss scale: lowered where gradients overflow, raised after good steps, and kept when a run resumes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.training.test_loop import job, train_once
 
 
 def train_with_quick_growth(folder: Path) -> int:
-    """The scale doubles after two good steps, not after a thousand: at 2^16 the output's gradients overflow."""
+    """Train with a scale that doubles after two good steps; above 2^16 the output's gradients overflow."""
     from magicdrive_core.training import engine as loss_scale
 
     with mock.patch.object(loss_scale, "GROWTH_INTERVAL", 2):
@@ -58,8 +58,8 @@ def test_an_overflow_lowers_the_scale_and_counts_as_no_fault(whole: Path) -> Non
     assert all(tensor.isfinite().all() for tensor in load_file(whole / "ema.safetensors").values())
 
 
-def test_a_resumed_run_goes_on_with_the_scale_bit_for_bit(whole: Path, tmp_path: Path) -> None:
-    """From the middle between two growths, where the number of good steps counts too."""
+def test_a_resumed_run_continues_with_the_loss_scale_bit_for_bit(whole: Path, tmp_path: Path) -> None:
+    """It resumes between two growths, where the counter of good steps matters."""
     middle = next(
         path
         for path in sorted((whole / "checkpoints").iterdir())[1:]

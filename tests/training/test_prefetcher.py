@@ -39,7 +39,7 @@ def test_results_come_in_order_within_the_budget(sizes: list[int], budget: int) 
 
 
 @pytest.mark.parametrize(("budget", "waiting"), [(0, 1), (10, 1), (20, 2), (55, 5)])
-def test_as_many_wait_as_fit(budget: int, waiting: int) -> None:
+def test_as_many_results_wait_as_fit_the_budget(budget: int, waiting: int) -> None:
     started: list[int] = []
     gate = threading.Semaphore(0)
     ahead = Prefetcher(jobs([10], started, gate), budget)

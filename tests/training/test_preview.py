@@ -1,4 +1,4 @@
-"""Which clips a preview shows, and how they come to stand in one sheet."""
+"""Previews: which clips they show, and how one sheet holds them."""
 
 from __future__ import annotations
 
@@ -38,24 +38,24 @@ def test_clips_are_spread_over_the_validation_scenes(
 ) -> None:
     found = made(monkeypatch, SCENES, f"training.preview_clips={clips}")
     assert found is not None
-    assert [told.name for told in found._clips] == [f"val{index}: Scene val{index}" for index in expected]
+    assert [clip.name for clip in found._clips] == [f"val{index}: Scene val{index}" for index in expected]
     assert made(monkeypatch, SCENES[:1]) is None
 
 
 def test_one_sheet_shows_all_clips_real_and_generated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     found = made(monkeypatch, SCENES)
     assert found is not None
-    told: list[Any] = []
+    sampled: list[Any] = []
 
     def sample(_network: Any, conditions: Any, shape: Any, **_: Any) -> torch.Tensor:
-        told.append(conditions)
+        sampled.append(conditions)
         return torch.zeros(1, 6, 4, *shape)
 
     monkeypatch.setattr(preview, "sample_latents", sample)
     network: Any = mock.Mock(before_proj=torch.nn.Linear(1, 1))
     latents = found.sample(network, NeverStop())
     assert latents is not None
-    assert [len(told), latents[0].shape] == [3, (6, 4, 3, 10, 18)]
+    assert [len(sampled), latents[0].shape] == [3, (6, 4, 3, 10, 18)]
     colours = iter([(250, 0, 0), (0, 250, 0), (0, 0, 250)])
 
     def decode(_: torch.Tensor) -> Any:
@@ -68,11 +68,11 @@ def test_one_sheet_shows_all_clips_real_and_generated(monkeypatch: pytest.Monkey
     assert found.write(latents, 7, path, NeverStop())
     sheet = np.asarray(Image.open(path).convert("RGB")).astype(int)
     lower = sheet[len(sheet) * 3 // 4]
-    places = [np.flatnonzero((lower[:, index] > 200) & (lower.sum(1) < 300)).mean() for index in range(3)]
-    assert places == sorted(places)
+    columns = [np.flatnonzero((lower[:, index] > 200) & (lower.sum(1) < 300)).mean() for index in range(3)]
+    assert columns == sorted(columns)
 
 
-def test_a_preview_ends_when_it_is_asked_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_preview_ends_when_a_stop_is_requested(monkeypatch: pytest.MonkeyPatch) -> None:
     found = made(monkeypatch, SCENES)
     assert found is not None
     stop: Any = mock.Mock(requested=False)

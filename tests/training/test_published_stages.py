@@ -1,4 +1,4 @@
-"""The profile of the published system says what was measured of it (golden notes, sections 3 and 4)."""
+"""The published profile has the settings that were found in the published system (golden notes, sections 3 and 4)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BATCHES: dict[Stage, dict[str, dict[int, int]]] = {
 }
 
 
-def test_what_all_stages_share() -> None:
+def test_the_settings_that_all_stages_share_are_the_published_ones() -> None:
     training = CONFIG.training
     assert training.betas == (0.9, 0.999)
     assert (training.eps, training.weight_decay, training.max_grad_norm) == (1e-15, 1e-2, 1.0)
@@ -38,7 +38,7 @@ def test_what_all_stages_share() -> None:
     ("stage", "steps", "warmup", "seed"),
     [("stage1", 80_000, 3000, 42), ("stage2", 40_000, 3000, 42), ("stage3", 40_000, 100, 1024)],
 )
-def test_what_each_stage_has(stage: Stage, steps: int, warmup: int, seed: int) -> None:
+def test_the_settings_of_each_stage_are_the_published_ones(stage: Stage, steps: int, warmup: int, seed: int) -> None:
     settings = CONFIG.training.stage(stage)
     assert (settings.steps, settings.learning_rate, settings.warmup, settings.seed) == (steps, 8e-5, warmup, seed)
     later = stage != "stage1"

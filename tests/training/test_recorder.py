@@ -1,4 +1,4 @@
-"""What is written down of a step: sums over the ranks, names in MLflow, means between two entries."""
+"""The record of a step: sums over the ranks, names in MLflow, means between two entries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a stage takes from the one before, and what it refuses."""
+"""The weights that a stage takes from the previous one, and what it refuses."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_stage_2_adds_temporal_blocks_and_instance_noise_only(networks: dict[Sta
         assert torch.equal(tensor, fresh[name] if name in new else before[name])
 
 
-def test_stage_3_takes_everything(networks: dict[Stage, MagicDrive]) -> None:
+def test_stage_3_takes_all_weights(networks: dict[Stage, MagicDrive]) -> None:
     assert load_previous(networks["stage3"], networks["stage2"].state_dict(), "stage3", SOURCE) == []
     with pytest.raises(MagicDriveError, match="lacks "):
         load_previous(networks["stage3"], networks["stage1"].state_dict(), "stage3", SOURCE)

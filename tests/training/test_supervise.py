@@ -1,4 +1,4 @@
-"""What the launcher does around the ranks; the ranks themselves are stood in for by a function."""
+"""Training a stage from outside; a function takes the place of the ranks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ WEIGHTS = save(  # of the demo's network, as far as its architecture shows
 
 
 class Ranks:
-    """Stands in for ``run_job``: gives the answers in turn; 0 leaves the weights of a finished stage."""
+    """Replaces ``run_job``: returns the answers in turn; 0 writes the weights of a finished stage."""
 
     def __init__(self, *answers: int | BaseException) -> None:
         self.answers = list(answers)
@@ -97,7 +97,7 @@ def test_a_stage_is_trained_once(project: Path, train: Callable[..., Any]) -> No
     assert parent.client.get_model_version_by_alias("magicdrive-demo", "stage1").run_id == result.run
 
 
-def test_a_done_stage_is_skipped_and_noted_in_the_parent(project: Path, train: Callable[..., Any]) -> None:
+def test_a_finished_stage_is_skipped_and_noted_in_the_parent(project: Path, train: Callable[..., Any]) -> None:
     first = train(Ranks(0))
     store = Store(Tracking(), project)
     parent = store.open("train-demo", {})
@@ -117,7 +117,7 @@ def test_ranks_that_saved_are_started_again_in_the_same_run(project: Path, train
 @pytest.mark.parametrize(
     ("error", "status"), [(MagicDriveError("rank 1 failed"), "FAILED"), (KeyboardInterrupt(), "KILLED")]
 )
-def test_an_interrupted_stage_goes_on_in_its_run(
+def test_an_interrupted_stage_resumes_in_its_run(
     project: Path, train: Callable[..., Any], error: BaseException, status: str
 ) -> None:
     with pytest.raises(type(error)):
@@ -136,12 +136,12 @@ def test_ranks_that_end_without_a_result_are_an_error(project: Path, train: Call
     assert only_run(project).info.status == "FAILED"
 
 
-def test_a_stage_needs_the_one_before(train: Callable[..., Any]) -> None:
+def test_a_stage_needs_the_previous_stage(train: Callable[..., Any]) -> None:
     with pytest.raises(MagicDriveError, match="stage2 starts from stage1, which was not trained with these settings"):
         train(Ranks(), "stage2")
 
 
-def test_the_run_of_the_stage_before_is_told(project: Path, train: Callable[..., Any]) -> None:
+def test_the_run_of_the_previous_stage_is_tagged(project: Path, train: Callable[..., Any]) -> None:
     first, second = train(Ranks(0)), train(Ranks(0), "stage2")
     tags = Store(Tracking(), project).client.get_run(second.run).data.tags
     assert tags["previous.run"] == first.run
@@ -180,7 +180,7 @@ def test_one_bucket_without_data_is_refused_unless_it_may_be_left_out(train: Cal
     assert not train(ranks, overrides=[*overrides[:1], "training.skip_empty=true"]).skipped
 
 
-def test_ranks_read_the_settings_of_their_start(train: Callable[..., Any]) -> None:
+def test_ranks_read_the_settings_with_which_they_were_started(train: Callable[..., Any]) -> None:
     result = train(Ranks(0), overrides=["cluster.threads=1", "training.log_every=7"])
     config, _ = read_job(result.folder)
     assert config == load_config(PROFILE, ["cluster.threads=1", "training.log_every=7"])
@@ -211,7 +211,7 @@ def test_weights_of_another_network_are_refused_before_anything_starts(train: Ca
     assert not ranks.environments
 
 
-def test_a_queue_is_asked_for_nothing_by_a_dry_run(project: Path, train: Callable[..., Any]) -> None:
+def test_a_dry_run_submits_nothing(project: Path, train: Callable[..., Any]) -> None:
     settings = ["cluster.launcher=slurm", "cluster.slurm={}", "cluster.hosts=4"]
     script = show_launch(PROFILE, settings, "stage2", project)
     assert "#SBATCH --nodes=4" in script
@@ -223,7 +223,7 @@ def test_a_queue_is_asked_for_nothing_by_a_dry_run(project: Path, train: Callabl
 
 
 @pytest.mark.parametrize(("visible", "fits"), [(None, False), ("0", False), ("", True), ("-1", True)])
-def test_ranks_beyond_the_devices_of_the_host(
+def test_more_ranks_than_the_host_has_devices_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, fits: bool
 ) -> None:
     for name in ("nvidia0", "nvidia1", "nvidia2", "nvidiactl", "null"):

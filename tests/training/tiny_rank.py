@@ -1,4 +1,4 @@
-"""A rank of a training of ``TinyNetwork`` on made-up latents: everything but the data is the project's own.
+"""A rank that trains ``TinyNetwork`` on made-up latents; loop, engine and checkpoints are the real ones.
 
 ``trouble`` holds ``kill-<rank>-<step>``, ``term-...``, ``usr2-...`` or ``nan-...``, several with commas between: what
 happens when that rank asks for the micro-batch of that step.
@@ -35,7 +35,7 @@ class MadeUpLoader:
     def __init__(self, seed: int, trouble: str = "", order: Path | None = None) -> None:
         self.buckets = [Bucket(resolution="16x16", frames=1, batch=2), Bucket(resolution="16x16", frames=9, batch=1)]
         self._seed, self._trouble = seed, trouble.split(",")
-        self._notes = order  # of micro-batches in the order in which they were asked for
+        self._notes = order  # file for the micro-batches in the order of their use
 
     def start(self, micro_batches: int, groups: int, group: int, steps: int, devices: object) -> None:
         self._groups = groups
