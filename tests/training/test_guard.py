@@ -67,7 +67,7 @@ def test_too_many_skipped_steps_in_a_row_end_with_a_report(whole: Path, tmp_path
 
 
 def faulty_step(rank: int, where: str, precision: str) -> tuple[list[str], list[str], bool, bool]:
-    """Make a step with a NaN on ``rank`` and a good one; return the faults, and whether only the second had an effect."""
+    """Make a step with a NaN on ``rank`` and a good one; return the faults and whether only the second counted."""
     from colossalai.zero.low_level import low_level_optim
 
     from magicdrive_core.training.engine import build_engine

@@ -1,4 +1,4 @@
-"""A rank killed by SIGKILL at any moment of a run, even while it writes a checkpoint: the same command resumes exactly."""
+"""A rank killed by SIGKILL at any moment, even while it writes a checkpoint: the same command resumes exactly."""
 
 from __future__ import annotations
 
