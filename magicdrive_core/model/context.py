@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from einops import rearrange
-from torch import Tensor
-
-if TYPE_CHECKING:
-    from magicdrive_core.model.blocks import Block
+from torch import Tensor, nn
 
 ALL = slice(None)
 
@@ -162,7 +158,7 @@ class Context:
     latent_shape: tuple[int, int, int]
     grid: tuple[int, int]
     tokens: ContextTokens
-    kv: dict[Block, Tensor]
+    kv: dict[nn.Module, Tensor]
     position: Tensor
     control: Tensor
     fps: Tensor
@@ -174,6 +170,6 @@ class Context:
         """Number of tokens of a frame, on all ranks together."""
         return self.grid[0] * self.grid[1]
 
-    def of_block(self, block: Block) -> BlockContext:
+    def of_block(self, block: nn.Module) -> BlockContext:
         """The context as ``block`` takes it."""
         return BlockContext(self.tokens, self.kv.get(block), self.bias, self.angles, self.frame_tokens, ALL, ALL)

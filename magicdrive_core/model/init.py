@@ -7,13 +7,9 @@ neither (``published/transformer.py``).
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-
-if TYPE_CHECKING:
-    from magicdrive_core.model.transformer import MagicDrive
 
 ZERO = (
     "base_blocks_s.*.mva_proj",
@@ -38,13 +34,11 @@ SMALL = ("bbox_embedder.mlp.fc?", "frame_embedder.mlp.fc?", "camera_embedder.emb
 
 
 @torch.no_grad()
-def initialise(
-    network: MagicDrive, zero: tuple[str, ...] = ZERO + ZERO_FOR_IDENTITY, *, map_scale: bool = True
-) -> None:
+def initialise(network: nn.Module, zero: tuple[str, ...] = ZERO + ZERO_FOR_IDENTITY, *, map_scale: bool = True) -> None:
     """Draws the weights whose distribution differs from their module's own default, in the state dict's order.
 
     Args:
-        network: the network to initialise.
+        network: the network to initialise, a ``MagicDrive``.
         zero: name patterns of the linear maps that start at zero.
         map_scale: whether the convolutions of the BEV map keep the scale of what they are given.
     """
@@ -59,10 +53,10 @@ def initialise(
             nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-    nn.init.xavier_uniform_(network.controlnet_cond_patchifier.proj.weight.flatten(1))
+    nn.init.xavier_uniform_(network.get_parameter("controlnet_cond_patchifier.proj.weight").flatten(1))
     if map_scale:
-        _keep_scale(network.controlnet_cond_embedder, SILU_GAIN)
-        _keep_scale(network.controlnet_cond_embedder_temp, 1.0)
+        _keep_scale(network.get_submodule("controlnet_cond_embedder"), SILU_GAIN)
+        _keep_scale(network.get_submodule("controlnet_cond_embedder_temp"), 1.0)
 
 
 def _keep_scale(convolutions: nn.Module, gain: float) -> None:

@@ -288,7 +288,7 @@ class MagicDrive(nn.Module):
         """Resizes map features (B, C, t, h, w) to T, H, W by means over what a latent covers (decision 0009)."""
         return functional.interpolate(features, size=latent_shape, mode="area")
 
-    def keys_values(self, rows: Tensor) -> dict[Block, Tensor]:
+    def keys_values(self, rows: Tensor) -> dict[nn.Module, Tensor]:
         """Computes the keys and values of all blocks once a clip.
 
         With gradients there are none: a block then computes its own, so that a checkpointed one keeps nothing but its
