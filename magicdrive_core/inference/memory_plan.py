@@ -1,4 +1,9 @@
-"""How many bytes of tensors are alive, counted operation by operation; on fake tensors too, which take none."""
+"""The GPU memory that generation needs, planned without a GPU.
+
+The real network and VAE run on torch's meta tensors: every operation returns tensors of the right size that hold
+nothing, on the paths that a GPU takes. ``LiveMemory`` counts the bytes of all tensors in memory after each operation;
+``Planner`` runs the phases of generation under it; ``table_lines`` puts the plan next to the published system's table.
+"""
 
 from __future__ import annotations
 
@@ -29,19 +34,39 @@ from magicdrive_core.model.published.checkpoint import PUBLISHED_XL
 from magicdrive_core.parallel.parallelize import parallelize
 from magicdrive_core.parallel.sequence_parallel import RankGroup
 
+GIB = 1 << 30
+BLOCKS = 2  # blocks of each kind that run: later ones use the same memory again; weights, keys and values count of all
+GROUPS = 3  # groups of latent frames that are decoded: all later ones repeat the third
+SP_SIZES = (1, 2, 4, 8)
+FULL = 241  # frames of a whole scene
+
+# GiB by (size, frames): encoding of the conditions and sampling with CPU offload, at each of SP_SIZES; then decoding.
+# Measured by the published system's authors on a GPU of 96 GB (its FAQ, question 2.1). None: out of memory.
+PUBLISHED: dict[tuple[str, int], tuple[tuple[float | None, ...], float]] = {
+    ("224x400", 17): ((17.91, 17.91, 17.91, 17.91), 3.87),
+    ("224x400", FULL): ((21.93, 18.51, 18.51, 18.51), 4.82),
+    ("424x800", 17): ((17.97, 17.97, 17.97, 17.97), 12.43),
+    ("424x800", FULL): ((40.69, 25.70, 19.80, 19.80), 16.24),
+    ("848x1600", 17): ((18.08, 18.08, 18.08, 18.08), 51.33),
+    ("848x1600", 33): ((24.89, 18.33, 18.33, 18.33), 52.08),
+    ("848x1600", 65): ((43.62, 26.67, 18.83, 18.83), 53.59),
+    ("848x1600", 129): ((81.14, 48.24, 29.66, 23.83), 56.84),
+    ("848x1600", FULL): ((None, 83.40, 50.19, 39.76), 58.20),
+}
+
 
 class LiveMemory(TorchDispatchMode):
     """While active, follows every storage that an operation returns until it is freed.
 
-    Storages count once, whatever views there are of them. What an operation takes and gives back inside itself (a
-    convolution's workspace) is not seen.
+    A storage counts once, whatever views of it there are. Memory that an operation allocates and frees inside itself,
+    such as a convolution's workspace, is not counted.
 
     Args:
-        device: only storages on a device of this type count; None: all.
+        device: type of the devices whose storages count; None: all.
 
     Attributes:
-        live: bytes now.
-        peak: most bytes so far.
+        live: bytes in memory now.
+        peak: most bytes in memory so far.
     """
 
     def __init__(self, device: str | None = None) -> None:
@@ -52,7 +77,7 @@ class LiveMemory(TorchDispatchMode):
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def hold(self, tensors: Iterable[Tensor]) -> None:
-        """Counts tensors that were made before: weights, inputs."""
+        """Counts tensors that were made before, such as weights and inputs."""
         for tensor in tensors:
             self._count(tensor)
 
@@ -81,7 +106,7 @@ class LiveMemory(TorchDispatchMode):
 
 
 class FusedAttention(TorchFunctionMode):
-    """Attention as a GPU computes it, without the matrix of scores, also where torch is built without one.
+    """Computes attention as a GPU does, without the matrix of scores, even if torch is built without CUDA.
 
     Such a build would choose the plain form for meta tensors, which materialises the scores.
     """
@@ -97,23 +122,19 @@ class FusedAttention(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-# What generation will need of a GPU's memory, planned without one: the real network and VAE run on fake tensors.
-#
-# These are torch's meta tensors: every operation gives storages of the right size that hold nothing. The network takes
-# the same paths on them as on a GPU.
-
-GIB = 1 << 30
-BLOCKS = 2  # of each kind that are passed: later ones take the same storages again. Weights, keys, values count of all
-GROUPS = 3  # of latent frames that are decoded: all later ones repeat the third
-
-
 @dataclass(frozen=True)
 class Peaks:
-    """Most bytes of tensors on one device."""
+    """Most bytes of tensors on one device, by phase.
 
-    encoding: int  # of the conditions, with and without guidance's null state
-    sampling: int  # one guided step
-    decoding: int  # one view
+    Attributes:
+        encoding: of the conditions and of the unconditional state of guidance.
+        sampling: of one guided step.
+        decoding: of one view.
+    """
+
+    encoding: int
+    sampling: int
+    decoding: int
 
 
 @dataclass(frozen=True)
@@ -121,12 +142,12 @@ class Setting:
     """How generation runs.
 
     Attributes:
-        slots: boxes of a clip; every instance of it has one.
+        slots: box slots N of a clip, one for each object in it.
         sp: devices that share the tokens of a clip.
         offload: whether the model that is not at work waits in main memory.
-        slice_tokens: as of ``parallelize``.
-        map_cells: BEV cells a side.
-        stripe_rows: ``Vae.stripe_rows``; what waits in main memory is not counted.
+        slice_tokens: tokens of a slice, see ``parallelize``.
+        map_cells: BEV map cells on a side.
+        stripe_rows: pixel rows of a stripe, see ``Vae``; memory in the host is not counted.
     """
 
     slots: int = 100
@@ -138,12 +159,12 @@ class Setting:
 
 
 class Planner:
-    """Holds the models, so that many sizes can be planned with them.
+    """Plans clips of any size with one network and one VAE.
 
     Args:
         config: the network; it is planned with attention masks, which published weights do without.
         vae: settings of diffusers' ``AutoencoderKLCogVideoX``; None: its defaults, which are CogVideoX-2b's.
-        device: "meta"; any other really runs.
+        device: "meta"; on any other device the models really run.
         dtype: of weights and activations.
     """
 
@@ -164,18 +185,21 @@ class Planner:
             self._vae = Vae(model, scaling_factor=PUBLISHED_SCALING)
 
     def peaks(self, size: str, frames: int, setting: Setting) -> Peaks:
-        """Plans one clip of six views.
+        """Plans one clip of six views, on one of the devices that share it; their messages count too.
 
-        With ``sp`` devices each has its share of the places of every frame; what they send each other counts too.
+        Args:
+            size: height and width of the video, such as "224x400".
+            frames: frames of the clip.
+            setting: how generation runs.
 
         Raises:
-            UsageError: ``sp`` does not divide the network's heads.
+            UsageError: ``setting.sp`` does not divide the network's heads.
         """
         if self._network.config.heads % setting.sp:
             raise UsageError(
                 f"{setting.sp} devices cannot share {self._network.config.heads} heads", "choose a divisor"
             )
-        group = _ImaginedGroup(setting.sp) if setting.sp > 1 else None
+        group = _SimulatedGroup(setting.sp) if setting.sp > 1 else None
         parallelize(self._network, sequence_group=group, slice_tokens=setting.slice_tokens)
         self._network.config = replace(self._network.config, depth=min(BLOCKS, self._network.config.depth))
         shape = latent_shape(frames, *parse_size(size))
@@ -183,11 +207,12 @@ class Planner:
         other = [] if setting.offload else [network, vae]
         with self._tracked([network, *other]) as memory:
             conditions = self._conditions(frames, setting)
-            wanted, unwanted = (network.encode(told, shape) for told in (conditions, conditions.dropped()))
+            states = conditions, conditions.dropped()
+            conditional, unconditional = (network.encode(state, shape) for state in states)
             encoding, memory.peak = memory.peak, memory.live
             x = torch.zeros(1, len(VIEWS), network.config.latent_channels, *shape, device=self._device)
             t = torch.zeros(1, device=self._device)
-            x = x + 0.1 * guide(network.denoise(x, t, wanted), network.denoise(x, t, unwanted), 2.0)
+            x = x + 0.1 * guide(network.denoise(x, t, conditional), network.denoise(x, t, unconditional), 2.0)
             del x
             sampling = memory.peak
         with self._tracked([vae, *other]) as memory:
@@ -200,6 +225,7 @@ class Planner:
 
     @contextmanager
     def _tracked(self, models: list[nn.Module]) -> Iterator[LiveMemory]:
+        """Counts memory, starting with the weights of ``models``."""
         memory = LiveMemory(self._device.type)
         for model in models:
             memory.hold([*model.parameters(), *model.buffers()])
@@ -207,6 +233,7 @@ class Planner:
             yield memory
 
     def _conditions(self, frames: int, setting: Setting) -> Conditions:
+        """Returns empty conditions of one clip."""
         config, cells = self._network.config, setting.map_cells
         V, N, L = len(VIEWS), setting.slots, config.text_tokens
 
@@ -231,8 +258,8 @@ class Planner:
         )
 
 
-class _ImaginedGroup(RankGroup):
-    """One device of a group whose others are not there: what they would send is made up."""
+class _SimulatedGroup(RankGroup):
+    """One rank of a group without the others: what they would send has the right shape and no contents."""
 
     def __init__(self, size: int) -> None:
         self.size, self.rank = size, 0
@@ -244,46 +271,34 @@ class _ImaginedGroup(RankGroup):
         return x.new_empty(self.size, *x.shape)
 
 
-# The published system's table of GPU memory, and what is planned here beside it.
-
-SP_SIZES = (1, 2, 4, 8)
-FULL = 241  # frames of a whole scene
-
-# GiB by (size, frames): encoding of the conditions and sampling with CPU offload, at each of SP_SIZES; then decoding.
-# Measured figures of the published system on a GPU of 96 GB: its FAQ, question 2.1. None: out of memory.
-PUBLISHED: dict[tuple[str, int], tuple[tuple[float | None, ...], float]] = {
-    ("224x400", 17): ((17.91, 17.91, 17.91, 17.91), 3.87),
-    ("224x400", FULL): ((21.93, 18.51, 18.51, 18.51), 4.82),
-    ("424x800", 17): ((17.97, 17.97, 17.97, 17.97), 12.43),
-    ("424x800", FULL): ((40.69, 25.70, 19.80, 19.80), 16.24),
-    ("848x1600", 17): ((18.08, 18.08, 18.08, 18.08), 51.33),
-    ("848x1600", 33): ((24.89, 18.33, 18.33, 18.33), 52.08),
-    ("848x1600", 65): ((43.62, 26.67, 18.83, 18.83), 53.59),
-    ("848x1600", 129): ((81.14, 48.24, 29.66, 23.83), 56.84),
-    ("848x1600", FULL): ((None, 83.40, 50.19, 39.76), 58.20),
-}
-
-
 def table_lines(planner: Planner, setting: Setting) -> Iterator[str]:
-    """The table, each cell as "planned / published" in GiB, line by line as it is planned."""
+    """Yields the lines of the table, each cell "planned / published" in GiB, as they are planned.
+
+    Args:
+        planner: plans the clips.
+        setting: how generation runs; ``sp`` is replaced by each of ``SP_SIZES``.
+    """
     yield "GiB, planned / published (its FAQ, question 2.1). Text features come from their cache: no T5 here."
     heads = ["no sp", *(f"sp={sp}" for sp in SP_SIZES[1:]), "decoding"]
     yield f"{'clip':14}" + "".join(f"{head:>16}" for head in heads)
     for (size, frames), (sampling, decoding) in PUBLISHED.items():
         peaks = [planner.peaks(size, frames, replace(setting, sp=sp)) for sp in SP_SIZES]
-        cells = [_cell(_sampling(mine), theirs) for mine, theirs in zip(peaks, sampling, strict=True)]
+        cells = [_cell(max(mine.encoding, mine.sampling), theirs) for mine, theirs in zip(peaks, sampling, strict=True)]
         yield f"{size} {frames:4} " + "".join(f"{cell:>16}" for cell in [*cells, _cell(peaks[0].decoding, decoding)])
 
 
 def cell_lines(planner: Planner, size: str, frames: int, setting: Setting) -> Iterator[str]:
-    """One clip, phase by phase."""
+    """Yields a line for each phase of one clip, in GiB.
+
+    Args:
+        planner: plans the clip.
+        size: height and width of the video, such as "224x400".
+        frames: frames of the clip.
+        setting: how generation runs.
+    """
     peaks = planner.peaks(size, frames, setting)
     for name in ("encoding", "sampling", "decoding"):
         yield f"{name:10} {getattr(peaks, name) / GIB:7.2f} GiB"
-
-
-def _sampling(peaks: Peaks) -> int:
-    return max(peaks.encoding, peaks.sampling)
 
 
 def _cell(planned: int, published: float | None) -> str:

@@ -76,12 +76,14 @@ class ProcessGroup(SingleProcess):
         self._broadcast(item)
 
     def from_leader(self, make: Callable[[], Tensor]) -> Tensor:
+        """Calls ``make`` on rank 0 and broadcasts its result."""
         shared = [make() if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(shared, src=0)
         assert shared[0] is not None
         return shared[0]
 
     def wait(self, seconds: float) -> None:
+        """Sleeps, then tells the followers and the launcher that the leader is alive."""
         super().wait(seconds)
         self._broadcast(_ALIVE)
 

@@ -244,6 +244,7 @@ class EarlierItem(InitialFrames):
     record: ItemRecord
 
     def images(self, view: int) -> Iterator[Picture]:
+        """Yields the frames of the earlier item's file."""
         return read_view(self.folder / self.record.views[VIEWS[view]].file)
 
 
