@@ -1,25 +1,57 @@
-"""Loss curves as inline SVG, coloured by the page's own style sheet."""
+"""Loss curves of training stages as inline SVG, drawn by matplotlib in the colours of the page's style sheet."""
 
 from __future__ import annotations
 
+import io
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from math import floor, isfinite, log10
+from math import isfinite
 from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.tracking.runs import first_and_last
 
-WIDTH, HEIGHT = 420, 220
-LEFT, RIGHT, TOP, BOTTOM = 44, 10, 12, 28
-WINDOW = 1 / 20  # of the steps on either side: what the bold line averages
+SIZE = (5.4, 2.7)  # inches, width and height
+WINDOW = 1 / 20  # share of the steps on either side that the running mean covers
+MOST_POINTS = 1000  # of a line: it has no more pixels
+
+# Colours that stand for variables of the page's style sheet, so that curves follow its light and its dark scheme.
+ACCENT, SOFT, LINE = "#010203", "#040506", "#070809"
+VARIABLES = {ACCENT: "var(--accent)", SOFT: "var(--soft)", LINE: "var(--line)"}
+
+STYLE: Any = {
+    "svg.fonttype": "none",  # text stays text, in the page's font
+    "svg.hashsalt": "magicdrive",  # equal curves give equal bytes
+    "font.size": 9,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": SOFT,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "grid.color": LINE,
+    "grid.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+}
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The losses of one training stage."""
+    """The losses of one training stage.
+
+    Attributes:
+        stage: Name of the stage.
+        steps: The logged steps whose loss is finite, in order.
+        losses: The loss of each of these steps.
+    """
 
     stage: str
     steps: list[int]
@@ -27,10 +59,10 @@ class Curve:
 
     @classmethod
     def read(cls, stage: str, run_folder: Path) -> Curve | None:
-        """Reads ``metrics.jsonl`` of a run; None where there is no step in it.
+        """Read ``metrics.jsonl`` of a run; None if it holds no step.
 
         Raises:
-            MagicDriveError: a line is not a step's.
+            MagicDriveError: A line of the file is not a step.
         """
         path = run_folder / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
@@ -38,56 +70,55 @@ class Curve:
             rows = [json.loads(line) for line in lines]
             points = [(int(row["step"]), float(row["loss"])) for row in rows if isfinite(row["loss"])]
         except (ValueError, KeyError, TypeError) as error:
-            raise MagicDriveError(f"{path} holds a line that is no step: {error}", "delete the run's folder") from None
+            raise MagicDriveError(
+                f"{path}: a line is not a training step: {error}", "delete the run's folder"
+            ) from None
         return cls(stage, [s for s, _ in points], [v for _, v in points]) if points else None
 
     @property
     def first(self) -> float:
-        """Where the losses began (``first_and_last``)."""
+        """Mean loss at the start of the run (``first_and_last``)."""
         return first_and_last(self.losses)[0]
 
     @property
     def last(self) -> float:
-        """Where they ended."""
+        """Mean loss at the end of the run (``first_and_last``)."""
         return first_and_last(self.losses)[1]
 
     def svg(self) -> str:
-        """The curve: every step thin, its running mean bold, axes with round numbers."""
-        low, high, tick = _axis(min(self.losses), max(self.losses))
-        span = max(1, self.steps[-1] - self.steps[0])
-
-        def x(step: float) -> float:
-            return LEFT + (step - self.steps[0]) / span * (WIDTH - LEFT - RIGHT)
-
-        def y(loss: float) -> float:
-            return TOP + (high - loss) / (high - low) * (HEIGHT - TOP - BOTTOM)
-
-        parts = [f'<svg class="curve" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="loss of {self.stage}">']
-        for n in range(round((high - low) / tick) + 1):
-            value = low + n * tick
-            row = f"{y(value):.1f}"
-            parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{row}" y2="{row}"/>')
-            parts.append(f'<text class="tick" x="{LEFT - 7}" y="{row}" dy="3.5" text-anchor="end">{value:.3g}</text>')
-        for step, anchor in ((self.steps[0], "start"), (self.steps[-1], "end")):
-            text = f'<text class="tick" x="{x(step):.1f}" y="{HEIGHT - 8}" text-anchor="{anchor}">step {step}</text>'
-            parts.append(text)
-        for name, values in (("raw", self.losses), ("mean", _running_mean(self.losses))):
-            path = " ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in _thinned(self.steps, values))
-            parts.append(f'<polyline class="{name}" points="{path}"/>')
-        return "".join([*parts, "</svg>"])
-
-
-def _axis(low: float, high: float) -> tuple[float, float, float]:
-    """Round ends and distance of about four ticks."""
-    raw = max(high - low, abs(high) * 0.02, 1e-6) / 4
-    size = 10.0 ** floor(log10(raw))
-    tick = next(m * size for m in (1, 2, 2.5, 5, 10) if m * size >= raw)
-    bottom, top = floor(low / tick), -floor(-high / tick)
-    return bottom * tick, max(top, bottom + 1) * tick, tick
+        """Draw the curve as an SVG element: each step as a thin line, the running mean as a bold one."""
+        line: dict[str, Any] = {
+            "color": ACCENT,
+            "solid_capstyle": "round",
+            "clip_on": False,
+        }  # a clip path would be a link by URL
+        with rc_context(STYLE):
+            figure = Figure(figsize=SIZE, layout="constrained")
+            axes = figure.subplots()
+            for values, width, alpha in ((self.losses, 0.8, 0.35), (_running_mean(self.losses), 2.0, 1.0)):
+                steps, shown = zip(*_thinned(self.steps, values), strict=True)
+                # Twice the last point: a single one is drawn as a dot, by the round ends of its line.
+                axes.plot((*steps, steps[-1]), (*shown, shown[-1]), linewidth=width, alpha=alpha, **line)
+            axes.grid(axis="y", clip_on=False)
+            axes.tick_params(bottom=False, left=False)
+            axes.margins(x=0.01)
+            axes.set_xlabel("step")
+            axes.set_ylabel("loss")
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+            axes.yaxis.set_major_locator(MaxNLocator(5))
+            buffer = io.StringIO()
+            figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        svg = buffer.getvalue()
+        svg = svg[svg.index("<svg ") :]  # without the headers of a file
+        svg = re.sub("<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)  # styles would leak
+        svg = svg.replace("<svg ", f'<svg class="curve" role="img" aria-label="loss of {self.stage}" ', 1)
+        for colour, variable in VARIABLES.items():
+            svg = svg.replace(colour, variable)
+        return svg
 
 
 def _running_mean(values: Sequence[float]) -> list[float]:
-    """Mean over a centred window, which does not lag behind; what lies beyond the ends is left out."""
+    """Average over a centred window, which does not lag behind; it is cut off at both ends."""
     sums = [0.0, *accumulate(values)]
     half = round(len(values) * WINDOW)
     spans = [(max(0, index - half), min(len(values), index + half + 1)) for index in range(len(values))]
@@ -95,6 +126,6 @@ def _running_mean(values: Sequence[float]) -> list[float]:
 
 
 def _thinned(steps: Sequence[int], values: Sequence[float]) -> list[tuple[int, float]]:
-    """At most some 1,000 points: a line has no more pixels than that."""
-    stride = max(1, len(steps) // 1000)
+    """Keep every n-th point, so that about ``MOST_POINTS`` are left."""
+    stride = max(1, len(steps) // MOST_POINTS)
     return list(zip(steps[::stride], values[::stride], strict=True))

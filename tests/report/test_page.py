@@ -20,7 +20,7 @@ from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.evaluation.score_sheet import Sheet
 from magicdrive_core.geometry.cameras import VIEWS
 from magicdrive_core.geometry.poses import pose
-from magicdrive_core.report.loss_curves import Curve
+from magicdrive_core.report.loss_curves import VARIABLES, Curve
 from magicdrive_core.report.page import write_report
 from magicdrive_core.utils.files import sha256_file
 from magicdrive_core.video.scene_views import SceneViews
@@ -190,7 +190,7 @@ def test_damaged_videos_are_named_and_not_shown(tmp_path: Path) -> None:
     path = write_report(settings, tmp_path / "generated", tmp_path / "out", runs={}, project=tmp_path)
     page = Page(path.read_text())
     assert "1 fault found" in page.text
-    assert "is not the file that was written" in page.text
+    assert "has changed since it was written" in page.text
     assert page.sources("img") == []
 
 
@@ -226,15 +226,26 @@ def test_curves_stay_within_their_frame(tmp_path: Path, steps: int, losses: Call
     curve = Curve.read("stage1", tmp_path)
     assert curve is not None
     svg = curve.svg()
+    assert svg == curve.svg()
     assert len(svg) < 60_000
-    for points in re.findall(r'points="([^"]+)"', svg):
-        for x, y in (map(float, point.split(",")) for point in points.split()):
-            assert 44 <= x <= 410
-            assert 12 <= y <= 192
+    (width, height) = map(float, re.findall(r'viewBox="0 0 (\S+) (\S+)"', svg)[0])
+    lines = re.findall(r'<path d="([^"]+)"[^>]*style="[^"]*stroke: var\(--accent\)', svg)
+    assert len(lines) == 2, svg
+    for line in lines:
+        for x, y in re.findall(r"[ML] (\S+) (\S+)", line):
+            assert 0 <= float(x) <= width
+            assert 0 <= float(y) <= height
+
+
+def test_curves_bring_no_styles_or_colours_of_their_own() -> None:
+    svg = Curve("stage1", [1, 2, 3], [3.0, 2.0, 1.0]).svg()
+    assert "<style" not in svg
+    assert set(re.findall(r"(?:stroke|fill): ([^;\"]+)", svg)) <= {"none", *VARIABLES.values()}
+    assert "loss</text>" in svg  # text, not outlines of letters
 
 
 def test_a_broken_metrics_file_is_a_clear_error(tmp_path: Path) -> None:
     assert Curve.read("stage1", tmp_path) is None
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "lo')
-    with pytest.raises(MagicDriveError, match="holds a line that is no step"):
+    with pytest.raises(MagicDriveError, match="a line is not a training step"):
         Curve.read("stage1", tmp_path)
