@@ -200,8 +200,8 @@ class ItemWriter:
         video, kept = self.config.video, self.item.kept
         initial = self.initial_images(v) if self.initial_images else iter(())
         width = min(SHEET_VIEW, parse_size(self.config.generate.resolution)[1])
-        images = islice(chain(initial, map(full_size_image, frames)), kept)
-        images = _with_thumbnails(images, _sheet_frames(kept), width, thumbnails)
+        every = islice(chain(initial, map(full_size_image, frames)), kept)
+        images = _with_thumbnails(every, _sheet_frames(kept), width, thumbnails)
         path = folder / video_name(self.scene.first_sample, VIEWS[v])
         if kept == 1:
             path = path.with_suffix(".png")

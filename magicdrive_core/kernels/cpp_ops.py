@@ -67,6 +67,7 @@ attend_packed.register_autograd(_from_packed, setup_context=_keep_packed)
 
 
 def attend_neighbours(packed: Tensor, norm: Tensor, count: int, neighbours: Sequence[Sequence[int]]) -> Tensor:
+    """Computes attention of views to their neighbours: see ``Backend.attend_neighbours``."""
     return _attend_neighbours(packed, norm, count, list(chain(*neighbours)))
 
 
@@ -172,7 +173,7 @@ def _ordered_like(packed: Tensor) -> Tensor:
 
 
 def _parts(packed: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q of all tokens, k and v of the first ``count``."""
+    """Splits packed rows into q of all tokens, and k and v of the first ``count``."""
     return packed[:, :, :, 0], packed[:, :, :count, 1], packed[:, :, :count, 2]
 
 
@@ -295,10 +296,12 @@ modulate.register_autograd(_from_modulated, setup_context=_keep_modulated)
 
 
 def modulate_backward(gradient: Tensor, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes the gradients of ``modulate``: see ``Backend.modulate_backward``."""
     return _modulate_backward(gradient, x, scale)
 
 
 def linear(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Applies a linear map to modulated rows: see ``Backend.linear``."""
     if _serves(weight):
         return _linear(x, shift, scale, weight, bias)
     return functional.linear(modulate(x, shift, scale), weight, bias)
@@ -307,12 +310,14 @@ def linear(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor
 def mlp(
     x: Tensor, shift: Tensor, scale: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor]:
+    """Applies an MLP to modulated rows: see ``Backend.mlp``."""
     if _serves(up):
         return _mlp(x, shift, scale, up, up_bias, down, down_bias, keep)
     return torch_ops.mlp_of(modulate(x, shift, scale), up, up_bias, down, down_bias, keep)
 
 
 def gelu_backward(x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Computes GELU and its gradient: see ``Backend.gelu_backward``."""
     return _gelu_backward(x, gradient), gradient
 
 

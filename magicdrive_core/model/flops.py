@@ -15,17 +15,18 @@ FORWARD_AND_BACKWARD = 3
 
 
 def training_flops(config: NetworkConfig, batch: int, frames: int, latents: Sequence[int], slots: int) -> float:
-    """Of a micro-batch, forward and backward pass.
+    """Counts the floating-point operations of a micro-batch, in the forward and the backward pass.
 
     Args:
+        config: sizes of the network.
         batch: B samples.
-        frames: F of the video.
+        frames: F frames of the video.
         latents: T, H, W of the latents.
-        slots: N boxes of a clip.
+        slots: N box slots of a clip.
     """
     width, views, t = config.width, len(config.neighbours), latents[0]
-    places = -(-latents[1] // PATCH) * -(-latents[2] // PATCH)
-    tokens = views * batch * t * places
+    positions = -(-latents[1] // PATCH) * -(-latents[2] // PATCH)
+    tokens = views * batch * t * positions
     context_frames = 1 if config.mean_over_frames else t
     context = 2 + config.text_tokens + slots
     rows = batch * (context_frames + views + config.text_tokens + views * context_frames * slots)
@@ -34,15 +35,18 @@ def training_flops(config: NetworkConfig, batch: int, frames: int, latents: Sequ
     # Multiply-adds of a token and block: linear maps in units of C^2, keys that it looks at in units of 2 C.
     block = 4 + 2 + 2 * config.mlp_ratio  # q k v and projection; q and projection to the context; MLP
     across_views = 4 + 1
-    spatial, temporal = (block, places + context), (block, t + context)
+    spatial, temporal = (block, positions + context), (block, t + context)
     control = config.control_depth
-    kinds = [(config.depth, spatial[0] + across_views, spatial[1] + others * places), (control, block + 1, spatial[1])]
+    kinds = [
+        (config.depth, spatial[0] + across_views, spatial[1] + others * positions),
+        (control, block + 1, spatial[1]),
+    ]
     if config.temporal:
         kinds += [(config.depth, *temporal), (control * config.control_temporal, block + 1, temporal[1])]
     blocks = sum(count * tokens * (linear * width**2 + 2 * keys * width) for count, linear, keys in kinds)
     keys_values = sum(count for count, _, _ in kinds) * rows * 2 * width**2
 
     patch = PATCH**2 * config.latent_channels * width  # into the main and the control branch, and out of the head
-    map_tokens = batch * t * places * (PATCH**2 + 1) * width**2
+    map_tokens = batch * t * positions * (PATCH**2 + 1) * width**2
     boxes = views * batch * frames * slots * (4 + 2 * config.mlp_ratio + 1) * width**2
     return FORWARD_AND_BACKWARD * 2.0 * (blocks + keys_values + 3 * tokens * patch + map_tokens + boxes)

@@ -1,7 +1,7 @@
-"""The published forward pass as a reader of its formulas would write it: one line after the other, nothing shared,
-nothing fused. It holds the network at sizes that no reference file has. Golden notes (README), section 2.
+"""The published forward pass, written directly from its formulas: golden notes (README), section 2.
 
-Rows are b*V+v everywhere; tokens are (B*V, T, S, C).
+Step follows step, nothing is shared or fused. It holds the network at sizes that no reference file has. Rows are
+b*V+v everywhere; tokens are (B*V, T, S, C).
 """
 
 from __future__ import annotations
