@@ -1,4 +1,4 @@
-"""Conditioning frames in training: which latent frames of a clip are given clean, and which are to be generated.
+"""Conditioning frames in training: which latent frames of a clip stay clean, and which are generated.
 
 Each kind is checked against the examples of the published generator (golden notes, section 5).
 """
@@ -18,13 +18,13 @@ FIRST_LENGTH = 8  # latent frames: shorter clips have no conditioning frames
 
 
 def draw_masks(ratios: Mapping[str, float], batch: int, frames: int, generator: np.random.Generator) -> Mask:
-    """One mask a sample: each kind with its probability, else all frames noisy.
+    """Draws one mask a sample: each kind with its probability, else all frames noisy.
 
     Args:
         ratios: probability of each of ``KINDS``; the rest of 1 is no conditioning frame.
         batch: B.
         frames: T latent frames.
-        generator: draws kinds, lengths and places.
+        generator: draws kinds, lengths and positions.
 
     Returns:
         (B, T) bool, True = noisy. Every row has a noisy frame.
@@ -42,7 +42,15 @@ def draw_masks(ratios: Mapping[str, float], batch: int, frames: int, generator: 
 
 
 def check_ratios(ratios: Mapping[str, float], stage: str) -> None:
-    """Raises ``UsageError`` for an unknown kind of mask, or probabilities that sum to more than 1."""
+    """Checks the probabilities of a stage's masks.
+
+    Args:
+        ratios: as of ``draw_masks``.
+        stage: named in the message.
+
+    Raises:
+        UsageError: a kind is unknown, or the probabilities sum to more than 1.
+    """
     unknown = sorted(set(ratios) - set(KINDS))
     if unknown:
         raise UsageError(
@@ -65,12 +73,12 @@ def _interpolate(frames: int, generator: np.random.Generator) -> Mask:
 
 
 def _ends(frames: int, head: int, tail: int) -> Mask:
-    places = np.arange(frames)
-    return (places >= head) & (places < frames - tail)
+    index = np.arange(frames)
+    return (index >= head) & (index < frames - tail)
 
 
 def _quarter(frames: int, generator: np.random.Generator) -> int:
-    """Length of a run of clean frames: 1 to a quarter of the clip."""
+    """Draws the length of a run of clean frames: 1 to a quarter of the clip."""
     return int(generator.integers(1, frames // 4 + 1))
 
 

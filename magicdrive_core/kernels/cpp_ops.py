@@ -23,7 +23,7 @@ from magicdrive_core.kernels.library import WIDTHS, Attention, Modulation, new_n
 
 @torch.library.custom_op("magicdrive::attend_packed", mutates_args=(), device_types="cpu")
 def attend_packed(packed: Tensor, norm: Tensor, count: int, angles: Tensor | None) -> Tensor:
-    """``functions.attend_packed``; the result is in memory as ``packed`` is ordered."""
+    """Backend of ``functions.attend_packed``; the result is in memory as ``packed`` is ordered."""
     out = _ordered_like(packed)
     _packed(packed, norm, count, angles).forward(out)
     return out
@@ -67,7 +67,7 @@ attend_packed.register_autograd(_from_packed, setup_context=_keep_packed)
 
 
 def attend_neighbours(packed: Tensor, norm: Tensor, count: int, neighbours: Sequence[Sequence[int]]) -> Tensor:
-    """Computes attention of views to their neighbours: see ``Backend.attend_neighbours``."""
+    """Backend of ``functions.attend_neighbours``."""
     return _attend_neighbours(packed, norm, count, list(chain(*neighbours)))
 
 
@@ -126,7 +126,7 @@ _attend_neighbours.register_autograd(_from_views, setup_context=_keep_views)
 
 @torch.library.custom_op("magicdrive::attend_context", mutates_args=(), device_types="cpu")
 def attend_context(q: Tensor, kv: Tensor, bias: Tensor | None) -> Tensor:
-    """``functions.attend_context``."""
+    """Backend of ``functions.attend_context``."""
     out = q.new_empty(q.shape)
     _to_context(q, kv, bias).forward(out[None])
     return out
@@ -173,7 +173,7 @@ def _ordered_like(packed: Tensor) -> Tensor:
 
 
 def _parts(packed: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Splits packed rows into q of all tokens, and k and v of the first ``count``."""
+    """Takes q of all tokens, k and v of the first ``count``."""
     return packed[:, :, :, 0], packed[:, :, :count, 1], packed[:, :, :count, 2]
 
 
@@ -206,7 +206,7 @@ def _with_adjacent_channels(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("magicdrive::modulate", mutates_args=(), device_types="cpu")
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """``functions.modulate``, for the broadcasts that ``_modulation`` knows."""
+    """Backend of ``functions.modulate``, for the broadcasts that ``_modulation`` knows."""
     x = x.contiguous()
     out = torch.empty_like(x)
     _modulation(x, shift, scale).forward(_rows(x), out)
@@ -296,12 +296,12 @@ modulate.register_autograd(_from_modulated, setup_context=_keep_modulated)
 
 
 def modulate_backward(gradient: Tensor, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes the gradients of ``modulate``: see ``Backend.modulate_backward``."""
+    """Gradients at x, shift and scale of ``modulate``."""
     return _modulate_backward(gradient, x, scale)
 
 
 def linear(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Applies a linear map to modulated rows: see ``Backend.linear``."""
+    """Forward pass of ``functions.modulated_linear``."""
     if _serves(weight):
         return _linear(x, shift, scale, weight, bias)
     return functional.linear(modulate(x, shift, scale), weight, bias)
@@ -310,14 +310,14 @@ def linear(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor
 def mlp(
     x: Tensor, shift: Tensor, scale: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    """Applies an MLP to modulated rows: see ``Backend.mlp``."""
+    """Forward pass of ``functions.modulated_mlp``, and GELU's input (R, D); empty unless ``keep``."""
     if _serves(up):
         return _mlp(x, shift, scale, up, up_bias, down, down_bias, keep)
     return torch_ops.mlp_of(modulate(x, shift, scale), up, up_bias, down, down_bias, keep)
 
 
 def gelu_backward(x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Computes GELU and its gradient: see ``Backend.gelu_backward``."""
+    """GELU(x), and the gradient at x, written over ``gradient``."""
     return _gelu_backward(x, gradient), gradient
 
 

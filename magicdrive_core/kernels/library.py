@@ -31,23 +31,23 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")  
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled functions; None where they cannot be compiled."""
+    """Compiles and loads the kernels; None where that is not possible."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
-        logger.info("no C++ compiler: attention and norms on a CPU take torch's kernels, which are slower")
+        logger.info("no C++ compiler: torch's slower kernels are used; install g++ for the faster ones")
         return None
     try:
         return ctypes.CDLL(str(_compiled(compiler)))
     except subprocess.CalledProcessError as error:
         why = (error.stderr.strip() or str(error)).splitlines()[0]
-        logger.warning("%s cannot compile %s, torch's slower kernels are used: %s", compiler, FOLDER, why)
+        logger.warning("%s cannot compile %s; torch's slower kernels are used: %s", compiler, FOLDER, why)
     except (OSError, MagicDriveError) as error:
-        logger.warning("the kernels of %s cannot be used, torch's slower ones are: %s", FOLDER, error)
+        logger.warning("the kernels of %s cannot be used; torch's slower kernels are used: %s", FOLDER, error)
     return None
 
 
 def usable(x: Tensor) -> bool:
-    """Whether the kernels serve ``x``."""
+    """Tells whether the kernels serve tensors of the device and dtype of ``x``."""
     return x.device.type == "cpu" and x.dtype == torch.float32 and _compiles()
 
 
@@ -64,16 +64,16 @@ def _compiled(compiler: str) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "magicdrive"
     path = cache / f"kernels-{digest.hexdigest()[:16]}.so"
     if not path.is_file():
-        with atomic_file(path) as partial:  # several processes may do so at a time
+        with atomic_file(path) as partial:  # several processes may compile at a time
             command = [compiler, *FLAGS, *(str(FOLDER / name) for name in SOURCES), "-o", str(partial)]
             subprocess.run(command, capture_output=True, check=True, text=True)
     return path
 
 
 def _processor() -> Iterator[bytes]:
-    """What tells processors apart for which the compiler may choose other instructions (Linux)."""
+    """Lines that distinguish processors for which the compiler may choose other instructions (Linux)."""
     for line in Path("/proc/cpuinfo").read_bytes().splitlines():
-        if not line:  # of the first one
+        if not line:  # the first processor ends here
             return
         if line.split(b"\t")[0] in (b"flags", b"Features", b"model", b"model name", b"CPU part"):
             yield line
@@ -93,7 +93,7 @@ class _Heads(ctypes.Structure):
     @classmethod
     def of(cls, x: Tensor) -> _Heads:
         if x.numel() and x.stride(4) != 1:
-            raise ValueError("the channels of a head must lie side by side")
+            raise ValueError("the channels of a head must be adjacent in memory")
         return cls(x.data_ptr(), *x.stride()[:4])
 
 
@@ -106,16 +106,18 @@ class _Attention(ctypes.Structure):
 
 
 class Attention:
-    """softmax(q k' / sqrt(d) + bias) v for q (outer, inner, n, h, d), k and v (outer, inner, m, h, d), fp32.
+    """Computes softmax(q k' / sqrt(d) + bias) v for q (outer, inner, n, h, d), k and v (outer, inner, m, h, d), fp32.
 
     Args:
-        q: of any strides, the channels side by side; k and v alike.
+        q: of any strides but the channels'.
+        k: likewise.
+        v: likewise.
         norm: (2, d), weights of RMS norms of q and k; None: neither has one.
         angles: (n, d / 2, 2), cosines and sines that turn the channel pairs of q and k after the norm; or None.
         bias: (outer * inner, m), added to the scores of every query; or None.
 
     Raises:
-        ValueError: there are no keys, or a head's channels do not lie side by side.
+        ValueError: there are no keys, or a head's channels are not adjacent in memory.
     """
 
     def __init__(
@@ -128,10 +130,10 @@ class Attention:
         bias: Tensor | None = None,
     ) -> None:
         norm, angles, bias = (None if given is None else given.contiguous() for given in (norm, angles, bias))
-        self._held = q, k, v, norm, angles, bias  # alive as long as their addresses are
+        self._held = q, k, v, norm, angles, bias  # alive as long as their addresses are used
         outer, inner, queries, heads, d = q.shape
         if not k.shape[2]:
-            raise ValueError("attention to nothing")
+            raise ValueError("attention needs at least one key")
         norms = (None, None) if norm is None else (norm.data_ptr(), norm.data_ptr() + d * norm.element_size())
         others = (None if given is None else given.data_ptr() for given in (angles, bias))
         sizes = outer, inner, queries, k.shape[2], heads, d
@@ -139,30 +141,30 @@ class Attention:
         self._work = prod(sizes) // MULTIPLY_ADDS
 
     def forward(self, out: Tensor, *, add: bool = False) -> None:
-        """Writes to ``out`` (outer, inner, n, h, d), or adds."""
+        """Writes the result to ``out`` (outer, inner, n, h, d), or adds it."""
         _call("attention", self._work, ctypes.byref(self._given), _Heads.of(out), int(add))
 
     def backward(
         self, gradient: Tensor, at: tuple[Tensor, Tensor, Tensor], norms: Tensor | None, add: tuple[bool, bool]
     ) -> None:
-        """From the gradient at the output those at q, k and v.
+        """Computes the gradients at q, k and v from the one at the output.
 
         Args:
             gradient: (outer, inner, n, h, d).
-            at: where the gradients at q, k and v go to, each shaped as it.
+            at: receives the gradients at q, k and v, each of the tensor's shape.
             norms: from ``new_norms``; the gradients at the norms are added.
             add: whether to add at q, and at k and v, instead of writing.
         """
-        places = (_Heads.of(each) for each in at)
+        targets = (_Heads.of(each) for each in at)
         norms_at = None if norms is None else _floats(norms)
         flags = (int(each) for each in add)
         _call(
-            "attention_backward", self._work, ctypes.byref(self._given), _Heads.of(gradient), *places, norms_at, *flags
+            "attention_backward", self._work, ctypes.byref(self._given), _Heads.of(gradient), *targets, norms_at, *flags
         )
 
 
 def new_norms(norm: Tensor) -> Tensor:
-    """(threads, 2, d) zeros: each thread adds to its own; the sum is the gradient at ``norm``."""
+    """Allocates (threads, 2, d) zeros: each thread adds to its own, and the sum is the gradient at ``norm``."""
     return norm.new_zeros(torch.get_num_threads(), *norm.shape)
 
 
@@ -201,7 +203,7 @@ class Modulation:
         self._given = _Modulation(shift.data_ptr(), scale.data_ptr(), period, inner, repeat, len(shift))
 
     def forward(self, x: Tensor, out: Tensor) -> None:
-        """(R, C), in and out."""
+        """Writes the modulated rows of ``x`` (R, C) to ``out``."""
         _call(
             "modulate", x.numel(), _floats(x), _LONG(len(x)), _LONG(x.shape[1]), ctypes.byref(self._given), _floats(out)
         )
@@ -217,7 +219,7 @@ class Modulation:
         return sums[:, :, 0].sum(0), sums[:, :, 1].sum(0)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        """Linear(x modulated): ``x`` (R, C), ``weight`` (D, C), both in multiples of ``WIDTHS``, ``out`` (R, D)."""
+        """Writes Linear(x modulated) to ``out`` (R, D): ``x`` (R, C), ``weight`` (D, C) in multiples of ``WIDTHS``."""
         weights = ctypes.byref(_Weights.of(weight, bias))
         work = len(x) * weight.numel() // MULTIPLY_ADDS
         _call("linear", work, _floats(x), _LONG(len(x)), weights, ctypes.byref(self._given), _floats(out))
@@ -225,13 +227,13 @@ class Modulation:
     def mlp(
         self, x: Tensor, up: tuple[Tensor, Tensor], down: tuple[Tensor, Tensor], hidden: Tensor | None, out: Tensor
     ) -> None:
-        """Linear(GELU(Linear(x modulated))), contiguous.
+        """Writes Linear(GELU(Linear(x modulated))) to ``out``; all tensors are contiguous.
 
         Args:
             x: (R, C).
             up: weight (D, C) and bias (D), both sizes in multiples of ``WIDTHS``.
             down: weight (C, D) and bias (C).
-            hidden: (R, D) for what GELU is given; or None.
+            hidden: (R, D), receives GELU's input; or None.
             out: (R, C).
         """
         maps = (ctypes.byref(_Weights.of(*each)) for each in (up, down))
@@ -241,7 +243,7 @@ class Modulation:
 
 
 def gelu_backward(x: Tensor, gradient: Tensor, value: Tensor) -> None:
-    """Writes GELU(x) to ``value``, and makes of the gradient there that at x; all contiguous."""
+    """Writes GELU(x) to ``value``, and turns the gradient there into that at x; all are contiguous."""
     _call("gelu_backward", x.numel(), _floats(x), _floats(gradient), _LONG(x.numel()), _floats(value))
 
 
@@ -250,7 +252,7 @@ def _floats(x: Tensor) -> ctypes.c_void_p:
 
 
 def _call(name: str, work: int, *arguments: object) -> None:
-    """With as many threads as ``work``, in numbers that are read and written, is worth."""
+    """Calls a kernel with as many threads as ``work``, in numbers that are read and written, is worth."""
     functions = library()
     assert functions is not None, "the callers ask before"
     threads = max(1, min(torch.get_num_threads(), work // WORK))

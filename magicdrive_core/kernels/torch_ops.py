@@ -38,13 +38,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
 
 
 def attend_context(q: Tensor, kv: Tensor, bias: Tensor | None) -> Tensor:
-    """Computes attention of tokens to the context: see ``Backend.attend_context``."""
+    """Backend of ``functions.attend_context``."""
     k, v = kv.unbind(2)
     return attend(q, k, v, None if bias is None else bias[:, None, None])
 
 
 def attend_packed(packed: Tensor, norm: Tensor, count: int, angles: Tensor | None) -> Tensor:
-    """Computes self-attention of packed q, k and v: see ``Backend.attend_packed``."""
+    """Backend of ``functions.attend_packed``."""
     q, k, v = normed_heads(packed.flatten(0, 1), norm)
     if angles is not None:
         q, k = rotate(q, angles), rotate(k, angles)
@@ -52,7 +52,7 @@ def attend_packed(packed: Tensor, norm: Tensor, count: int, angles: Tensor | Non
 
 
 def attend_neighbours(packed: Tensor, norm: Tensor, count: int, neighbours: Sequence[Sequence[int]]) -> Tensor:
-    """Computes attention of views to their neighbours: see ``Backend.attend_neighbours``."""
+    """Backend of ``functions.attend_neighbours``."""
     q, k, v = ([view.flatten(0, 1) for view in part.unbind(1)] for part in normed_heads(packed, norm))
     k, v = ([view[:, :count] for view in part] for part in (k, v))
     sums = []
@@ -105,12 +105,12 @@ class _NormedHeads(torch.autograd.Function):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Normalises rows, then scales and shifts them: see ``Backend.modulate``."""
+    """Backend of ``functions.modulate``."""
     return torch.addcmul(shift, functional.layer_norm(x, x.shape[-1:], eps=NORM_EPS), 1 + scale)
 
 
 def modulate_backward(gradient: Tensor, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes the gradients of ``modulate``: see ``Backend.modulate_backward``."""
+    """Gradients at x, shift and scale of ``modulate``."""
     normed, mean, deviation = aten.native_layer_norm(x, x.shape[-1:], None, None, NORM_EPS)
     inner = gradient * (1 + scale)
     outer = aten.native_layer_norm_backward(inner, x, x.shape[-1:], mean, deviation, None, None, [True, False, False])[
@@ -120,21 +120,21 @@ def modulate_backward(gradient: Tensor, x: Tensor, shift: Tensor, scale: Tensor)
 
 
 def linear(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Applies a linear map to modulated rows: see ``Backend.linear``."""
+    """Forward pass of ``functions.modulated_linear``."""
     return functional.linear(modulate(x, shift, scale), weight, bias)
 
 
 def mlp(
     x: Tensor, shift: Tensor, scale: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    """Applies an MLP to modulated rows: see ``Backend.mlp``."""
+    """Forward pass of ``functions.modulated_mlp``, and GELU's input (R, D); empty unless ``keep``."""
     return mlp_of(modulate(x, shift, scale), up, up_bias, down, down_bias, keep)
 
 
 def mlp_of(
     modulated: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    """``mlp`` of rows that are modulated already."""
+    """``mlp`` of rows that are already modulated."""
     hidden = functional.linear(modulated.flatten(0, -2), up, up_bias)
     value = functional.gelu(hidden, approximate="tanh")
     if not keep:
@@ -143,5 +143,5 @@ def mlp_of(
 
 
 def gelu_backward(x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Computes GELU and its gradient: see ``Backend.gelu_backward``."""
+    """GELU(x), and the gradient at x."""
     return functional.gelu(x, approximate="tanh"), aten.gelu_backward(gradient, x, approximate="tanh")

@@ -36,7 +36,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, out or width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps every row of x (..., C)."""
+        """Maps (..., width) to (..., out)."""
         return self.fc2(functional.gelu(self.fc1(x), approximate="tanh"))
 
 
@@ -99,7 +99,7 @@ class SpatialBlock(Block):
     attention = SpatialAttention
 
     def self_attention(self, x: Tensor, shift: Tensor, scale: Tensor, context: BlockContext) -> Tensor:
-        """Attends among the S tokens of a frame of a view."""
+        """Attention among the tokens of a frame."""
         return self.attn(x, shift, scale, context.frame_tokens)
 
 
@@ -110,7 +110,7 @@ class TemporalBlock(Block):
     attention = TemporalAttention
 
     def self_attention(self, x: Tensor, shift: Tensor, scale: Tensor, context: BlockContext) -> Tensor:
-        """Attends among the T frames at a token position of a view."""
+        """Attention over the frames of a token position."""
         return self.attn(x, shift, scale, context.angles)
 
 
@@ -124,7 +124,7 @@ class MultiViewBlock(SpatialBlock):
         self.mva_proj = nn.Linear(config.width, config.width)
 
     def across_views(self, x: Tensor, modulation: Tensor, context: BlockContext) -> Tensor:
-        """Adds what every view reads from its neighbours."""
+        """Adds attention of every view to its neighbours."""
         shift, scale, gate = per_token(self.cross_view_modulation(modulation))
         return x + self.mva_proj(gate * self.cross_view_attn(x, shift, scale, context.frame_tokens))
 

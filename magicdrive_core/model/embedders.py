@@ -310,7 +310,7 @@ class FrameHalving(nn.Module):
     """Halves the frames of (B, F, C, h, w)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Halves the frames of x (B, F, C, h, w)."""
+        """Maps (B, F, C, h, w) to (B, F/2, C, h, w)."""
         return halve_frames(x, 1)
 
 
@@ -322,7 +322,7 @@ class FrameConvolution(nn.Module):
         self.conv = nn.Conv2d(channels, out, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Convolves every frame of x (B, F, C, h, w)."""
+        """Maps (B, F, channels, h, w) to (B, F, out, h, w)."""
         return self.conv(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
@@ -341,5 +341,5 @@ class MapReduction(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Reduces the frames of x (B, F, C/2, h, w) to latent frames (B, T, C, h, w)."""
+        """Maps (B, F, C/2, h, w) to (B, T', C, h, w)."""
         return self.conv_blocks(x)

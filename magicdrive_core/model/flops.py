@@ -1,8 +1,8 @@
 """How many floating point operations a training step needs, from the network's sizes alone.
 
-Twice the multiply-adds of linear maps and of attention; of a backward pass twice those of the forward pass. Norms,
-activations, the map's convolutions and the embedders of cameras, text and time are left out (below 1 % at XL); so is
-what activation checkpointing computes again, as is usual for "model FLOPs".
+Counted are twice the multiply-adds of linear maps and of attention, and for a backward pass twice those of the forward
+pass. Norms, activations, the map's convolutions and the embedders of cameras, text and time are left out (below 1 % at
+XL); so is what activation checkpointing computes again, as is usual for "model FLOPs".
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ FORWARD_AND_BACKWARD = 3
 
 
 def training_flops(config: NetworkConfig, batch: int, frames: int, latents: Sequence[int], slots: int) -> float:
-    """Counts the floating-point operations of a micro-batch, in the forward and the backward pass.
+    """Counts the operations of a micro-batch's forward and backward pass.
 
     Args:
-        config: sizes of the network.
+        config: the network.
         batch: B samples.
-        frames: F frames of the video.
+        frames: F of the video.
         latents: T, H, W of the latents.
-        slots: N box slots of a clip.
+        slots: N boxes of a clip.
     """
     width, views, t = config.width, len(config.neighbours), latents[0]
-    positions = -(-latents[1] // PATCH) * -(-latents[2] // PATCH)
-    tokens = views * batch * t * positions
+    frame_tokens = -(-latents[1] // PATCH) * -(-latents[2] // PATCH)
+    tokens = views * batch * t * frame_tokens
     context_frames = 1 if config.mean_over_frames else t
     context = 2 + config.text_tokens + slots
     rows = batch * (context_frames + views + config.text_tokens + views * context_frames * slots)
     others = len(config.neighbours[0])
 
-    # Multiply-adds of a token and block: linear maps in units of C^2, keys that it looks at in units of 2 C.
+    # Multiply-adds of a token and block: linear maps in units of C^2, attended keys in units of 2 C.
     block = 4 + 2 + 2 * config.mlp_ratio  # q k v and projection; q and projection to the context; MLP
     across_views = 4 + 1
-    spatial, temporal = (block, positions + context), (block, t + context)
+    spatial, temporal = (block, frame_tokens + context), (block, t + context)
     control = config.control_depth
     kinds = [
-        (config.depth, spatial[0] + across_views, spatial[1] + others * positions),
+        (config.depth, spatial[0] + across_views, spatial[1] + others * frame_tokens),
         (control, block + 1, spatial[1]),
     ]
     if config.temporal:
@@ -47,6 +47,6 @@ def training_flops(config: NetworkConfig, batch: int, frames: int, latents: Sequ
     keys_values = sum(count for count, _, _ in kinds) * rows * 2 * width**2
 
     patch = PATCH**2 * config.latent_channels * width  # into the main and the control branch, and out of the head
-    map_tokens = batch * t * positions * (PATCH**2 + 1) * width**2
+    map_tokens = batch * t * frame_tokens * (PATCH**2 + 1) * width**2
     boxes = views * batch * frames * slots * (4 + 2 * config.mlp_ratio + 1) * width**2
     return FORWARD_AND_BACKWARD * 2.0 * (blocks + keys_values + 3 * tokens * patch + map_tokens + boxes)

@@ -1,4 +1,4 @@
-"""The conditions of a batch as tensors. B samples, V views, F frames, N box slots, L text tokens."""
+"""The conditions of a batch as tensors. B samples, V views, F frames, N box slots, L text tokens, D text width."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Conditions:
-    """All that the network is told. Floating-point tensors in fp32 unless the network runs in another dtype."""
+    """All that the network is conditioned on. Floating-point tensors are fp32, unless the network has another dtype."""
 
     text: Tensor  # B, L, D features
     text_mask: Tensor  # B, L bool: True = a token of the prompt
@@ -37,17 +37,17 @@ class Conditions:
     pad_patches: int | None = None  # published only: parallel size whose padding rows are added; None: the network's
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Conditions:
-        """The same conditions with ``change`` applied to each tensor."""
+        """Applies ``change`` to each tensor."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         changed: dict[str, Any] = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
         return replace(self, **changed)
 
     def to(self, device: torch.device | str) -> Conditions:
-        """A copy on ``device``."""
+        """Copies the conditions to ``device``."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def dropped(self) -> Conditions:
-        """The unconditional state that training knows: everything dropped (golden notes, oddities 9 and 22)."""
+        """The unconditional state of training: everything is dropped (golden notes, oddities 9 and 22)."""
         return replace(self, keep=torch.zeros_like(self.keep))
 
 
@@ -56,8 +56,14 @@ def collate(
 ) -> Conditions:
     """Stacks the conditions of clips of one size and length.
 
-    Box slots are padded to the longest clip's, at least one: corners 0, class -1, mask 0. Text features (l, D) are
-    padded with zeros to ``max_tokens``, and the mask tells the prompt's own tokens.
+    Box slots are padded to the longest clip's, at least one: corners 0, class -1, mask 0. Text features are padded with
+    zeros to ``max_tokens``, and the mask marks the prompt's own tokens.
+
+    Args:
+        clips: conditions of each clip.
+        text: (l, D) features of each clip's caption.
+        max_tokens: L.
+        keep: (B) bool, False = every condition of the sample is dropped; None: none is.
     """
     slots = max(1, *(clip.box_classes.shape[1] for clip in clips))
     views = clips[0].cameras.shape[1]

@@ -2,7 +2,7 @@
 
 Ranks that share a clip are neighbours, so that they are on one host. They prepare the same micro-batches with the same
 random numbers, and each computes the loss of the whole clip: the mean over all ranks of losses and gradients, which
-ZeRO takes anyway, is that over the groups (model/parallel.py). So ZeRO shards over all ranks, whatever they share.
+ZeRO takes anyway, is that over the groups (sequence_parallel.py). So ZeRO shards over all ranks, whatever they share.
 """
 
 from __future__ import annotations
@@ -17,11 +17,17 @@ from magicdrive_core.parallel.sequence_parallel import RankGroup
 
 @dataclass(frozen=True)
 class Mesh:
-    """This rank's place among all ranks."""
+    """This rank's position among all ranks.
 
-    groups: int  # that each take a micro-batch a step
-    group: int  # this rank's
-    sequence_group: RankGroup | None  # the ranks that share this rank's clips; None: it has its own
+    Attributes:
+        groups: number of groups, each of which takes a micro-batch a step.
+        group: index of this rank's group.
+        sequence_group: the ranks that share this rank's clips; None: it has its own.
+    """
+
+    groups: int
+    group: int
+    sequence_group: RankGroup | None
 
     @property
     def sequence_parallel(self) -> int:
@@ -30,7 +36,7 @@ class Mesh:
 
     @classmethod
     def of(cls, sequence_parallel: int) -> Mesh:
-        """All ranks in groups of ``sequence_parallel``, a divisor of their number. Collective."""
+        """Puts all ranks into groups of ``sequence_parallel``, a divisor of their number. Collective."""
         groups = dist.get_world_size() // sequence_parallel
         mesh = ProcessGroupMesh(groups, sequence_parallel)
         group = None if sequence_parallel == 1 else RankGroup(mesh.get_group_along_axis(1))

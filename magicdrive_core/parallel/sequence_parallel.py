@@ -59,13 +59,13 @@ class GroupShard(TokenShard):
         self.ranks = group.size
 
     def shard(self, x: Tensor) -> Tensor:
-        """Returns this rank's tokens of x (..., S, C), padded to equal shares."""
+        """Takes this rank's tokens, padded with zeros: (..., frame tokens, C) -> (..., n, C)."""
         share = -(-x.shape[-2] // self.ranks)
         padded = functional.pad(x, (0, 0, 0, self.ranks * share - x.shape[-2]))
         return padded.narrow(-2, self.group.rank * share, share)
 
     def gather(self, x: Tensor, frame_tokens: int) -> Tensor:
-        """Gathers the tokens of all ranks (..., S, C) and drops the padding."""
+        """Joins the tokens of all ranks and cuts the padding off: (..., n, C) -> (..., frame tokens, C)."""
         return rearrange(self.group.all_gather(x), "p ... n c -> ... (p n) c")[..., :frame_tokens, :]
 
 

@@ -60,12 +60,12 @@ def test_a_wrong_weight_is_noticed(shared: Path, tmp_path: Path) -> None:
 
 
 def test_other_files_are_refused(shared: Path, tmp_path: Path) -> None:
-    with pytest.raises(MagicDriveError, match="no golden model case"):
+    with pytest.raises(MagicDriveError, match="not a golden model file"):
         check_golden(shared / "golden" / "golden_model_stage3_weights.npz")
     with pytest.raises(MagicDriveError, match="is missing"):
         check_golden(tmp_path / "none.npz")
     (tmp_path / "text.npz").write_text("no archive")
-    with pytest.raises(MagicDriveError, match="no reference file"):
+    with pytest.raises(MagicDriveError, match="no golden file"):
         check_golden(tmp_path / "text.npz")
 
 

@@ -1,4 +1,4 @@
-"""Weights of the published network, read without running anything that a file may hold, written as safetensors."""
+"""Import of released weights: read without running code that a file may hold, checked, written as safetensors."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ PUBLISHED_XL = NetworkConfig(
 )
 TEXT = "y_embedder.y_embedding"
 DERIVED = ("pos_embed", "pos_embed_temporal")  # tables that old checkpoints hold and the network computes
-HINT = "give ema.pt, a safetensors file, or a folder of shards with their index, and the --stage that it is of"
+HINT = "pass ema.pt, a safetensors file, or a folder of shards with their index, and the --stage that it belongs to"
 
 
 def published_xl(stage: Stage) -> NetworkConfig:
-    """The published network of a stage; stages 2 and 3 have the same one."""
+    """Sizes of the published network of a stage; stages 2 and 3 have the same one."""
     first = stage == "stage1"
     return replace(PUBLISHED_XL, temporal=not first, instance_latent=not first, mean_over_frames=first)
 
@@ -61,14 +61,14 @@ def import_checkpoint(path: Path | str, out: Path | str, stage: Stage, config: N
     Args:
         path: a file (``.pt``, ``.bin``, ``.safetensors``) or a folder of such shards with an ``*.index.json``.
         out: the folder to write; one that exists is replaced when all is there.
-        stage: whose weights they are.
-        config: the network that the weights are for.
+        stage: the stage that the weights belong to.
+        config: the network that the weights belong to.
 
     Returns:
         The number of tensors.
 
     Raises:
-        MagicDriveError: no such file, not readable as plain tensors, or of another network.
+        MagicDriveError: the file is missing, is not readable as plain tensors, or belongs to another network.
     """
     path = Path(path)
     weights = {name: tensor for name, tensor in read_weights(path).items() if name not in DERIVED}
@@ -91,10 +91,13 @@ def import_checkpoint(path: Path | str, out: Path | str, stage: Stage, config: N
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, or of all shards of a folder.
+    """Reads the tensors of a file, or of all shards of a folder.
+
+    Args:
+        path: the file or folder.
 
     Raises:
-        MagicDriveError: missing, damaged, or a pickle that holds more than tensors.
+        MagicDriveError: a file is missing, damaged, or a pickle that holds more than tensors.
     """
     if path.is_dir():
         weights: dict[str, Tensor] = {}
@@ -105,16 +108,21 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def fit_text(null_text: Tensor, tokens: int) -> Tensor:
-    """(L, D) -> (tokens, D), cut or extended by its last row."""
+    """Cuts the null text (L, D) to (tokens, D), or repeats its last row."""
     missing = max(0, tokens - len(null_text))
     return torch.cat([null_text[:tokens], null_text[-1:].expand(missing, -1)])
 
 
 def check_names(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path) -> None:
-    """Holds names and shapes against the network's own.
+    """Compares names and shapes with the network's own.
+
+    Args:
+        weights: those of the file.
+        wanted: the network's state dict.
+        path: named in the message.
 
     Raises:
-        MagicDriveError: any differs.
+        MagicDriveError: a name or a shape differs.
     """
     faults = [f"lacks {name}" for name in wanted if name not in weights]
     faults += [f"holds the unknown {name}" for name in weights if name not in wanted]
@@ -124,7 +132,9 @@ def check_names(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], pat
         if name in weights and weights[name].shape != tensor.shape
     ]
     if faults:
-        raise MagicDriveError(f"{path} {faults[0]} ({len(faults)} differences in all): another network's weights", HINT)
+        raise MagicDriveError(
+            f"{path} {faults[0]} ({len(faults)} differences in all): these weights belong to another network", HINT
+        )
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
@@ -136,22 +146,22 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         raise MagicDriveError(f"{path} is missing", HINT) from None
     except pickle.UnpicklingError:
         raise MagicDriveError(
-            f"{path} is refused: it is no plain file of tensors (a pickle with code, or damaged)", HINT
+            f"{path} is refused: not a plain file of tensors (a pickle with code, or damaged)", HINT
         ) from None
     except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
         raise MagicDriveError(f"{path} is not readable: {' '.join(str(error).split())[:200]}", HINT) from None
     if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
-        raise MagicDriveError(f"{path} is no plain dictionary of tensors", HINT)
+        raise MagicDriveError(f"{path} is not a plain dictionary of tensors", HINT)
     return weights
 
 
 def _shards(folder: Path) -> list[Path]:
-    """The files that the folder's index names."""
+    """Lists the files that the folder's index names."""
     indices = sorted(folder.glob("*.index.json"))
     if len(indices) != 1:
         raise MagicDriveError(f"{folder} holds {len(indices)} files *.index.json instead of one", HINT)
     index = read_json(indices[0], HINT)
     names = sorted(set(index["weight_map"].values())) if isinstance(index, dict) and "weight_map" in index else []
     if not names or any(Path(name).name != name for name in names):
-        raise MagicDriveError(f"{indices[0]} is no index of shards in its folder: {json.dumps(names)[:200]}", HINT)
+        raise MagicDriveError(f"{indices[0]} is not an index of shards in its folder: {json.dumps(names)[:200]}", HINT)
     return [folder / name for name in names]

@@ -1,6 +1,6 @@
-"""The reference files of the published system: cases of the network as arrays, with their settings.
+"""The golden files of the published system, and the check of this network against them.
 
-Their layout: README of the reference data, section 1.
+The layout of the files: README of the reference data, section 1.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _PER_VIEW = ("cams", "rel_pos", "bbox_bboxes", "bbox_classes", "bbox_masks")  # 
 
 
 def read_npz(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The arrays of a reference file as tensors, and its settings.
+    """Reads the arrays of a golden file as tensors, and its settings.
 
     Raises:
         MagicDriveError: missing or not such a file.
@@ -46,13 +46,18 @@ def read_npz(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             arrays = {name: torch.from_numpy(file[name]) for name in file.files if name != "__meta_json__"}
             return arrays, json.loads(bytes(file["__meta_json__"]))
     except FileNotFoundError:
-        raise MagicDriveError(f"{path} is missing", "name a golden_*.npz of the reference data") from None
+        raise MagicDriveError(f"{path} is missing", "pass a golden_*.npz of the reference data") from None
     except (ValueError, KeyError, OSError) as error:
-        raise MagicDriveError(f"{path} is no reference file: {error}", "name a golden_*.npz") from None
+        raise MagicDriveError(f"{path} is no golden file: {error}", "pass a golden_*.npz") from None
 
 
 def load_golden_network(path: Path, meta: Mapping[str, Any]) -> MagicDrive:
-    """The network that a case's settings describe, with the weights of the file that it names beside it."""
+    """Builds the network that a case describes, with the weights of the file that it names.
+
+    Args:
+        path: the case; the weights are in the same folder.
+        meta: its settings.
+    """
     weights, weights_meta = read_npz(path.parent / meta["weights_file"])
     network = build_network(golden_config({**weights_meta, **meta}))
     network.load_state_dict(weights, strict=True)
@@ -60,7 +65,7 @@ def load_golden_network(path: Path, meta: Mapping[str, Any]) -> MagicDrive:
 
 
 def golden_config(meta: Mapping[str, Any]) -> NetworkConfig:
-    """Sizes from a reference file's settings."""
+    """Translates a golden file's settings."""
     config = meta["config"]
     box, ego = config["bbox_embedder_param"], config["frame_emb_param"]
     order = meta.get("mv_order_map", {})
@@ -92,7 +97,7 @@ def golden_config(meta: Mapping[str, Any]) -> NetworkConfig:
 
 
 def read_conditions(arrays: Mapping[str, Tensor]) -> Conditions:
-    """The ``in/`` arrays of a case as conditions; per-view rows become (B, V, ...), view fastest."""
+    """Reads the ``in/`` arrays of a case as conditions; rows b*V+v become (B, V, ...)."""
     maps = arrays["in/maps"]
     batch, frames = maps.shape[:2]
     rows = {name: arrays[f"in/{name}"].unflatten(0, (batch, -1)) for name in _PER_VIEW}
@@ -117,25 +122,29 @@ def read_conditions(arrays: Mapping[str, Tensor]) -> Conditions:
 
 
 def views_from_channels(x: Tensor, views: int) -> Tensor:
-    """(B, C*V, T, H, W) with the view fastest -> (B, V, C, T, H, W)."""
-    return x.unflatten(1, (-1, views)).transpose(1, 2)
+    """Separates the views of (B, C*V, T, H, W), view fastest: (B, V, C, T, H, W)."""
+    return rearrange(x, "b (c v) t h w -> b v c t h w", v=views)
 
 
 def channels_from_views(x: Tensor) -> Tensor:
     """The inverse of ``views_from_channels``."""
-    return x.transpose(1, 2).flatten(1, 2)
+    return rearrange(x, "b v c t h w -> b (c v) t h w")
 
 
-# Agreement with the published system: the check against its reference files.
+# The check -----------------------------------------------------------------------------------------------------------
 
 TOLERANCE = 5e-5  # largest difference of the output in fp32
 
 
 @dataclass(frozen=True)
 class GoldenResult:
-    """How far this network is from one reference case."""
+    """The differences between this network and one golden case.
 
-    rows: list[tuple[str, float]]  # name, largest absolute difference (NaN: no such thing here); the last is "out"
+    Attributes:
+        rows: name and largest absolute difference (NaN: this network has no such part); the last name is "out".
+    """
+
+    rows: list[tuple[str, float]]
 
     @property
     def agrees(self) -> bool:
@@ -147,12 +156,12 @@ def check_golden(path: Path | str) -> GoldenResult:
     """Runs a ``golden_model_*.npz``: output, and every intermediate that the file holds.
 
     Raises:
-        MagicDriveError: not such a file, or the weights that it names are missing beside it.
+        MagicDriveError: it is no such file, or its weights are missing.
     """
     path = Path(path)
     arrays, meta = read_npz(path)
     if "out" not in arrays or "config" not in meta:
-        raise MagicDriveError(f"{path} is no golden model case", "name a golden_model_*.npz that is no weights file")
+        raise MagicDriveError(f"{path} is not a golden model file", "pass golden_model_*.npz, not *_weights.npz")
     network = load_golden_network(path, meta)
     conditions = read_conditions(arrays)
     views = conditions.cameras.shape[1]
@@ -192,7 +201,7 @@ def _difference(name: str, ours: Tensor, expected: Tensor, views: int) -> float:
 
 @contextmanager
 def _recorded(network: MagicDrive) -> Iterator[dict[str, Tensor]]:
-    """Collects the first output of every module that the reference files know, by their names for it."""
+    """Collects the first output of every module that the golden files know, by their names."""
     found: dict[str, Tensor] = {}
     handles = []
 

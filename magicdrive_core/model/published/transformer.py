@@ -29,7 +29,7 @@ class PublishedRotary(Rotary):
     """Rotary angles from the frequencies of the state dict, rounded as they are there (oddities 5 and 6)."""
 
     def frequencies(self, device: torch.device) -> Tensor:
-        """Returns the rounded frequencies of the state dict."""
+        """Frequencies of the state dict, once there are any."""
         return self.freqs.detach().float() if hasattr(self, "freqs") else super().frequencies(device)
 
 
@@ -37,7 +37,7 @@ class PublishedMultiViewBlock(MultiViewBlock):
     """Cross-view attention is modulated by three scalars, the first entries of the first vector (oddity 1)."""
 
     def cross_view_modulation(self, modulation: Tensor) -> Tensor:
-        """Returns three scalars for shift, scale and gate, beside the table."""
+        """Adds three scalars to the three vectors of the block."""
         return self.scale_shift_table_mva + modulation[:, :, 0, :3, None]
 
 
@@ -45,7 +45,7 @@ class PublishedCameraEmbedder(CameraEmbedder):
     """Intrinsics enter sines and linear maps in pixels, about 1e3 (oddity 3)."""
 
     def in_units(self, cameras: Tensor) -> Tensor:
-        """Returns the cameras as they are, in pixels."""
+        """Leaves the intrinsics in pixels."""
         return cameras
 
 
@@ -53,7 +53,7 @@ class PublishedHead(Head):
     """Conditioning frames are normalised and modulated twice (oddity 13)."""
 
     def forward(self, x: Tensor, noisy: Tensor, clean: Tensor | None, x_mask: Tensor | None) -> Tensor:
-        """Maps the tokens to patches; clean frames are modulated a second time."""
+        """Maps tokens to velocities; arguments as of ``Head``."""
         x = modulate(x, *self.modulation(noisy[:, None]))
         if clean is not None and x_mask is not None:
             x = torch.where(x_mask[:, None, :, None, None], x, modulate(x, *self.modulation(clean[:, None])))
