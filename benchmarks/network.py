@@ -1,13 +1,15 @@
-"""How fast the network is, in units that travel: multiples of a 2048 x 2048 x 2048 matrix product.
+"""How fast the network is on this machine, in seconds and in matrix-product equivalents.
 
-    python benchmarks/network.py                      # workload W in fp32, two threads
+    python benchmarks/network.py                                   # workload W in fp32, two threads: about 3 minutes
     python benchmarks/network.py --threads 1 --parts forward
+    python benchmarks/network.py --parts sampling --steps 30 --repeat 3
 
 Workload W: width 384, 6 heads, depth 6, control depth 3, one sample of six views and 17 frames at 224x400 (latents
-5x28x50), 64 text tokens x 512 of which 41 are the prompt's, 32 box slots. The product is timed in the same process,
-before and after each part; a time is the least of several, so that other work on the machine matters little.
-The published implementation took 150 products for a forward pass and 628 and 20.7 GB for forward and backward
-(8.4 s and 35 s where a product ran at 308 GFLOP/s).
+5x28x50), 64 text tokens x 512 of which 41 are the prompt's, 32 box slots.
+
+A matrix-product equivalent is the time of one 2048 x 2048 x 2048 matrix product of torch in the same process, taken
+before and after each part. It makes runs on one machine comparable while other work slows it down. It does not travel
+between machines: compare networks only within one run on one machine. A time is the least of several.
 """
 
 from __future__ import annotations
@@ -38,22 +40,27 @@ from magicdrive_core.utils.memory import keep_freed
 aten, own = torch.ops.aten, torch.ops.magicdrive
 PRODUCT = 2048
 PRODUCT_FLOP = 2 * PRODUCT**3
-PUBLISHED = {"forward": 8.4 * 308e9 / PRODUCT_FLOP, "forward + backward": 35 * 308e9 / PRODUCT_FLOP}
 LATENTS = (5, 28, 50)
 
 
 def packed_flop(packed: Sequence[int], count: int, products: int) -> int:
-    """Of ``products`` products of queries and keys: attention makes two, its backward pass five."""
+    """Counts the FLOP of packed attention to ``count`` tokens.
+
+    Args:
+        packed: (outer, inner, n, 3, h, d).
+        count: attended tokens.
+        products: matrix products of queries and keys: attention has two, its backward pass five.
+    """
     outer, inner, tokens, _, heads, d = packed
     return products * 2 * outer * inner * tokens * count * heads * d
 
 
 def context_flop(q: Sequence[int], kv: Sequence[int], products: int) -> int:
-    """Alike."""
+    """Counts the FLOP of attention of q (R, n, h, d) to kv (R, m, 2, h, d); ``products`` as of ``packed_flop``."""
     return products * 2 * prod(q) * kv[1]
 
 
-# What torch's own count leaves out: attention on a CPU, our own kernels, and sums into a product's result.
+# What torch's own count leaves out: attention on a CPU, the C++ kernels, and sums into a product's result.
 UNCOUNTED = {
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda gradient, q, k, v, *_, **__: (
@@ -61,11 +68,11 @@ UNCOUNTED = {
     ),
     own.attend_packed: lambda packed, norm, count, *_, **__: packed_flop(packed, count, 2),
     own.attend_packed_backward: lambda gradient, packed, norm, count, *_, **__: packed_flop(packed, count, 5),
-    own.attend_neighbours: lambda views, norm, count, neighbours, **_: (
-        len(neighbours) * packed_flop(views[0], count, 2)
+    own.attend_neighbours: lambda packed, norm, count, neighbours, **_: (
+        len(neighbours) * packed_flop((packed[0], *packed[2:]), count, 2)
     ),
-    own.attend_neighbours_backward: lambda gradients, views, norm, count, neighbours, **_: (
-        len(neighbours) * packed_flop(views[0], count, 5)
+    own.attend_neighbours_backward: lambda gradient, packed, norm, count, neighbours, **_: (
+        len(neighbours) * packed_flop((packed[0], *packed[2:]), count, 5)
     ),
     own.attend_context: lambda q, kv, *_, **__: context_flop(q, kv, 2),
     own.attend_context_backward: lambda gradient, q, kv, *_, **__: context_flop(q, kv, 5),
@@ -104,13 +111,14 @@ class Timing:
     peak_gb: float
 
     @property
-    def products(self) -> float:
+    def product_equivalents(self) -> float:
+        """Time in multiples of the matrix product's."""
         return self.seconds / self.product
 
     @property
     def of_rate(self) -> float:
         """Share of the product's FLOP/s that the part reaches."""
-        return self.flop / PRODUCT_FLOP / self.products
+        return self.flop / PRODUCT_FLOP / self.product_equivalents
 
 
 def workload(seed: int = 0) -> Conditions:
@@ -200,54 +208,60 @@ def timings(parts: list[str], dtype: torch.dtype, compiled: bool, repeat: int, s
         network.zero_grad(set_to_none=True)
         forward(x, t, conditions).square().mean().backward()
 
+    @torch.no_grad()
+    def infer() -> Tensor:
+        return forward(x, t, conditions)
+
+    @torch.no_grad()
+    def denoise() -> Tensor:
+        return network.denoise(x, t, context)
+
     keep_freed()  # as generation does on a CPU
-    network.requires_grad_(False)
+    parallelize(network)
     if "forward" in parts or "sampling" in parts:
-        context = network.encode(conditions, LATENTS)
-        forward_flop = count(lambda: network(x, t, conditions))
-        denoise = partial(network.denoise, x, t, context)
+        with torch.no_grad():
+            context = network.encode(conditions, LATENTS)
+            forward_flop = count(lambda: network(x, t, conditions))
         denoise_flop = count(denoise)
     if "forward" in parts:
-        yield measure("forward", lambda: forward(x, t, conditions), repeat, dtype, forward_flop)
-        yield measure("denoise only", denoise, repeat, dtype, denoise_flop)
+        yield measure("forward", infer, repeat, dtype, forward_flop, warm=not compiled)
+        yield measure("denoise only", denoise, repeat, dtype, denoise_flop, warm=True)
     if "sampling" in parts:
         settings = {"steps": steps, "guidance": 2.0, "flow": RectifiedFlow()}
         draw = torch.Generator().manual_seed(0)
         sampling = partial(sample_latents, network, conditions, LATENTS, generator=draw, **settings)
         flop = 2 * (forward_flop + (steps - 1) * denoise_flop)
         yield measure(f"{steps} guided steps", sampling, 1, dtype, flop, warm=True)
-    context = denoise = None  # a training step keeps none
-    network.requires_grad_(True)
+    context = None  # a training step keeps none
     if "backward" in parts:
         for part, checkpointed in (("forward + backward", 0), ("the same, checkpointed", 1)):
             parallelize(network, checkpoint_every=checkpointed)
-            yield measure(part, partial(train, forward), repeat, dtype, count(partial(train, network)))
+            flop = count(partial(train, network))
+            yield measure(part, partial(train, forward), repeat, dtype, flop, warm=not compiled)
 
 
-def show(rows: Iterable[Timing], steps: int) -> None:
+def show(rows: Iterable[Timing]) -> None:
     """Prints the table as it grows."""
-    table = Table("part", "seconds", "products", "of the rate", "peak GB", "published products", "ratio")
+    table = Table("part", "seconds", "product equivalents", "share of the product's rate", "peak GB")
     for row in rows:
-        published = PUBLISHED.get(row.part, 2 * steps * PUBLISHED["forward"] if "guided" in row.part else None)
-        beside = ["", ""] if published is None else [f"{published:.0f}", f"{row.products / published:.2f}"]
-        values = [f"{row.seconds:.2f}", f"{row.products:.1f}", f"{row.of_rate:.0%}", f"{row.peak_gb:.1f}"]
-        table.add_row(row.part, *values, *beside)
+        values = [f"{row.seconds:.2f}", f"{row.product_equivalents:.1f}", f"{row.of_rate:.0%}", f"{row.peak_gb:.1f}"]
+        table.add_row(row.part, *values)
     Console().print(table)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--compile", action="store_true", help="torch.compile(fullgraph=True)")
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=30, help="of guided sampling")
+    parser.add_argument("--compile", action="store_true", help="torch.compile(fullgraph=True) for forward and backward")
+    parser.add_argument("--repeat", type=int, default=1, help="runs of a part after the one that warms it up")
+    parser.add_argument("--steps", type=int, default=3, help="steps of guided sampling")
     choices = ["forward", "backward", "sampling"]
-    parser.add_argument("--parts", nargs="+", choices=choices, default=choices)
+    parser.add_argument("--parts", nargs="+", choices=choices, default=choices, help="what to measure")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows = timings(options.parts, getattr(torch, options.dtype), options.compile, options.repeat, options.steps)
-    show(rows, options.steps)
+    show(rows)
 
 
 if __name__ == "__main__":
