@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.main import get_command
 
-from magicdrive_core.cli.main import main
+from magicdrive_core.cli.main import app, main
 from tests.conftest import PROJECT
 
 MAGICDRIVE = str(Path(sys.executable).with_name("magicdrive"))
@@ -59,6 +63,27 @@ def test_help_loads_nothing_heavy() -> None:
         "memory",
     ):
         assert f"  {verb} " in done.stdout
+
+
+def verbs(group: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yields the words that call each verb, and the verb."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):  # a group
+            yield from verbs(command, (*words, name))
+        else:
+            yield (*words, name), command
+
+
+VERBS = dict(verbs(get_command(app)))
+
+
+@pytest.mark.parametrize("words", VERBS, ids=" ".join)
+def test_the_help_of_every_verb_has_an_example_that_parses(words: tuple[str, ...]) -> None:
+    command = VERBS[words]
+    example = next(line for line in command.help.splitlines() if line.startswith("Example: "))
+    program, *arguments = shlex.split(example.removeprefix("Example: "))
+    assert (program, *arguments[: len(words)]) == ("magicdrive", *words)
+    command.make_context(words[-1], arguments[len(words) :])  # raises where an option is unknown or a value is wrong
 
 
 @pytest.mark.parametrize(
