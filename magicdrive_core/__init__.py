@@ -1,6 +1,6 @@
-"""MagicDrive-V2: data, network, training, generation and benchmark."""
+"""MagicDrive-V2: data, network, training, generation and the W-CODA submission."""
 
 import logging
 
-# colossalai, diffusers and transformers import it in any process, and it complains about every CPU.
+# colossalai, diffusers and transformers import bitsandbytes in any process; it logs a warning on every CPU.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
