@@ -1,11 +1,10 @@
-"""How long ranks wait for each other: the published order of micro-batches, and groups of like cost.
+"""How long ranks wait for each other: the published order of micro-batches, and groups of similar cost.
 
     python benchmarks/buckets.py                       # stages 2 and 3 of the nuscenes profile, 8 and 32 ranks
-    python benchmarks/buckets.py --scenes 70 --costs costs.json   # seconds that step_costs.py measured
+    python benchmarks/buckets.py --scenes 70 --costs costs.json   # measured by step_costs.py
 
-The order is made with arithmetic costs (``relative_cost``), as training makes it. What ranks wait is reckoned with the
-measured costs, where they are given, else with the arithmetic ones. Clips: scenes of 220 frames, every start frame,
-forty key frames a scene.
+The order uses computed costs (``relative_cost``), as in training. The waiting time uses the measured costs if there are
+any, else the computed ones. Clips: scenes of 220 frames, every start frame, forty key frames in each scene.
 """
 
 from __future__ import annotations
@@ -26,21 +25,21 @@ FRAMES, KEY_FRAMES = 220, 40
 
 
 def clips_of_a_scene(bucket: Bucket) -> int:
-    """How many clips of a bucket come of one scene in an epoch."""
+    """Return the number of clips of a bucket that one scene has in an epoch."""
     if bucket.whole:
         return bucket.repeat
     return KEY_FRAMES if bucket.frames == 1 else max(0, FRAMES - bucket.frames + 1)
 
 
 def main() -> None:
-    """Prints the idle share of both orders."""
+    """Print the idle share of both orders."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenes", type=int, default=700)
     parser.add_argument("--costs", type=Path, help="of step_costs.py: seconds a clip by bucket name")
     arguments = parser.parse_args()
     measured = read_json(arguments.costs) if arguments.costs else None
     config = load_config(PROFILE)
-    table = Table("stage", "ranks", "idle, published order", "idle, groups of like cost")
+    table = Table("stage", "ranks", "idle, published order", "idle, groups of similar cost")
     for stage in STAGES[1:]:
         buckets = config.training.stage(stage).buckets
         counts = [arguments.scenes * clips_of_a_scene(bucket) for bucket in buckets]

@@ -1,12 +1,12 @@
-"""What a clip of each bucket costs in training, measured: forward and backward, CPU seconds of one thread.
+"""The measured cost of a clip of each bucket in training: forward and backward, CPU seconds of one thread.
 
     python benchmarks/step_costs.py costs.json                  # the buckets of stages 2 and 3 of the nuscenes profile
     python benchmarks/buckets.py --costs costs.json
 
-The network is the published XL one at half of every length: a quarter of the places of a frame, of the width, of the
-text and of the map, so that linear layers, attention and convolutions keep their shares; two blocks deep, one of
-control, checkpointed. A micro-batch costs its clips. What the file holds already is not measured again, so that a long
-measurement can be made in parts.
+The network is the published XL one at half of every length: a quarter of a frame's tokens, of the width, of the text
+and of the map, so that linear layers, attention and convolutions keep their shares; it has two blocks, one control
+block, and activation checkpointing. A micro-batch costs the sum of its clips. Buckets that the file already has are not
+measured again, so that a long measurement can be made in parts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from magicdrive_core.parallel.parallelize import parallelize
 from magicdrive_core.utils.files import read_json, write_json
 
 PROFILE = Path(__file__).resolve().parents[1] / "profiles/nuscenes.yaml"
-SHRINK = 4  # of what is squared in a length: places, width, text
+SHRINK = 4  # of what grows with the square of a length: tokens, width, text
 SLOTS, TEXT_WIDTH = 24, 1024
 NETWORK = NetworkConfig(
     width=1152 // SHRINK,
@@ -49,7 +49,7 @@ NETWORK = NetworkConfig(
 
 
 def conditions(size: str, frames: int, cells: int) -> Conditions:
-    """Conditions of one clip, without meaning."""
+    """Return random conditions of one clip."""
     draw = torch.Generator().manual_seed(0)
     height, width = parse_size(size)
 
@@ -75,18 +75,18 @@ def conditions(size: str, frames: int, cells: int) -> Conditions:
 
 
 def clip_seconds(network: MagicDrive, size: str, frames: int, cells: int) -> float:
-    """CPU time of one training step on one clip, without the optimizer's part, which is the same for all."""
+    """Return the CPU seconds of one training step on one clip, without the optimizer, which costs the same for all."""
     told = conditions(size, frames, cells)
     height, width = (side // 16 for side in parse_size(size))  # latents at half of the length
     x = torch.randn(1, 6, NETWORK.latent_channels, (frames - 1) // 4 + 1, height, width)
     network.zero_grad(set_to_none=True)
-    began = time.process_time()
+    started = time.process_time()
     network(x, torch.tensor([500.0]), told).square().mean().backward()
-    return time.process_time() - began
+    return time.process_time() - started
 
 
 def main() -> None:
-    """Writes seconds a clip by bucket name."""
+    """Write seconds a clip by bucket name."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--whole", type=int, default=217, help="frames of a whole scene")
@@ -102,7 +102,7 @@ def main() -> None:
         for bucket in config.training.stage(stage).buckets
     }
     costs: dict[str, float] = read_json(options.out) if options.out.is_file() else {}
-    clip_seconds(network, "224x400", 1, 200)  # what is done once
+    clip_seconds(network, "224x400", 1, 200)  # warm-up
     for (size, frames), name in sorted(buckets.items(), key=lambda item: (parse_size(item[0][0]), item[0][1])):
         if name in costs:
             continue

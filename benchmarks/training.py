@@ -1,13 +1,13 @@
-"""Where a training step's time goes, and what a checkpoint costs.
+"""The time of each part of a training step, and the cost of a checkpoint.
 
     python benchmarks/training.py                            # the demo's data, ranks 1 and 2, with and without caches
     python benchmarks/training.py --ranks 1 --steps 4 --widths 128
 
 Starts the ranks itself; `python -m flows.prepare` must have run in --project. On a CPU every part is CPU time of one
 thread, which other work on the machine disturbs little, and which leaves out the time that ranks wait for each other;
-on a GPU it is wall time with the device synchronised around each part. Micro-batches are prepared in line here, not
-ahead as in training: there "load" and "encode" overlap with the rest and cost a step only what "loader_wait_seconds"
-says.
+on a GPU it is wall time with the device synchronised around each part. Micro-batches are prepared when they are needed,
+not by the prefetcher as in training: there "load" and "encode" overlap with the rest and cost a step only what
+"loader_wait_seconds" says.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ CACHES = {
 }
 
 
-class InLine:
-    """Stands in for ``Prefetcher``: each job is done when its result is asked for."""
+class OnDemand:
+    """Replaces ``Prefetcher``: runs each job when its result is needed."""
 
     held = 0
 
@@ -53,7 +53,7 @@ class InLine:
 
 
 class Clock:
-    """Adds up the time of named parts."""
+    """Sums the time of named parts."""
 
     def __init__(self, device: Any) -> None:
         self._cpu = device.type == "cpu"
@@ -69,13 +69,13 @@ class Clock:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        began = self.now()
+        started = self.now()
         yield
-        self.spent[name] += self.now() - began
+        self.spent[name] += self.now() - started
 
 
 def steps(options: argparse.Namespace, caches: str) -> dict[str, float]:
-    """On a rank: seconds of each part of a step, and clips a step."""
+    """Measure steps on a rank; return the seconds of each part and the clips of a step."""
     import torch
 
     from magicdrive_core.diffusion.rectified_flow import RectifiedFlow
@@ -92,7 +92,7 @@ def steps(options: argparse.Namespace, caches: str) -> dict[str, float]:
     ema, flow, clock = Ema(engine, config.training.ema), RectifiedFlow(config.flow.base_pixels), Clock(device)
     clips = 0
     with (
-        mock.patch.object(loading, "Prefetcher", InLine),
+        mock.patch.object(loading, "Prefetcher", OnDemand),
         loading.Loader(config, options.stage, options.project) as loader,
     ):
         encoder = loader._latents
@@ -117,7 +117,7 @@ def steps(options: argparse.Namespace, caches: str) -> dict[str, float]:
             with clock.part("EMA"):
                 ema.update()
             clips += len(batch.latents)
-    clock.spent["load"] -= clock.spent["encode"]  # which happens inside of it
+    clock.spent["load"] -= clock.spent["encode"]  # which is a part of it
     return {part: clock.spent[part] / options.steps for part in PARTS} | {"clips": clips / options.steps}
 
 
@@ -130,7 +130,7 @@ def timed(clock: Clock, name: str, function: Callable[..., Any]) -> Callable[...
 
 
 def checkpoints(options: argparse.Namespace, width: int) -> dict[str, float]:
-    """On a rank: what a checkpoint of a network of that width takes. Moments are there after one made-up step."""
+    """Measure a checkpoint of a network of some width on a rank; one artificial step creates the moments."""
     from magicdrive_core.model.build import build_stage_network
     from magicdrive_core.training import checkpoints as checkpoint
     from magicdrive_core.training.checkpoints import Saver, TrainingProgress
@@ -146,12 +146,12 @@ def checkpoints(options: argparse.Namespace, width: int) -> dict[str, float]:
     ema, clock = Ema(engine, 0.9), Clock(options.device)
     folder = options.folder / str(width)
     with Saver(folder, engine, ema, 1, None) as saver:
-        with clock.part("stands still"):
+        with clock.part("blocked"):
             saver.start(TrainingProgress(step=1))
         before = time.process_time()
-        began = time.perf_counter()
+        started = time.perf_counter()
         saver.finish()
-        background, waited = time.process_time() - before, time.perf_counter() - began
+        background, waited = time.process_time() - before, time.perf_counter() - started
     size = sum(file.stat().st_size for file in (folder / "step-00000001").iterdir())
     with clock.part("load"):
         checkpoint.load(folder / "step-00000001", engine, ema)
@@ -161,7 +161,7 @@ def checkpoints(options: argparse.Namespace, width: int) -> dict[str, float]:
     return {
         "millions": sum(parameter.numel() for parameter in network.parameters()) / 1e6,
         "MB": size / 1e6,
-        "stands still": clock.spent["stands still"],
+        "blocked": clock.spent["blocked"],
         "background, CPU": background,
         "background, wall": waited,
         "load": clock.spent["load"],
@@ -176,7 +176,7 @@ def settings(options: argparse.Namespace, overrides: list[str]) -> Any:
 
 
 def rank_main(options: argparse.Namespace) -> None:
-    """Measures, and leaves the means over the ranks in a file."""
+    """Measure, and write the means over the ranks into a file."""
     import torch
     import torch.distributed as dist
 
@@ -194,7 +194,7 @@ def rank_main(options: argparse.Namespace) -> None:
 
 
 def mean_of(values: list[Any]) -> Any:
-    """Means of equal trees of numbers."""
+    """Return the means of equal trees of numbers."""
     if isinstance(values[0], dict):
         return {key: mean_of([value[key] for value in values]) for key in values[0]}
     return fmean(values)
