@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.utils.files import read_json
 
 Record = dict[str, Any]
 Tables = dict[str, list[Record]]
 
 MAPS = "unpack the nuScenes map expansion v1.3 into maps/ (nuScenes-map-expansion-v1.3.zip)"
 SPLIT = "generated"  # key in splits.json, the devkit's way to evaluate scenes outside its official splits
-_NAMES = (
+TABLES = (
     *("attribute", "calibrated_sensor", "category", "ego_pose", "instance", "log", "map", "sample"),
     *("sample_annotation", "sample_data", "scene", "sensor", "visibility"),
 )
@@ -52,23 +53,22 @@ def check_root(root: Path | str, version: str) -> None:
         raise MagicDriveError(f"{maps} is missing: no nuScenes maps there", MAPS)
 
 
-def read_tables(root: Path, version: str) -> Tables:
-    """Read the 13 tables of ``root/version`` as they are, by name.
+def read_tables(root: Path, version: str, names: Sequence[str] = TABLES) -> Tables:
+    """Read tables of ``root/version`` as they are.
+
+    Args:
+        root: the data root.
+        version: name of the table folder.
+        names: the tables to read, by default all 13.
+
+    Returns:
+        The records of each table, by its name.
 
     Raises:
         MagicDriveError: a table is missing or not valid JSON.
     """
     folder = find_tables(root, version)
-    tables = {}
-    for name in _NAMES:
-        path = folder / f"{name}.json"
-        try:
-            tables[name] = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise MagicDriveError(f"{path} is missing", "unpack the nuScenes metadata archive again") from None
-        except ValueError as error:
-            raise MagicDriveError(f"{path} is not valid JSON: {error}", "unpack the metadata archive again") from None
-    return tables
+    return {name: read_json(folder / f"{name}.json", "unpack the nuScenes metadata archive again") for name in names}
 
 
 def cut_tables(tables: Tables, samples: Sequence[str]) -> Tables:

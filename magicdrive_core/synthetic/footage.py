@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from magicdrive_core.data.nuscenes_files import read_tables
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.geometry import poses
 from magicdrive_core.synthetic.camera import PosedCamera
 from magicdrive_core.synthetic.solids import Solids
-from magicdrive_core.utils.files import read_json
 
 Array = NDArray[np.float64]
 
@@ -35,6 +35,10 @@ CATEGORY_CLASSES = {  # detection class of each nuScenes category, or of its lea
     "movable_object.trafficcone": "traffic_cone",
     "movable_object.barrier": "barrier",
 }
+_NEEDED = (
+    *("calibrated_sensor", "category", "ego_pose", "instance", "log"),
+    *("sample", "sample_annotation", "sample_data", "scene"),
+)
 TINTS = (0.9, 1.0, 1.08)  # brightness factors that tell objects of one class apart
 
 
@@ -120,30 +124,17 @@ def read_footage(root: Path, version: str) -> list[Footage]:
     Raises:
         MagicDriveError: a table is missing or damaged.
     """
-    folder = root / version
-    if not folder.is_dir():
-        raise MagicDriveError(
-            f"{folder} is missing: {root} has no tables of version {version}",
-            "pass the folder that holds samples/ and the table folder, or run `magicdrive synth`",
-        )
-    tables = {name: _table(folder, name) for name in _NEEDED}
+    tables = {
+        name: {record["token"]: record for record in records}
+        for name, records in read_tables(root, version, _NEEDED).items()
+    }
     try:
         return _footage(tables)
     except KeyError as error:
         raise MagicDriveError(
-            f"the tables in {folder} are inconsistent: {error} is missing", "unpack the data set again"
+            f"the tables in {root / version} are inconsistent: {error} is missing",
+            "unpack the nuScenes metadata archive again",
         ) from None
-
-
-_NEEDED = (
-    "calibrated_sensor", "category", "ego_pose", "instance", "log", "sample", "sample_annotation", "sample_data",
-    "scene",
-)  # fmt: skip
-
-
-def _table(folder: Path, name: str) -> dict[str, dict[str, Any]]:
-    rows = read_json(folder / f"{name}.json", "unpack the data set again, all 13 tables")
-    return {row["token"]: row for row in rows}
 
 
 def _footage(tables: dict[str, dict[str, dict[str, Any]]]) -> list[Footage]:

@@ -9,6 +9,7 @@ import numpy as np
 from einops import repeat
 from numpy.typing import NDArray
 
+from magicdrive_core.data.nuscenes_files import TABLES
 from magicdrive_core.geometry import poses
 from magicdrive_core.synthetic.lidar import scan
 from magicdrive_core.synthetic.map_expansion import mask_name
@@ -28,10 +29,6 @@ from magicdrive_core.synthetic.traffic import SIZES, Actor, ScenePlan
 Record = dict[str, Any]
 Rows = dict[str, list[Record]]  # by table
 
-TABLES = (
-    "attribute", "calibrated_sensor", "category", "ego_pose", "instance", "log", "map", "sample", "sample_annotation",
-    "sample_data", "scene", "sensor", "visibility",
-)  # fmt: skip
 ATTRIBUTES = (
     "cycle.with_rider", "cycle.without_rider", "pedestrian.moving", "pedestrian.standing",
     "pedestrian.sitting_lying_down", "vehicle.moving", "vehicle.parked", "vehicle.stopped",
