@@ -1,4 +1,7 @@
-"""Which condition rules the picture: clips drawn anew with one condition of another clip."""
+"""Condition swaps: clips are generated again from the same noise with one condition of another clip.
+
+What changes in the pictures shows what the network takes from that condition.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from magicdrive_core.inference.sampler import Sampler
 from magicdrive_core.utils.progress import track
 from magicdrive_core.video.colour import Picture
 
-# By the condition that is exchanged: what it is of ``ClipConditions``.
+# Fields of ``ClipConditions`` that belong to each condition.
 FIELDS = {
     "map": ("bev_map",),
     "boxes": ("box_corners", "box_classes", "box_masks", "box_ids"),
@@ -26,22 +29,29 @@ FIELDS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Exchanged(Sampler):
-    """Samples the item with its own noise, told the ``fields`` of another item's conditions."""
+class _SwappedSampler(Sampler):
+    """Samples an item from its own noise with some conditions of another item.
+
+    Attributes:
+        other: Sampler of the other item.
+        fields: Fields of ``ClipConditions`` that are taken from it.
+    """
 
     other: Sampler
     fields: tuple[str, ...]
 
     @property
     def objects(self) -> list[str]:
+        """Instance tokens of the clip whose boxes are shown."""
         return self.other.objects if "box_ids" in self.fields else super().objects
 
     def conditions(self, window: Window) -> ClipConditions:
+        """Return the item's conditions of a window, with the swapped fields of the other item."""
         theirs = self.other.conditions(window)
         return replace(super().conditions(window), **{name: getattr(theirs, name) for name in self.fields})
 
 
-def draw_exchanged(
+def draw_swapped(
     config: Config,
     stage_folder: Path,
     scenes: Sequence[Scene],
@@ -49,25 +59,25 @@ def draw_exchanged(
     what: str,
     project: Path = Path(),
 ) -> list[Picture]:
-    """Draws validation scenes, each told one condition of another scene, and all else of its own.
+    """Generate validation scenes, each with one condition of another scene and all others of its own.
 
     Args:
-        config: sampling settings.
-        stage_folder: a finished training run.
-        scenes: for validation.
-        others: for each of them the scene whose condition it gets, as long as it is.
-        what: a key of ``FIELDS``.
-        project: the project's folder.
+        config: All settings.
+        stage_folder: A finished training run.
+        scenes: The validation scenes.
+        others: For each of them, a scene of the same length whose condition it gets.
+        what: The swapped condition, a key of ``FIELDS``.
+        project: The project's folder.
 
     Returns:
-        The first frame (H, W, 3) of every scene, view by view.
+        The first frame (H, W, 3) of each scene, view by view.
     """
     models, maps = Models.load(config, stage_folder, project), BevMaps(config, project)
     items = {item.clip.scene: item for item in list_items(config, scenes, project) if item.generation == 0}
     pictures: list[Picture] = []
-    for scene, other in zip(track(scenes, f"another clip's {what}"), others, strict=True):
+    for scene, other in zip(track(scenes, f"condition swap: {what}"), others, strict=True):
         theirs = Sampler(config, models, items[other.token], other, Edits(), maps)
-        sampler = _Exchanged(
+        sampler = _SwappedSampler(
             config, models, items[scene.token], scene, Edits(), maps, other=theirs, fields=FIELDS[what]
         )
         pictures += [next(frames) for frames in sampler.decode_views(sampler.sample(SingleProcess()))]

@@ -1,6 +1,11 @@
-"""Whether the conditions rule the pictures: a generated city's validation clips against an exact drawing of each scene.
+"""ControlFidelity fidelity: whether generated pictures show roads, marks and vehicles where their conditions put them.
 
-The measure is that of ``fidelity.py``; of each clip the first frame counts.
+Only a generated city can be measured, because its regions are known exactly. A small classifier finds the regions of
+rendered and of generated pictures by their colours, and these are compared with the exact ones. A figure means nothing
+alone. Its upper bounds are rendered pictures (the classifier's limit) and pictures that passed through the VAE (the
+limit of any network on its latents); its lower bounds are an untrained network and the regions of another clip of the
+same light. Condition swaps show which condition the network takes a region from: the clips are generated again with the
+map, the boxes or the text of another clip. The first frame of each clip counts.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from magicdrive_core.data.records import Scene
 from magicdrive_core.data.scene_store import Scenes
 from magicdrive_core.encoders.vae import Vae, to_video
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.evaluation.region_classifier import ColourRule, Frame
+from magicdrive_core.evaluation.region_classifier import Frame, RegionClassifier
 from magicdrive_core.geometry.cameras import VIEWS, Framing
 from magicdrive_core.synthetic.light import Light, light_of
 from magicdrive_core.synthetic.regions import Region, RegionPainter
@@ -35,185 +40,21 @@ from magicdrive_core.video.item_record import ItemRecord
 from magicdrive_core.video.scene_views import SceneViews
 from magicdrive_core.video.sheets import contact_sheet, six_views
 
-RULE_SCENES = 24  # of training, from which the colours of regions are learned
-SHEET_SCENES, SHEET_VIEW = 3, 200  # in the sheet, and pixels of a view there
-
-
-@dataclass(frozen=True)
-class Control:
-    """What a generated city's validation scenes truly show.
-
-    Raises:
-        MagicDriveError: infos, pictures or tables are missing, or do not fit together.
-    """
-
-    config: Config
-    project: Path = Path()
-
-    @property
-    def framing(self) -> Framing:
-        """Of the frames that are compared: those that the network makes."""
-        return Framing(*parse_size(self.config.generate.resolution))
-
-    @cached_property
-    def scenes(self) -> list[Scene]:
-        """For validation."""
-        return [scene for scene in self._all if scene.split in ("val", "both")]
-
-    @cached_property
-    def truth(self) -> list[list[Frame]]:
-        """Of each validation scene its first frame, view by view."""
-        return [self._frames(scene) for scene in track(self.scenes, "exact regions")]
-
-    @cached_property
-    def rule(self) -> ColourRule:
-        """Learned from first frames of training scenes, spread evenly: as rendered and as the VAE gives them back."""
-        train = [scene for scene in self._all if scene.split in ("train", "both")]
-        chosen = np.linspace(0, len(train) - 1, min(RULE_SCENES, len(train))).round().astype(int)
-        frames = [frame for index in track(chosen, "colours of regions") for frame in self._frames(train[index])]
-        softened = self.reconstructed([frame.picture for frame in frames])
-        both = frames + [replace(frame, picture=soft) for frame, soft in zip(frames, softened, strict=True)]
-        return ColourRule.learn(both)
-
-    @cached_property
-    def others(self) -> list[int]:
-        """For each validation scene the number of the one that stands for "another".
-
-        Raises:
-            MagicDriveError: a light has one validation scene only.
-        """
-        try:
-            return next_of_light([light_of(scene.description) for scene in self.scenes])
-        except ValueError as error:
-            raise MagicDriveError(f"{error}", "name more scenes in data.val_scenes, or: magicdrive use learn") from None
-
-    def compare(
-        self, generated: Path, untrained: Path, exchanged: Mapping[str, Sequence[Picture]]
-    ) -> dict[str, Fidelity]:
-        """The table: what was generated, between what is best and what comes without reading conditions.
-
-        Args:
-            generated: folder of the items of the trained network.
-            untrained: of the same clips by its initial weights.
-            exchanged: by condition, the same clips told that one of another clip, as ``draw_exchanged`` gives them.
-
-        Raises:
-            MagicDriveError: an item is missing, or a light has one validation scene only.
-        """
-        others = [frame for other in self.others for frame in self.truth[other]]
-        truth = [frame for frames in self.truth for frame in frames]
-        rendered = [frame.picture for frame in truth]
-        drawn = self.items(generated)
-        return {
-            "rendered": measure(self.rule, rendered, truth),
-            "through the VAE": measure(self.rule, self.reconstructed(rendered), truth),
-            "generated": measure(self.rule, drawn, truth),
-            **{
-                f"told another clip's {what}": measure(self.rule, pictures, truth)
-                for what, pictures in exchanged.items()
-            },
-            "generated, judged by another clip": measure(self.rule, drawn, others),
-            "rendered, judged by another clip": measure(self.rule, rendered, others),
-            "untrained": measure(self.rule, self.items(untrained), truth),
-        }
-
-    def items(self, folder: Path) -> list[Picture]:
-        """The first frames of the first generation of every validation scene, view by view, as the network made them.
-
-        Raises:
-            MagicDriveError: an item is missing, or its files are.
-        """
-        records = {path.parent: ItemRecord.read(path.parent) for path in sorted(folder.glob("*/item.json"))}
-        by_scene = {record.scene: (path, record) for path, record in records.items() if record.generation == 0}
-        missing = [scene.name for scene in self.scenes if scene.token not in by_scene]
-        if missing:
-            raise MagicDriveError(
-                f"{folder} lacks {len(missing)} of {len(self.scenes)} scenes, {missing[0]} first",
-                "python -m flows.generate",
-            )
-        found = [by_scene[scene.token] for scene in self.scenes]
-        return [self._first(path / record.views[view].file) for path, record in found for view in VIEWS]
-
-    def reconstructed(self, pictures: Sequence[Picture]) -> list[Picture]:
-        """Pictures (H, W, 3) after the VAE's encoder and decoder: what no network that draws latents can surpass."""
-        facts = read_json(self.project / "artifacts/encoders/encoders.json")["vae"]
-        vae = Vae.load(
-            self.project / facts["path"],
-            scaling_factor=facts["scaling_factor"],
-            chunk_frames=self.config.vae.chunk_frames,
-        )
-        out: list[Picture] = []
-        for picture in pictures:
-            latents = vae.latents(vae.moments(to_video(np.array(picture)[None, None])))
-            out += [chunk[0, 0] for chunk in vae.decode(latents)]
-        return out
-
-    def write_sheet(self, generated: Path, untrained: Path, path: Path, chosen: Sequence[int] | None = None) -> None:
-        """A picture: scenes as rows, by default one of each light; rendered, conditions, generated, untrained."""
-        if chosen is None:
-            lights = [frames[0].light for frames in self.truth]
-            chosen = sorted({light: lights.index(light) for light in lights}.values())[:SHEET_SCENES]
-        drawn, noise = self.items(generated), self.items(untrained)
-        views, rows = len(VIEWS), []
-        for index in chosen:
-            scene = self.scenes[index]
-            bits = BevMaps(self.config, self.project).of_scene(scene, self.config.generate.resolution, draw=False)
-            scene_views = SceneViews(scene, bits, self.project / self.config.data.root, SHEET_VIEW)
-            told = scene_views.conditions(0)[:, scene_views.framing.crop :]
-            some = slice(index * views, (index + 1) * views)
-            real = [frame.picture for frame in self.truth[index]]
-            columns = [np.stack(real), told, np.stack(drawn[some]), np.stack(noise[some])]
-            rows.append([six_views(column, SHEET_VIEW, captions=False) for column in columns])
-        labels = [self.scenes[index].name for index in chosen]
-        sheet = contact_sheet(rows, labels, ["rendered", "conditions", "generated", "untrained"])
-        with atomic_file(path) as partial:
-            Image.fromarray(sheet).save(partial, format="PNG")
-
-    @cached_property
-    def _all(self) -> Scenes:
-        return read_scenes(self.project / "artifacts/infos")
-
-    @cached_property
-    def _painter(self) -> RegionPainter:
-        return RegionPainter(self.project / self.config.data.root, self.config.data.version)
-
-    def _frames(self, scene: Scene) -> list[Frame]:
-        root, light = self.project / self.config.data.root, light_of(scene.description)
-        return [
-            Frame(light, read_picture(root / path, self.framing), self._painter.of_frame(path, self.framing))
-            for path in scene.pictures[0]
-        ]
-
-    def _first(self, path: Path) -> Picture:
-        """The first frame of a generated view's file, at the size at which it was made."""
-        if path.suffix == ".png":
-            return read_picture(path, self.framing)
-        size = self.framing.resized_height, self.framing.width
-        return next(read_view(path, size))[self.framing.crop :]
-
-
-# Control fidelity on the generated city: whether roads, marks and vehicles are where the conditions put them.
-#
-# Pictures are cut into regions by their colours (``colour_rule.py``), rendered and generated ones the same way, and
-# compared with the regions that an exact drawing of the scene has (``data/synthetic/regions.py``). A number means
-# nothing alone: rendered pictures show what the rule can tell at best, the VAE's reconstructions what any network
-# could reach, an untrained network and the exact regions of *other* clips of the same light what comes without
-# reading conditions. Clips that are told the map, the boxes or the text of such another clip show which condition a
-# region is drawn by.
-
-# What stands out from its surroundings wherever it is, and pixels a side of the kernel that widens it to them.
-STANDS_OUT, RING = (Region.MARK, Region.VEHICLE), 5
+CLASSIFIER_SCENES = 24  # training scenes from which the colours of regions are learned
+SHEET_SCENES, SHEET_VIEW = 3, 200  # scenes of the contact sheet, and pixels of a view in it
+STANDS_OUT = (Region.MARK, Region.VEHICLE)  # regions that differ from what is around them wherever they are
+RING = 5  # pixels along each side of the kernel that widens a region to its surroundings
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How well pictures agree with what is true.
+    """Agreement of pictures with the exact regions of their scenes.
 
     Attributes:
-        iou: by region, intersection over union, both summed over all pictures; NaN where neither shows the region.
-        contrast: of marks and of vehicles, how much likelier than its surroundings the place of one looks like one, by
-            its colours: 1 at best, 0 where they are drawn regardless of their places, NaN where there are none. It sees
-            faint marks, too, which IoU does not count.
+        iou: Intersection over union by region, both summed over all pictures; NaN where neither side has the region.
+        contrast: For marks and vehicles: the classifier's mean probability of the region inside it, less that in the
+            ring around it. 1 at best, 0 where pictures ignore the positions, NaN without any. Faint marks count, which
+            IoU leaves out.
         psnr: dB against the rendered pictures.
     """
 
@@ -222,17 +63,22 @@ class Fidelity:
     psnr: float
 
     def row(self) -> dict[str, float]:
-        """All figures by name."""
+        """Return all figures by name."""
         values = {region.name.lower(): value for region, value in self.iou.items()}
         contrasts = {f"{region.name.lower()}_contrast": value for region, value in self.contrast.items()}
         return {**values, **contrasts, "psnr": self.psnr}
 
 
-def measure(rule: ColourRule, pictures: Sequence[Picture], truth: Sequence[Frame]) -> Fidelity:
-    """Compares pictures (H, W, 3) with what is true of them, in the same order.
+def measure_fidelity(classifier: RegionClassifier, pictures: Sequence[Picture], truth: Sequence[Frame]) -> Fidelity:
+    """Compare pictures with the exact regions of their scenes.
+
+    Args:
+        classifier: Finds regions by colour.
+        pictures: RGB pictures (H, W, 3).
+        truth: The exact regions of each picture, in the same order.
 
     Raises:
-        ValueError: another number or size of pictures than of truths.
+        ValueError: Numbers or sizes of pictures and truth differ.
     """
     hits, either = np.zeros(len(Region)), np.zeros(len(Region))
     inside: dict[Region, list[NDArray[np.float32]]] = {region: [] for region in STANDS_OUT}
@@ -240,8 +86,8 @@ def measure(rule: ColourRule, pictures: Sequence[Picture], truth: Sequence[Frame
     squares = 0.0
     for picture, frame in zip(pictures, truth, strict=True):
         if picture.shape != frame.picture.shape:
-            raise ValueError(f"a picture of {picture.shape} for a truth of {frame.picture.shape}")
-        shares = rule.shares(frame.light, picture)
+            raise ValueError(f"the picture has shape {picture.shape}, its truth {frame.picture.shape}")
+        shares = classifier.shares(frame.light, picture)
         found = shares.argmax(axis=-1)
         for region in Region:
             mine, true = found == region, frame.regions == region
@@ -265,23 +111,196 @@ def _mean(shares: Sequence[NDArray[np.float32]]) -> float:
     return float(joined.mean()) if len(joined) else float("nan")
 
 
-def next_of_light(lights: Sequence[Light]) -> list[int]:
-    """For each scene the next one in the same light, so that light alone tells nothing.
+@dataclass(frozen=True)
+class ControlFidelity:
+    """Measures control fidelity on the validation scenes of a generated city.
+
+    Attributes:
+        config: All settings.
+        project: The project's folder.
 
     Raises:
-        ValueError: a light has one scene only.
+        MagicDriveError: Infos, pictures or tables are missing or do not fit together.
+    """
+
+    config: Config
+    project: Path = Path()
+
+    @property
+    def framing(self) -> Framing:
+        """Size and crop of the compared frames: those of the network's frames."""
+        return Framing(*parse_size(self.config.generate.resolution))
+
+    @cached_property
+    def scenes(self) -> list[Scene]:
+        """The validation scenes."""
+        return [scene for scene in self._all if scene.split in ("val", "both")]
+
+    @cached_property
+    def truth(self) -> list[list[Frame]]:
+        """Exact regions of the first frame of each validation scene, view by view."""
+        return [self._frames(scene) for scene in track(self.scenes, "exact regions")]
+
+    @cached_property
+    def classifier(self) -> RegionClassifier:
+        """The classifier, trained on first frames of training scenes, as rendered and as reconstructed by the VAE."""
+        train = [scene for scene in self._all if scene.split in ("train", "both")]
+        chosen = np.linspace(0, len(train) - 1, min(CLASSIFIER_SCENES, len(train))).round().astype(int)
+        frames = [frame for index in track(chosen, "colours of regions") for frame in self._frames(train[index])]
+        softened = self.reconstructed([frame.picture for frame in frames])
+        both = frames + [replace(frame, picture=soft) for frame, soft in zip(frames, softened, strict=True)]
+        return RegionClassifier.learn(both)
+
+    @cached_property
+    def others(self) -> list[int]:
+        """For each validation scene, the index of the scene that serves as "another clip".
+
+        Raises:
+            MagicDriveError: Only one validation scene has a certain light.
+        """
+        try:
+            return next_of_light([light_of(scene.description) for scene in self.scenes])
+        except ValueError as error:
+            raise MagicDriveError(f"{error}", "add scenes to data.val_scenes, or run: magicdrive use learn") from None
+
+    def compare(
+        self, generated: Path, untrained: Path, swapped: Mapping[str, Sequence[Picture]]
+    ) -> dict[str, Fidelity]:
+        """Measure generated pictures, their upper and lower bounds, and condition swaps.
+
+        Args:
+            generated: Folder of the trained network's items.
+            untrained: Folder of the items of the network's initial weights.
+            swapped: By condition, pictures of the same clips with that condition of another clip (``draw_swapped``).
+
+        Returns:
+            The rows of the table by label.
+
+        Raises:
+            MagicDriveError: An item is missing, or only one validation scene has a certain light.
+        """
+        others = [frame for other in self.others for frame in self.truth[other]]
+        truth = [frame for frames in self.truth for frame in frames]
+        rendered = [frame.picture for frame in truth]
+        drawn = self.items(generated)
+        return {
+            "rendered": measure_fidelity(self.classifier, rendered, truth),
+            "through the VAE": measure_fidelity(self.classifier, self.reconstructed(rendered), truth),
+            "generated": measure_fidelity(self.classifier, drawn, truth),
+            **{
+                f"condition swap: {what} of another clip": measure_fidelity(self.classifier, pictures, truth)
+                for what, pictures in swapped.items()
+            },
+            "generated, compared with another clip": measure_fidelity(self.classifier, drawn, others),
+            "rendered, compared with another clip": measure_fidelity(self.classifier, rendered, others),
+            "untrained": measure_fidelity(self.classifier, self.items(untrained), truth),
+        }
+
+    def items(self, folder: Path) -> list[Picture]:
+        """Read the first frame of each validation scene's first generation, view by view, at the network's size.
+
+        Raises:
+            MagicDriveError: An item or one of its files is missing.
+        """
+        records = {path.parent: ItemRecord.read(path.parent) for path in sorted(folder.glob("*/item.json"))}
+        by_scene = {record.scene: (path, record) for path, record in records.items() if record.generation == 0}
+        missing = [scene.name for scene in self.scenes if scene.token not in by_scene]
+        if missing:
+            raise MagicDriveError(
+                f"{folder}: {len(missing)} of {len(self.scenes)} scenes are missing, the first is {missing[0]}",
+                "python -m flows.generate",
+            )
+        found = [by_scene[scene.token] for scene in self.scenes]
+        return [self._first(path / record.views[view].file) for path, record in found for view in VIEWS]
+
+    def reconstructed(self, pictures: Sequence[Picture]) -> list[Picture]:
+        """Pass pictures (H, W, 3) through the VAE: no network on its latents can do better."""
+        facts = read_json(self.project / "artifacts/encoders/encoders.json")["vae"]
+        vae = Vae.load(
+            self.project / facts["path"],
+            scaling_factor=facts["scaling_factor"],
+            chunk_frames=self.config.vae.chunk_frames,
+        )
+        out: list[Picture] = []
+        for picture in pictures:
+            latents = vae.latents(vae.moments(to_video(np.array(picture)[None, None])))
+            out += [chunk[0, 0] for chunk in vae.decode(latents)]
+        return out
+
+    def write_sheet(self, generated: Path, untrained: Path, path: Path, chosen: Sequence[int] | None = None) -> None:
+        """Write a contact sheet: a row for each scene; rendered, conditions, generated, untrained.
+
+        Args:
+            generated: Folder of the trained network's items.
+            untrained: Folder of the untrained network's items.
+            path: The PNG to write.
+            chosen: Indices of validation scenes; None: one of each light.
+        """
+        if chosen is None:
+            lights = [frames[0].light for frames in self.truth]
+            chosen = sorted({light: lights.index(light) for light in lights}.values())[:SHEET_SCENES]
+        drawn, noise = self.items(generated), self.items(untrained)
+        views, rows = len(VIEWS), []
+        for index in chosen:
+            scene = self.scenes[index]
+            bits = BevMaps(self.config, self.project).of_scene(scene, self.config.generate.resolution, draw=False)
+            scene_views = SceneViews(scene, bits, self.project / self.config.data.root, SHEET_VIEW)
+            conditions = scene_views.conditions(0)[:, scene_views.framing.crop :]
+            some = slice(index * views, (index + 1) * views)
+            real = [frame.picture for frame in self.truth[index]]
+            columns = [np.stack(real), conditions, np.stack(drawn[some]), np.stack(noise[some])]
+            rows.append([six_views(column, SHEET_VIEW, captions=False) for column in columns])
+        labels = [self.scenes[index].name for index in chosen]
+        sheet = contact_sheet(rows, labels, ["rendered", "conditions", "generated", "untrained"])
+        with atomic_file(path) as partial:
+            Image.fromarray(sheet).save(partial, format="PNG")
+
+    @cached_property
+    def _all(self) -> Scenes:
+        return read_scenes(self.project / "artifacts/infos")
+
+    @cached_property
+    def _painter(self) -> RegionPainter:
+        return RegionPainter(self.project / self.config.data.root, self.config.data.version)
+
+    def _frames(self, scene: Scene) -> list[Frame]:
+        root, light = self.project / self.config.data.root, light_of(scene.description)
+        return [
+            Frame(light, read_picture(root / path, self.framing), self._painter.of_frame(path, self.framing))
+            for path in scene.pictures[0]
+        ]
+
+    def _first(self, path: Path) -> Picture:
+        """Read the first frame of a view's file at the network's size."""
+        if path.suffix == ".png":
+            return read_picture(path, self.framing)
+        size = self.framing.resized_height, self.framing.width
+        return next(read_view(path, size))[self.framing.crop :]
+
+
+def next_of_light(lights: Sequence[Light]) -> list[int]:
+    """Pair each scene with the next one of the same light, so that light alone does not give a swap away.
+
+    Args:
+        lights: The light of each scene.
+
+    Returns:
+        For each scene, the index of its partner.
+
+    Raises:
+        ValueError: Only one scene has a certain light.
     """
     by_light: dict[Light, list[int]] = {}
     for index, light in enumerate(lights):
         by_light.setdefault(light, []).append(index)
     if any(len(members) < 2 for members in by_light.values()):
-        raise ValueError("every light needs two scenes, so that their conditions can be exchanged")
+        raise ValueError("each light needs two scenes, so that their conditions can be swapped")
     following = {m: members[(i + 1) % len(members)] for members in by_light.values() for i, m in enumerate(members)}
     return [following[index] for index in range(len(lights))]
 
 
 def table_lines(rows: dict[str, Fidelity]) -> list[str]:
-    """The comparison as lines of text: IoU of each region in percent, contrast in percent, PSNR in dB."""
+    """Format the table: IoU of each region in percent, contrast in percent, PSNR in dB."""
     names = list(next(iter(rows.values())).row())
     label_width, widths = max(map(len, rows)), {name: max(10, len(name) + 2) for name in names}
     lines = [" " * label_width + "".join(f"{name:>{widths[name]}}" for name in names)]

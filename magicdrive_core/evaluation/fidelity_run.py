@@ -9,8 +9,8 @@ from pathlib import Path
 from magicdrive_core.config.schema import Config
 from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.errors import UsageError
-from magicdrive_core.evaluation.condition_swap import FIELDS, draw_exchanged
-from magicdrive_core.evaluation.control_fidelity import Control, table_lines
+from magicdrive_core.evaluation.condition_swap import FIELDS, draw_swapped
+from magicdrive_core.evaluation.control_fidelity import ControlFidelity, table_lines
 from magicdrive_core.experiment.run_paths import find_run_paths
 from magicdrive_core.inference.generate import generate_items
 from magicdrive_core.inference.items import list_items
@@ -40,15 +40,15 @@ def measure_fidelity(config: Config, sheet_scenes: Sequence[int] | None = None) 
         raise UsageError("synth is null, and only a generated city has exact regions", "magicdrive use learn")
     paths = find_run_paths(config)
     model = paths.trained_model()
-    control = Control(config)
+    control = ControlFidelity(config)
     others = [control.scenes[other] for other in control.others]
     items = [item for item in list_items(config, read_scenes(Path("artifacts/infos"))) if item.generation == 0]
     generate_items(config, items, model.folder, paths.generated)
     out = paths.generated.with_name(paths.generated.name.replace("generate", "fidelity"))
     write_untrained(config, model.stage, out / "untrained")
     generate_items(config, items, out / "untrained", out / "untrained/items")
-    exchanged = {what: draw_exchanged(config, model.folder, control.scenes, others, what) for what in FIELDS}
-    table = control.compare(paths.generated, out / "untrained/items", exchanged)
+    swapped = {what: draw_swapped(config, model.folder, control.scenes, others, what) for what in FIELDS}
+    table = control.compare(paths.generated, out / "untrained/items", swapped)
     values = {name: row.row() for name, row in table.items()}
     finite = {name: {key: v if math.isfinite(v) else None for key, v in row.items()} for name, row in values.items()}
     write_json(out / "fidelity.json", finite)  # a picture's PSNR against itself has no number

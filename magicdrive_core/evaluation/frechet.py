@@ -130,7 +130,7 @@ class Distances:
     generated_clips: int
 
 
-def measure(
+def measure_distances(
     figures: Mapping[str, Figure], videos: Path, root: Path, scenes: Sequence[Scene], generations: int
 ) -> Distances:
     """Compares the videos of a package with the pictures of the data set.

@@ -1,4 +1,4 @@
-"""Tells the regions of a generated city's pictures apart by colours, by one rule for rendered and generated ones."""
+"""A small classifier that finds the regions of a generated city's pictures by their colours."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ SEED = 1
 
 @dataclass(frozen=True)
 class Frame:
-    """One view of one scene, and what is true of it."""
+    """One view of one scene with its exact regions."""
 
     light: Light
     picture: Picture  # (H, W, 3), rendered
     regions: Regions  # (H, W), exact
 
 
-class ColourRule:
-    """A small perceptron from the colours of a pixel and of its surroundings, and the light, to its region.
+class RegionClassifier:
+    """A perceptron from the colours of a pixel and of its surroundings, and the light, to the pixel's region.
 
-    Where in the picture a pixel lies does not enter: it knows what is around it and nothing else.
+    The position of a pixel in the picture is no input, so that the classifier cannot learn where roads usually are.
     """
 
     def __init__(self, network: nn.Module) -> None:
         self._network = network
 
     @classmethod
-    def learn(cls, frames: Sequence[Frame]) -> ColourRule:
-        """From pictures whose regions are known. The same frames and number of threads give the same rule."""
+    def learn(cls, frames: Sequence[Frame]) -> RegionClassifier:
+        """Train on pictures whose regions are known; the same frames and number of threads give the same classifier."""
         features = torch.cat([_features(frame.light, frame.picture).flatten(0, 1) for frame in frames])
         regions = torch.from_numpy(np.concatenate([frame.regions.ravel() for frame in frames])).long()
         with torch.random.fork_rng(devices=[]):
@@ -67,13 +67,13 @@ class ColourRule:
         return cls(network.eval().requires_grad_(False))
 
     def shares(self, light: Light, picture: Picture) -> NDArray[np.float32]:
-        """(H, W, regions): how likely each pixel of a picture (H, W, 3) shows each region."""
+        """Return the probability of each region for each pixel of a picture (H, W, 3), as (H, W, regions)."""
         shares: NDArray[np.float32] = self._network(_features(light, picture)).softmax(dim=-1).numpy()
         return shares
 
 
 def _features(light: Light, picture: Picture) -> Tensor:
-    """(H, W, 27): red, green, blue of the pixel and of the means around it, in [-1, 1]; one of three lights."""
+    """Return (H, W, 27): colours of the pixel and of the means around it in [-1, 1], and one of three lights."""
     colours = picture.astype(np.float32) / 127.5 - 1
     means = [cv2.blur(colours, (side, side), borderType=cv2.BORDER_REFLECT_101) for side in SQUARES]
     rows = np.arange(len(picture))[:, None] + ABOVE_BELOW

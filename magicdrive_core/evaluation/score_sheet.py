@@ -13,7 +13,7 @@ from magicdrive_core.data.records import Scene
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.evaluation.bev_masks import Masks, evaluate_masks, map_masks
 from magicdrive_core.evaluation.detection import evaluate_detections
-from magicdrive_core.evaluation.frechet import Figure, measure
+from magicdrive_core.evaluation.frechet import Figure, measure_distances
 from magicdrive_core.evaluation.key_frames import cut_to_clips, key_samples
 from magicdrive_core.evaluation.protocol import CROPS, score
 from magicdrive_core.utils.files import read_json, sha256_file, write_json
@@ -91,7 +91,7 @@ def score_package(config: Config, videos: Path, package: str, scenes: Sequence[S
         i3d = TorchScriptI3D(settings.i3d, project)
         wanted |= {name: Figure(i3d, rows) for name, rows in CROPS.items()}
         inputs[settings.i3d.path] = settings.i3d.sha256
-    distances = measure(wanted, videos, project / config.data.root, scenes, generations)
+    distances = measure_distances(wanted, videos, project / config.data.root, scenes, generations)
     figures, per_scene = dict(distances.values), {token: dict(row) for token, row in distances.scenes.items()}
     classes: dict[str, dict[str, float]] = {}
     for name, files, work in (

@@ -12,7 +12,7 @@ import pytest
 from magicdrive_core.config.schema import Config
 from magicdrive_core.data.map_cache import write_map
 from magicdrive_core.data.records import FrameBoxes, Scene
-from magicdrive_core.evaluation.condition_swap import FIELDS, draw_exchanged
+from magicdrive_core.evaluation.condition_swap import FIELDS, draw_swapped
 from tests.inference.project import STAGE, make_project, small_config, small_scene
 
 
@@ -33,7 +33,7 @@ def draw(project: tuple[Path, Config, Scene, Scene], what: str, *, swap: bool) -
     """The first scene's six pictures."""
     folder, config, *scenes = project
     others = scenes[::-1] if swap else scenes
-    pictures = draw_exchanged(config, folder / STAGE, scenes, others, what, folder)
+    pictures = draw_swapped(config, folder / STAGE, scenes, others, what, folder)
     assert len(pictures) == 12
     return np.stack(pictures[:6])
 

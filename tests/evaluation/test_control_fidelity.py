@@ -15,7 +15,7 @@ from magicdrive_core.config.schema import Config, Synth
 from magicdrive_core.data.infos import build_infos, read_scenes
 from magicdrive_core.data.records import Scene
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.evaluation.control_fidelity import Control, Fidelity
+from magicdrive_core.evaluation.control_fidelity import ControlFidelity, Fidelity
 from magicdrive_core.geometry.cameras import VIEWS
 from magicdrive_core.synthetic.dataset import synthesize
 from magicdrive_core.synthetic.regions import Region
@@ -71,7 +71,7 @@ def test_the_rows_of_a_perfect_network_and_of_one_that_draws_nothing(
     project: tuple[Path, Config], tmp_path: Path
 ) -> None:
     folder, config = project
-    control = Control(config, folder)
+    control = ControlFidelity(config, folder)
     scenes = control.scenes
     assert len(scenes) == SCENES - 3
     pictures = {scene.token: [f.picture for f in frames] for scene, frames in zip(scenes, control.truth, strict=True)}
@@ -84,8 +84,8 @@ def test_the_rows_of_a_perfect_network_and_of_one_that_draws_nothing(
     assert drawn.psnr > 30  # enlarged to 1600x900 and made small again
     for region in (Region.SKY, Region.ROAD, Region.SCENERY):
         assert drawn.iou[region] == pytest.approx(best.iou[region], abs=0.05)
-    _assert_worse(table["generated, judged by another clip"], drawn)
-    _assert_worse(table["told another clip's map"], drawn)
+    _assert_worse(table["generated, compared with another clip"], drawn)
+    _assert_worse(table["condition swap: map of another clip"], drawn)
     _assert_worse(table["untrained"], drawn)
     _assert_worse(table["through the VAE"], drawn)  # it was never trained
 
@@ -96,13 +96,13 @@ def test_the_rows_of_a_perfect_network_and_of_one_that_draws_nothing(
 
 def test_a_missing_item_is_named(project: tuple[Path, Config], tmp_path: Path) -> None:
     folder, config = project
-    with pytest.raises(MagicDriveError, match=r"lacks 6 of 6 scenes, scene-2004"):
-        Control(config, folder).items(tmp_path)
+    with pytest.raises(MagicDriveError, match=r"6 of 6 scenes are missing, the first is scene-2004"):
+        ControlFidelity(config, folder).items(tmp_path)
 
 
 def test_single_scenes_of_a_light_are_refused(project: tuple[Path, Config], tmp_path: Path) -> None:
     folder, config = project
-    control = Control(config, folder)
+    control = ControlFidelity(config, folder)
     control.__dict__["scenes"] = [s for s in read_scenes(folder / "artifacts/infos") if s.split == "val"][:3]
     with pytest.raises(MagicDriveError, match="two scenes"):
         control.compare(tmp_path, tmp_path, {})

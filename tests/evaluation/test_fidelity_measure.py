@@ -10,8 +10,8 @@ import pytest
 
 from magicdrive_core.data.pictures import read_picture
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.evaluation.control_fidelity import Fidelity, measure, next_of_light, table_lines
-from magicdrive_core.evaluation.region_classifier import ColourRule, Frame
+from magicdrive_core.evaluation.control_fidelity import Fidelity, measure_fidelity, next_of_light, table_lines
+from magicdrive_core.evaluation.region_classifier import Frame, RegionClassifier
 from magicdrive_core.geometry.cameras import Framing, project
 from magicdrive_core.geometry.poses import inverse, transform
 from magicdrive_core.synthetic.footage import read_footage
@@ -43,12 +43,12 @@ def by_day(synthetic_root: Path, painter: RegionPainter) -> list[list[Frame]]:
 
 
 @pytest.fixture(scope="module")
-def rule(by_day: list[list[Frame]]) -> ColourRule:
-    return ColourRule.learn(by_day[0])
+def classifier(by_day: list[list[Frame]]) -> RegionClassifier:
+    return RegionClassifier.learn(by_day[0])
 
 
-def test_exact_pictures_score_high(rule: ColourRule, by_day: list[list[Frame]]) -> None:
-    found = measure(rule, [frame.picture for frame in by_day[1]], by_day[1])
+def test_exact_pictures_score_high(classifier: RegionClassifier, by_day: list[list[Frame]]) -> None:
+    found = measure_fidelity(classifier, [frame.picture for frame in by_day[1]], by_day[1])
     for region in (Region.SKY, Region.ROAD, Region.SCENERY):
         assert found.iou[region] > 0.8, region
     assert found.iou[Region.VEHICLE] > 0.5
@@ -57,10 +57,10 @@ def test_exact_pictures_score_high(rule: ColourRule, by_day: list[list[Frame]]) 
     assert found.psnr == float("inf")
 
 
-def test_pictures_of_other_places_score_low(rule: ColourRule, by_day: list[list[Frame]]) -> None:
+def test_pictures_of_other_places_score_low(classifier: RegionClassifier, by_day: list[list[Frame]]) -> None:
     judged = by_day[1]
-    own = measure(rule, [frame.picture for frame in judged], judged)
-    other = measure(rule, [frame.picture for frame in judged[1:] + judged[:1]], judged)
+    own = measure_fidelity(classifier, [frame.picture for frame in judged], judged)
+    other = measure_fidelity(classifier, [frame.picture for frame in judged[1:] + judged[:1]], judged)
     for region in (Region.ROAD, Region.VEHICLE, Region.SCENERY):
         assert other.iou[region] < 0.75 * own.iou[region], region
     for region in (Region.MARK, Region.VEHICLE):
@@ -68,23 +68,25 @@ def test_pictures_of_other_places_score_low(rule: ColourRule, by_day: list[list[
     assert other.psnr < 20
 
 
-def test_a_picture_without_vehicles_has_none(rule: ColourRule, by_day: list[list[Frame]]) -> None:
+def test_a_picture_without_vehicles_has_none(classifier: RegionClassifier, by_day: list[list[Frame]]) -> None:
     asphalt = [np.full_like(frame.picture, (98, 99, 103)) for frame in by_day[1]]
-    found = measure(rule, asphalt, by_day[1])
+    found = measure_fidelity(classifier, asphalt, by_day[1])
     assert found.iou[Region.VEHICLE] < 0.02
     assert abs(found.contrast[Region.VEHICLE]) < 0.02
 
 
-def test_where_a_pixel_lies_does_not_enter(rule: ColourRule, by_day: list[list[Frame]]) -> None:
+def test_where_a_pixel_lies_does_not_enter(classifier: RegionClassifier, by_day: list[list[Frame]]) -> None:
     """A picture of another place, cut out of a larger one: beyond the reach of its edges, nothing changes."""
     picture = np.tile(by_day[1][0].picture, (2, 1, 1))
-    np.testing.assert_allclose(rule.shares(DAY, picture[13:])[40:80], rule.shares(DAY, picture)[53:93], atol=1e-5)
+    np.testing.assert_allclose(
+        classifier.shares(DAY, picture[13:])[40:80], classifier.shares(DAY, picture)[53:93], atol=1e-5
+    )
 
 
-def test_another_size_is_refused(rule: ColourRule, by_day: list[list[Frame]]) -> None:
+def test_another_size_is_refused(classifier: RegionClassifier, by_day: list[list[Frame]]) -> None:
     frame = by_day[1][0]
     with pytest.raises(ValueError, match="for a truth of"):
-        measure(rule, [frame.picture[:-8]], [frame])
+        measure_fidelity(classifier, [frame.picture[:-8]], [frame])
 
 
 def test_vehicles_lie_within_their_projected_boxes(synthetic_root: Path, painter: RegionPainter) -> None:
