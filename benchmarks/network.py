@@ -218,6 +218,7 @@ def timings(parts: list[str], dtype: torch.dtype, compiled: bool, repeat: int, s
 
     keep_freed()  # as generation does on a CPU
     parallelize(network)
+    network.requires_grad_(False)
     if "forward" in parts or "sampling" in parts:
         with torch.no_grad():
             context = network.encode(conditions, LATENTS)
@@ -233,6 +234,7 @@ def timings(parts: list[str], dtype: torch.dtype, compiled: bool, repeat: int, s
         flop = 2 * (forward_flop + (steps - 1) * denoise_flop)
         yield measure(f"{steps} guided steps", sampling, 1, dtype, flop, warm=True)
     context = None  # a training step keeps none
+    network.requires_grad_(True)
     if "backward" in parts:
         for part, checkpointed in (("forward + backward", 0), ("the same, checkpointed", 1)):
             parallelize(network, checkpoint_every=checkpointed)
