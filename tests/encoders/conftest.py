@@ -1,4 +1,4 @@
-"""A small data set as the data room leaves it: infos of two scenes, and their pictures."""
+"""A small data set: infos of two scenes, and their pictures."""
 
 from __future__ import annotations
 

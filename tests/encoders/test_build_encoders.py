@@ -56,7 +56,7 @@ def test_building_leaves_the_random_state_alone(source, clips) -> None:
 
 def test_psnr_of_a_known_error() -> None:
     class Shifted(Vae):
-        """Gives every pixel back five steps brighter."""
+        """Returns every pixel five steps brighter."""
 
         def __init__(self) -> None: ...
 
@@ -122,19 +122,19 @@ def test_a_missing_vae_names_its_key_and_where_to_get_it(source, tmp_path) -> No
     check(source, tmp_path / "vae", "vae", r"vae\.path: the folder .* is missing", "CogVideoX-2b")
 
 
-def test_a_folder_without_weights_is_told(source, tmp_path) -> None:
+def test_a_folder_without_weights_is_reported(source, tmp_path) -> None:
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae/config.json").write_text('{"_class_name": "AutoencoderKLCogVideoX"}')
     check(source, tmp_path / "vae", "vae", "holds no weights", "CogVideoX-2b")
 
 
-def test_another_kind_of_vae_is_told(source, tmp_path) -> None:
+def test_another_kind_of_vae_is_reported(source, tmp_path) -> None:
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae/config.json").write_text('{"_class_name": "AutoencoderKL"}')
     (tmp_path / "vae/weights.safetensors").write_bytes(b"")
     check(source, tmp_path / "vae", "vae", "holds a AutoencoderKL, not a CogVideoX VAE", "CogVideoX-2b")
 
 
-def test_scenes_too_short_for_the_build_are_told(source) -> None:
+def test_scenes_too_short_for_the_build_are_reported(source) -> None:
     with pytest.raises(MagicDriveError, match="no scene has the 33 frames"):
         draw_clips([make_scene("short", "train", "x", 0)], source.root, "56x104", 33, 1, seed=0)

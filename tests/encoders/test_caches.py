@@ -1,4 +1,4 @@
-"""The caches hold what the encoders compute, and are refused when stale or not whole."""
+"""The caches hold what the encoders compute, and are refused when they are stale or incomplete."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def one_core() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def project(source: Project, one_core: None) -> Project:
-    """Everything made once, in the layout of ``artifacts/``."""
+    """Encoders and caches, made once in the layout of ``artifacts/``."""
     build_encoders(source.config, source.infos, source.encoders)
     write_text_cache(source.config, source.infos, source.encoders, source.artifacts / "text")
     write_latent_cache(source.config, source.infos, source.encoders, source.artifacts / "latents")
@@ -61,7 +61,7 @@ def project(source: Project, one_core: None) -> Project:
 
 @pytest.fixture
 def copy(project: Project, tmp_path: Path) -> Path:
-    """A copy of the artifacts that a test may spoil."""
+    """A copy of the artifacts that a test may damage."""
     shutil.copytree(project.artifacts, tmp_path / "artifacts")
     return tmp_path / "artifacts"
 
@@ -140,8 +140,8 @@ def test_captions_encoded_live_are_those_of_the_cache(project, tmp_path) -> None
     torch.testing.assert_close(names.class_features, cache.class_features, atol=1e-5, rtol=0)
 
 
-def test_training_sees_the_same_batches_from_caches_and_live(project, tmp_path) -> None:
-    """Posterior sampling, masks, conditions and text included: all but rounding is equal."""
+def test_training_gets_equal_batches_from_caches_and_live_encoding(project, tmp_path) -> None:
+    """Posterior samples, masks, conditions and text are equal to rounding."""
     (tmp_path / "artifacts").mkdir()
     for name in ("infos", "encoders", "text", "latents"):
         (tmp_path / "artifacts" / name).symlink_to(project.artifacts / name)
@@ -166,24 +166,24 @@ def test_training_sees_the_same_batches_from_caches_and_live(project, tmp_path) 
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
-def test_size_and_time_are_told_before_the_work(project, tmp_path, capsys, monkeypatch) -> None:
-    told: list[str] = []
+def test_size_and_duration_are_announced_before_the_work(project, tmp_path, capsys, monkeypatch) -> None:
+    errors: list[str] = []
     seen: list[int] = []
     encode_texts = TextEncoder.encode
 
     def watched(self, captions: list[str], batch: int = 8) -> list[torch.Tensor]:
-        told.append(capsys.readouterr().err)
+        errors.append(capsys.readouterr().err)
         seen.append(len(captions))
         return encode_texts(self, captions, batch)
 
     monkeypatch.setattr(TextEncoder, "encode", watched)
     write_text_cache(project.config, project.infos, project.encoders, tmp_path / "text")
     assert seen == [7, 7, 14]  # every second text as a sample, twice; then all
-    assert not any("texts" in line for line in told[:2])
-    assert re.search(r"text: 14 texts, 0\.\d MB, about 0\.\d minutes", told[2])
-    no_room = shutil._ntuple_diskusage(100, 99, 1)
+    assert not any("texts" in line for line in errors[:2])
+    assert re.search(r"text: 14 texts, 0\.\d MB, about 0\.\d minutes", errors[2])
+    full_disk = shutil._ntuple_diskusage(100, 99, 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda path: no_room)
+        patch.setattr(shutil, "disk_usage", lambda path: full_disk)
         with pytest.raises(MagicDriveError, match=r"text features need .* GB"):
             write_text_cache(project.config, project.infos, project.encoders, tmp_path / "other")
     assert len(seen) == 3
@@ -191,7 +191,7 @@ def test_size_and_time_are_told_before_the_work(project, tmp_path, capsys, monke
     assert re.search(r"latents: \d+ frames of 1 scenes, [\d.]+ MB, about [\d.]+ minutes", capsys.readouterr().err)
 
 
-def test_the_index_tells_the_spread_of_scaled_latents(project) -> None:
+def test_the_index_holds_the_deviation_of_scaled_latents(project) -> None:
     index = json.loads((project.artifacts / "latents/index.json").read_text())
     assert set(index["scaled_std"]) == {"56x104-1", "56x104-9", "56x104-17", "112x200-1"}
     cache = LatentCache(project.artifacts / "latents", project.config)
@@ -212,7 +212,7 @@ def test_a_clip_that_is_not_cached_is_named(project) -> None:
 
 @pytest.mark.parametrize(("cache", "reader"), [("text", TextCache), ("latents", LatentCache)])
 def test_stale_caches_are_refused(copy, cache, reader, project) -> None:
-    reader(copy / cache, project.config)  # a copy is as good
+    reader(copy / cache, project.config)  # a copy is accepted
     encoders = copy / "encoders/encoders.json"
     whole = encoders.read_text()
     encoders.write_text(whole.replace('"digest": "', '"digest": "0'))
@@ -248,7 +248,7 @@ def test_caches_of_other_settings_are_refused(project, cache, reader, changes, m
         ("latents", LatentCache, f"56x104-9/{TRAIN}.safetensors"),
     ],
 )
-def test_half_written_caches_are_refused(copy, cache, reader, file, project) -> None:
+def test_incomplete_caches_are_refused(copy, cache, reader, file, project) -> None:
     path = copy / cache / file
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(MagicDriveError, match="missing or incomplete") as caught:
@@ -262,7 +262,7 @@ def test_half_written_caches_are_refused(copy, cache, reader, file, project) -> 
         reader(copy / cache, project.config)
 
 
-def test_a_broken_picture_stops_the_work_which_then_goes_on(project, tmp_path, monkeypatch) -> None:
+def test_a_broken_picture_stops_the_work_and_the_next_run_resumes(project, tmp_path, monkeypatch) -> None:
     root = tmp_path / "root"
     shutil.copytree(project.root, root)
     whole = (root / "samples/3.jpg").read_bytes()
@@ -292,7 +292,7 @@ def test_a_broken_picture_stops_the_work_which_then_goes_on(project, tmp_path, m
 
 @pytest.mark.slow
 def test_a_broken_picture_stops_the_other_processes(project, tmp_path, monkeypatch) -> None:
-    """The long scene takes a minute or more: were it waited for, its file would be there."""
+    """The long scene takes a minute or more: if the run waited for it, its file would exist."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
     broken = tmp_path / "broken.jpg"
     broken.write_bytes((project.root / "samples/0.jpg").read_bytes()[:2000])
@@ -317,7 +317,7 @@ def test_processes_give_the_same_files(project, tmp_path, monkeypatch) -> None:
             torch.testing.assert_close(load_file(other)[name], tensor, atol=2e-3, rtol=2e-3)
 
 
-def test_a_full_disk_is_told_before_the_work(project, tmp_path, monkeypatch) -> None:
+def test_a_full_disk_is_reported_before_the_work(project, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))
     with pytest.raises(MagicDriveError, match=r"latents need .* GB"):
         write_latent_cache(project.config, project.infos, project.encoders, tmp_path / "latents")
@@ -333,7 +333,7 @@ def test_a_bucket_longer_than_every_scene_is_left_out(project) -> None:
 
 
 def test_whole_scenes_are_encoded_once_beside_clips_of_their_length(project) -> None:
-    """19 frames give a whole clip of 17, from frame 0, where the bucket of 17 frames has one already."""
+    """19 frames give a whole clip of 17 from frame 0, which the bucket of 17 frames has too."""
     scenes = read_scenes(project.infos)
     clips = Bucket(resolution="56x104", frames=17, batch=1)
     whole = Bucket(resolution="56x104", frames=241, batch=1, whole=True, repeat=40)
@@ -348,14 +348,14 @@ def test_the_planned_size_is_the_written_size(project) -> None:
     settings = EncoderSettings(str(project.encoders / "vae"), 1.0, 4, 8, "float16")
     written = sum(path.stat().st_size for path in (project.artifacts / "latents").rglob("*.safetensors"))
     assert sum(work.bytes(settings) for work in works) == pytest.approx(written, rel=0.05)
-    # The clips of 9 frames from frames 0 and 2 are the beginnings of those of 17.
+    # The clips of 9 frames from frames 0 and 2 are prefixes of those of 17.
     assert sum(work.frames(8) for work in works) == 6 * (4 + 4 * 9 + 2 * 17 + 4)
     assert sum(work.frames(None) for work in works) == 6 * (4 + 6 * 9 + 2 * 17 + 4)
 
 
 @pytest.mark.parametrize("chunk", [8, 16, None])
 @pytest.mark.parametrize(("frames", "longer"), [(1, 9), (9, 17), (9, 25), (17, 33), (9, 33), (8, 17)])
-def test_a_clip_is_taken_from_a_longer_one_only_where_the_encoder_agrees(project, chunk, frames, longer) -> None:
+def test_a_clip_is_a_prefix_exactly_if_the_encoder_gives_equal_moments(project, chunk, frames, longer) -> None:
     vae = Vae.load(project.encoders / "vae", scaling_factor=1.0, chunk_frames=chunk)
     video = torch.rand((1, 3, longer, 16, 16), generator=torch.Generator().manual_seed(3)) * 2 - 1
     short = vae.moments(video[:, :, :frames])

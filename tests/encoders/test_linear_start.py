@@ -1,4 +1,4 @@
-"""A fresh VAE is the best linear code of the pictures that it starts from."""
+"""A new VAE starts as the best linear code of its pictures."""
 
 from __future__ import annotations
 

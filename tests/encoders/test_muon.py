@@ -56,7 +56,7 @@ def test_it_learns_a_linear_map() -> None:
     assert losses[-1] < 0.01 * losses[0]
 
 
-def test_weights_without_a_gradient_stay() -> None:
+def test_weights_without_a_gradient_do_not_change() -> None:
     weight = torch.ones(3, 3, requires_grad=True)
     Muon([weight], lr=1.0).step()
     assert weight.eq(1.0).all()

@@ -1,4 +1,4 @@
-"""Decoding in stripes: the same frames as whole pictures, at any size and stripe height, in less memory."""
+"""Decoding in stripes gives the frames of whole pictures, at any size and stripe height, in less memory."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_stripes_give_the_frames_of_whole_pictures(
 
 
 def test_a_picture_that_is_bright_above_and_dark_below_has_no_seam() -> None:
-    """Its halves have statistics of their own: norms of single stripes would be far off."""
+    """Both parts have different statistics, so that norms of single stripes would be far off."""
     latents = torch.randn((1, 4, 3, 6, 3), generator=torch.Generator().manual_seed(1))
     latents[..., :3, :] += 8
     whole = decoded(VAE, latents, None)
@@ -72,7 +72,7 @@ def test_a_picture_that_is_bright_above_and_dark_below_has_no_seam() -> None:
     assert (top - whole[..., :24, :]).abs().mean() > 1e-2 * float(whole.abs().max())
 
 
-def test_decoding_again_begins_afresh() -> None:
+def test_a_second_decoding_does_not_depend_on_the_first() -> None:
     latents = torch.randn((1, 4, 5, 2, 3), generator=torch.Generator().manual_seed(2))
     assert torch.equal(decoded(VAE, latents, 3), decoded(VAE, latents, 3))
 
@@ -89,7 +89,7 @@ def test_less_than_a_group_of_frames_is_decoded_before_the_first_can_be_used() -
 
 
 def peaks(rows: int) -> tuple[int, int, int]:
-    """Most bytes alive while a group is decoded on a CPU, as planned, and what waits in main memory afterwards."""
+    """Returns the peak of bytes while a group is decoded, measured and planned, and the bytes that wait afterwards."""
     z = torch.randn((1, 4, 3, 24, 4), generator=torch.Generator().manual_seed(4))
     real = make_vae((16, 32, 32, 64)).model.decoder
     fake = torch.nn.Module.to(deepcopy(real), "meta")
@@ -108,14 +108,14 @@ def test_memory_falls_with_the_height_of_the_stripes_as_planned() -> None:
     beside_waiting = []
     for rows in (96, 16, 4):
         real, planned, waiting = peaks(rows)
-        assert real - waiting <= planned <= real  # a CPU's memory is the main memory: some or all of it waits there
+        assert real - waiting <= planned <= real  # on a CPU, frames that wait in main memory may count or not
         beside_waiting.append(real - waiting)
     assert beside_waiting == sorted(beside_waiting, reverse=True)
     assert beside_waiting[-1] < beside_waiting[0] / 2
 
 
 def test_the_published_vae_decodes_848x1600_in_12_gb(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first group, which is the largest, of any clip; what takes most is two activations of full size."""
+    """Plans the first group of a clip, which is the largest; two activations of full size take most of it."""
     monkeypatch.setattr(memory, "GROUPS", 1)
     small = config(width=128, heads=4, ego_heads=4, box_heads=4, depth=1, control_depth=1)
     planned = Planner(small).peaks("848x1600", 9, Setting(slots=4, map_cells=40, stripe_rows=32)).decoding

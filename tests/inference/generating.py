@@ -23,7 +23,7 @@ def generate(project: Path, out: Path) -> None:
 
 
 def interrupted(project: Path, out: Path, times: int, seconds: float) -> None:
-    """Generates, killed so many times at a random moment of the first ``seconds``, then left alone."""
+    """Generates, killed several times at a random moment of the first ``seconds``, then undisturbed."""
     context, rng = multiprocessing.get_context("forkserver"), random.Random(11)
     context.set_forkserver_preload(["tests.inference.generating", "diffusers"])
     for _ in range(times):

@@ -1,4 +1,4 @@
-"""A project of one short scene with small encoders and a small network, as the DVC stages and training leave it."""
+"""A project of one short scene with small encoders and a small network, as if DVC stages and training had run."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def small_config(*overrides: str) -> Config:
 
 
 def small_scene(frames: int = 12, split: str = "val", name: str = "scene-0001") -> Scene:
-    """An ego car that drives on at 6 m/s behind another one."""
+    """An ego car that drives at 6 m/s behind another car."""
     forward = np.array([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]])
     boxes = FrameBoxes(["car"], ["car"], np.array([[0.0, 12.0, -1.0, 1.8, 4.2, 1.6, 0.1]]))
     return Scene(
@@ -61,7 +61,7 @@ def small_scene(frames: int = 12, split: str = "val", name: str = "scene-0001") 
 
 
 def make_project(folder: Path, config: Config, scene: Scene) -> None:
-    """Writes ``artifacts/`` and a finished run into ``folder``."""
+    """Writes ``artifacts/`` and a finished training run into ``folder``."""
     artifacts = folder / "artifacts"
     (artifacts / "infos").mkdir(parents=True)
     write_infos([scene], {"version": "v1.0-test", "rule": "by hand", "unpaired": "leave_out"}, artifacts / "infos")
@@ -99,7 +99,7 @@ def make_project(folder: Path, config: Config, scene: Scene) -> None:
     write_json(text / INDEX, index)
 
     network = build_stage_network(config, "stage3", folder)
-    for parameter in network.parameters():  # nothing left at zero: everything takes part
+    for parameter in network.parameters():  # no parameter stays zero, so that every layer has an effect
         torch.nn.init.normal_(parameter, std=0.05)
     run = folder / STAGE
     run.mkdir(parents=True)

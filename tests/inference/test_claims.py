@@ -1,4 +1,4 @@
-"""One worker an item: of processes and hosts that live, die, or only seem to be dead."""
+"""At most one worker has an item, among processes and hosts that live, die, or only seem to be dead."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def claims(tmp_path: Path) -> Iterator[Claims]:
         yield made
 
 
-def test_one_of_two_has_an_item_until_it_gives_it_back(claims: Claims, tmp_path: Path) -> None:
+def test_one_of_two_workers_has_an_item_until_it_releases_it(claims: Claims, tmp_path: Path) -> None:
     with Claims(tmp_path) as other:
         mine = claims.take("item")
         assert mine is not None
@@ -40,7 +40,7 @@ def test_one_of_two_has_an_item_until_it_gives_it_back(claims: Claims, tmp_path:
         assert other.take("another") is not None
         claims.release("item")
         assert other.take("item") is not None
-    assert claims.take("another") is not None  # leaving gives back
+    assert claims.take("another") is not None  # leaving the context releases
 
 
 def test_the_claim_of_a_killed_process_is_free_at_once(claims: Claims, tmp_path: Path) -> None:
@@ -63,15 +63,15 @@ def test_a_claim_of_another_host_is_free_when_it_was_not_touched_for_long(
     assert claims.take("item") is not None
 
 
-def test_one_alone_takes_over_and_who_was_taken_for_dead_can_tell(claims: Claims, tmp_path: Path) -> None:
-    with Claims(tmp_path) as first, Claims(tmp_path, expiry=-60) as impatient:  # takes everybody for dead
+def test_only_one_takes_over_and_the_owner_taken_for_dead_can_notice(claims: Claims, tmp_path: Path) -> None:
+    with Claims(tmp_path) as first, Claims(tmp_path, expiry=-60) as impatient:  # takes every owner for dead
         mine = first.take("item")
         assert mine is not None
         assert impatient.take("item") is not None
         assert not mine.is_held
         assert claims.take("item") is None
         first.release("item")
-        assert claims.take("item") is None  # it is not the first one's any more
+        assert claims.take("item") is None  # it no longer belongs to the first one
 
 
 def test_owners_touch_their_claims(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Generation from an edited scene: its text, boxes and maps are the edited ones, and its edits decide what is done."""
+"""Generation from an edited scene uses the edited text, boxes and maps, and is repeated when the edits change."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ BARE_MAP = '{"version": "1.3", "node": [], "polygon": [], "line": []}'
 
 
 class Encoder:
-    """Stands in for T5: five tokens, drawn from the length of the caption."""
+    """Replaces T5: five random tokens, seeded by the length of the caption."""
 
     def encode(self, captions: list[str]) -> list[torch.Tensor]:
         return [torch.randn(5, 16, generator=torch.Generator().manual_seed(len(text))) for text in captions]
 
 
-def test_an_edited_scene_is_generated_and_its_edits_decide_what_is_done(
+def test_an_edited_scene_is_generated_again_when_its_edits_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, edited = (

@@ -1,4 +1,4 @@
-"""Items shared by workers that come and go: every one is made, none twice, failures are tried again and told."""
+"""Items shared by workers that come and go: all are made, none twice, and failures are retried and reported."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def digests(out: Path, count: int) -> dict[str, str]:
 def test_several_workers_make_every_item_once(tmp_path: Path) -> None:
     workers = [start(tmp_path, 30, 0.005, n, 3) for n in range(3)]
     assert [worker.wait(200) for worker in workers] == [0, 0, 0]
-    assert sorted((tmp_path / "begun").read_text().split()) == sorted(item.name for item in items(30))
+    assert sorted((tmp_path / "started").read_text().split()) == sorted(item.name for item in items(30))
     assert work(tmp_path, 30, 0.0).skipped == [item.name for item in items(30)]
 
 
@@ -45,9 +45,9 @@ def test_workers_killed_at_random_leave_the_bytes_of_one_that_was_not(tmp_path: 
     work(whole, count, 0.0)
     workers = [start(out, count, 0.02, n, 2) for n in range(2)]
     for _ in range(5):
-        begun = lines(out)
+        before = lines(out)
         deadline = time.monotonic() + 200
-        while lines(out) < min(count, begun + rng.randint(2, 6)) and time.monotonic() < deadline:
+        while lines(out) < min(count, before + rng.randint(2, 6)) and time.monotonic() < deadline:
             time.sleep(rng.uniform(0, 0.02))
         victim = rng.randrange(2)
         workers[victim].kill()
@@ -58,16 +58,16 @@ def test_workers_killed_at_random_leave_the_bytes_of_one_that_was_not(tmp_path: 
     assert sorted(path.name for path in out.iterdir() if path.is_dir() and path.name != ".claims") == sorted(
         item.name for item in items(count)
     )
-    again = Counter((out / "begun").read_text().split())
-    assert sum(again.values()) - count <= 5  # no more than what the killed ones had begun
+    again = Counter((out / "started").read_text().split())
+    assert sum(again.values()) - count <= 5  # at most the items that the killed workers had started
 
 
 def lines(out: Path) -> int:
-    log = out / "begun"
+    log = out / "started"
     return log.read_text().count("\n") if log.exists() else 0
 
 
-def test_an_item_of_another_worker_is_waited_for(tmp_path: Path) -> None:
+def test_a_worker_waits_for_an_item_that_another_one_has_claimed(tmp_path: Path) -> None:
     first, second = items(2)
     with Claims(tmp_path) as other:
         assert other.take(first.name)
@@ -85,18 +85,18 @@ def test_an_item_of_another_worker_is_waited_for(tmp_path: Path) -> None:
     assert (summary.made, summary.skipped) == ([second.name], [first.name])
 
 
-def test_what_fails_once_is_tried_again_and_what_fails_twice_is_named(tmp_path: Path) -> None:
+def test_an_item_is_retried_after_one_failure_and_reported_after_two(tmp_path: Path) -> None:
     flaky, broken, well = items(3)
     tries: Counter[str] = Counter()
 
     def make(item: Item, _: Claim) -> Future[None]:
         tries[item.name] += 1
         if item == broken or (item == flaky and tries[item.name] == 1):
-            raise MagicDriveError("no room")
+            raise MagicDriveError("disk full")
         write(tmp_path, item)
         return finished()
 
-    with pytest.raises(MagicDriveError, match=rf"1 of 3 items failed, each 2 times. {broken.name}: no room"):
+    with pytest.raises(MagicDriveError, match=rf"1 of 3 items failed, each 2 times. {broken.name}: disk full"):
         share_items([flaky, broken, well], tmp_path, lambda item: item.name, make, wait=lambda _: None)
     assert tries == {flaky.name: 2, broken.name: 2, well.name: 1}
     assert (tmp_path / flaky.name).is_dir()

@@ -1,4 +1,4 @@
-"""Items come out the same whatever the order and the worker, and what is done stays."""
+"""Items do not depend on order and worker, and finished items stay as they are."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_an_item_is_six_videos_a_record_and_a_sheet(made: Path, items: list[Item
 
 
 def test_no_camera_picture_is_opened(made: Path, project: Path) -> None:
-    """Generation went well although there is none."""
+    """Generation succeeded although no camera picture exists."""
     scenes = read_scenes(project / "artifacts/infos")
     named = {path for scene in scenes for views in scene.pictures for path in views}
     assert named
@@ -76,13 +76,13 @@ def test_views_and_generations_differ(made: Path, items: list[Item]) -> None:
     assert len({*first.values(), *second.values()}) == 12
 
 
-def test_rows_that_were_cut_off_come_back_black(made: Path, items: list[Item]) -> None:
+def test_cropped_rows_come_back_black(made: Path, items: list[Item]) -> None:
     frame = next(decode_video(made / items[0].name / f"{items[0].name.split('_')[0]}_CAM_BACK.mp4"))
     assert frame[:90].max() < 40  # 32x64 at full width has 800 rows
     assert frame[110:].max() > 60
 
 
-def test_an_item_alone_and_from_another_worker_is_the_same(
+def test_an_item_does_not_depend_on_the_other_items_and_the_worker(
     made: Path, items: list[Item], project: Path, tmp_path: Path
 ) -> None:
     alone = generate_items(small_config(), items[1:], project / STAGE, tmp_path, shard=(1, 2), project=project)
@@ -90,13 +90,15 @@ def test_an_item_alone_and_from_another_worker_is_the_same(
     assert digests(tmp_path, items[1]) == digests(made, items[1])
 
 
-def test_done_items_are_left_alone_and_damaged_ones_made_again(
+def test_finished_items_are_skipped_and_damaged_ones_made_again(
     made: Path, items: list[Item], project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     shutil.copytree(made, out)
     with monkeypatch.context() as nothing:
-        nothing.setattr(generate.Models, "load", lambda *_: pytest.fail("weights were loaded for nothing"))
+        nothing.setattr(
+            generate.Models, "load", lambda *_: pytest.fail("weights were loaded although every item was finished")
+        )
         assert generate_items(small_config(), items, project / STAGE, out, project=project).skipped == [
             item.name for item in items
         ]
@@ -145,7 +147,7 @@ def test_a_single_frame_is_written_as_pictures(tmp_path: Path) -> None:
         assert picture.size == (1600, 900)
 
 
-def test_frames_can_be_kept_without_loss(made: Path, items: list[Item], project: Path, tmp_path: Path) -> None:
+def test_frames_can_be_written_losslessly(made: Path, items: list[Item], project: Path, tmp_path: Path) -> None:
     config = small_config("video.format=png")
     generate_items(config, items[:1], project / STAGE, tmp_path, project=project)
     record, encoded = ItemRecord.read(tmp_path / items[0].name), ItemRecord.read(made / items[0].name)
@@ -165,13 +167,13 @@ def test_frames_can_be_kept_without_loss(made: Path, items: list[Item], project:
 
 
 @pytest.mark.parametrize(("height", "width", "band"), [(224, 400, 4), (424, 800, 52), (848, 1600, 52), (112, 200, 4)])
-def test_frames_become_pictures_of_full_size(height: int, width: int, band: int) -> None:
+def test_frames_become_full_size_images(height: int, width: int, band: int) -> None:
     picture = full_size_image(np.full((height, width, 3), 200, dtype=np.uint8))
     assert picture.shape == (900, 1600, 3)
     assert not picture[:band].any()
     assert (picture[band:] == 200).all()
 
 
-def test_frames_taller_than_a_picture_are_refused() -> None:
+def test_frames_taller_than_an_image_are_refused() -> None:
     with pytest.raises(MagicDriveError, match="taller than 900 rows"):
         full_size_image(np.zeros((300, 400, 3), dtype=np.uint8))

@@ -1,4 +1,4 @@
-"""Generation with imported weights: where they are picked up, and that the published switch has to be on."""
+"""Generation with imported weights: where they are found, and that they need published: true."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_imported_weights_generate(project: Path) -> None:
-    """No training is planned, and the oddities are on: the stored rotary tables count, not the formula's."""
+    """No training is planned, and the published network is built with its stored rotary tables."""
     config = small_config("published=true", IMPORTED, "generate.generations=1")
     paths = find_run_paths(config, project=project)
     assert paths.model.folder == project / "runs/published-stage3"
@@ -50,7 +50,7 @@ def test_imported_weights_generate(project: Path) -> None:
     assert summary.made == [items[0].name]
 
 
-def test_without_the_switch_they_are_refused(project: Path) -> None:
+def test_imported_weights_without_published_are_refused(project: Path) -> None:
     config = small_config(IMPORTED)
     with pytest.raises(MagicDriveError, match="oddities") as caught:
         Models.load(config, find_run_paths(config, project=project).model.folder, project)
@@ -63,7 +63,7 @@ def test_missing_imported_weights_are_named(project: Path) -> None:
     assert "import-checkpoint" in caught.value.hint
 
 
-def test_where_the_weights_lie_decides_nothing(project: Path) -> None:
+def test_the_path_of_the_weights_does_not_change_the_fingerprint(project: Path) -> None:
     (project / "mine").symlink_to("runs/published-stage3")
     there, here = (
         find_run_paths(small_config(f"generate.weights={name}"), project=project)

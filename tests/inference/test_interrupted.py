@@ -1,4 +1,4 @@
-"""Generation that is killed five times at random ends in the bytes of one that was not."""
+"""Generation that is killed five times at random writes the same bytes in the end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.inference.project import make_project, small_config, small_scene
 
 
 def content(folder: Path) -> dict[str, Any]:
-    """All files below a folder of items; of a record all but the times that the work took."""
+    """Returns all files below a folder of items, records without their durations."""
     files: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
@@ -35,4 +35,4 @@ def test_a_run_killed_five_times_ends_in_the_same_bytes(tmp_path: Path) -> None:
     interrupted(tmp_path, tmp_path / "killed", times=5, seconds=took)
     whole, killed = content(tmp_path / "whole"), content(tmp_path / "killed")
     assert len(whole) == 8 * len(all_items(tmp_path))
-    assert killed == whole  # no half-made folder is left either
+    assert killed == whole  # and no partial folder is left

@@ -1,4 +1,4 @@
-"""Which items there are, and what decides their pixels."""
+"""Which items are generated, and what decides their pixels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.inference.project import small_config, small_scene
 DIGESTS = {"model": "m", "versions": "v", "infos": "i"}
 
 
-def test_one_item_a_validation_scene_and_generation() -> None:
+def test_there_is_one_item_for_each_validation_scene_and_generation() -> None:
     scenes = [small_scene(12), small_scene(12, "train", "scene-0002"), small_scene(30, "both", "scene-0003")]
     items = list_items(small_config(), scenes)
     assert [item.name for item in items] == [f"scene000{n}f0_gen{g}" for n in (1, 3) for g in range(2)]
@@ -48,7 +48,7 @@ def test_no_validation_scene_is_an_error() -> None:
         list_items(small_config(), [small_scene(12, "train")])
 
 
-def test_seeds_belong_to_items_alone() -> None:
+def test_a_seed_depends_only_on_its_item() -> None:
     config = small_config("generate.generations=4")
     scenes = [small_scene(12, "val", f"scene-000{n}") for n in range(3)]
     seeds = {item.name: item_seed(config, item) for item in list_items(config, scenes)}

@@ -1,4 +1,4 @@
-"""The memory planner against what the allocator really gives out."""
+"""The memory planner against the memory that torch's allocator really hands out."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def planner() -> Planner:
 
 
 def allocated(work: Callable[[], Any]) -> int:
-    """Most bytes that torch's own allocator had given out during ``work``, beyond those before."""
+    """Returns the most bytes that torch's allocator handed out during ``work``, beyond those before."""
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
@@ -57,14 +57,14 @@ def allocated(work: Callable[[], Any]) -> int:
 @torch.no_grad()
 @pytest.mark.parametrize("limit", [0, 400])
 def test_the_plan_is_within_a_tenth_of_a_real_run(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The network on meta tensors against the same on real ones, on a CPU that takes a GPU's paths."""
+    """The network on meta tensors against the same one on real tensors, on a CPU that takes the paths of a GPU."""
     monkeypatch.setattr("magicdrive_core.kernels.library.usable", lambda _: False)
     real = network(width=128, heads=4, ego_heads=4, box_heads=4).requires_grad_(False)
     parallelize(real, slice_tokens=limit)
-    told, x, t = replace(conditions(slots=5), box_latent=torch.zeros(1, 5, 128)), noisy(size=(24, 40)), torch.zeros(1)
-    measured = allocated(lambda: real(x, t, told))
+    batch, x, t = replace(conditions(slots=5), box_latent=torch.zeros(1, 5, 128)), noisy(size=(24, 40)), torch.zeros(1)
+    measured = allocated(lambda: real(x, t, batch))
     fake = real.to("meta")
-    inputs = x.to("meta"), t.to("meta"), told.to("meta")
+    inputs = x.to("meta"), t.to("meta"), batch.to("meta")
     with FusedAttention(), LiveMemory() as memory:
         memory.hold(
             [
@@ -80,7 +80,7 @@ def test_the_plan_is_within_a_tenth_of_a_real_run(limit: int, monkeypatch: pytes
     assert measured > 5e6
 
 
-def test_storages_count_once_and_only_while_they_live() -> None:
+def test_a_storage_counts_once_and_only_until_it_is_freed() -> None:
     with LiveMemory() as memory:
         a = torch.zeros(1000)
         b = a.view(10, 100)[2:]
@@ -92,7 +92,7 @@ def test_storages_count_once_and_only_while_they_live() -> None:
         assert (memory.live, memory.peak) == (0, 7200)
 
 
-def test_what_is_planned_moves_as_it_should(planner: Planner) -> None:
+def test_the_plan_grows_and_shrinks_with_its_causes(planner: Planner) -> None:
     base = planner.peaks("64x96", 17, Setting(slots=4, map_cells=40))
     longer = planner.peaks("64x96", 33, Setting(slots=4, map_cells=40))
     shared = planner.peaks("64x96", 33, Setting(slots=4, map_cells=40, sp=2))
@@ -106,7 +106,7 @@ def test_what_is_planned_moves_as_it_should(planner: Planner) -> None:
     assert beside.decoding > longer.decoding
 
 
-def test_the_table_stands_beside_the_published_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_shows_planned_next_to_published(monkeypatch: pytest.MonkeyPatch) -> None:
     gib = memory_table.GIB
 
     class Fixed:
@@ -126,7 +126,7 @@ def small_planner(monkeypatch: pytest.MonkeyPatch, planner: Planner) -> None:
 
 
 @pytest.mark.usefixtures("small_planner")
-def test_the_verb(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_each_phase_and_refuses_bad_sizes(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli(["memory", "--size", "64x96", "--frames", "9", "--boxes", "3", "--no-offload"])
     assert ended.value.code == 0

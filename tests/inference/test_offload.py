@@ -1,8 +1,8 @@
-"""``generate.offload`` without a GPU: who is moved where and when, and that it changes no video.
+"""``generate.offload`` without a GPU: which model moves when, and that no video changes.
 
-On a CPU device and main memory are one, so that memory itself is not measured here. That weights leave main memory is
-shown on the meta device, from which nothing comes back; the order of the moves of a whole generation is written down
-as it is asked for, with the device called ``cpu:0``.
+On a CPU, device and main memory are the same, so that memory is not measured here. That weights leave main memory is
+shown on the meta device, from which nothing comes back. The order of moves in a whole generation is recorded, with the
+device called ``cpu:0``.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("offload", [True, False])
 @pytest.mark.parametrize("wanted", ["network", "vae"])
-def test_all_of_the_wanted_model_is_moved_and_nothing_of_the_other(project: Path, offload: bool, wanted: str) -> None:
+def test_the_wanted_model_moves_completely_and_the_other_one_leaves(project: Path, offload: bool, wanted: str) -> None:
     models = replace(Models.load(OFFLOAD, project / STAGE, project), device=torch.device("meta"), offload=offload)
     parts = {"network": models.network, "vae": models.vae.model}
     models.move_to_device(parts[wanted])
@@ -46,52 +46,54 @@ def test_all_of_the_wanted_model_is_moved_and_nothing_of_the_other(project: Path
             assert tensor.is_meta == (offload and name == wanted)
 
 
-def test_the_text_encoder_has_the_device_for_itself(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A caption that the cache has not: network and VAE wait in main memory, and the encoder is not kept."""
+def test_only_the_text_encoder_is_on_the_device_while_it_encodes(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a caption outside the cache, network and VAE wait in main memory, and the encoder is not kept."""
     models = Models.load(OFFLOAD, project / STAGE, project)
-    places = {"network": "cpu:0", "vae": "cpu:0"}  # of what was at work before
+    devices = {"network": "cpu:0", "vae": "cpu:0"}  # before the call
     encoders: list[weakref.ref[Encoder]] = []
 
     class Encoder:
         def encode(self, captions: list[str]) -> list[torch.Tensor]:
-            assert set(places.values()) == {"cpu"}
+            assert set(devices.values()) == {"cpu"}
             return [torch.full((3, 16), float(len(captions)))]
 
     def load(*_: object) -> Encoder:
-        assert set(places.values()) == {"cpu"}  # room is made before the weights are read
+        assert set(devices.values()) == {"cpu"}  # moved before the weights are read
         encoder = Encoder()
         encoders.append(weakref.ref(encoder))
         return encoder
 
     monkeypatch.setattr(TextEncoder, "load", load)
     for name, model in (("network", models.network), ("vae", models.vae.model)):
-        monkeypatch.setattr(model, "to", partial(places.__setitem__, name))
+        monkeypatch.setattr(model, "to", partial(devices.__setitem__, name))
     assert models.features("Nothing like it was ever cached").tolist() == [[1.0] * 16] * 3
     assert [encoder() for encoder in encoders] == [None]
 
 
-def test_each_model_is_alone_on_the_device_while_it_works_and_the_videos_are_the_same(
+def test_only_the_working_model_is_on_the_device_and_the_videos_are_equal(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     items = list_items(OFFLOAD, read_scenes(project / "artifacts/infos"))
     generate_items(small_config(), items, project / STAGE, project / "kept", project=project)
     models = replace(Models.load(OFFLOAD, project / STAGE, project), device=torch.device("cpu:0"))
     parts: dict[str, Any] = {"network": models.network, "vae": models.vae.model}
-    places = {"network": "cpu", "vae": "cpu:0"}  # as Models.load leaves them
+    devices = {"network": "cpu", "vae": "cpu:0"}  # as Models.load leaves them
     works: list[str] = []
 
     def noting(call: Callable[..., Any], name: str, other: str) -> Callable[..., Any]:
         def noted(*words: Any, **options: Any) -> Any:
-            assert (places[name], places[other]) == ("cpu:0", "cpu")
+            assert (devices[name], devices[other]) == ("cpu:0", "cpu")
             works.append(name)
             return call(*words, **options)
 
         return noted
 
     def moving(name: str) -> Callable[[Any], None]:
-        def to(place: Any) -> None:
-            places[name] = str(place)
-            assert set(places.values()) != {"cpu:0"}  # never both: room is made first
+        def to(device: Any) -> None:
+            devices[name] = str(device)
+            assert set(devices.values()) != {"cpu:0"}  # never both on the device
 
         return to
 

@@ -1,4 +1,4 @@
-"""Networks of less precision, or compiled: pictures come out as they do without."""
+"""Networks of lower precision and compiled ones generate almost the same frames."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pictures(project: Path, out: Path, *settings: str) -> NDArray[np.float64]:
-    """(V, F, H, W, 3) of the first item, as the network makes them."""
+    """Frames (V, F, H, W, 3) of the first item at the network's size."""
     config = small_config("video.format=png", *settings)
     item = list_items(config, read_scenes(project / "artifacts/infos"))[0]
     generate_items(config, [item], project / STAGE, out, project=project)
@@ -35,7 +35,7 @@ def pictures(project: Path, out: Path, *settings: str) -> NDArray[np.float64]:
     return np.stack([list(read_view(out / item.name / entry.file)) for entry in views]).astype(float)
 
 
-def test_precision_and_compilation_leave_the_pictures(
+def test_precision_and_compilation_hardly_change_the_frames(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writing, "full_size_image", lambda frame: frame)

@@ -1,4 +1,4 @@
-"""Clips longer than what is sampled at once, and clips whose first frames are given."""
+"""Clips that are longer than a window, and clips with initial frames."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files of the network's size: writing hundreds of full pictures without loss takes minutes."""
+    """Writes files of the network's size, because hundreds of lossless full-size images take minutes."""
     for module in (sampling, writing):
         monkeypatch.setattr(module, "full_size_image", lambda frame: frame)
 
@@ -58,7 +58,7 @@ def frames(folder: Path, view: str = "CAM_BACK") -> np.ndarray:
     return np.stack(list(read_view(folder / record.views[view].file)))
 
 
-def test_each_window_goes_on_from_the_pictures_that_the_one_before_ends_with(project: Path) -> None:
+def test_each_window_continues_from_the_last_frames_of_the_one_before(project: Path) -> None:
     config = small_config(*LONG, "generate.initial_latent_frames=2")
     scene = read_scenes(project / "artifacts/infos")[0]
     (item,) = list_items(config, [scene])
@@ -68,14 +68,16 @@ def test_each_window_goes_on_from_the_pictures_that_the_one_before_ends_with(pro
     window = sampler.windows[1]
     assert (window.start, window.conditioning_latents, window.conditioning_frames) == (8, 3, 9)
     pixels = np.stack([np.concatenate([group[0] for group in models.vae.decode(view[None])]) for view in first])
-    given = models.vae.latents(models.vae.moments(torch.from_numpy(pixels[:, 8:]).permute(0, 4, 1, 2, 3) / 127.5 - 1.0))
-    torch.testing.assert_close(second[:, :, :3], given, rtol=1e-4, atol=1e-5)
+    conditioning = models.vae.latents(
+        models.vae.moments(torch.from_numpy(pixels[:, 8:]).permute(0, 4, 1, 2, 3) / 127.5 - 1.0)
+    )
+    torch.testing.assert_close(second[:, :, :3], conditioning, rtol=1e-4, atol=1e-5)
     shown = np.stack([np.stack(list(view)) for view in sampler.decode_views([first, second])])
     assert shown.shape == (6, 25, 32, 64, 3)
     assert np.array_equal(shown[:, :17], pixels)
 
 
-def test_a_long_clip_is_the_same_again_and_says_how_long_it_is(project: Path) -> None:
+def test_a_long_clip_is_reproducible_and_records_its_length(project: Path) -> None:
     config = small_config(*LONG)
     one, again = (make(config, project, out) for out in ("one", "again"))
     assert np.array_equal(frames(one[1]), frames(again[1]))
@@ -84,7 +86,7 @@ def test_a_long_clip_is_the_same_again_and_says_how_long_it_is(project: Path) ->
     assert not np.array_equal(frames(one[1]), frames(whole[1]))
 
 
-def test_real_pictures_begin_a_clip(project: Path) -> None:
+def test_a_clip_starts_with_real_pictures(project: Path) -> None:
     config = small_config(
         *LONG,
         "generate.initial_frames=real",
@@ -102,7 +104,7 @@ def test_real_pictures_begin_a_clip(project: Path) -> None:
     assert not np.array_equal(shown[5], shown[4])
 
 
-def test_an_earlier_generation_goes_on(project: Path) -> None:
+def test_a_clip_continues_an_earlier_generation(project: Path) -> None:
     config = small_config(*LONG, "generate.frames=9", "generate.window=null", "submission.frames=8")
     _, earlier = make(config, project, "earlier")
     assert len(frames(earlier)) == 8

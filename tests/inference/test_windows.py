@@ -1,4 +1,4 @@
-"""Windows of a long clip: all of the longest length, overlapping evenly, whatever the clip's length."""
+"""Windows of a long clip: all of the longest length, evenly overlapping, for any length of the clip."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_windows_cover_the_clip(n: int, m: int, overlap: int, conditioned: bool)
     for number, window in enumerate(windows):
         if number:
             assert overlap <= window.conditioning_latents <= window.frames // 4
-            assert window.start + window.conditioning_frames == shown  # goes on where the one before ended
+            assert window.start + window.conditioning_frames == shown  # new frames start where the window before ended
         shown = window.start + window.frames
     assert shown == frames
     if len(windows) > 1:
@@ -43,7 +43,7 @@ def test_a_clip_that_fits_is_one_window() -> None:
     assert plan_windows(17, 33, 1) == plan_windows(17, 17, 1) == [Window(0, 17, 0)]
 
 
-def test_an_earlier_generation_goes_on_from_its_last_frames(tmp_path: Path) -> None:
+def test_a_clip_continues_from_the_last_frames_of_an_earlier_generation(tmp_path: Path) -> None:
     folder = tmp_path
     scene = small_scene(60)
     write_item(folder / "outputs/earlier", scene.first_sample, frames=16, scene=scene.token)

@@ -1,4 +1,4 @@
-"""Workers that share items whose making is a stand-in: a grey picture, a few milliseconds, no network."""
+"""Workers that share items and write grey images in a few milliseconds instead of running a network."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def items(count: int) -> list[Item]:
 
 
 def write(out: Path, item: Item, seconds: float = 0.0) -> None:
-    """An item's folder whose bytes depend on its name alone."""
+    """Writes an item's folder whose bytes depend only on its name."""
     sample = item.name.removesuffix("_gen0")
     with atomic_folder(out / item.name) as folder:
         path = folder / f"{sample}.png"
@@ -47,10 +47,10 @@ def finished() -> Future[None]:
 
 
 def work(out: Path, count: int, seconds: float, shard: tuple[int, int] = (0, 1)) -> Summary:
-    """One worker; each item that it begins is a line of ``out/begun``."""
+    """Runs one worker, which adds a line to ``out/started`` for each item that it starts."""
 
     def make(item: Item, _: Claim) -> Future[None]:
-        with (out / "begun").open("a") as log:
+        with (out / "started").open("a") as log:
             log.write(f"{item.name}\n")
         write(out, item, random.uniform(0, 2 * seconds))
         return finished()

@@ -1,4 +1,4 @@
-"""The cap holds on the file for any content, and what is written comes back."""
+"""The cap holds on the file for any content, and decoding returns the written frames."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_decoding_gives_the_measured_frames_back(tmp_path: Path) -> None:
     assert 10 * np.log10(255**2 / error) == pytest.approx(made.psnr, abs=0.01)
 
 
-def test_every_frame_stands_in_its_place(tmp_path: Path) -> None:
+def test_frames_keep_their_order(tmp_path: Path) -> None:
     frames = [np.full((64, 64, 3), 12 * n, dtype=np.uint8) for n in range(20)]
     made = encode_video(frames, tmp_path / "a.mp4", fps=12, max_mbit_s=4.0)
     assert [round(float(frame.mean()) / 12) for frame in decode_video(made.path)] == list(range(20))
@@ -137,7 +137,7 @@ def test_colours_are_tagged_and_come_back(tmp_path: Path) -> None:
         assert decoded[32, 16 + 32 * n] == pytest.approx(colour, abs=6)
 
 
-def test_the_index_stands_before_the_data(tmp_path: Path) -> None:
+def test_the_index_precedes_the_data(tmp_path: Path) -> None:
     data = encode_video(street(2), tmp_path / "a.mp4", fps=12, max_mbit_s=4.0).path.read_bytes()
     assert 0 < data.index(b"moov") < data.index(b"mdat")
 
@@ -155,7 +155,7 @@ def test_unusable_frames_are_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_probe_measures_what_is_there(tmp_path: Path) -> None:
+def test_probe_measures_the_file(tmp_path: Path) -> None:
     made = encode_video(street(7), tmp_path / "a.mp4", fps=10, max_mbit_s=4.0)
     info = probe(made.path)
     assert (info.frames, info.fps, info.height, info.width, info.codec) == (7, 10.0, 180, 320, "h264")
@@ -163,7 +163,7 @@ def test_probe_measures_what_is_there(tmp_path: Path) -> None:
     assert info.mbit_s == pytest.approx(made.mbit_s)
 
 
-def test_what_is_no_video_is_a_clear_error(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_video_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(b"nothing of the kind" * 100)
     for read in (probe, lambda path: next(decode_video(path))):
         with pytest.raises(MagicDriveError, match="cannot be read as a video"):
@@ -172,7 +172,7 @@ def test_what_is_no_video_is_a_clear_error(tmp_path: Path) -> None:
             read(tmp_path / "missing.mp4")
 
 
-def test_broken_data_is_not_painted_over(tmp_path: Path) -> None:
+def test_broken_data_is_not_concealed(tmp_path: Path) -> None:
     data = bytearray(encode_video(noise(16, 96, 160), tmp_path / "a.mp4", fps=12, max_mbit_s=2.0).path.read_bytes())
     third = len(data) // 3
     data[third : 2 * third] = bytes(third)

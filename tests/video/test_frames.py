@@ -1,4 +1,4 @@
-"""Frames as PNG files: nothing is lost, the order is that of the numbers, and a folder becomes a video."""
+"""Frames as PNG files are lossless, sorted by their numbers, and can be encoded as a video."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_numbers_order_the_files(tmp_path: Path) -> None:
     assert [path.name for path in frame_files(tmp_path)] == ["frame_9.PNG", "frame_10.png", "frame_100.png"]
 
 
-def test_the_verb_cuts_head_and_tail_and_tags_its_colours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_trims_both_ends_and_tags_the_colours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_frames(FRAMES, tmp_path / "in")
     out = tmp_path / "out.mp4"
     assert (
@@ -56,7 +56,7 @@ def test_the_verb_cuts_head_and_tail_and_tags_its_colours(tmp_path: Path, capsys
         assert (context.color_primaries, context.color_trc) == (1, 1)  # BT.709
 
 
-def test_what_is_wrong_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_input_is_reported_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, out = tmp_path / "in", str(tmp_path / "out.mp4")
     write_frames(FRAMES[:2], folder)
     cases = [
@@ -74,7 +74,7 @@ def test_what_is_wrong_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
     assert not Path(out).exists()
 
 
-def test_pictures_that_are_no_frames_are_refused(tmp_path: Path) -> None:
+def test_images_that_cannot_be_frames_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((4, 4), dtype=np.uint16)).save(tmp_path / "deep.png")
     with pytest.raises(MagicDriveError, match="mode I;16"):
         read_frame(tmp_path / "deep.png")

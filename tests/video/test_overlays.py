@@ -1,4 +1,4 @@
-"""Boxes, ground and the panel from above lie where geometry says."""
+"""Boxes, ground and the panel from above are drawn where geometry puts them."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_absent_boxes_are_not_drawn_and_the_frame_is_kept() -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(90, 109), st.integers(118, 135))
-def test_a_patch_of_the_map_is_painted_where_it_lies_on_the_ground(i: int, j: int) -> None:
+def test_a_patch_of_the_map_is_painted_at_its_position_on_the_ground(i: int, j: int) -> None:
     bev_map = np.zeros((8, 200, 200), dtype=np.uint8)
     bev_map[0, i - 2 : i + 3, j - 2 : j + 3] = 1
     blank = np.zeros((224, 400, 3), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""The search ends under the cap after few passes, whatever the content's rates are like."""
+"""The search ends under the cap after few passes, for any relation of quality and bit rate."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ octaves = st.lists(st.floats(0.05, 6), min_size=10, max_size=10)
 
 
 def rate_at(quality: float, falls: list[float], lowest: float) -> float:
-    """Mbit/s of a content whose rate falls by ``falls`` octaves along the way from the best to the worst quality."""
+    """Returns the Mbit/s of content whose rate falls by ``falls`` octaves from the best to the worst quality."""
     heights = log2(lowest) + sum(falls) - np.cumsum([0, *falls])
     return float(2 ** np.interp(quality, np.linspace(BEST_QUALITY, WORST_QUALITY, len(heights)), heights))
 
 
 def run(search: RateSearch, falls: list[float], lowest: float) -> list[tuple[float, float, bool]]:
-    """Quality, rate, and whether it is the best so far, of each pass."""
+    """Returns quality, rate and whether it is the best so far, for each pass."""
     tries = []
     while not search.done and not search.infeasible:
         quality = search.next_quality()
@@ -69,7 +69,7 @@ def test_a_good_start_makes_one_pass_enough_and_a_fair_one_two(octave: float) ->
     assert passes(START_QUALITY + 1.0) <= 2
 
 
-def test_rates_that_rise_where_they_should_fall_end_the_search_all_the_same() -> None:
+def test_the_search_ends_even_if_rates_rise_with_the_rate_factor() -> None:
     search = RateSearch(4.0)
     rng = np.random.default_rng(0)
     kept, count = 0.0, 0

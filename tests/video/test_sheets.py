@@ -1,4 +1,4 @@
-"""Grids hold every view in its place."""
+"""Grids and sheets hold every view at its position."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from magicdrive_core.video.sheets import contact_sheet, resize, six_views, view_
 SHADES = np.stack([np.full((90, 160, 3), 40 * view + 20, dtype=np.uint8) for view in range(6)])
 
 
-def test_views_stand_as_around_the_car() -> None:
+def test_views_are_arranged_as_around_the_car() -> None:
     sheet = six_views(SHADES)
     titles = [[view_title(VIEWS[round((int(sheet[y, x, 0]) - 20) / 40)]) for x in (80, 242, 404)] for y in (60, 152)]
     assert titles == [["front left", "front", "front right"], ["back left", "back", "back right"]]

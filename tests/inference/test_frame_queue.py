@@ -1,4 +1,4 @@
-"""Frames on their way to the encoder: in order, beside the next item's sampling, few of them in memory."""
+"""The frame queue to the encoder's thread: in order, while the next item is sampled, with few frames in memory."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def shades(views: Iterator[FrameFile]) -> list[int]:
     return [int(frame[0, 0, 0]) for frames in views for frame in frames.read()]
 
 
-def test_the_next_item_is_made_while_one_is_encoded() -> None:
+def test_the_next_item_is_queued_while_one_is_encoded() -> None:
     written: list[list[int]] = []
     encoding, sampled = threading.Event(), threading.Event()
 
     def encode(views: Iterator[FrameFile]) -> None:
-        begun = next(views)
+        first_view = next(views)
         encoding.set()
         assert sampled.wait(SECONDS)
-        written.append(shades(chain([begun], views)))
+        written.append(shades(chain([first_view], views)))
 
     with FrameQueue() as frame_queue:
         first = frame_queue.write((view(10 * n) for n in range(6)), encode)
         assert encoding.wait(SECONDS)
-        assert not first.done()  # and yet here we are: all six views wait in files
+        assert not first.done()  # yet all six views are queued, in files
         sampled.set()
         second = frame_queue.write((view(100 + 10 * n) for n in range(6)), lambda views: written.append(shades(views)))
         first.result(SECONDS)
@@ -49,7 +49,7 @@ def test_the_next_item_is_made_while_one_is_encoded() -> None:
     ]
 
 
-def test_an_item_that_cannot_be_encoded_leaves_the_next_one_whole() -> None:
+def test_an_item_that_cannot_be_encoded_does_not_harm_the_next_one() -> None:
     def broken(views: Iterator[FrameFile]) -> None:
         next(views).close()
         raise MagicDriveError("no space left on the disk")

@@ -1,4 +1,4 @@
-"""Two processes that share each clip make the items that one makes."""
+"""A worker of two processes generates the items that a single process generates."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def frames(folder: Path) -> np.ndarray:
 @pytest.mark.parametrize(
     ("how", "frames_made", "frames_kept", "apart"),
     [
-        ({"sequence_parallel": 2}, 9, 2, 1),  # shares round otherwise
-        ({"guidance_parallel": True}, 17, 10, 0),  # in windows, whose first frames one process makes
+        ({"sequence_parallel": 2}, 9, 2, 1),  # token shards are rounded differently
+        ({"guidance_parallel": True}, 17, 10, 0),  # in windows, whose conditioning frames the leader encodes
     ],
 )
-def test_two_processes_make_what_one_does(
+def test_two_processes_generate_what_a_single_one_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, Any], frames_made: int, frames_kept: int, apart: int
 ) -> None:
     config = small_config(
@@ -40,7 +40,7 @@ def test_two_processes_make_what_one_does(
         f"generate.frames={frames_made}",
         f"submission.frames={frames_kept}",
         "generate.generations=1",
-        "video.format=png",  # H.264 makes more of a rounded pixel
+        "video.format=png",  # H.264 would amplify the rounding of a pixel
     )
     make_project(tmp_path, config, small_scene(18))
     items = list_items(config, read_scenes(tmp_path / "artifacts/infos"))

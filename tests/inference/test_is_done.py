@@ -1,4 +1,4 @@
-"""What makes an item done: its fingerprint, its bytes, and files that open with what the record says."""
+"""When an item counts as finished: its fingerprint, its bytes, and files that open as the record says."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def truncated(folder: Path) -> None:
 
 
 def swapped(folder: Path) -> None:
-    """By a video that is valid, and of the same length."""
+    """Replaces a video by a valid one of the same length."""
     shutil.copy(next(folder.glob("*_CAM_FRONT.mp4")), back(folder))
 
 
@@ -55,7 +55,9 @@ def half_a_record(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", [truncated, swapped, half_a_record, lambda folder: back(folder).unlink()])
-def test_done_means_this_fingerprint_and_these_bytes(item: Path, harm: Callable[[Path], None]) -> None:
+def test_a_finished_item_has_the_wanted_fingerprint_and_the_recorded_bytes(
+    item: Path, harm: Callable[[Path], None]
+) -> None:
     assert done(item)
     assert not is_done(item, "another")
     assert not done(item.parent / "nothing")
@@ -64,7 +66,7 @@ def test_done_means_this_fingerprint_and_these_bytes(item: Path, harm: Callable[
 
 
 def recorded(folder: Path, path: Path) -> None:
-    """Takes a file of CAM_BACK into the record, as if it were the one that was written."""
+    """Records a file of CAM_BACK as if it were the one that was written."""
     values = json.loads((folder / RECORD).read_text())
     values["views"]["CAM_BACK"] |= {"file": path.name, "sha256": sha256_file(path), "bytes": path.stat().st_size}
     (folder / RECORD).write_text(json.dumps(values))
@@ -94,12 +96,14 @@ def first_frame_broken(folder: Path) -> Path:
         (first_frame_broken, False),
     ],
 )
-def test_a_record_is_not_believed_against_its_file(item: Path, make: Callable[[Path], Path], right: bool) -> None:
+def test_files_are_opened_even_if_the_record_agrees_with_their_bytes(
+    item: Path, make: Callable[[Path], Path], right: bool
+) -> None:
     recorded(item, make(item))
     assert done(item) is right
 
 
-def test_pictures_are_counted_and_opened(item: Path) -> None:
+def test_png_frames_are_counted_and_opened(item: Path) -> None:
     record = ItemRecord.read(item)
     for view, entry in record.views.items():
         folder = (item / entry.file).with_suffix("")
