@@ -1,1 +1,1 @@
-"""How good generated videos are: Frechet distances, detection, BEV masks, control fidelity."""
+"""How good generated videos are: Fréchet distances, detection, BEV masks, control fidelity."""

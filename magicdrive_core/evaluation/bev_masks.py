@@ -1,8 +1,8 @@
 """mIoU of BEV masks that a model predicted from generated key frames.
 
-A file of masks is an npz of ``tokens`` (N sample tokens), ``classes`` (K names) and ``masks`` (N, K, h, w) of 0 and 1.
-What the true masks are, the evaluator's model decides: its own, in a file of the same form, or, where none is given,
-the project's BEV maps (100 m a side; index i along the lidar's x, j along its y), under another name.
+A masks file is an npz with ``tokens`` (N sample tokens), ``classes`` (K names) and ``masks`` (N, K, h, w) of 0 and 1.
+The true masks are read from a file of the same form. Without one, the project's BEV maps are used (100 m along each
+side; index i along the lidar's x axis, j along its y axis), and the figure has another name.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ Bits = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Masks:
-    """BEV masks of samples."""
+    """BEV masks of samples: class names, and masks (K, h, w) by sample token."""
 
     classes: list[str]
     by_sample: dict[str, Bits]  # (K, h, w)
 
     @classmethod
     def read(cls, path: Path) -> Masks:
-        """Reads an npz.
+        """Read masks from an npz file.
 
         Raises:
-            MagicDriveError: it is missing, no npz, or of another form.
+            MagicDriveError: The file is missing, not an npz, or has other contents.
         """
         hint = "an npz with tokens (N), classes (K) and masks (N, K, h, w) of 0 and 1"
         try:
@@ -48,14 +48,16 @@ class Masks:
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise MagicDriveError(f"{path} cannot be read as BEV masks: {error}", hint) from None
         if masks.ndim != 4 or masks.shape[:2] != (len(tokens), len(classes)) or not np.isin(masks, (0, 1)).all():
-            raise MagicDriveError(f"{path}: masks {masks.dtype} {masks.shape} are not of 0 and 1, N, K, h, w", hint)
+            raise MagicDriveError(
+                f"{path}: masks must be 0 or 1 with shape (N, K, h, w), got {masks.dtype} {masks.shape}", hint
+            )
         names = [str(token) for token in tokens]
         return cls([str(name) for name in classes], dict(zip(names, masks.astype(np.bool_), strict=True)))
 
 
 @dataclass(frozen=True)
 class Segmentation:
-    """Intersections over unions, in percent."""
+    """Intersection over union in percent: mean over the classes, by class and by scene."""
 
     mean_iou: float
     class_iou: dict[str, float]  # without classes that are nowhere, neither predicted nor true
@@ -63,20 +65,27 @@ class Segmentation:
 
 
 def map_masks(config: Config, scenes: Sequence[Scene], predicted: Masks, project: Path = Path()) -> Masks:
-    """The project's own BEV maps as the truth of predicted masks, at their size.
+    """Rasterise the project's BEV maps as true masks, at the size of the predicted ones.
+
+    Args:
+        config: All settings; those of the data are used.
+        scenes: Scenes whose key frames are scored.
+        predicted: Masks whose classes and size are taken.
+        project: The project's folder.
 
     Raises:
-        MagicDriveError: a class is no layer of the map, or the masks are not square.
+        MagicDriveError: A class is not a layer of the map, or the masks are not square.
     """
     unknown = [name for name in predicted.classes if name not in MAP_LAYERS]
     if unknown:
         raise MagicDriveError(
-            f"BEV masks of {unknown[0]}: no layer of the map", f"name scores.bev_truth, or use {', '.join(MAP_LAYERS)}"
+            f"BEV masks: {unknown[0]} is not a layer of the map",
+            f"set scores.bev_truth, or use {', '.join(MAP_LAYERS)}",
         )
     height, width = next(iter(predicted.by_sample.values())).shape[1:]
     if height != width:
         raise MagicDriveError(
-            f"BEV masks of {height}x{width} cells: the project's maps are square", "name scores.bev_truth"
+            f"BEV masks have {height}x{width} cells, the project's maps are square", "set scores.bev_truth"
         )
     layers = [MAP_LAYERS.index(name) for name in predicted.classes]
     adapter, out = open_adapter(config, project), {}
@@ -89,18 +98,20 @@ def map_masks(config: Config, scenes: Sequence[Scene], predicted: Masks, project
 
 
 def evaluate_masks(predicted: Masks, truth: Masks, samples: Mapping[str, Sequence[str]]) -> Segmentation:
-    """Intersection over union of each class over all samples together, and its mean over the classes.
+    """Compute the intersection over union of each class over all samples, and its mean over the classes.
 
     Args:
-        predicted: by the model, from generated frames.
-        truth: of the same classes.
-        samples: tokens of the samples that are scored, by scene token.
+        predicted: Masks that a model predicted from generated frames.
+        truth: True masks of the same classes.
+        samples: Tokens of the scored samples by scene token.
 
     Raises:
-        MagicDriveError: other classes, another size, a sample without masks, or no class that is anywhere.
+        MagicDriveError: Classes or sizes differ, a sample has no masks, or no class appears anywhere.
     """
     if predicted.classes != truth.classes:
-        raise MagicDriveError(f"predicted masks are of {predicted.classes}, true ones of {truth.classes}")
+        raise MagicDriveError(
+            f"BEV masks: predicted classes {predicted.classes} differ from true classes {truth.classes}"
+        )
     counts = {
         scene: np.sum([_counts(predicted, truth, token) for token in tokens], axis=0)
         for scene, tokens in samples.items()
@@ -113,13 +124,13 @@ def evaluate_masks(predicted: Masks, truth: Masks, samples: Mapping[str, Sequenc
 
 
 def _counts(predicted: Masks, truth: Masks, token: str) -> NDArray[np.int64]:
-    """(K, 2): cells of intersection and of union."""
+    """Count the cells of intersection and union of a sample, (K, 2)."""
     for masks, whose in ((predicted, "predicted"), (truth, "true")):
         if token not in masks.by_sample:
-            raise MagicDriveError(f"the {whose} BEV masks lack sample {token}")
+            raise MagicDriveError(f"the {whose} BEV masks have no sample {token}")
     ours, theirs = predicted.by_sample[token], truth.by_sample[token]
     if ours.shape != theirs.shape:
-        raise MagicDriveError(f"sample {token}: predicted masks are {ours.shape}, true ones {theirs.shape}")
+        raise MagicDriveError(f"sample {token}: predicted masks have shape {ours.shape}, true masks {theirs.shape}")
     return np.stack([(ours & theirs).sum(axis=(1, 2)), (ours | theirs).sum(axis=(1, 2))], axis=1)
 
 

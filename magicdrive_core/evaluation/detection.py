@@ -1,4 +1,4 @@
-"""mAP of a detector on generated key frames, by nuScenes' own ``DetectionEval``, untouched."""
+"""mAP of a detector on generated key frames, computed by the unmodified ``DetectionEval`` of the nuScenes devkit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CONFIGURATION = "detection_cvpr_2019"  # nuScenes' own: matching by distance of 
 
 @dataclass(frozen=True)
 class Detection:
-    """What ``DetectionEval`` says of one result file, in percent."""
+    """Results of ``DetectionEval`` for one result file, in percent."""
 
     mean_ap: float
     nds: float
@@ -26,17 +26,16 @@ class Detection:
 
 
 def evaluate_detections(result: Path, tables: Tables, root: Path, version: str) -> Detection:
-    """Scores one nuScenes detection result file.
+    """Score one nuScenes detection result file.
 
     Args:
-        result: JSON with ``results`` (boxes by sample token) and ``meta``; samples beyond those of the tables are left
-            out of account.
-        tables: cut to the samples that are scored (``export.cut_to_clips``).
-        root: the data root that they were cut from.
-        version: of its tables.
+        result: JSON with ``results`` (boxes by sample token) and ``meta``; samples that the tables lack are ignored.
+        tables: Tables cut to the scored samples (``key_frames.cut_to_clips``).
+        root: The data root of the tables.
+        version: Version of the tables.
 
     Raises:
-        MagicDriveError: the file is no such JSON, lacks a sample, or holds no box.
+        MagicDriveError: The file is not such JSON, lacks a sample, or holds no box.
     """
     _check(result, {record["token"] for record in tables["sample"]})
     from nuscenes import NuScenes  # seconds to import
@@ -52,9 +51,7 @@ def evaluate_detections(result: Path, tables: Tables, root: Path, version: str) 
                 devkit, config_factory(CONFIGURATION), str(result), SPLIT, f"{folder}/evaluation", verbose=False
             )
         except (AssertionError, KeyError, TypeError, ValueError) as error:
-            raise MagicDriveError(
-                f"{result} is refused by nuScenes' evaluation: {type(error).__name__}: {error}"
-            ) from None
+            raise MagicDriveError(f"nuScenes' evaluation rejects {result}: {type(error).__name__}: {error}") from None
         whole, _ = run.evaluate()
         truth, found, scenes = run.gt_boxes, run.pred_boxes, {}
         for scene in tables["scene"]:
@@ -75,11 +72,11 @@ def _check(result: Path, samples: set[str]) -> None:
     hint = "run a nuScenes detector on the roots of magicdrive export-frames"
     content = read_json(result, hint)
     if not (isinstance(content, dict) and isinstance(content.get("results"), dict) and "meta" in content):
-        raise MagicDriveError(f"{result} is no nuScenes detection result: results and meta are wanted", hint)
+        raise MagicDriveError(f"{result} is not a nuScenes detection result: it needs results and meta", hint)
     missing: Sequence[str] = sorted(samples - set(content["results"]))
     if missing:
         raise MagicDriveError(
-            f"{result} lacks {len(missing)} of {len(samples)} samples, the first is {missing[0]}", hint
+            f"{result}: {len(missing)} of {len(samples)} samples are missing, the first is {missing[0]}", hint
         )
     if not any(content["results"][sample] for sample in samples):
-        raise MagicDriveError(f"{result} holds no box in any of the {len(samples)} samples", hint)
+        raise MagicDriveError(f"{result} has no box in any of the {len(samples)} samples", hint)

@@ -1,4 +1,4 @@
-"""What turns clips into features: the user's own I3D, or a small built-in network whose figure is never called FVD."""
+"""Feature extractors for clips: the user's own I3D, or a small built-in network whose distance is not called FVD."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ _FLAGS = {"rescale": False, "resize": False, "return_features": True}  # of the 
 
 
 class Extractor(Protocol):
-    """Clips (B, 3, F, 224, 224) in [-1, 1] to features (B, D)."""
+    """Turns clips (B, 3, F, 224, 224) in [-1, 1] into features (B, D)."""
 
     def __call__(self, clips: NDArray[np.float32]) -> NDArray[np.float64]:
-        """The features."""
+        """Return the features (B, D) of clips (B, 3, F, 224, 224)."""
 
 
 class TorchScriptI3D:
-    """A TorchScript file that gives I3D's 400 logits, before any softmax."""
+    """I3D from a TorchScript file that returns 400 logits, before any softmax."""
 
     def __init__(self, settings: I3D, project: Path = Path()) -> None:
-        """Loads the file, once its digest is right.
+        """Load the file after checking its digest.
 
         Raises:
-            MagicDriveError: it is missing, has another digest, or is no TorchScript.
+            MagicDriveError: The file is missing, has another digest, or is not TorchScript.
         """
         path = project / settings.path
         if not path.is_file():
@@ -45,43 +45,43 @@ class TorchScriptI3D:
         found = sha256_file(path)
         if found != settings.sha256:
             raise MagicDriveError(
-                f"{path} has the SHA-256 {found}, scores.i3d.sha256 says {settings.sha256}",
-                "figures of other weights cannot be compared: take the right file, or name its digest",
+                f"{path} has SHA-256 {found}, expected {settings.sha256} (scores.i3d.sha256)",
+                "use the file with that digest, or name its digest: scores of different weights cannot be compared",
             )
         self._device = this_device()
         try:
             self._module = torch.jit.load(str(path), map_location=self._device).eval()
         except RuntimeError as error:
-            raise MagicDriveError(f"{path} is no TorchScript module: {str(error).splitlines()[0]}") from None
+            raise MagicDriveError(f"{path} is not a TorchScript module: {str(error).splitlines()[0]}") from None
         known = {argument.name for argument in self._module.forward.schema.arguments}
         self._flags = {name: value for name, value in _FLAGS.items() if name in known}
         self._path = path
 
     @torch.inference_mode()
     def __call__(self, clips: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Logits (B, 400).
+        """Return the logits (B, 400) of clips.
 
         Raises:
-            MagicDriveError: the module takes no such clips, or gives something else.
+            MagicDriveError: The module rejects the clips or returns something else.
         """
         try:
             logits = self._module(torch.from_numpy(clips).to(self._device), **self._flags)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
-            raise MagicDriveError(f"{self._path} does not take (B, 3, {FRAMES}, {SIDE}, {SIDE}): {reason}") from None
+            raise MagicDriveError(f"{self._path} rejects clips (B, 3, {FRAMES}, {SIDE}, {SIDE}): {reason}") from None
         if not isinstance(logits, Tensor) or logits.shape != (len(clips), LOGITS):
             what = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise MagicDriveError(
-                f"{self._path} gives {what} for {len(clips)} clips, not ({len(clips)}, {LOGITS}) logits"
+                f"{self._path} returns {what} for {len(clips)} clips, expected logits ({len(clips)}, {LOGITS})"
             )
         return logits.double().cpu().numpy()
 
 
 class SmallExtractor:
-    """64 features of a fixed, random network: three spatio-temporal convolutions over clips at a quarter of their size.
+    """Computes 64 features with a fixed random network: three spatio-temporal convolutions on downsampled clips.
 
-    Random filters answer to edges, colours and motion, so that the distance falls to 0 as clips become alike and rises
-    with noise; it knows nothing of what a picture shows.
+    Random filters respond to edges, colours and motion. The distance falls to 0 as clips become equal and rises with
+    noise, but it does not measure what a picture shows.
     """
 
     WIDTHS = (3, 16, 32, 64)
@@ -98,7 +98,7 @@ class SmallExtractor:
 
     @torch.inference_mode()
     def __call__(self, clips: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Features (B, 64): each filter's mean answer over place and time."""
+        """Return features (B, 64): each filter's mean response over space and time."""
         x = functional.avg_pool3d(torch.from_numpy(clips), (1, 4, 4))
         for layer in self._convolutions:
             x = functional.relu(layer(x))

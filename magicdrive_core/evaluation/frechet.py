@@ -1,7 +1,7 @@
-"""Mean and covariance of a stream of features, and the Fréchet distance between two of them.
+"""Fréchet distances between generated and real clips: running statistics of features, and the distance between two.
 
-Features come and go: what is kept is a mean and a scatter matrix, so that 3,600 clips take no more memory than one, and
-what several workers have seen can be put together.
+Clips are decoded, cut and turned into features in a stream, all views pooled. Only a mean and a scatter matrix are
+kept, so that 3,600 clips need no more memory than one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of N features of width D, in float64.
+    """Mean and scatter of N features of width D, in float64.
 
     Attributes:
         count: N.
@@ -49,12 +49,12 @@ class Statistics:
 
     @classmethod
     def empty(cls, width: int) -> Statistics:
-        """Of no features."""
+        """Return the statistics of no features."""
         return cls(0, np.zeros(width), np.zeros((width, width)))
 
     @classmethod
     def of(cls, features: NDArray[np.floating]) -> Statistics:
-        """Of features (N, D) that are at hand."""
+        """Compute the statistics of features (N, D)."""
         features = np.asarray(features, np.float64)
         if not len(features):
             return cls.empty(features.shape[1])
@@ -63,7 +63,7 @@ class Statistics:
         return cls(len(features), mean, centred.T @ centred)
 
     def merge(self, other: Statistics) -> Statistics:
-        """Of both streams together, in any order (Chan, Golub and LeVeque 1979).
+        """Combine two streams; the order does not matter (Chan, Golub and LeVeque 1979).
 
         With n = n_a + n_b and d = m_b - m_a: m = m_a + d n_b/n, S = S_a + S_b + d d^T n_a n_b / n.
         """
@@ -76,18 +76,19 @@ class Statistics:
 
     @property
     def covariance(self) -> Floats:
-        """(D, D), unbiased: the scatter over N - 1; zeros for a single feature."""
+        """The unbiased covariance (D, D): the scatter over N - 1; zeros for a single feature."""
         return self.scatter / max(1, self.count - 1)
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), between normal distributions (Dowson and Landau 1982).
+    """Compute the squared Fréchet distance between two normal distributions (Dowson and Landau 1982).
 
-    The trace of the root is the sum of the singular values of C_a^(1/2) C_b^(1/2): real and never negative, where
-    a matrix root of C_a C_b goes astray as soon as there are fewer features than their width.
+    It is |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). The trace of the root is computed as the sum of the
+    singular values of C_a^(1/2) C_b^(1/2), which is real and never negative; a matrix root of C_a C_b becomes
+    inaccurate when there are fewer features than their width.
 
     Raises:
-        ValueError: one of them is of no features, or their widths differ.
+        ValueError: One side has no features, or the widths differ.
     """
     if not a.count or not b.count:
         raise ValueError("the Fréchet distance needs features on both sides")
@@ -99,30 +100,26 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 
 
 def _root(covariance: Floats) -> Floats:
-    """The symmetric root of a positive semi-definite matrix; eigenvalues below zero are rounding."""
+    """Return the symmetric root of a positive semi-definite matrix; negative eigenvalues are rounding errors."""
     values, vectors = np.linalg.eigh(covariance)
     return (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
 
 
-# Fréchet distances between the clips of a package and the real ones, all views pooled, as a stream.
-#
-# A clip is decoded, cut, turned into features and forgotten: what is kept are statistics.
-
 Clip = NDArray[np.uint8]  # F, 225, 400, 3
-BLOCK = 12  # clips that are decoded together, and held at once
+BLOCK = 12  # clips in memory at once
 
 
 @dataclass(frozen=True)
 class Figure:
-    """How one distance is measured."""
+    """Defines one distance: the extractor of the features and the rows that it sees."""
 
     extractor: Extractor
-    rows: int  # kept at the bottom of 225
+    rows: int  # the lowest of 225
 
 
 @dataclass(frozen=True)
 class Distances:
-    """By the names of the figures that were asked for."""
+    """Measured distances by the name of the figure."""
 
     values: dict[str, float]
     scenes: dict[str, dict[str, float]]  # squared distance between the means of a scene, by scene token
@@ -133,17 +130,17 @@ class Distances:
 def measure_distances(
     figures: Mapping[str, Figure], videos: Path, root: Path, scenes: Sequence[Scene], generations: int
 ) -> Distances:
-    """Compares the videos of a package with the pictures of the data set.
+    """Compare the videos of a package with the pictures of the data set.
 
     Args:
-        figures: what to measure, by name.
-        videos: the folder ``{team}_standard``.
-        root: the data root.
-        scenes: that the package holds; its clips begin at their first frames.
-        generations: of each scene.
+        figures: What to measure, by name.
+        videos: The folder ``{team}_standard``.
+        root: The data root.
+        scenes: The scenes of the package; clips start at their first frames.
+        generations: Generations of each scene.
 
     Raises:
-        MagicDriveError: a video or a picture is missing or broken, or a clip has not 16 frames.
+        MagicDriveError: A video or a picture is missing or broken, or a clip has fewer than 16 frames.
     """
     views = range(len(VIEWS))
     real = {scene.token: [_Real(root, scene, view) for view in views] for scene in scenes}
@@ -156,7 +153,8 @@ def measure_distances(
         {name: frechet_distance(truth[name].whole, ours[name].whole) for name in figures},
         {
             scene.token: {
-                name: _apart(truth[name].means[scene.token], ours[name].means[scene.token]) for name in figures
+                name: _squared_distance(truth[name].means[scene.token], ours[name].means[scene.token])
+                for name in figures
             }
             for scene in scenes
         },
@@ -166,7 +164,7 @@ def measure_distances(
 
 
 class _Features:
-    """What is kept of the features of one figure: statistics of all, a sum for each scene."""
+    """Accumulates the features of one figure: statistics of all clips, and a sum for each scene."""
 
     def __init__(self) -> None:
         self._whole: Statistics | None = None
@@ -174,7 +172,7 @@ class _Features:
         self._counts: Counter[str] = Counter()
 
     def add(self, tokens: Sequence[str], features: Floats) -> None:
-        """Features (N, D) of clips of the scenes ``tokens`` (N)."""
+        """Add features (N, D) of clips; ``tokens`` (N) name their scenes."""
         block = Statistics.of(features)
         self._whole = self._whole.merge(block) if self._whole else block
         for token, feature in zip(tokens, features, strict=True):
@@ -183,20 +181,20 @@ class _Features:
 
     @property
     def whole(self) -> Statistics:
-        """Of all of them."""
+        """Statistics of all clips."""
         if self._whole is None:
             raise ValueError("no features")
         return self._whole
 
     @property
     def means(self) -> dict[str, Floats]:
-        """By scene token, (D,) each."""
+        """Mean feature (D,) of each scene, by scene token."""
         return {token: total / self._counts[token] for token, total in self._sums.items()}
 
 
 class _Source(Protocol):
     def read(self) -> Clip:
-        """The frames of a clip at a quarter of their size."""
+        """Read the frames of a clip at a quarter of their size."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +205,7 @@ class _Real:
 
     def read(self) -> Clip:
         if len(self.scene) < FRAMES:
-            raise MagicDriveError(f"{self.scene.name} has {len(self.scene)} frames, fewer than {FRAMES}")
+            raise MagicDriveError(f"{self.scene.name} has {len(self.scene)} frames, {FRAMES} are needed")
         return np.stack([_picture(self.root / views[self.view]) for views in self.scene.pictures[:FRAMES]])
 
 
@@ -228,7 +226,7 @@ class _Generated:
 
 
 def _picture(path: Path) -> NDArray[np.uint8]:
-    """A picture of the data set at the reduced size; of one that is not 16:9, the part that the cameras speak of."""
+    """Read a picture of the data set at the reduced size, cut to 16:9 as the camera parameters assume."""
     try:
         with Image.open(path) as image:
             box = full_window(image.width, image.height)
@@ -240,7 +238,7 @@ def _picture(path: Path) -> NDArray[np.uint8]:
 
 
 def _gather(figures: Mapping[str, Figure], sources: Mapping[str, Sequence[_Source]], what: str) -> dict[str, _Features]:
-    """Features by figure; the same numbers whatever the number of threads."""
+    """Extract the features of each figure; the numbers do not depend on the number of threads."""
     flat = [(token, source) for token, group in sources.items() for source in group]
     out = {name: _Features() for name in figures}
     blocks = [flat[start : start + BLOCK] for start in range(0, len(flat), BLOCK)]
@@ -253,5 +251,5 @@ def _gather(figures: Mapping[str, Figure], sources: Mapping[str, Sequence[_Sourc
     return out
 
 
-def _apart(a: Floats, b: Floats) -> float:
+def _squared_distance(a: Floats, b: Floats) -> float:
     return float((a - b) @ (a - b))

@@ -1,8 +1,8 @@
-"""Generated key frames under nuScenes' own file names: a data root on which a detector runs as it is.
+"""Generated key frames under nuScenes' file names: a data root on which a detector runs unchanged.
 
-One root a generation. Its tables are those of the data set, cut to the key frames that the evaluator looks at; camera
-pictures are the videos' frames, lidar and radar files the real ones. Pictures hold PNG data, nothing lost, whatever
-their name ends in: readers of pictures (PIL, OpenCV) go by what a file holds.
+Each generation has its own root. The tables are those of the data set, cut to the scored key frames; camera pictures
+are frames of the videos, lidar and radar files are the real ones. Pictures are lossless PNG data under any extension:
+PIL and OpenCV detect the format from the contents.
 """
 
 from __future__ import annotations
@@ -28,28 +28,31 @@ from magicdrive_core.video.item_record import item_name, video_name
 
 
 def key_samples(scene: Scene) -> list[str]:
-    """Tokens of the samples that frames 0, 6 and 12 of a clip from the scene's first frame on show.
+    """Return the sample tokens of frames 0, 6 and 12 of a scene.
 
     Raises:
-        MagicDriveError: one of these frames is no key frame of the scene.
+        MagicDriveError: One of these frames is not a key frame of the scene.
     """
     for frame in KEY_FRAMES:
         if frame >= len(scene) or not scene.key_frames[frame]:
             raise MagicDriveError(
-                f"{scene.name}: frame {frame} is no key frame of the data set", "leave the scene out of data.val_scenes"
+                f"{scene.name}: frame {frame} is not a key frame of the data set",
+                "remove the scene from data.val_scenes",
             )
     return [scene.tokens[frame] for frame in KEY_FRAMES]
 
 
 def cut_to_clips(config: Config, scenes: Sequence[Scene], project: Path = Path()) -> Tables:
-    """The tables of the data set, cut to the key frames that the evaluator looks at.
+    """Cut the tables of the data set to the scored key frames.
 
     Raises:
-        UsageError: the data are not nuScenes tables.
-        MagicDriveError: the tables lack something, or the scenes' frames do not fit the protocol.
+        UsageError: The data set has no nuScenes tables.
+        MagicDriveError: A table is incomplete, or a scored frame is not a key frame.
     """
     if config.data.format != "nuscenes":
-        raise UsageError(f"data.format {config.data.format} has no nuScenes tables", "detectors read those alone")
+        raise UsageError(
+            f"data.format {config.data.format} has no nuScenes tables", "mAP needs a data set in nuScenes format"
+        )
     samples = [token for scene in scenes for token in key_samples(scene)]
     return cut_tables(read_tables(project / config.data.root, config.data.version), samples)
 
@@ -57,19 +60,22 @@ def cut_to_clips(config: Config, scenes: Sequence[Scene], project: Path = Path()
 def export_frames(
     config: Config, videos: Path, scenes: Sequence[Scene], generation: int, out: Path, project: Path = Path()
 ) -> int:
-    """Writes the data root ``out`` for one generation, whole or not at all; returns how many pictures were written.
+    """Write the data root of one generation, atomically.
 
     Args:
-        config: names the real data.
-        videos: the folder ``{team}_standard`` of a package.
-        scenes: that the package holds.
-        generation: which of the package's.
-        out: the new data root.
-        project: the project's folder.
+        config: All settings; ``data`` names the real data.
+        videos: The folder ``{team}_standard`` of a package.
+        scenes: The scenes of the package.
+        generation: The generation to export.
+        out: The new data root.
+        project: The project's folder.
+
+    Returns:
+        The number of written pictures.
 
     Raises:
-        UsageError: the data are not nuScenes tables.
-        MagicDriveError: a video or a real file is missing or broken.
+        UsageError: The data set has no nuScenes tables.
+        MagicDriveError: A video or a real file is missing or broken.
     """
     root = project / config.data.root
     tables = cut_to_clips(config, scenes, project)
@@ -88,7 +94,7 @@ def export_frames(
 def _write_keys(
     videos: Path, scene: Scene, view: str, generation: int, names: Mapping[tuple[str, str], str], folder: Path
 ) -> int:
-    """The key frames of one video as pictures."""
+    """Write the key frames of one video as pictures and return their number."""
     video = videos / item_name(scene.first_sample, generation) / video_name(scene.first_sample, view)
     _, kept = scan_video(video, KEY_FRAMES, most=FRAMES)
     for frame, token in zip(KEY_FRAMES, key_samples(scene), strict=True):

@@ -1,8 +1,8 @@
-"""The W-CODA 2024 protocol: which part of a picture is scored, the score's formula, and what others reached.
+"""The W-CODA 2024 protocol: which part of a picture is scored, the formula of the score, and published results.
 
 Videos of 848 rows carry 52 black rows on top, 13 after the reduction by four. The evaluator's crop of 224 rows keeps 12
-of them, and the same videos then score 167 instead of 94; its authors later cut 212 rows. Each crop has a name of its
-own here, and figures of different crops never stand in one column.
+of them, and the same videos then score 167 instead of 94; the authors of the baseline later kept 212 rows. Each crop
+has its own name here, and figures of different crops are never compared.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from PIL import Image
 from magicdrive_core.video.colour import Picture
 
 FRAMES = 16
-KEY_FRAMES = (0, 6, 12)  # what the evaluator's detector looks at
+KEY_FRAMES = (0, 6, 12)  # frames that the evaluator's detector sees
 REDUCED = (225, 400)  # H, W: a quarter of 900x1600
-SIDE = 224  # of what the extractor sees
+SIDE = 224  # pixels along each side of the extractor's input
 CROPS = {"fvd_224": 224, "fvd_212": 212}  # rows kept at the bottom, by the name of the figure
 
 
 def reduced(picture: Picture) -> Picture:
-    """A picture (900, 1600, 3) at a quarter of its size, (225, 400, 3), by PIL's bicubic filter."""
+    """Resize a picture (900, 1600, 3) to a quarter, (225, 400, 3), with PIL's bicubic filter."""
     return np.asarray(Image.fromarray(picture).resize(REDUCED[::-1], Image.Resampling.BICUBIC))
 
 
 def framed(clip: NDArray[np.uint8], rows: int) -> NDArray[np.float32]:
-    """What the extractor sees of a clip.
+    """Crop and resize a clip to the extractor's input.
 
-    The lowest ``rows`` rows; the short side to 224 pixels by bilinear interpolation, the long one rounded up; the
-    central 224x224; colours from [0, 255] to [-1, 1].
+    The steps: keep the lowest ``rows`` rows; scale the short side to 224 pixels by bilinear interpolation, the long one
+    rounded up; cut out the central 224x224; map colours from [0, 255] to [-1, 1].
 
     Args:
-        clip: (F, 225, 400, 3) RGB.
-        rows: kept at the bottom.
+        clip: RGB frames (F, 225, 400, 3).
+        rows: Rows that are kept, counted from the bottom.
 
     Returns:
-        (3, F, 224, 224).
+        (3, F, 224, 224), float32.
     """
     height, width = rows, clip.shape[2]
     scale = SIDE / min(height, width)
@@ -57,7 +57,7 @@ def framed(clip: NDArray[np.uint8], rows: int) -> NDArray[np.float32]:
 
 @dataclass(frozen=True)
 class Published:
-    """A line of the track's public results."""
+    """One line of the track's public results."""
 
     team: str
     fvd: float
@@ -80,12 +80,14 @@ BASELINE = next(result for result in RESULTS if result.score == 0.0)
 
 
 def score(fvd: float, mean_ap: float, mean_iou: float) -> float:
-    """(A - FVD) / A + (mAP - B) / B + (mIoU - C) / C, with A, B, C of the baseline: 218.12, 11.8617, 18.3429.
+    """Compute the track's score: (A - FVD) / A + (mAP - B) / B + (mIoU - C) / C.
+
+    A, B and C are the baseline's FVD, mAP and mIoU: 218.12, 11.8617 and 18.3429.
 
     Args:
-        fvd: with the evaluator's own crop (``fvd_224``).
-        mean_ap: percent.
-        mean_iou: percent.
+        fvd: FVD with the evaluator's crop (``fvd_224``).
+        mean_ap: mAP in percent.
+        mean_iou: mIoU in percent.
     """
     a, b, c = BASELINE.fvd, BASELINE.mean_ap, BASELINE.mean_iou
     return (a - fvd) / a + (mean_ap - b) / b + (mean_iou - c) / c

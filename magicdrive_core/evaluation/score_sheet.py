@@ -1,4 +1,4 @@
-"""The score sheet of a package, ``scores.json``: what was measured, by which protocol, and what could not be."""
+"""The score sheet of a package, ``scores.json``: the scores, what each one means, and what could not be scored."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from magicdrive_core.utils.files import read_json, sha256_file, write_json
 
 SHEET = "scores.json"
 
-# What each figure is, as the page and the sheet explain it. Figures of different names are never compared.
+# Meaning of each figure, as shown on the page. Figures of different names cannot be compared.
 MEANINGS = {
     "fvd_224": "FVD as the evaluator computes it: I3D logits, the lowest 224 of 225 rows",
     "fvd_212": "FVD without the black band of 848-row videos: I3D logits, the lowest 212 of 225 rows",
     "small_224": "Fréchet distance of the built-in extractor, 224 rows; not FVD",
     "small_212": "Fréchet distance of the built-in extractor, 212 rows; not FVD",
     "map": "mAP in percent, nuScenes' DetectionEval on key frames 0, 6 and 12, mean over the generations",
-    "nds": "nuScenes detection score in percent, likewise",
+    "nds": "nuScenes detection score in percent, on the same key frames, mean over the generations",
     "miou": "mIoU in percent of BEV masks against the masks of scores.bev_truth, mean over the generations",
     "miou_maps": "mIoU in percent of BEV masks against the project's own BEV maps; not the track's mIoU",
     "score": "the track's score: fvd_224, map and miou against the baseline's; higher is better",
@@ -36,48 +36,51 @@ MEANINGS = {
 
 @dataclass(frozen=True)
 class Sheet:
-    """Everything that is said of a package's quality."""
+    """All scores of a package."""
 
-    question: str  # fingerprint of all that decides the figures
+    question: str  # fingerprint of everything that decides the figures
     package: str  # SHA-256 of results.zip
     figures: dict[str, float]  # by the names of ``MEANINGS``
-    missing: list[str]  # one line on each thing that was not scored, and why
+    missing: list[str]  # one line for each score that is missing, with the reason
     scenes: dict[str, dict[str, float]]  # by scene token: squared distance of feature means, map, miou
     classes: dict[str, dict[str, float]]  # "map", "miou": by class
     clips: dict[str, int]  # real, generated
-    inputs: dict[str, str] = field(default_factory=dict)  # SHA-256 of each file that was scored with, by path
+    inputs: dict[str, str] = field(default_factory=dict)  # SHA-256 of each file that scoring used, by path
 
     def write(self, folder: Path) -> None:
-        """Writes ``scores.json`` into ``folder``."""
+        """Write ``scores.json`` into ``folder``."""
         write_json(folder / SHEET, asdict(self))
 
     @classmethod
     def read(cls, folder: Path) -> Sheet:
-        """Reads ``scores.json``.
+        """Read ``scores.json`` from ``folder``.
 
         Raises:
-            MagicDriveError: it is missing or of another form.
+            MagicDriveError: The file is missing or has other contents.
         """
         try:
             return cls(**read_json(folder / SHEET, "magicdrive score"))
         except TypeError as error:
             raise MagicDriveError(
-                f"{folder / SHEET} is no score sheet: {error}", "delete it, then magicdrive score"
+                f"{folder / SHEET} is not a score sheet: {error}", "delete it, then run: magicdrive score"
             ) from None
 
 
 def score_package(config: Config, videos: Path, package: str, scenes: Sequence[Scene], project: Path = Path()) -> Sheet:
-    """Scores the standard set of a package with all that ``config.scores`` names; what it does not name is listed.
+    """Score the standard set of a package with everything that ``config.scores`` names.
 
     Args:
-        config: what to score with.
-        videos: the folder ``{team}_standard``.
-        package: SHA-256 of its zip.
-        scenes: that it holds.
-        project: the project's folder.
+        config: All settings; ``scores`` names the files to score with.
+        videos: The folder ``{team}_standard``.
+        package: SHA-256 of the package's zip.
+        scenes: The scenes of the package.
+        project: The project's folder.
+
+    Returns:
+        The sheet, which also lists the scores that need files that are not named.
 
     Raises:
-        MagicDriveError: a file that is named is missing or wrong, or the real pictures are not there.
+        MagicDriveError: A named file is missing or wrong, or the real pictures are missing.
     """
     from magicdrive_core.evaluation.extractors import SmallExtractor, TorchScriptI3D  # torch
 
@@ -86,7 +89,7 @@ def score_package(config: Config, videos: Path, package: str, scenes: Sequence[S
     wanted = {f"small_{rows}": Figure(small, rows) for rows in CROPS.values()}
     missing, inputs = [], {}
     if settings.i3d is None:
-        missing.append("FVD: no I3D; name a TorchScript file and its SHA-256 in scores.i3d")
+        missing.append("FVD: no I3D network; set scores.i3d to a TorchScript file and its SHA-256")
     else:
         i3d = TorchScriptI3D(settings.i3d, project)
         wanted |= {name: Figure(i3d, rows) for name, rows in CROPS.items()}
@@ -115,13 +118,13 @@ def score_package(config: Config, videos: Path, package: str, scenes: Sequence[S
     if {"fvd_224", "map", "miou"} <= set(figures):
         figures["score"] = score(figures["fvd_224"], figures["map"], figures["miou"])
     else:
-        missing.append("score: it takes fvd_224, mAP and mIoU against the track's own masks (scores.bev_truth)")
+        missing.append("score: it needs fvd_224, mAP, and mIoU against true masks (scores.bev_truth)")
     clips = {"real": distances.real_clips, "generated": distances.generated_clips}
     return Sheet(question(config, package, project), package, figures, missing, per_scene, classes, clips, inputs)
 
 
 def question(config: Config, package: str, project: Path = Path()) -> str:
-    """Changes with the package and with everything that it is scored with: a sheet that carries it is up to date."""
+    """Fingerprint a package and everything that decides its scores; a sheet with the same fingerprint is current."""
     settings = config.scores
     named = [*settings.detections, *settings.bev_masks, *([settings.bev_truth] if settings.bev_truth else [])]
     digests = {file: sha256_file(project / file) for file in named if (project / file).is_file()}
@@ -161,5 +164,5 @@ def _masks(config: Config, files: Sequence[Path], scenes: Sequence[Scene], proje
 
 
 def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Over the rows that have a key."""
+    """Average each key over the rows that have it."""
     return {key: fmean(row[key] for row in rows if key in row) for key in sorted({key for row in rows for key in row})}

@@ -133,16 +133,16 @@ def test_finding_everything_found_is_a_hundred_percent_of_its_classes(
 def test_results_that_cannot_be_scored_say_why(tables: Tables, synthetic_root: Path, tmp_path: Path) -> None:
     path = tmp_path / "found.json"
     for content, why in (
-        ([], "is no nuScenes detection result"),
-        ({"meta": {}, "results": {}}, "lacks 3 of 3 samples"),
+        ([], "is not a nuScenes detection result"),
+        ({"meta": {}, "results": {}}, "3 of 3 samples are missing"),
     ):
         path.write_text(json.dumps(content))
         with pytest.raises(MagicDriveError, match=why):
             evaluate_detections(path, tables, synthetic_root, VERSION)
-    with pytest.raises(MagicDriveError, match="holds no box"):
+    with pytest.raises(MagicDriveError, match="has no box"):
         evaluate_detections(result(path, tables, lambda boxes: []), tables, synthetic_root, VERSION)
     unknown = result(path, tables, lambda boxes: [box | {"detection_name": "ufo"} for box in boxes])
-    with pytest.raises(MagicDriveError, match="refused by nuScenes' evaluation"):
+    with pytest.raises(MagicDriveError, match="nuScenes' evaluation rejects"):
         evaluate_detections(unknown, tables, synthetic_root, VERSION)
     with pytest.raises(MagicDriveError, match=r"none\.json is missing"):
         evaluate_detections(tmp_path / "none.json", tables, synthetic_root, VERSION)
@@ -184,16 +184,16 @@ def test_masks_against_the_projects_own_maps(settings: Config, scene: Scene, tmp
 def test_masks_that_cannot_be_scored_say_why(settings: Config, scene: Scene, tmp_path: Path) -> None:
     samples = {"s": ["a"]}
     ones = Masks(["car"], {"a": np.ones((1, 4, 4), bool)})
-    with pytest.raises(MagicDriveError, match="no layer of the map"):
+    with pytest.raises(MagicDriveError, match="is not a layer of the map"):
         map_masks(settings, [scene], ones)
-    with pytest.raises(MagicDriveError, match="lack sample a"):
+    with pytest.raises(MagicDriveError, match="have no sample a"):
         evaluate_masks(Masks(["car"], {}), ones, samples)
-    with pytest.raises(MagicDriveError, match=r"predicted masks are \(1, 2, 2\)"):
+    with pytest.raises(MagicDriveError, match=r"predicted masks have shape \(1, 2, 2\)"):
         evaluate_masks(Masks(["car"], {"a": np.ones((1, 2, 2), bool)}), ones, samples)
-    with pytest.raises(MagicDriveError, match="predicted masks are of"):
+    with pytest.raises(MagicDriveError, match="differ from true classes"):
         evaluate_masks(Masks(["bus"], ones.by_sample), ones, samples)
     np.savez(tmp_path / "soft.npz", tokens=["a"], classes=["car"], masks=np.full((1, 1, 4, 4), 0.5))
-    with pytest.raises(MagicDriveError, match="not of 0 and 1"):
+    with pytest.raises(MagicDriveError, match="masks must be 0 or 1"):
         Masks.read(tmp_path / "soft.npz")
     with pytest.raises(MagicDriveError, match=r"none\.npz is missing"):
         Masks.read(tmp_path / "none.npz")

@@ -56,12 +56,12 @@ def test_what_is_not_the_named_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MagicDriveError, match=r"scores\.i3d\.path: .*none\.pt is missing"):
         TorchScriptI3D(I3D(path="none.pt", sha256="0" * 64), tmp_path)
     settings = saved(Plain(), tmp_path)
-    with pytest.raises(MagicDriveError, match=r"has the SHA-256 .*, scores\.i3d\.sha256 says"):
+    with pytest.raises(MagicDriveError, match=r"has SHA-256 .*, expected .*scores\.i3d\.sha256"):
         TorchScriptI3D(settings.model_copy(update={"sha256": "0" * 64}), tmp_path)
     (tmp_path / "text.pt").write_text("no module")
-    with pytest.raises(MagicDriveError, match="is no TorchScript module"):
+    with pytest.raises(MagicDriveError, match="is not a TorchScript module"):
         TorchScriptI3D(I3D(path="text.pt", sha256=sha256_file(tmp_path / "text.pt")), tmp_path)
-    with pytest.raises(MagicDriveError, match=r"gives \(2, 3\) for 2 clips, not \(2, 400\) logits"):
+    with pytest.raises(MagicDriveError, match=r"returns \(2, 3\) for 2 clips, expected logits \(2, 400\)"):
         TorchScriptI3D(saved(Pooled(), tmp_path), tmp_path)(clips())
 
 
