@@ -1,13 +1,13 @@
-"""What encoding a view costs, by part, and how it looks at the cap. Times in multiples of a plain x264 pass.
+"""Cost of encoding a view, by part, and its quality at the cap. Times are in multiples of a plain x264 pass.
 
     python benchmarks/video.py
     python benchmarks/video.py --pictures data/sweeps/CAM_FRONT
 
 Sixteen frames of 1600x900 at 12 Hz, cap 4 Mbit/s, of several contents: smooth (noise of 28x50 pixels that drifts,
 enlarged twice, as generated at 112x200), grain (the same with film grain), noise (white), and pictures of a folder.
-Each is encoded twice: as the first view of an item, and as a later one, which starts where one before it ended. The
-pass that is the unit is x264's preset "fast" at rate factor 16 on the same frames, timed beside it; CPU time of all
-threads of this process.
+Each is encoded twice: as the first view of an item, and as a later one, which starts at the quality where the one before
+ended. The unit is one pass of x264's preset "fast" at rate factor 16 on the same frames, timed in the same run. Times
+are CPU times of all threads of this process.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PARTS = ("convert", "passes", "measure")
 
 
 class Clock:
-    """CPU seconds by part, and how often each ran."""
+    """CPU seconds and number of calls, by part."""
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(PARTS, 0.0)
@@ -44,7 +44,7 @@ class Clock:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Adds what happens in the context to a part."""
+        """Adds the CPU time of the context to a part."""
         began = time.process_time()
         yield
         self.seconds[name] += time.process_time() - began
@@ -52,7 +52,7 @@ class Clock:
 
 
 def smooth() -> Iterator[Picture]:
-    """Blotches that move a pixel of 112x200 a frame."""
+    """Yields blotches that move by one pixel of 112x200 from frame to frame."""
     blotches = np.random.default_rng(0).integers(0, 256, (28, 66, 3), dtype=np.uint8)
     wide = np.asarray(Image.fromarray(blotches).resize((264, 112), Image.Resampling.BICUBIC))
     for n in range(FRAMES):
@@ -60,20 +60,20 @@ def smooth() -> Iterator[Picture]:
 
 
 def grain() -> Iterator[Picture]:
-    """The same with grain that changes from frame to frame."""
+    """Yields the same with grain that changes from frame to frame."""
     rng = np.random.default_rng(1)
     for picture in smooth():
         yield np.clip(picture + rng.integers(-12, 13, (900, 1600, 1)), 0, 255).astype(np.uint8)
 
 
 def noise() -> Iterator[Picture]:
-    """No pixel like its neighbour."""
+    """Yields white noise."""
     rng = np.random.default_rng(2)
     return (rng.integers(0, 256, (900, 1600, 3), dtype=np.uint8) for _ in range(FRAMES))
 
 
 def measured(frames: list[Picture], path: Path, start: float) -> tuple[encoder.EncodedVideo, Clock]:
-    """Encodes with a clock on each part."""
+    """Encodes frames and measures each part."""
     clock, write, psnr, record = Clock(), encoder._write, encoder._psnr, FrameSpool.record
 
     def timed_record(spool: FrameSpool, pictures: Iterator[Picture]) -> list[object]:
@@ -97,7 +97,7 @@ def measured(frames: list[Picture], path: Path, start: float) -> tuple[encoder.E
 
 
 def unit_pass(frames: list[Picture], path: Path) -> float:
-    """CPU seconds of the plain pass."""
+    """Returns the CPU seconds of the plain pass."""
     with FrameSpool(path.parent) as spool:
         converted = list(spool.record(iter(frames)))
         began = time.process_time()
