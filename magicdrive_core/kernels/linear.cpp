@@ -52,7 +52,7 @@ class Panels {
         }
     }
 
-    // `to` = GELU(x weight' + bias), alike; `hidden` gets what GELU is given, or is null; `tile` (rows, PANEL).
+    // `to` = GELU(x weight' + bias); `hidden` gets GELU's input, or is null; `tile` (rows, PANEL).
     void multiply_gelu(const float* x, int64_t rows, float* tile, float* hidden, float* to) const {
         for (int64_t j = 0; j < of_.outputs; j += PANEL) {
             product_of(x, rows, j, tile, PANEL);

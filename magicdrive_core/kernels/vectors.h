@@ -28,9 +28,9 @@ static inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 // The vector with its halves of 2 STEP floats exchanged.
 template <int STEP>
 static inline Vec swapped(Vec x) {
-    Ints places;
-    for (int j = 0; j < LANES; ++j) places[j] = j ^ STEP;
-    return __builtin_shuffle(x, places);
+    Ints lanes;
+    for (int j = 0; j < LANES; ++j) lanes[j] = j ^ STEP;
+    return __builtin_shuffle(x, lanes);
 }
 
 static inline float sum(Vec x) {

@@ -2,8 +2,8 @@
 
 Each rank holds n = ceil(S / p) tokens of every frame of every view, one after the other, and all that a block does to
 a token alone happens where the token is. Attention within a frame needs all of them: around it the ranks exchange
-tokens for heads, so that each has all S tokens of h / p heads, and back. Attention to the context is wrapped alike: no
-rank needs more than its own heads' keys and values of the context.
+tokens for heads, so that each has all S tokens of h / p heads, and back. Attention to the context is wrapped in the
+same way: no rank needs more than its own heads' keys and values of the context.
 
 Where p does not divide S, the last shares are padded with zeros, at most p - 1 in all. No attention sees these and
 they are cut off at the end, so that any number of ranks gives one result (docs/decisions/0004).

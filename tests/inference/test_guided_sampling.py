@@ -35,12 +35,12 @@ def test_a_sample_depends_on_its_own_generator_only() -> None:
 
 
 def test_guidance_of_one_is_the_conditional_pass_alone() -> None:
-    net, told = network(), conditions()
+    net, cond = network(), conditions()
     calls = []
     net.final_layer.register_forward_hook(lambda *_: calls.append(1))
-    plain = sample_latents(net, told, SHAPE, steps=2, guidance=1.0, flow=FLOW, generator=generators(1)[0])
+    plain = sample_latents(net, cond, SHAPE, steps=2, guidance=1.0, flow=FLOW, generator=generators(1)[0])
     assert len(calls) == 2
-    close = sample_latents(net, told, SHAPE, steps=2, guidance=1.0 + 1e-7, flow=FLOW, generator=generators(1)[0])
+    close = sample_latents(net, cond, SHAPE, steps=2, guidance=1.0 + 1e-7, flow=FLOW, generator=generators(1)[0])
     assert len(calls) == 6
     torch.testing.assert_close(plain, close, rtol=1e-4, atol=1e-4)
 
@@ -68,7 +68,7 @@ def two_threads() -> Iterator[None]:
 
 
 def test_two_threads_make_both_passes_at_once_with_an_equal_result(two_threads: None) -> None:
-    net, told = network(), conditions()
+    net, cond = network(), conditions()
     settings = {"steps": 2, "guidance": 2.0, "flow": FLOW}
     meeting = threading.Barrier(2, timeout=60)  # one pass waits in it for the other
 
@@ -76,29 +76,29 @@ def test_two_threads_make_both_passes_at_once_with_an_equal_result(two_threads: 
         meeting.wait()
 
     hook = net.final_layer.register_forward_hook(wait)
-    together = sample_latents(net, told, SHAPE, generator=generators(1)[0], **settings)
+    together = sample_latents(net, cond, SHAPE, generator=generators(1)[0], **settings)
     hook.remove()
     torch.set_num_threads(1)
-    assert torch.equal(sample_latents(net, told, SHAPE, generator=generators(1)[0], **settings), together)
+    assert torch.equal(sample_latents(net, cond, SHAPE, generator=generators(1)[0], **settings), together)
 
 
 def test_devices_that_share_a_clip_make_the_passes_in_turn(two_threads: None) -> None:
-    net, told = network(), conditions()
+    net, cond = network(), conditions()
     threads: set[int] = set()
     net.final_layer.register_forward_hook(lambda *_: threads.add(threading.get_ident()))
     parallelize(net, sequence_group=SharedByTwo())
-    sample_latents(net, told, SHAPE, steps=2, guidance=2.0, flow=FLOW, generator=generators(1)[0])
+    sample_latents(net, cond, SHAPE, steps=2, guidance=2.0, flow=FLOW, generator=generators(1)[0])
     assert threads == {threading.get_ident()}
 
 
 def test_conditioning_frames_are_kept() -> None:
-    net, told = network(), conditions()
-    given = torch.randn(1, 6, 3, *SHAPE)
+    net, cond = network(), conditions()
+    x_0 = torch.randn(1, 6, 3, *SHAPE)
     mask = torch.tensor([[False, True, True]])
-    settings = {"steps": 2, "guidance": 2.0, "flow": FLOW, "x_0": given, "x_mask": mask}
-    out = sample_latents(net, told, SHAPE, generator=generators(1)[0], **settings)
-    assert torch.equal(out[:, :, :, 0], given[:, :, :, 0])
-    assert not torch.allclose(out[:, :, :, 1], given[:, :, :, 1])
+    settings = {"steps": 2, "guidance": 2.0, "flow": FLOW, "x_0": x_0, "x_mask": mask}
+    out = sample_latents(net, cond, SHAPE, generator=generators(1)[0], **settings)
+    assert torch.equal(out[:, :, :, 0], x_0[:, :, :, 0])
+    assert not torch.allclose(out[:, :, :, 1], x_0[:, :, :, 1])
 
 
 def test_wrong_number_of_generators_is_refused() -> None:
@@ -107,31 +107,31 @@ def test_wrong_number_of_generators_is_refused() -> None:
 
 
 def test_the_state_that_guidance_leads_away_from_can_be_chosen() -> None:
-    told = conditions()
+    cond = conditions()
     for published in (False, True):
         net = network(published=published)
-        consistent = unconditional(net, told, "consistent")
+        consistent = unconditional(net, cond, "consistent")
         assert not consistent.keep.any()
-        assert torch.equal(consistent.bev_map, told.bev_map)
+        assert torch.equal(consistent.bev_map, cond.bev_map)
         for kind, zero_map, empty in (
             ("rflow", True, True),
             ("rflow", False, False),
             ("rflow-slice", False, True),
         ):
-            chosen = unconditional(net, told, kind, zero_map=zero_map)
+            chosen = unconditional(net, cond, kind, zero_map=zero_map)
             assert chosen.keep.all()
             assert not chosen.box_masks.any()
-            assert torch.equal(chosen.bev_map, told.bev_map * (not empty))
-        default = unconditional(net, told)
+            assert torch.equal(chosen.bev_map, cond.bev_map * (not empty))
+        default = unconditional(net, cond)
         assert bool(default.keep.all()) == published
 
 
 def test_the_chosen_state_decides_the_sample() -> None:
-    net, told = network(), conditions()
+    net, cond = network(), conditions()
     settings = {"steps": 2, "guidance": 2.0, "flow": FLOW}
     samples = [
         sample_latents(
-            net, told, SHAPE, generator=generators(1)[0], null=unconditional(net, told, kind, zero_map=zero), **settings
+            net, cond, SHAPE, generator=generators(1)[0], null=unconditional(net, cond, kind, zero_map=zero), **settings
         )
         for kind, zero in (("consistent", True), ("rflow", False), ("rflow", True), ("rflow-slice", False))
     ]
@@ -141,14 +141,14 @@ def test_the_chosen_state_decides_the_sample() -> None:
 
 
 def test_a_step_cache_passes_the_blocks_where_the_noise_level_has_fallen_enough() -> None:
-    net, told = network(), conditions()
+    net, cond = network(), conditions()
     passed: list[int] = []
     net.base_blocks_s[0].mlp.register_forward_hook(lambda *_: passed.append(1))
 
     def run(step_cache: float | None, guidance: float = 1.0) -> tuple[torch.Tensor, int]:
         passed.clear()
         settings = {"steps": 6, "guidance": guidance, "flow": FLOW, "step_cache": step_cache}
-        return sample_latents(net, told, SHAPE, generator=generators(1)[0], **settings), len(passed)
+        return sample_latents(net, cond, SHAPE, generator=generators(1)[0], **settings), len(passed)
 
     exact, every = run(None)
     levels = FLOW.timesteps(6, (9, 48, 80)).tolist()

@@ -111,9 +111,9 @@ def test_nan_stays_in_its_row() -> None:
 def test_they_are_operations_as_torch_wants_them() -> None:
     x, shift, scale = (each.requires_grad_() for each in given_for((2, 3, 16), (3, 16)))
     torch.library.opcheck(cpp_ops.modulate, (x, shift, scale))
-    given = [each.detach() for each in (x, shift, scale)]
-    torch.library.opcheck(cpp_ops._linear, (*given, torch.randn(32, 16), torch.randn(32)))
+    modulation = [each.detach() for each in (x, shift, scale)]
+    torch.library.opcheck(cpp_ops._linear, (*modulation, torch.randn(32, 16), torch.randn(32)))
     maps = torch.randn(32, 16), torch.randn(32), torch.randn(16, 32), torch.randn(16)
     for keep in (True, False):
-        torch.library.opcheck(cpp_ops._mlp, (*given, *maps, keep))
+        torch.library.opcheck(cpp_ops._mlp, (*modulation, *maps, keep))
     torch.library.opcheck(cpp_ops._gelu_backward, (torch.randn(20), torch.randn(20)))

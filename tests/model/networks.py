@@ -1,4 +1,4 @@
-"""Small networks and meaningless conditions for the tests of this room."""
+"""Small networks and meaningless conditions for the tests of this package."""
 
 from __future__ import annotations
 

@@ -26,37 +26,37 @@ class Reference:
 
     def __call__(self, arrays: Arrays) -> Tensor:
         """The predicted velocity (B, C*V, T, H, W) of ``in/*`` arrays."""
-        told = {name.removeprefix("in/"): array.float() for name, array in arrays.items() if name.startswith("in/")}
-        V, B = len(self.neighbours), len(told["x"])
-        x = told["x"].unflatten(1, (-1, V)).transpose(1, 2).flatten(0, 1)
+        cond = {name.removeprefix("in/"): array.float() for name, array in arrays.items() if name.startswith("in/")}
+        V, B = len(self.neighbours), len(cond["x"])
+        x = cond["x"].unflatten(1, (-1, V)).transpose(1, 2).flatten(0, 1)
         T, H, W = x.shape[2:]
         x = functional.pad(x, (0, W % 2, 0, H % 2))
         h, w = x.shape[3] // 2, x.shape[4] // 2
         extra = self.pad - h % self.pad if h * w % self.pad else 0
         x, h = functional.pad(x, (0, 0, 0, 2 * extra)), h + extra
 
-        keep = told.get("drop_cond_mask", torch.ones(B)).bool()
-        keep_frame = told.get("drop_frame_mask", torch.ones(told["maps"].shape[:2])).bool() & keep[:, None]
-        context = self.context(told, keep, keep_frame, V)  # B*V, T', L, C
+        keep = cond.get("drop_cond_mask", torch.ones(B)).bool()
+        keep_frame = cond.get("drop_frame_mask", torch.ones(cond["maps"].shape[:2])).bool() & keep[:, None]
+        context = self.context(cond, keep, keep_frame, V)  # B*V, T', L, C
         if context.shape[1] != T:
             context = context[:, [frame * context.shape[1] // T for frame in range(T)]]
 
-        scale = math.sqrt(told["height"][0] * told["width"][0]) / 512
+        scale = math.sqrt(cond["height"][0] * cond["width"][0]) / 512
         position = self.position(h, w, scale)
         main = self.patches(x, "x_embedder") + position
         control = self.patches(x, "x_control_embedder") + position
-        features = functional.interpolate(self.map(told["maps"]), (T, H, W))
+        features = functional.interpolate(self.map(cond["maps"]), (T, H, W))
         features = functional.pad(features, (0, W % 2, 0, H % 2 + 2 * extra))
         control = control + self.linear(
             self.patches(features, "controlnet_cond_patchifier"), "before_proj"
         ).repeat_interleave(V, 0)
 
-        fps = self.scalar(told["fps"], "fps_embedder")
-        noisy, clean = (self.scalar(t, "t_embedder") + fps for t in (told["timestep"], 0 * told["timestep"]))
-        mask = told.get("x_mask", torch.ones(B, T)).bool()
+        fps = self.scalar(cond["fps"], "fps_embedder")
+        noisy, clean = (self.scalar(t, "t_embedder") + fps for t in (cond["timestep"], 0 * cond["timestep"]))
+        mask = cond.get("x_mask", torch.ones(B, T)).bool()
 
         def per_frame(a: Tensor, b: Tensor) -> Tensor:
-            """(B, X) for noisy and for given frames -> (B*V, T, 1, X)."""
+            """(B, X) for noisy and for conditioning frames -> (B*V, T, 1, X)."""
             return torch.where(mask[..., None], a[:, None], b[:, None]).repeat_interleave(V, 0)[:, :, None]
 
         t6 = per_frame(*(self.linear(functional.silu(t), "t_block.1") for t in (noisy, clean)))
@@ -69,8 +69,8 @@ class Reference:
         shift, scale_ = (self.w["final_layer.scale_shift_table"][i] + per_frame(noisy, noisy) for i in range(2))
         out = norm(main) * (1 + scale_) + shift
         shift, scale_ = (self.w["final_layer.scale_shift_table"][i] + per_frame(clean, clean) for i in range(2))
-        given = ~mask.repeat_interleave(V, 0)[:, :, None, None]
-        out = torch.where(given, norm(out) * (1 + scale_) + shift, out)
+        is_clean = ~mask.repeat_interleave(V, 0)[:, :, None, None]
+        out = torch.where(is_clean, norm(out) * (1 + scale_) + shift, out)
         out = self.linear(out, "final_layer.linear").view(B, V, T, h, w, 2, 2, -1)
         out = out.permute(0, 7, 1, 2, 3, 5, 4, 6).reshape(B, -1, T, 2 * h, 2 * w)
         return out[..., :H, :W]
@@ -125,23 +125,23 @@ class Reference:
         x = self.linear(x, f"{name}.final_proj")
         return halve(halve(x)) if "time_downsample_factor" in settings else x.mean(1, keepdim=True)
 
-    def context(self, told: Arrays, keep: Tensor, keep_frame: Tensor, V: int) -> Tensor:
+    def context(self, cond: Arrays, keep: Tensor, keep_frame: Tensor, V: int) -> Tensor:
         base = self.w["base_token"]
         keep_row, keep_row_frame = keep.repeat_interleave(V), keep_frame.repeat_interleave(V, 0)
-        text = torch.where(keep[:, None, None], told["y"][:, 0], self.w["y_embedder.y_embedding"])
+        text = torch.where(keep[:, None, None], cond["y"][:, 0], self.w["y_embedder.y_embedding"])
         text = self.mlp(text, "y_embedder.y_proj")
-        if "mask" in told:
-            text = text[:, : int(told["mask"].sum(1).max()) + 1]
-        camera = torch.where(keep_row[:, None, None], told["cams"][:, 0, 0], self.w["camera_embedder.uncond_cam"])
+        if "mask" in cond:
+            text = text[:, : int(cond["mask"].sum(1).max()) + 1]
+        camera = torch.where(keep_row[:, None, None], cond["cams"][:, 0, 0], self.w["camera_embedder.uncond_cam"])
         camera = self.linear(
             self.linear(fourier(camera.mT).flatten(1), "camera_embedder.emb2token"), "camera_embedder.after_proj"
         )
         ego = torch.where(
-            keep_row_frame[..., None, None], told["rel_pos"][:, :, 0, :3], self.w["frame_embedder.uncond_cam"]
+            keep_row_frame[..., None, None], cond["rel_pos"][:, :, 0, :3], self.w["frame_embedder.uncond_cam"]
         )
         ego = self.linear(fourier(ego.mT).flatten(2), "frame_embedder.emb2token")
         ego = self.embedder_block(ego, "frame_embedder", self.config["frame_emb_param"])
-        boxes = self.boxes(told, keep_row_frame)
+        boxes = self.boxes(cond, keep_row_frame)
         T = boxes.shape[1]
         parts = [
             (ego + base)[:, :, None],
@@ -151,15 +151,15 @@ class Reference:
         ]
         return torch.cat(parts, 2)
 
-    def boxes(self, told: Arrays, keep: Tensor) -> Tensor:
-        name, classes = "bbox_embedder", told["bbox_classes"].long().clamp(min=0)
+    def boxes(self, cond: Arrays, keep: Tensor) -> Tensor:
+        name, classes = "bbox_embedder", cond["bbox_classes"].long().clamp(min=0)
         kind = self.w[f"{name}._class_tokens"][classes]
         if self.config["bbox_embedder_param"]["sample_id"]:
             m, v = self.w[f"{name}.mean_var"][classes].unbind(-1)
-            kind = kind + told["bbox_box_latent"] * torch.exp(0.5 * v)[..., None] + m[..., None]
-        position = fourier(told["bbox_bboxes"]).flatten(-2)
-        absent = (told["bbox_masks"] == 0)[..., None]
-        hidden = ((told["bbox_masks"] == -1) | ((told["bbox_masks"] == 1) & ~keep[..., None]))[..., None]
+            kind = kind + cond["bbox_box_latent"] * torch.exp(0.5 * v)[..., None] + m[..., None]
+        position = fourier(cond["bbox_bboxes"]).flatten(-2)
+        absent = (cond["bbox_masks"] == 0)[..., None]
+        hidden = ((cond["bbox_masks"] == -1) | ((cond["bbox_masks"] == 1) & ~keep[..., None]))[..., None]
         for flag, state in ((absent, "null"), (hidden, "mask")):
             position = torch.where(flag, self.w[f"{name}.{state}_pos_feature"], position)
             kind = torch.where(flag, self.w[f"{name}.{state}_class_feature"], kind)

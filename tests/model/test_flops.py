@@ -32,7 +32,7 @@ SIZES = NetworkConfig(
 )
 
 
-def told(batch: int, frames: int, slots: int, config: NetworkConfig) -> Conditions:
+def cond(batch: int, frames: int, slots: int, config: NetworkConfig) -> Conditions:
     """Of the right sizes."""
     views = len(config.neighbours)
     return Conditions(
@@ -75,6 +75,6 @@ def test_the_formula_is_what_the_network_does(
     network = build_network(config).requires_grad_(False)
     x = torch.randn(batch, len(config.neighbours), config.latent_channels, *latents)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        network(x, torch.full((batch,), 500.0), told(batch, frames, 5, config))
+        network(x, torch.full((batch,), 500.0), cond(batch, frames, 5, config))
     forward = training_flops(config, batch, frames, latents, 5) / FORWARD_AND_BACKWARD
     assert 0.97 < forward / counter.get_total_flops() <= 1

@@ -57,14 +57,14 @@ def test_intrinsics_in_units_of_the_picture_or_in_pixels() -> None:
 @pytest.mark.parametrize("published", [False, True])
 def test_guidance_leads_away_from_the_state_of_training_or_the_published_sampler_s(published: bool) -> None:
     """Oddity 9: the two states give different samples; each network takes its own."""
-    net, told = network(published=published), conditions()
+    net, cond = network(published=published), conditions()
     for state in ("null", "mask"):  # both start at zero
         torch.nn.init.normal_(getattr(net.bbox_embedder, f"{state}_class_feature"))
-    states = {"training": told.dropped(), "published": published_null(net, told)}
+    states = {"training": cond.dropped(), "published": published_null(net, cond)}
     samples = {
         name: sample_latents(
             net,
-            told,
+            cond,
             SHAPE,
             flow=RectifiedFlow(),
             steps=2,
@@ -91,8 +91,8 @@ def test_the_dropped_state_is_what_training_sees() -> None:
 @torch.no_grad()
 def test_positions_are_rounded_once_under_bf16() -> None:
     """Oddity 5: computed in fp32 and rounded at the end, where bf16 frequencies would be off by hundredths."""
-    told = replace(conditions(), height=torch.tensor([848.0]), width=torch.tensor([1600.0]))
-    exact, low = (net.encode(told, (3, 106, 200)).position for net in (network(), network().bfloat16()))
+    cond = replace(conditions(), height=torch.tensor([848.0]), width=torch.tensor([1600.0]))
+    exact, low = (net.encode(cond, (3, 106, 200)).position for net in (network(), network().bfloat16()))
     assert low.dtype == torch.bfloat16
     assert torch.equal(low, exact.bfloat16())
 
@@ -101,10 +101,10 @@ def test_positions_are_rounded_once_under_bf16() -> None:
 @pytest.mark.parametrize("published", [False, True])
 def test_conditioning_frames_are_normalised_once_or_twice_by_the_head(published: bool) -> None:
     """Oddity 13: conditioning frames are at noise level zero by default; published, the head sees both levels."""
-    net, told, x = network(published=published), conditions(), torch.randn(1, 6, 3, *SHAPE)
-    given = net(x, torch.tensor([700.0]), told, torch.zeros(1, 3, dtype=torch.bool))
-    at_zero = net(x, torch.zeros(1), told)
-    assert torch.allclose(given, at_zero, atol=1e-5) != published
+    net, cond, x = network(published=published), conditions(), torch.randn(1, 6, 3, *SHAPE)
+    clean = net(x, torch.tensor([700.0]), cond, torch.zeros(1, 3, dtype=torch.bool))
+    at_zero = net(x, torch.zeros(1), cond)
+    assert torch.allclose(clean, at_zero, atol=1e-5) != published
 
 
 @torch.no_grad()

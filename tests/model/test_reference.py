@@ -20,8 +20,8 @@ RING4 = {"0": [3, 1], "1": [0, 2], "2": [1, 3], "3": [2, 0]}
 LINE3 = {"0": [1], "1": [2], "2": [0]}  # one neighbour a view
 
 CASES: dict[str, dict[str, Any]] = {
-    "more views, uneven latents, frames given, samples dropped": {
-        "order": RING4, "batch": 3, "frames": 9, "size": (7, 9), "given": True, "dropped": True,
+    "more views, uneven latents, conditioning frames, samples dropped": {
+        "order": RING4, "batch": 3, "frames": 9, "size": (7, 9), "conditioning_frames": True, "dropped": True,
     },
     "one neighbour, no text mask, height padding": {
         "order": LINE3, "frames": 8, "size": (6, 10), "text_mask": False, "pad": 8,
@@ -75,7 +75,7 @@ def inputs(case: dict[str, Any], config: dict[str, Any]) -> dict[str, Tensor]:
     if not case.get("stage1"):
         latent = torch.randn(B, 1, 1, N, config["bbox_embedder_param"]["class_token_dim"])
         arrays["in/bbox_box_latent"] = latent.expand(-1, V, F, -1, -1).flatten(0, 1)
-    if case.get("given"):
+    if case.get("conditioning_frames"):
         arrays["in/x_mask"] = torch.rand(B, T) > 0.4
     if case.get("dropped"):
         arrays["in/drop_cond_mask"] = torch.tensor([1.0, 0.0, 1.0])

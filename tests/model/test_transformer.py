@@ -21,9 +21,9 @@ T = torch.tensor([700.0])
 
 
 @torch.no_grad()
-def run(net: MagicDrive, told: Conditions, x: Tensor | None = None, x_mask: Tensor | None = None) -> Tensor:
-    x = noisy(len(told.text), -(-told.bev_map.shape[1] // 4)) if x is None else x
-    return net(x, T.expand(len(x)), told, x_mask)
+def run(net: MagicDrive, cond: Conditions, x: Tensor | None = None, x_mask: Tensor | None = None) -> Tensor:
+    x = noisy(len(cond.text), -(-cond.bev_map.shape[1] // 4)) if x is None else x
+    return net(x, T.expand(len(x)), cond, x_mask)
 
 
 def stack(first: Conditions, second: Conditions) -> Conditions:
@@ -67,46 +67,46 @@ def test_a_sample_does_not_depend_on_its_batch_mates(published: bool) -> None:
 @pytest.mark.parametrize("published", [False, True])
 def test_text_padding_is_never_read(published: bool) -> None:
     net = network(published=published)
-    told = replace(conditions(), text_mask=torch.arange(7)[None] < 4)
-    noise = torch.where(told.text_mask[..., None], told.text, 100.0)
-    same = torch.equal(run(net, told), run(net, replace(told, text=noise)))
+    cond = replace(conditions(), text_mask=torch.arange(7)[None] < 4)
+    noise = torch.where(cond.text_mask[..., None], cond.text, 100.0)
+    same = torch.equal(run(net, cond), run(net, replace(cond, text=noise)))
     assert same != published
 
 
 def test_a_shorter_text_tensor_means_the_same() -> None:
-    net, told = network(), replace(conditions(), text_mask=torch.arange(7)[None] < 4)
-    cut = replace(told, text=told.text[:, :4], text_mask=told.text_mask[:, :4])
-    torch.testing.assert_close(run(net, told), run(net, cut))
-    torch.testing.assert_close(run(net, told.dropped()), run(net, cut.dropped()))
+    net, cond = network(), replace(conditions(), text_mask=torch.arange(7)[None] < 4)
+    cut = replace(cond, text=cond.text[:, :4], text_mask=cond.text_mask[:, :4])
+    torch.testing.assert_close(run(net, cond), run(net, cut))
+    torch.testing.assert_close(run(net, cond.dropped()), run(net, cut.dropped()))
 
 
 def test_encoding_once_is_the_whole_forward() -> None:
-    net, told, x = network(), conditions(batch=2), noisy(batch=2)
-    context = net.encode(told, (3, 5, 8))
+    net, cond, x = network(), conditions(batch=2), noisy(batch=2)
+    context = net.encode(cond, (3, 5, 8))
     for t in (900.0, 100.0):
         step = torch.full((2,), t)
-        assert torch.equal(net.denoise(x, step, context), net(x, step, told))
+        assert torch.equal(net.denoise(x, step, context), net(x, step, cond))
 
 
 def test_the_unconditional_pass_is_the_dropped_state_of_training() -> None:
     """Nothing of text, cameras, ego motion, map or boxes is left, but for which slots are boxes; published, the map."""
-    net, told, other = network(), conditions(seed=5), conditions(seed=6)
-    other = replace(other, box_masks=told.box_masks, fps=told.fps)
-    assert torch.equal(run(net, told.dropped()), run(net, other.dropped()))
-    assert not torch.equal(run(net, told), run(net, other))
-    published, no_map = network(published=True), replace(told, bev_map=torch.zeros_like(told.bev_map))
-    assert not torch.equal(run(published, told.dropped()), run(published, no_map.dropped()))
+    net, cond, other = network(), conditions(seed=5), conditions(seed=6)
+    other = replace(other, box_masks=cond.box_masks, fps=cond.fps)
+    assert torch.equal(run(net, cond.dropped()), run(net, other.dropped()))
+    assert not torch.equal(run(net, cond), run(net, other))
+    published, no_map = network(published=True), replace(cond, bev_map=torch.zeros_like(cond.bev_map))
+    assert not torch.equal(run(published, cond.dropped()), run(published, no_map.dropped()))
 
 
 def test_conditioning_frames_see_noise_level_zero() -> None:
-    net, told, x = network(), conditions(batch=2), noisy(batch=2)
+    net, cond, x = network(), conditions(batch=2), noisy(batch=2)
     clean = torch.zeros(2, 3, dtype=torch.bool)
     with torch.no_grad():
-        none_noisy = net(x, T.expand(2), told, clean)
-        at_zero = net(x, torch.zeros(2), told)
-        all_noisy = net(x, T.expand(2), told, ~clean)
+        none_noisy = net(x, T.expand(2), cond, clean)
+        at_zero = net(x, torch.zeros(2), cond)
+        all_noisy = net(x, T.expand(2), cond, ~clean)
     torch.testing.assert_close(none_noisy, at_zero)
-    torch.testing.assert_close(all_noisy, run(net, told, x))
+    torch.testing.assert_close(all_noisy, run(net, cond, x))
 
 
 def test_fresh_temporal_blocks_are_an_identity() -> None:
@@ -119,12 +119,12 @@ def test_fresh_temporal_blocks_are_an_identity() -> None:
     assert not unexpected
     new = ("base_blocks_t.", "control_blocks_t.", "bbox_embedder.mean_var")
     assert all(name.startswith(new) for name in missing)
-    told = replace(conditions(frames=1), box_latent=None)
+    cond = replace(conditions(frames=1), box_latent=None)
     x = noisy(latents=1)
-    torch.testing.assert_close(run(first, told, x), run(second, told, x))
+    torch.testing.assert_close(run(first, cond, x), run(second, cond, x))
     published = network(seed=9, fresh=True, published=True)
     published.load_state_dict(first.state_dict(), strict=False)
-    assert not torch.allclose(run(first, told, x), run(published, told, x))
+    assert not torch.allclose(run(first, cond, x), run(published, cond, x))
 
 
 def test_published_temporal_blocks_are_no_identity() -> None:
@@ -162,32 +162,32 @@ def test_the_network_has_no_data_dependent_shapes() -> None:
     """It runs on tensors without data, with the shapes of a real run."""
     with FakeTensorMode():
         net = network()
-        told = conditions(batch=2)
+        cond = conditions(batch=2)
         x = noisy(batch=2)
-        out = net(x, torch.full((2,), 500.0), told, torch.ones(2, 3, dtype=torch.bool))
+        out = net(x, torch.full((2,), 500.0), cond, torch.ones(2, 3, dtype=torch.bool))
         out.sum().backward()
         assert out.shape == x.shape
 
 
 @pytest.mark.slow
 def test_the_network_exports_with_equal_results() -> None:
-    net, told, x = network(depth=1).requires_grad_(False), conditions(), noisy()
+    net, cond, x = network(depth=1).requires_grad_(False), conditions(), noisy()
 
     class Flat(nn.Module):
         def forward(self, x: Tensor, *tensors: Tensor) -> Tensor:
             return net(x, T, Conditions(*tensors))
 
-    arguments = (x, *[getattr(told, field.name) for field in fields(told)[:-1]])
+    arguments = (x, *[getattr(cond, field.name) for field in fields(cond)[:-1]])
     exported = torch.export.export(Flat(), arguments, strict=False).module()
-    torch.testing.assert_close(exported(*arguments), run(net, told, x))
+    torch.testing.assert_close(exported(*arguments), run(net, cond, x))
 
 
 @pytest.mark.slow
 @torch.no_grad()
 def test_the_network_is_one_graph_with_equal_results() -> None:
-    net, told, x = network(depth=1), conditions(), noisy()
+    net, cond, x = network(depth=1), conditions(), noisy()
     one = torch.compile(net, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(one(x, T, told), run(net, told, x))
+    torch.testing.assert_close(one(x, T, cond), run(net, cond, x))
 
 
 @pytest.mark.parametrize("stage1", [True, False])
@@ -213,11 +213,11 @@ def gradients_of(
     net: MagicDrive, *, stage1: bool = False, every: int = 0, compile_backend: str | None = None
 ) -> dict[str, Tensor]:
     frames, latents = (1, 1) if stage1 else (9, 3)
-    told = replace(conditions(batch=2, frames=frames), keep=torch.tensor([True, False]))
+    cond = replace(conditions(batch=2, frames=frames), keep=torch.tensor([True, False]))
     x, mask = noisy(batch=2, latents=latents), torch.ones(2, latents, dtype=torch.bool)
     parallelize(net, checkpoint_every=every, compile_backend=compile_backend)
     net.zero_grad()
-    net(x, T.expand(2), told, mask).square().mean().backward()
+    net(x, T.expand(2), cond, mask).square().mean().backward()
     assert [name for name, p in net.named_parameters() if p.requires_grad and p.grad is None] == []
     return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
 
@@ -262,9 +262,9 @@ def test_compiled_blocks_give_the_same_gradients() -> None:
 def test_any_size_goes_through(views: int, frames: int, size: tuple[int, int], slots: int, published: bool) -> None:
     ring = tuple(((view - 1) % views, (view + 1) % views) for view in range(views))
     net = network(neighbours=ring, published=published, depth=1)
-    told = conditions(frames=frames, slots=slots, views=views)
+    cond = conditions(frames=frames, slots=slots, views=views)
     x = noisy(latents=max(1, frames // 4 + frames % 2), size=size, views=views)
-    out = run(net, told, x)
+    out = run(net, cond, x)
     assert out.shape == x.shape
     assert out.isfinite().all()
 
@@ -281,11 +281,11 @@ def test_text_buffers_are_projected_features() -> None:
 def test_cross_view_attention_reads_neighbours_only() -> None:
     """A change of view 3 reaches views 2 and 4 in one block, and no others."""
     net = network(depth=1, control_depth=1, temporal=False, instance_latent=False, mean_over_frames=True)
-    told = conditions(frames=1)
+    cond = conditions(frames=1)
     x = noisy(latents=1)
     changed = x.clone()
     changed[:, 3] += 1
-    moved = (run(net, told, x) - run(net, told, changed)).abs().amax(dim=(0, 2, 3, 4, 5)) > 0
+    moved = (run(net, cond, x) - run(net, cond, changed)).abs().amax(dim=(0, 2, 3, 4, 5)) > 0
     assert moved.tolist() == [False, False, True, True, True, False]
 
 
@@ -294,17 +294,17 @@ def test_cross_view_attention_reads_neighbours_only() -> None:
 def test_slices_change_nothing(published: bool, limit: int) -> None:
     """One frame or token position at a time, or a few; keys and values kept or computed by the blocks."""
     net = network(published=published, pad_patches=8)
-    told, x = conditions(batch=2), noisy(batch=2)
+    cond, x = conditions(batch=2), noisy(batch=2)
     mask = torch.tensor([[False, True, True], [True, True, False]])
     parallelize(net, slice_tokens=0)
-    whole = run(net, told, x, mask)
+    whole = run(net, cond, x, mask)
     parallelize(net, slice_tokens=limit)
     calls: list[int] = []
     net.base_blocks_t[0].mlp.register_forward_hook(lambda *_: calls.append(1))
-    torch.testing.assert_close(run(net, told, x, mask), whole, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(run(net, cond, x, mask), whole, rtol=1e-5, atol=1e-5)
     assert len(calls) > 1
     with torch.no_grad():
-        kept = net.encode(told, (3, 5, 8))
+        kept = net.encode(cond, (3, 5, 8))
         few = replace(kept, kv={})
         torch.testing.assert_close(net.denoise(x, T.expand(2), few, mask), whole, rtol=1e-5, atol=1e-5)
 

@@ -16,7 +16,7 @@ from tests.training.gloo_ranks import run_distributed
 from tests.training.networks import training
 from tests.training.test_loader import PROFILE
 
-SHAPE = (9, 48, 80)  # frames, height, width: 3 x 5 places, of which two ranks have eight and seven
+SHAPE = (9, 48, 80)  # frames, height, width: 3 x 5 tokens, of which two ranks have eight and seven
 
 
 def batch(step: int) -> Any:
@@ -32,7 +32,7 @@ def made() -> MagicDrive:
 
 
 def shared_steps(precision: str) -> tuple[list[float], list[float], dict[str, Tensor], tuple[int, int, int]]:
-    """Two steps of two ranks that share every clip: losses, norms, master weights, place in the mesh."""
+    """Two steps of two ranks that share every clip: losses, norms, master weights, position in the mesh."""
     from magicdrive_core.diffusion.rectified_flow import RectifiedFlow
     from magicdrive_core.parallel.mesh import Mesh
     from magicdrive_core.parallel.parallelize import parallelize
@@ -56,12 +56,12 @@ def shared_steps(precision: str) -> tuple[list[float], list[float], dict[str, Te
     return losses, norms, weights, (mesh.groups, mesh.group, mesh.sequence_parallel)
 
 
-def alone() -> tuple[list[float], list[float], dict[str, Tensor]]:
+def single_process() -> tuple[list[float], list[float], dict[str, Tensor]]:
     from magicdrive_core.diffusion.rectified_flow import RectifiedFlow
     from magicdrive_core.training.loop import flow_loss
 
     net, shared = made(), training()
-    engine: Any = type("OneDevice", (), {"network": net, "device": torch.device("cpu")})
+    engine: Any = type("SingleProcess", (), {"network": net, "device": torch.device("cpu")})
     optimizer = torch.optim.AdamW(
         [p for p in net.parameters() if p.requires_grad], lr=0.01, betas=shared.betas, eps=1e-8, weight_decay=0.01
     )
@@ -77,10 +77,10 @@ def alone() -> tuple[list[float], list[float], dict[str, Tensor]]:
 
 
 def test_two_ranks_train_one_clip_as_one_device_does() -> None:
-    losses, norms, weights = alone()
+    losses, norms, weights = single_process()
     results = run_distributed(shared_steps, 2, "fp32")
-    for rank, (shared_losses, shared_norms, shared_weights, place) in enumerate(results):
-        assert place == (1, 0, 2), rank
+    for rank, (shared_losses, shared_norms, shared_weights, position) in enumerate(results):
+        assert position == (1, 0, 2), rank
         assert shared_losses == pytest.approx(losses, rel=1e-5)
         assert shared_norms == pytest.approx(norms, rel=1e-5)
         moved = sum((p - before).square().sum() for p, before in zip(weights.values(), _start(), strict=True)).sqrt()
@@ -93,7 +93,7 @@ def _start() -> list[Tensor]:
 
 
 def test_bf16_too() -> None:
-    losses, _, _ = alone()
+    losses, _, _ = single_process()
     for shared_losses, *_ in run_distributed(shared_steps, 2, "bf16"):
         assert shared_losses == pytest.approx(losses, rel=0.05)
 

@@ -23,25 +23,25 @@ from tests.parallel.devices import on_devices
 from tests.training.gloo_ranks import join_gloo, run_distributed
 
 SIZES: dict[str, Any] = {"heads": 8, "depth": 1}
-GIVEN = torch.tensor([[False, True, True], [True, True, True]])
+X_MASK = torch.tensor([[False, True, True], [True, True, True]])
 
 
-def told(batch: int = 1) -> Conditions:
+def cond(batch: int = 1) -> Conditions:
     return conditions(batch=batch)
 
 
 @pytest.mark.parametrize("devices", [2, 4, 8])
 @pytest.mark.parametrize("limit", [0, 150])
 def test_any_number_of_devices_gives_one_picture(devices: int, limit: int) -> None:
-    """3 x 5 places, which no number divides; in slices, and with keys and values made again."""
+    """3 x 5 tokens, which no number divides; in slices, and with keys and values computed by the blocks."""
     net = network(**SIZES)
     parallelize(net, slice_tokens=limit)
     x, t = noisy(batch=2, size=(6, 10)), torch.tensor([700.0, 300.0])
 
     def work(net: MagicDrive) -> Tensor:
-        context = net.encode(told(2), (3, 6, 10))
+        context = net.encode(cond(2), (3, 6, 10))
         context = context if limit == 0 else replace(context, kv={})
-        return net.denoise(x, t, context, GIVEN)
+        return net.denoise(x, t, context, X_MASK)
 
     with torch.no_grad():
         whole = work(net)
@@ -52,9 +52,9 @@ def test_any_number_of_devices_gives_one_picture(devices: int, limit: int) -> No
 @settings(deadline=None, max_examples=10)
 @given(devices=st.integers(2, 5), heads=st.sampled_from([1, 2]), size=st.tuples(st.integers(1, 9), st.integers(1, 9)))
 def test_any_size_can_be_shared_out(devices: int, heads: int, size: tuple[int, int]) -> None:
-    """More devices than places too: some then hold nothing but filling."""
+    """More ranks than tokens too: some then hold nothing but padding."""
     net = network(width=8 * devices * heads, heads=devices * heads, ego_heads=1, box_heads=1, depth=1)
-    asked = replace(told(), box_latent=torch.randn(1, 3, net.config.width))
+    asked = replace(cond(), box_latent=torch.randn(1, 3, net.config.width))
     x, t = noisy(size=size), torch.tensor([700.0])
     with torch.no_grad():
         whole = net(x, t, asked)
@@ -68,9 +68,9 @@ def test_published_padding_depends_on_the_devices_unless_it_is_chosen(devices: i
     net = network(published=True, **SIZES)
     x, t = noisy(size=(6, 10)), torch.tensor([700.0])
     with torch.no_grad():
-        plain, padded = net(x, t, told()), net(x, t, replace(told(), pad_patches=padding or devices))
+        plain, padded = net(x, t, cond()), net(x, t, replace(cond(), pad_patches=padding or devices))
     assert (plain - padded).abs().max() > 1e-2
-    for out in on_devices(net, devices, lambda net: net(x, t, replace(told(), pad_patches=padding))):
+    for out in on_devices(net, devices, lambda net: net(x, t, replace(cond(), pad_patches=padding))):
         torch.testing.assert_close(out, padded, rtol=1e-5, atol=1e-5)
 
 
@@ -79,7 +79,7 @@ def test_sampling_is_one_too() -> None:
 
     def work(net: MagicDrive) -> Tensor:
         draw = torch.Generator().manual_seed(3)
-        return sample_latents(net, told(), (3, 6, 10), steps=2, guidance=2.0, flow=RectifiedFlow(), generator=draw)
+        return sample_latents(net, cond(), (3, 6, 10), steps=2, guidance=2.0, flow=RectifiedFlow(), generator=draw)
 
     outs = on_devices(net, 4, work)
     torch.testing.assert_close(outs[0], work(net), rtol=1e-5, atol=1e-5)
@@ -97,7 +97,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {  # devices that share a clip, o
 
 def loss_of(net: MagicDrive, clip: int, padding: int | None = None) -> Tensor:
     asked = replace(conditions(seed=clip), keep=torch.tensor([clip == 0]), pad_patches=padding)
-    out = net(noisy(size=(6, 10), seed=clip), torch.tensor([400.0]), asked, GIVEN[:1])
+    out = net(noisy(size=(6, 10), seed=clip), torch.tensor([400.0]), asked, X_MASK[:1])
     return (out - noisy(size=(6, 10), seed=7)).square().mean()
 
 
