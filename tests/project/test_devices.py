@@ -12,9 +12,9 @@ from magicdrive_core import device
 
 CORE = Path(__file__).resolve().parents[2] / "magicdrive_core"
 NAMES = ("cuda", "npu", "nccl", "hccl")
-# device.py chooses a device, launch/devices.py counts device files; PYTORCH_NPU_ALLOC_CONF must be set before a
+# device.py chooses a device, launch/launcher.py counts device files; PYTORCH_NPU_ALLOC_CONF must be set before a
 # process of the group exists.
-ALLOWED = {"device.py", "launch/devices.py", "launch/process_group.py"}
+ALLOWED = {"device.py", "launch/launcher.py", "launch/process_group.py"}
 
 
 def named(path: Path) -> list[str]:
