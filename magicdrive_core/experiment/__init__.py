@@ -1,1 +1,1 @@
-"""What an experiment consists of: training stages with their fingerprints, and where results lie. No torch."""
+"""An experiment: its training stages with their fingerprints, and the folders of its results. No torch."""

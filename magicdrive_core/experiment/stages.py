@@ -1,6 +1,6 @@
-"""What one stage of training is: its folder, the fingerprint of all that decides its result, whether it is done.
+"""Training stages: the folder of a run, the fingerprint of everything that decides its result, whether it is done.
 
-No torch in here: flows and the launcher plan with it.
+Flows and the launcher plan with this module, so it does not import torch.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from magicdrive_core.data.records import Clip, SceneHeader
 from magicdrive_core.tracking.lineage import input_digests
 from magicdrive_core.utils.files import read_json, sha256_file, write_json
 
-# Of the sections that all stages share: how often something is written decides nothing, and how steps are computed no
-# more than the number of ranks does.
+# Settings of all stages that do not decide the result: how often something is written, and how steps are computed.
 _UNIMPORTANT = {
     *("prefetch_mbytes", "checkpoint_every", "keep_checkpoints", "keep_every", "preview_every", "preview_clips"),
     *("log_every", "skip_empty", "max_skipped", "overlap_communication", "compile", "peak_tflops", *STAGES),
@@ -29,7 +28,7 @@ _UNIMPORTANT = {
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One training of one stage. Equal fingerprints mean equal results."""
+    """One training run of one stage; equal fingerprints mean equal results."""
 
     stage: Stage
     folder: Path  # runs/<stage>-<first 12 digits of the fingerprint>, below the project's folder
@@ -39,24 +38,30 @@ class StagePlan:
 
     @property
     def weights(self) -> Path:
-        """The result: the network's state dict with EMA weights, fp32."""
+        """File of the resulting EMA weights: the network's state dict in fp32."""
         return self.folder / "ema.safetensors"
 
     @property
     def result(self) -> Path:
-        """Facts of the finished run, with the digest of the weights."""
+        """File of the facts of the finished run, among them the digest of the weights."""
         return self.folder / "run.json"
 
     @property
     def done(self) -> bool:
-        """Whether the weights are there and are those that the finished run wrote."""
+        """Whether the weights exist and are those that the finished run wrote."""
         if not (self.weights.is_file() and self.result.is_file()):
             return False
         return read_json(self.result)["weights_sha256"] == sha256_file(self.weights)
 
 
 def plan_stage(config: Config, stage: Stage, project: Path = Path()) -> StagePlan:
-    """The plan of a stage and of those before it."""
+    """Plan a stage and the stages before it.
+
+    Args:
+        config: All settings.
+        stage: The last stage of the plan; its ``previous`` leads to the earlier ones.
+        project: The project's folder.
+    """
     inputs = input_digests(project)
     plan: StagePlan | None = None
     for name in STAGES[: STAGES.index(stage) + 1]:
@@ -82,11 +87,11 @@ def plan_stage(config: Config, stage: Stage, project: Path = Path()) -> StagePla
 
 @dataclass(frozen=True)
 class Feasibility:
-    """How many training clips each bucket of a stage has."""
+    """Numbers of training clips in the buckets of a stage."""
 
     stage: Stage
     clips: dict[str, int]  # by bucket name
-    possible: bool  # whether there is anything to train that the stage is for
+    possible: bool  # whether the stage has clips of the kind that it trains
 
     @property
     def empty(self) -> list[str]:
@@ -95,14 +100,14 @@ class Feasibility:
 
     @property
     def warning(self) -> str | None:
-        """One line about buckets that are skipped."""
+        """One line that names the skipped buckets, or None."""
         return f"{self.stage}: no training clip for {', '.join(self.empty)}: skipped" if self.empty else None
 
 
 def feasibility(config: Config, stage: Stage, project: Path = Path()) -> Feasibility:
-    """Counts the training clips of a stage's buckets.
+    """Count the training clips of a stage's buckets.
 
-    A stage that has buckets of several frames is for videos: single pictures beside them do not make it possible.
+    A stage with buckets of several frames trains on videos, so clips of single frames do not make it possible.
     """
     scenes = [SceneHeader.of(scene) for scene in read_scenes(project / "artifacts/infos")]
     buckets = config.training.stage(stage).buckets
@@ -112,7 +117,7 @@ def feasibility(config: Config, stage: Stage, project: Path = Path()) -> Feasibi
 
 
 def bucket_clips(config: Config, stage: Stage, bucket: Bucket, scenes: Sequence[SceneHeader]) -> list[Clip]:
-    """The training clips of a stage's bucket, in the order of the sampler's indices."""
+    """List the training clips of a bucket, in the order of the sampler's indices."""
     if config.training.stage(stage).balance:
         training = [scene for scene in scenes if scene.split in ("train", "both")]
         scenes = balance_weather(training, published=config.published)
@@ -120,15 +125,15 @@ def bucket_clips(config: Config, stage: Stage, bucket: Bucket, scenes: Sequence[
 
 
 def write_job(plan: StagePlan, config: Config) -> None:
-    """Leaves in the plan's folder all that its ranks need, so that a later edit of params.yaml cannot reach them."""
+    """Write everything that the ranks need into the run's folder; later edits of params.yaml do not affect the run."""
     write_json(plan.folder / "job.json", {"config": config.model_dump(mode="json"), "plan": _plain(plan)})
 
 
 def read_job(folder: Path) -> tuple[Config, StagePlan]:
-    """What ``write_job`` left.
+    """Read what ``write_job`` wrote.
 
     Raises:
-        MagicDriveError: there is no such job.
+        MagicDriveError: The folder holds no job.
     """
     job = read_json(folder / "job.json", "start a training with: magicdrive train")
     return parse_config(job["config"], source=str(folder / "job.json")), _parse(job["plan"])

@@ -1,4 +1,4 @@
-"""What changes to a scene would tell the network, beside what it would be told without them. No network, no GPU."""
+"""A preview of edits: the conditions of a scene before and after them. Needs no network and no GPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,16 @@ VIEW_WIDTH = 400  # pixels of a view
 
 
 def draw_preview(config: Config, scene: Scene, edits: Edits, frame: int, out: Path, project: Path = Path()) -> None:
-    """Writes a PNG: boxes and map in six views and from above, before the changes and after them."""
+    """Write a PNG with boxes and map in six views and from above, before and after the edits.
+
+    Args:
+        config: All settings.
+        scene: The scene without edits.
+        edits: The edits to show.
+        frame: Index of the shown frame.
+        out: The PNG to write.
+        project: The project's folder.
+    """
     rows = []
     edited = edit_scene(scene, edits)
     maps = BevMaps(config, project)
@@ -35,7 +44,7 @@ def draw_preview(config: Config, scene: Scene, edits: Edits, frame: int, out: Pa
 
 
 def list_objects(scene: Scene) -> list[tuple[str, str, int, float]]:
-    """Token, class, number of frames and least distance to the lidar in metres of each object, nearest first."""
+    """List the objects of a scene, nearest first: token, class, frames, least distance to the lidar in metres."""
     seen: dict[str, tuple[str, int, float]] = {}
     for boxes in scene.boxes:
         for token, name, distance in zip(boxes.ids, boxes.names, np.hypot(*boxes.boxes[:, :2].T), strict=True):

@@ -1,4 +1,4 @@
-"""The score sheet as the report shows it: ours beside the published results, figures by name, scenes by distance."""
+"""The score sheet as tables of the report: this package beside published results, figures by name, scenes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _TITLES = {
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """Rows of text, ready for the page."""
+    """Cells of the report's score tables as text."""
 
     columns: list[str]
     results: list[tuple[str, list[str], bool]]  # name, cells, whether it is ours
@@ -40,12 +40,12 @@ class ScoreTable:
 
     @classmethod
     def of(cls, sheet: Sheet, names: Mapping[str, str], ours: str) -> ScoreTable:
-        """The table of a sheet.
+        """Format a score sheet.
 
         Args:
-            sheet: what was measured.
-            names: of scenes, by token.
-            ours: what our own line is called.
+            sheet: The scores of the package.
+            names: Names of scenes by token.
+            ours: Label of the package's line.
         """
         keys = [key for key in _TITLES if any(key in row for row in sheet.scenes.values())]
         published = [
@@ -78,16 +78,16 @@ class ScoreTable:
 
 
 def farthest_first(sheet: Sheet) -> list[tuple[str, dict[str, float]]]:
-    """Scene tokens and their figures, by the built-in extractor's distance, the largest first."""
+    """Sort scene tokens and their figures by the built-in extractor's distance, largest first."""
     return sorted(sheet.scenes.items(), key=lambda pair: (-pair[1].get("small_224", 0.0), pair[0]))
 
 
 def order_scenes(tokens: Sequence[str], sheet: Sheet | None) -> list[str]:
-    """Scenes as the page shows them: those that are farthest from the real ones first, where that is known."""
+    """Order scenes for the page: farthest from the real clips first, if there are scores."""
     if sheet is None:
         return list(tokens)
-    places = {token: place for place, (token, _) in enumerate(farthest_first(sheet))}
-    return sorted(tokens, key=lambda token: places.get(token, len(places)))
+    ranks = {token: rank for rank, (token, _) in enumerate(farthest_first(sheet))}
+    return sorted(tokens, key=lambda token: ranks.get(token, len(ranks)))
 
 
 def _cell(values: Mapping[str, float], key: str) -> str:

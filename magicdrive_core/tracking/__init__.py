@@ -1,1 +1,1 @@
-"""Runs, models and lineage in MLflow."""
+"""Tracking with MLflow: runs, registered models, and the lineage of results."""

@@ -1,4 +1,4 @@
-"""Where a result came from: the commit, DVC's digests of what was read, the Prefect run, the profile."""
+"""Lineage of a result: the commit, DVC's digests of its inputs, the Prefect run, the profile."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from magicdrive_core.config.schema import Config, fingerprint
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.utils.files import sha256_file
 
-# What a run reads, and the small file in it that tells its content where DVC does not.
+# Inputs of a run, and in each the index file whose digest stands for it where DVC has none.
 INPUTS = {
     "artifacts/infos": "infos.json",
     "artifacts/conditions": "clips.json",
@@ -23,10 +23,10 @@ INPUTS = {
 
 
 def input_digests(project: Path) -> dict[str, str]:
-    """Digest of every input by path: the md5 in ``dvc.lock``, else that of its index file, else "absent".
+    """Return a digest of each input by path: the MD5 in ``dvc.lock``, else that of its index file, else "absent".
 
     Raises:
-        MagicDriveError: dvc.lock is not YAML.
+        MagicDriveError: ``dvc.lock`` is not YAML.
     """
     locked = _locked(project / "dvc.lock")
     return {path: locked.get(path) or _index_digest(project / path / index) for path, index in INPUTS.items()}
@@ -42,12 +42,12 @@ def _locked(lock: Path) -> dict[str, str]:
     try:
         stages = (yaml.safe_load(lock.read_text(encoding="utf-8")) or {}).get("stages", {})
     except yaml.YAMLError as error:
-        raise MagicDriveError(f"{lock} is not valid YAML", "git checkout dvc.lock, then dvc repro") from error
+        raise MagicDriveError(f"{lock} is not valid YAML", "delete dvc.lock, then run: dvc repro") from error
     return {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", []) if "md5" in out}
 
 
 def lineage_tags(config: Config, project: Path = Path()) -> dict[str, str]:
-    """Tags for an MLflow run; a fact that does not exist here (no repository, no flow) has no tag."""
+    """Return the lineage as tags of an MLflow run; unknown facts (no repository, no flow) have no tag."""
     tags = {"profile": config.profile, "params": fingerprint(config)[:12]}
     tags |= {f"dvc.{Path(path).name}": digest for path, digest in input_digests(project).items()}
     commit = _git(project, "rev-parse", "HEAD")
@@ -60,7 +60,7 @@ def lineage_tags(config: Config, project: Path = Path()) -> dict[str, str]:
 
 
 def _git(project: Path, *arguments: str) -> str:
-    """Output of a git command; empty where there is no git or no repository."""
+    """Run a git command and return its output, or "" without git or a repository."""
     try:
         done = subprocess.run(["git", *arguments], cwd=project, capture_output=True, text=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError):

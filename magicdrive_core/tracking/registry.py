@@ -1,7 +1,7 @@
-"""Models by the names under which MLflow's registry knows them: models:/NAME@ALIAS and models:/NAME/VERSION.
+"""Registered models by their MLflow names: models:/NAME@ALIAS and models:/NAME/VERSION.
 
-A training registers its weights where they lie (``Store.register``), with their digest. An alias may be moved at any
-time, a version never: who works with several processes names the version (``pin_registered``).
+A training run registers its weights in their folder, with their digest (``Store.register``). An alias may move at any
+time, a version never does, so work in several processes names the version (``pin_registered``).
 """
 
 from __future__ import annotations
@@ -31,16 +31,20 @@ class Registered:
 
 
 def find_registered(tracking: Tracking, uri: str, project: Path = Path()) -> Registered:
-    """The version that ``uri`` names now.
+    """Find the version that a name stands for now.
+
+    Args:
+        tracking: Settings of MLflow.
+        uri: models:/NAME@ALIAS or models:/NAME/VERSION.
+        project: The project's folder.
 
     Raises:
-        UsageError: ``uri`` is of another form, or the registry knows no such model.
-        MagicDriveError: its weights lie in no folder that can be reached from here, or are not those that were
-            registered.
+        UsageError: ``uri`` has another form, or the registry has no such model.
+        MagicDriveError: The folder of its weights is missing, or the weights have changed.
     """
     match = _NAME.fullmatch(uri)
     if match is None:
-        raise UsageError(f"{uri} names no registered model", f"{SCHEME}NAME@ALIAS or {SCHEME}NAME/VERSION")
+        raise UsageError(f"{uri} is not the name of a registered model", f"{SCHEME}NAME@ALIAS or {SCHEME}NAME/VERSION")
     client, name = Store(tracking, project).client, match["name"]
     try:
         if match["alias"]:
@@ -52,13 +56,13 @@ def find_registered(tracking: Tracking, uri: str, project: Path = Path()) -> Reg
             f"{model.name}@{alias}" for model in client.search_registered_models() for alias in model.aliases
         )
         raise UsageError(
-            f"{uri} is not in the registry of {tracking.uri}", f"it knows {known or 'no model: train one first'}"
+            f"{uri} is not in the registry of {tracking.uri}", f"known: {known or 'no model, train one first'}"
         ) from None
     found = f"{SCHEME}{name}/{version.version}"
     weights = Path(unquote(urlparse(version.source).path))
-    run = read_json(weights.parent / "run.json", f"{found} was registered there: bring that folder back")
+    run = read_json(weights.parent / "run.json", f"{found} was registered there: restore the folder")
     if run["weights_sha256"] != version.tags.get(SHA256):
         raise MagicDriveError(
-            f"{weights} is no more what was registered as {found}", "name the version of the later training"
+            f"{weights} has changed since it was registered as {found}", "name the version of the later training"
         )
     return Registered(found, weights.parent)

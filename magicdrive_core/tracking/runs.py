@@ -1,7 +1,7 @@
-"""MLflow: a parent run for a whole training, a child for each stage; previews and models beside them.
+"""MLflow runs: a parent for all stages of a training, a child for each stage, one for each submission; models.
 
-The launcher opens and closes runs; of the ranks, rank 0 alone logs (``MetricLog``). MLflow's database is a file, and
-its first use creates the tables, which two processes must not do at once: hence the lock.
+The launcher opens and closes runs; only rank 0 logs metrics (``MetricLog``). MLflow's database is a file, and its first
+use creates the tables. A lock keeps two processes from doing that at once.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ for _name in ("mlflow", "alembic"):
 PARENT = "mlflow.parentRunId"
 LOCK_SECONDS = 120
 FLUSH_SECONDS = 10.0  # a write to the database costs tens of milliseconds
-MOST = 1000  # metrics that MLflow takes at once
-LONGEST = 6000  # characters of a param's value that MLflow takes
+MOST = 1000  # metrics in one call to MLflow
+LONGEST = 6000  # characters of a param's value
 STEADY = 8  # losses: the mean of fewer says more about the noise levels that were drawn than about the network
 SUBMISSION_RUN = "mlflow.json"  # file in a submission's folder that names its run
 SHA256 = "weights_sha256"  # tag of runs and of versions of models
@@ -45,10 +45,10 @@ class Store:
     """The tracking database and its one experiment."""
 
     def __init__(self, tracking: Tracking, project: Path = Path()) -> None:
-        """Opens the database, creating database and experiment where they are missing.
+        """Open the database; create database and experiment if they are missing.
 
         Raises:
-            MagicDriveError: another process holds the lock for minutes, or the database cannot be used.
+            MagicDriveError: Another process holds the lock for minutes, or the database cannot be used.
         """
         folder = project / tracking.artifacts
         folder.mkdir(parents=True, exist_ok=True)
@@ -63,21 +63,22 @@ class Store:
                 )
         except Timeout:
             raise MagicDriveError(
-                f"{folder.parent} has been locked for {LOCK_SECONDS} s", "another process is setting up MLflow: wait"
+                f"{folder.parent} has been locked for {LOCK_SECONDS} s",
+                "another process is setting up MLflow: wait, then run again",
             ) from None
         except (MlflowException, SQLAlchemyError) as error:
             raise MagicDriveError(
                 f"MLflow cannot use {tracking.uri}: {' '.join(str(error).split())[:200]}",
-                "move the database away, or give another tracking.uri",
+                "move the database away, or set another tracking.uri",
             ) from error
 
     def open(self, name: str, tags: Mapping[str, str], parent: str | None = None) -> str:
-        """Starts a run and returns its id."""
+        """Start a run, a child of ``parent`` if that is given, and return its id."""
         family = {PARENT: parent} if parent else {}
         return self.client.create_run(self.experiment, tags={**tags, **family}, run_name=name).info.run_id
 
     def reopen(self, run: str, parent: str | None) -> bool:
-        """Goes on with a run that was interrupted; False when the database does not know it (any more)."""
+        """Resume an interrupted run; return False if the database does not have it."""
         try:
             self.client.update_run(run, status=RunStatus.to_string(RunStatus.RUNNING))
         except MlflowException:
@@ -87,7 +88,7 @@ class Store:
         return True
 
     def params(self, run: str, values: Mapping[str, Any]) -> None:
-        """Logs nested settings as flat params. Params cannot change: a resume's other value becomes a tag."""
+        """Log nested settings as flat params; params cannot change, so a different value on resume becomes a tag."""
         known = self.client.get_run(run).data.params
         flat = flatten(values)
         new = [Param(key, value) for key, value in flat.items() if key not in known]
@@ -95,29 +96,39 @@ class Store:
         self.client.log_batch(run, params=new, tags=changed)
 
     def close(self, run: str, status: Status, **tags: str) -> None:
-        """Ends a run."""
+        """End a run with a status and further tags."""
         for key, value in tags.items():
             self.client.set_tag(run, key, value)
         self.client.set_terminated(run, status)
 
     def register(self, model: str, alias: str, weights: Path, digest: str, run: str) -> str:
-        """Makes ``weights`` a version of the registered ``model`` under ``alias``; returns the version.
+        """Register weights as a new version of a model and move an alias to it.
 
-        The file stays where it is: the registry holds its place and its SHA-256.
+        The file stays in its folder; the registry keeps its path and its SHA-256.
+
+        Args:
+            model: Name of the registered model.
+            alias: Alias that will name the new version.
+            weights: The safetensors file.
+            digest: SHA-256 of the file.
+            run: Id of the run that trained it.
+
+        Returns:
+            The version.
         """
         try:
             self.client.create_registered_model(model)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        place, tags = weights.resolve().as_uri(), {SHA256: digest}
-        version = self.client.create_model_version(model, place, run, tags=tags).version
+        uri, tags = weights.resolve().as_uri(), {SHA256: digest}
+        version = self.client.create_model_version(model, uri, run, tags=tags).version
         self.client.set_registered_model_alias(model, alias, version)
         return str(version)
 
 
 def open_parent(config: Config, name: str, project: Path = Path()) -> str:
-    """Opens a parent run with the whole configuration and its lineage; returns its id."""
+    """Start a parent run with the whole configuration and its lineage, and return its id."""
     store = Store(config.tracking, project)
     run = store.open(name, lineage_tags(config, project))
     store.params(run, config.model_dump(mode="json"))
@@ -125,12 +136,12 @@ def open_parent(config: Config, name: str, project: Path = Path()) -> str:
 
 
 def close_parent(config: Config, run: str, status: Status, project: Path = Path()) -> None:
-    """Ends a parent run."""
+    """End a parent run."""
     Store(config.tracking, project).close(run, status)
 
 
 def log_results(config: Config, run: str, metrics: Mapping[str, float], picture: Path, project: Path = Path()) -> None:
-    """Adds final figures, those that are numbers, and a picture to a run that may be closed already."""
+    """Add final metrics, those that are finite, and a picture to a run, which may have ended."""
     log = MetricLog(Store(config.tracking, project), run)
     log.metrics({name: value for name, value in metrics.items() if math.isfinite(value)}, step=0)
     log.picture(picture)
@@ -192,7 +203,7 @@ def first_and_last(losses: Sequence[float]) -> tuple[float, float]:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """``{"a": {"b": 1}}`` -> ``{"a.b": "1"}``; lists and long texts as JSON, cut to what MLflow takes."""
+    """Flatten ``{"a": {"b": 1}}`` to ``{"a.b": "1"}``; values that are not text become JSON, cut to MLflow's limit."""
     flat: dict[str, str] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -203,7 +214,10 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 class MetricLog:
-    """Metrics and pictures of one run, from the one rank that logs; writes in batches."""
+    """Logs metrics and pictures of one run from the rank that logs, in batches.
+
+    Metrics are best effort: logging never ends a training run.
+    """
 
     def __init__(self, store: Store, run: str) -> None:
         self._store, self._run = store, run
@@ -211,29 +225,29 @@ class MetricLog:
         self._flushed = time.monotonic()
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Queues metrics; they are written every few seconds."""
+        """Queue metrics; they are written every few seconds."""
         now = int(time.time() * 1000)
         self._waiting += [Metric(name, value, now, step) for name, value in values.items()]
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
             self.flush()
 
     def picture(self, path: Path) -> None:
-        """Copies a picture into the run's ``previews``."""
+        """Copy a picture into the run's ``previews``."""
         self._store.client.log_artifact(self._run, str(path), "previews")
 
     def flush(self) -> None:
-        """Writes what is queued."""
+        """Write the queued metrics; on an error they stay queued."""
         self._flushed = time.monotonic()
         try:
             while self._waiting:
                 self._store.client.log_batch(self._run, metrics=self._waiting[:MOST])
                 del self._waiting[:MOST]
-        except MlflowException as error:  # a training of days does not end for its diary
-            logger.warning("MLflow does not answer, metrics are kept back: %s", " ".join(str(error).split())[:200])
+        except MlflowException as error:  # metrics are best effort
+            logger.warning("MLflow is not reachable, metrics stay queued: %s", " ".join(str(error).split())[:200])
 
 
 def _absolute(uri: str, project: Path) -> str:
-    """A relative sqlite path counts from the project's folder, not from where the process happens to stand."""
+    """Resolve a relative SQLite path from the project's folder instead of the working directory."""
     scheme = "sqlite:///"
     path = Path(uri.removeprefix(scheme))
     if not uri.startswith(scheme) or path.is_absolute():

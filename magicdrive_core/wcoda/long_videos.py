@@ -1,7 +1,7 @@
 """Round 2's long videos: ``{team}_long/{token}_{weather}/{token}_{VIEW}.mp4``, the sunny ones with round 1's frames.
 
-The sunny video must begin with exactly the frames of round 1. Frames that are encoded twice are never exactly the same,
-so that the packaged video of round 1 is its head as it stands, and only what follows is encoded.
+The sunny video must start with exactly the frames of round 1. Encoding frames again changes them, so the packaged video
+of round 1 is copied as the head of the long one, and only the frames after it are encoded.
 """
 
 from __future__ import annotations
@@ -30,15 +30,18 @@ HEADROOM = 0.99  # of the cap, for what follows the head: parameter sets stand b
 
 
 def read_long(config: Config, standard: Sequence[ItemRecord], project: Path) -> dict[str, dict[str, ItemRecord]]:
-    """The first generation of the scenes that the long set is made of, by weather, by sample token.
+    """Read the items of the long set: the first generation of each scene.
 
     Args:
-        config: ``submission.long`` names the folders of items.
-        standard: the items of the standard set.
-        project: the project's folder.
+        config: All settings; ``submission.long`` names the folders of items.
+        standard: Items of the standard set.
+        project: The project's folder.
+
+    Returns:
+        Items by weather, then by sample token.
 
     Raises:
-        MagicDriveError: the weathers hold different scenes, too few, too short ones, or ones without a standard clip.
+        MagicDriveError: Weathers have different scenes, too few or too short ones, or a scene has no standard clip.
     """
     folders = config.submission.long
     if folders is None:
@@ -50,8 +53,8 @@ def read_long(config: Config, standard: Sequence[ItemRecord], project: Path) -> 
     tokens = set.intersection(*(set(records) for records in sets.values()))
     if len(tokens) != config.submission.long_scenes:
         raise MagicDriveError(
-            f"submission.long: {len(tokens)} scenes stand in all of sunny, rainy and night, "
-            f"{config.submission.long_scenes} are wanted",
+            f"submission.long: {len(tokens)} scenes are in all of sunny, rainy and night, "
+            f"{config.submission.long_scenes} are needed",
             "generate the same scenes in each weather, or set submission.long_scenes",
         )
     known = {record.sample for record in standard}
@@ -71,21 +74,21 @@ def read_long(config: Config, standard: Sequence[ItemRecord], project: Path) -> 
 def place_long(
     config: Config, record: ItemRecord, view: str, source: Path, target: Path, head: tuple[Path, float | None] | None
 ) -> tuple[ViewFile, bool]:
-    """Puts one view's long video at ``target``.
+    """Write the long video of one view.
 
     Args:
-        config: frame rate, cap, and the frames of round 1.
-        record: of the long clip.
-        view: one of its six.
-        source: the item's folder.
-        target: the file to write.
-        head: the packaged video of round 1 and its PSNR, where the long one begins with it.
+        config: All settings; frame rate, cap on the bit rate and frames of round 1 are used.
+        record: Record of the long clip.
+        view: One of the six views.
+        source: The item's folder.
+        target: The file to write.
+        head: Packaged video of round 1 and its PSNR if the long video starts with it, else None.
 
     Returns:
-        the file as measured, and whether anything was encoded for it.
+        The measured file, and whether anything was encoded for it.
 
     Raises:
-        MagicDriveError: the clip does not begin with round 1's pictures, or the cap cannot be kept.
+        MagicDriveError: The clip does not start with the frames of round 1, or the cap cannot be kept.
     """
     entry, video, wanted = record.views[view], config.video, config.submission.frames
     path = source / entry.file
@@ -95,7 +98,7 @@ def place_long(
     if head is None:
         made = encode_video(read_view(path), target, fps=video.fps, max_mbit_s=video.max_mbit_s)
         return ViewFile(target.name, sha256_file(target), made.bytes, made.mbit_s, made.psnr), True
-    _check_beginning(record, view, path, head[0])
+    _check_head(record, view, path, head[0])
     if record.frames == wanted:
         shutil.copyfile(head[0], target)
         psnr = head[1]
@@ -110,24 +113,24 @@ def place_long(
     rate = mbit_per_second(target.stat().st_size, frames, video.fps)
     if video.max_mbit_s is not None and rate > video.max_mbit_s:
         raise MagicDriveError(
-            f"{target.name}: {rate:.3f} Mbit/s with round 1's frames before it, the cap is {video.max_mbit_s:g}",
-            "generate a longer clip: the key frames of a few frames take too much",
+            f"{target.name}: {rate:.3f} Mbit/s including round 1's frames, the cap is {video.max_mbit_s:g}",
+            "generate a longer clip: in a short one, key frames take too much of the bit rate",
         )
     return ViewFile(target.name, sha256_file(target), target.stat().st_size, rate, psnr), True
 
 
-def _check_beginning(record: ItemRecord, view: str, path: Path, head: Path) -> None:
-    """The first pictures of both are one and the same, but for encoding."""
+def _check_head(record: ItemRecord, view: str, path: Path, head: Path) -> None:
+    """Check that the first frames of both videos are the same picture, apart from encoding."""
     (ours,), (theirs,) = (list(islice(read_view(file), 1)) for file in (path, head))
     error = float(np.mean((ours.astype(np.float64) - theirs) ** 2)) if ours.shape == theirs.shape else 255.0**2
     if error > 255.0**2 / 10 ** (SAME_CLIP / 10):
         raise MagicDriveError(
-            f"{record.name}, {view}: the sunny clip does not begin with the frames of round 1",
-            "generate it with the first frames of that clip given",
+            f"{record.name}, {view}: the sunny clip does not start with the frames of round 1",
+            "generate it with generate.initial_frames set to the standard clips",
         )
 
 
 def _mean_psnr(parts: Sequence[tuple[int, float | None]]) -> float | None:
-    """PSNR of a whole in dB, from (frames, PSNR) of its parts; None where one of them is not known."""
+    """Combine (frames, PSNR in dB) of parts to the PSNR of the whole; None if one is unknown."""
     errors = [frames * 10 ** (-psnr / 10) for frames, psnr in parts if psnr is not None]
     return round(-10 * log10(sum(errors) / sum(n for n, _ in parts)), 3) if len(errors) == len(parts) else None

@@ -1,6 +1,6 @@
 """The W-CODA 2024 Track 2 submission: ``{team}_standard/{token}_gen{g}/{token}_{VIEW}.mp4`` in one results.zip.
 
-Where ``submission.long`` names clips, ``{team}_long`` stands beside it (``long_set``).
+Where ``submission.long`` names clips, ``{team}_long`` is packed, too (``long_videos``).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class PackagedFile:
 
 @dataclass(frozen=True)
 class Package:
-    """A written package: the folder, its zip, and what the manifest says of each file."""
+    """A written package: its folder, its zip, and the manifest's entry for each file."""
 
     folder: Path
     zip_path: Path
@@ -54,17 +54,17 @@ class Package:
 def pack(
     config: Config, generated: Path, out: Path, lineage: Mapping[str, str] | None = None, project: Path = Path()
 ) -> Package:
-    """Packs all finished items below ``generated``; does nothing where ``out`` holds exactly this package already.
+    """Pack all finished items of a folder; an existing package of the same items is reused.
 
     Args:
-        config: the team's name, the frames of a video, frame rate and cap.
-        generated: folder of items.
-        out: folder that gets ``{team}_standard/``, ``results.zip`` and ``manifest.json``.
-        lineage: where all of it came from (commit, data, runs), written into the manifest as it is.
-        project: the project's folder, which the folders of the long set are relative to.
+        config: All settings; team, frames of a video, frame rate and cap on the bit rate are used.
+        generated: Folder of items.
+        out: Folder for ``{team}_standard/``, ``results.zip`` and ``manifest.json``.
+        lineage: Origin of the package (commit, data, runs), written into the manifest unchanged.
+        project: The project's folder; folders of the long set are relative to it.
 
     Raises:
-        MagicDriveError: no items, an incomplete set, too short a clip, or a file that was changed since.
+        MagicDriveError: There are no items, the set is incomplete, a clip is too short, or a file has changed.
     """
     records = [record for record in read_items(generated) if record.generation < config.generate.generations]
     _check_complete(config, records, generated)
@@ -106,10 +106,10 @@ def pack(
 
 
 def read_package(out: Path) -> Package:
-    """The package that ``out`` holds, from its manifest.
+    """Read the package of a folder from its manifest.
 
     Raises:
-        MagicDriveError: there is none.
+        MagicDriveError: The folder holds no package.
     """
     manifest = read_json(out / MANIFEST, "run magicdrive package")
     files = [PackagedFile(**entry) for entry in manifest["files"]]
@@ -133,7 +133,7 @@ def _check_complete(config: Config, records: Sequence[ItemRecord], generated: Pa
         raise MagicDriveError(
             f"{len(missing)} of {len(scenes) * config.generate.generations} clips are not generated, "
             f"the first is {missing[0]}",
-            "run magicdrive generate again: what is done is kept",
+            "run magicdrive generate again; finished clips are reused",
         )
     for record in records:
         if record.frames < max(2, wanted):
@@ -150,7 +150,7 @@ def _check_complete(config: Config, records: Sequence[ItemRecord], generated: Pa
 
 
 def _place(config: Config, record: ItemRecord, view: str, source: Path, folder: Path) -> PackagedFile:
-    """Copies a video of the right length; encodes frames, and the head of a longer video."""
+    """Copy a video of the right length; encode frames, or the first frames of a longer video."""
     entry = record.views[view]
     name = PurePosixPath(record.name, video_name(record.sample, view))
     target = folder / name
@@ -175,7 +175,7 @@ def _pack_long(
     standard: Mapping[str, PackagedFile],
     project: Path,
 ) -> list[PackagedFile]:
-    """Writes ``{team}_long/`` beside the standard set, whose files by name give the sunny videos their heads."""
+    """Write ``{team}_long/``; sunny videos start with the packaged videos of the standard set, given by name."""
     folders = config.submission.long
     if folders is None:
         return []

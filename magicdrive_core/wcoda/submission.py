@@ -1,8 +1,8 @@
-"""What a W-CODA submission is made of: its names, its counts, the frames that are looked at.
+"""The layout of a W-CODA submission: names of its videos, and how many there must be.
 
 Round 1, the standard set: ``{team}_standard/{token}_gen{0..3}/{token}_{VIEW}.mp4``. Round 2, the long set, whose folder
-the track has not published a name for: ``{team}_long/{token}_{sunny|rainy|night}/{token}_{VIEW}.mp4``. A token is that
-of the scene's first sample.
+name the track has not published: ``{team}_long/{token}_{sunny|rainy|night}/{token}_{VIEW}.mp4``. The token
+is that of the scene's first sample.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _NAME = re.compile(
 
 @dataclass(frozen=True)
 class Expected:
-    """What a right submission holds. Counts that are None are taken from the zip itself."""
+    """Properties of a valid submission; counts that are None are taken from the zip itself."""
 
     scenes: int | None = None
     generations: int | None = None
@@ -40,7 +40,7 @@ OFFICIAL = Expected()
 
 @dataclass(frozen=True)
 class VideoName:
-    """What a video's name in the zip says."""
+    """The parts of a video's name in the zip."""
 
     path: str  # in the zip
     team: str
@@ -50,12 +50,12 @@ class VideoName:
 
     @property
     def long(self) -> bool:
-        """Whether it belongs to the long set."""
+        """Whether the video belongs to the long set."""
         return self.variant in WEATHERS
 
     @classmethod
     def parse(cls, path: str) -> VideoName | None:
-        """Reads a name; None where it is of neither form."""
+        """Parse a name; None if it has neither form."""
         match = _NAME.fullmatch(path)
         if match is None:
             return None
@@ -64,17 +64,17 @@ class VideoName:
 
     @classmethod
     def of(cls, team: str, token: str, variant: str, file: str) -> VideoName:
-        """The name of a video: ``variant`` is "gen0" and so on, or a weather."""
+        """Build the name of a video; ``variant`` is "gen0", "gen1", ... or a weather."""
         kind = "long" if variant in WEATHERS else "standard"
         return cls(f"{team}_{kind}/{token}_{variant}/{file}", team, token, variant, file)
 
     def round_one(self) -> str:
-        """The name of the first generation's video of the same view, whose frames the sunny one begins with."""
+        """Name the standard video of the same view whose frames the sunny long video starts with."""
         return f"{self.team}_standard/{self.token}_gen0/{self.file}"
 
 
 def count_faults(names: Sequence[VideoName], expected: Expected) -> Iterator[str]:
-    """Scenes x generations x six views, and scenes x weathers x six views where there is a long set, without gaps."""
+    """Yield gaps and extras: scenes x generations x six views, and scenes x weathers x six views of a long set."""
     if not any(not name.long for name in names):
         yield "no video in the zip" if not names else "no video of the standard set in the zip"
         return
@@ -88,7 +88,7 @@ def count_faults(names: Sequence[VideoName], expected: Expected) -> Iterator[str
     if long:
         yield from _set_faults(long, WEATHERS, expected.long_scenes, "long scenes")
         yield from (
-            f"{token}_sunny: the standard set has no such scene to begin with"
+            f"{token}_sunny: the standard set has no such scene, with whose frames it must start"
             for token in long
             if token not in standard
         )

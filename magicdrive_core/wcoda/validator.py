@@ -1,7 +1,8 @@
 """Checks a W-CODA submission from its zip alone: every name, every count, every frame of every video.
 
-A missing view silently drops a whole scene from the official score, and a broken file stops it, so that nothing is
-taken on trust: a zip is refused before it is read where it is built to harm, and every video is decoded.
+A missing view silently drops a whole scene from the official score, and a broken file stops scoring. So nothing is
+assumed: a zip that could do harm is rejected before it is read, and every video is decoded. The verdict is kept beside
+the package, so that each package is decoded once.
 """
 
 from __future__ import annotations
@@ -32,17 +33,20 @@ _BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)  # wha
 
 
 def validate(zip_path: Path, expected: Expected = OFFICIAL) -> list[str]:
-    """Faults of a submission, one line each; an empty list is a valid submission.
+    """Find the faults of a submission.
 
     Args:
-        zip_path: ``results.zip``.
-        expected: counts and properties to check against.
+        zip_path: The ``results.zip``.
+        expected: Counts and properties to check against.
+
+    Returns:
+        One line for each fault; an empty list for a valid submission.
     """
     return [_one_line(fault) for fault in _faults(zip_path, expected)]
 
 
 def _one_line(fault: str) -> str:
-    """Names in a zip may hold line breaks and a terminal's commands."""
+    """Escape line breaks and terminal commands, which names in a zip may contain."""
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in fault)
 
 
@@ -72,15 +76,15 @@ def _faults(zip_path: Path, expected: Expected) -> list[str]:
 
 
 def _dangers(archive: zipfile.ZipFile, size: int) -> Iterator[str]:
-    """Entries that must not even be read, of a zip of ``size`` bytes."""
+    """Yield entries of a zip of ``size`` bytes that are not safe to read."""
     packed, seen = sum(entry.compress_size for entry in archive.infolist()), set()
     if packed > size:
-        yield f"its entries have {packed} bytes in a zip of {size}: they lie over each other"
+        yield f"its entries have {packed} bytes in a zip of {size}: they overlap"
     for entry in archive.infolist():
         name, path = entry.filename, PurePosixPath(entry.filename)
         mode = entry.external_attr >> 16
         if path.is_absolute() or ".." in path.parts or "\\" in name or re.match(r"[A-Za-z]:", name):
-            yield f"{name}: the path leads out of the folder that it is unpacked in"
+            yield f"{name}: the path leads outside the folder"
         if stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
             yield f"{name}: a link or device, not a file"
         if name in seen:
@@ -96,7 +100,7 @@ def _dangers(archive: zipfile.ZipFile, size: int) -> Iterator[str]:
 
 @dataclass
 class _Check:
-    """Decodes one video and compares everything that the track asks for."""
+    """Decodes one video and checks everything that the track requires."""
 
     archive: zipfile.ZipFile
     name: VideoName
@@ -105,7 +109,7 @@ class _Check:
     faults: list[str] = field(default_factory=list)
 
     def run(self) -> _Check:
-        """Fills ``faults``."""
+        """Run all checks; they append to ``faults``."""
         try:
             data = self.archive.read(self.name.path)
             info = probe(io.BytesIO(data))
@@ -154,7 +158,7 @@ class _Check:
             self._fault(f"{info.mbit_s:.3f} Mbit/s, the cap is {expected.max_mbit_s:g}")
 
     def _compare_heads(self, data: bytes) -> None:
-        """The sunny video begins with exactly the frames of round 1; a missing one is a fault of the counts."""
+        """Check that the sunny video starts with the frames of round 1; a missing video is a fault of the counts."""
         try:
             first = self.archive.read(self.name.round_one())
         except KeyError:
@@ -164,11 +168,11 @@ class _Check:
             for video in (first, data)
         }
         if len(heads) > 1:
-            self._fault(f"does not begin with the {self.expected.frames} frames of {self.name.round_one()}")
+            self._fault(f"does not start with the {self.expected.frames} frames of {self.name.round_one()}")
 
 
 def _unequal_views(checks: Sequence[_Check]) -> Iterator[str]:
-    """Long videos of one scene and weather whose views differ in length."""
+    """Yield long videos of one scene and weather whose views differ in length."""
     lengths: dict[str, Counter[int]] = defaultdict(Counter)
     for check in checks:
         if check.name.long and check.frames is not None:
@@ -178,16 +182,18 @@ def _unequal_views(checks: Sequence[_Check]) -> Iterator[str]:
             yield f"{folder}: its views have {' and '.join(map(str, sorted(counts)))} frames"
 
 
-# What the validator said of a package, kept beside it: each package is decoded once, and the report repeats it.
-
-VERDICT = "validation.json"
+VERDICT = "validation.json"  # beside the package: its digest, what was expected, and the faults
 
 
 def judge(zip_path: Path, expected: Expected) -> list[str]:
-    """Faults of the zip, from ``validation.json`` beside it where that is of this very zip, else found and saved there.
+    """Return the faults of a zip; reuse ``validation.json`` beside it if that belongs to the same zip and checks.
+
+    Args:
+        zip_path: The ``results.zip``.
+        expected: Counts and properties to check against.
 
     Raises:
-        MagicDriveError: the folder cannot be written.
+        MagicDriveError: The folder cannot be written.
     """
     if not zip_path.is_file():
         return validate(zip_path, expected)

@@ -68,7 +68,7 @@ def test_a_pinned_model_stays_when_its_alias_moves(project: Path, store: Store) 
         ("models:/magicdrive-demo@best", "models:/magicdrive-demo@best is not in the registry"),
         ("models:/magicdrive-demo/7", "is not in the registry"),
         ("models:/other/1", "is not in the registry"),
-        ("models:/magicdrive-demo", "names no registered model"),
+        ("models:/magicdrive-demo", "is not the name of a registered model"),
     ],
 )
 def test_what_the_registry_does_not_know_is_one_line(project: Path, store: Store, uri: str, message: str) -> None:
@@ -82,7 +82,7 @@ def test_what_the_registry_does_not_know_is_one_line(project: Path, store: Store
 def test_weights_that_were_exchanged_or_moved_are_refused(project: Path, store: Store) -> None:
     run = project / "runs with spaces/a/run.json"
     write_json(run, {"stage": "stage2", "weights_sha256": "0" * 64, "run": None})
-    with pytest.raises(MagicDriveError, match="is no more what was registered as models:/magicdrive-demo/1"):
+    with pytest.raises(MagicDriveError, match="has changed since it was registered as models:/magicdrive-demo/1"):
         find_registered(Tracking(), CHAMPION, project)
     run.parent.rename(project / "elsewhere")
     with pytest.raises(MagicDriveError, match=r"run\.json is missing"):

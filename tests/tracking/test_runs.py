@@ -65,7 +65,7 @@ def test_a_resume_with_another_value_tags_it(project: Path) -> None:
     assert data.data.tags[PARENT] == "0" * 32
 
 
-def test_a_run_that_the_database_does_not_know_is_not_gone_on_with(project: Path) -> None:
+def test_a_run_that_the_database_does_not_know_is_not_resumed(project: Path) -> None:
     assert not Store(Tracking(), project).reopen("f" * 32, None)
 
 
@@ -92,13 +92,13 @@ def test_a_database_that_cannot_be_written_does_not_end_training(
     right = log._run
     log._run = "f" * 32
     log.flush()
-    assert "metrics are kept back" in caplog.text
+    assert "metrics stay queued" in caplog.text
     log._run = right
     log.flush()
     assert [metric.step for metric in store.client.get_metric_history(run, "loss")] == [1]
 
 
-def test_pictures_lie_below_previews(project: Path) -> None:
+def test_pictures_are_logged_below_previews(project: Path) -> None:
     store = Store(Tracking(), project)
     run = store.open("stage1", {})
     picture = project / "step-1.png"

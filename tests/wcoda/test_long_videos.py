@@ -91,7 +91,7 @@ def test_each_fault_of_the_long_set_has_its_line(files: dict[str, bytes], tmp_pa
     token = SAMPLES[0]
     other = files[SUNNY.replace("CAM_FRONT", "CAM_BACK")]
     cases = {
-        f"{SUNNY}: does not begin with the 16 frames of owls_standard/": {**files, SUNNY: other},
+        f"{SUNNY}: does not start with the 16 frames of owls_standard/": {**files, SUNNY: other},
         f"{token}_night: missing": {name: data for name, data in files.items() if "_night/" not in name},
         f"{token}_sunny: CAM_FRONT is missing": {name: data for name, data in files.items() if name != SUNNY},
         f"{token}_night: its views have 16 and 25 frames": {
@@ -109,7 +109,7 @@ def test_each_fault_of_the_long_set_has_its_line(files: dict[str, bytes], tmp_pa
 
 
 def test_clips_that_cannot_make_a_long_set_are_refused(made: Path, tmp_path: Path) -> None:
-    with pytest.raises(MagicDriveError, match="1 scenes stand in all of sunny, rainy and night, 3 are wanted"):
+    with pytest.raises(MagicDriveError, match="1 scenes are in all of sunny, rainy and night, 3 are needed"):
         pack(settings(made, "submission.long_scenes=3"), made / "generated", tmp_path / "out")
     for weather in WEATHERS:
         shutil.copytree(made / weather, tmp_path / weather)
@@ -117,7 +117,7 @@ def test_clips_that_cannot_make_a_long_set_are_refused(made: Path, tmp_path: Pat
     shutil.rmtree(tmp_path / "sunny")
     shutil.copytree(tmp_path / "other" / other.name, tmp_path / "sunny" / f"{SAMPLES[0]}_gen0")
     replace(other, generation=0).write(tmp_path / "sunny" / f"{SAMPLES[0]}_gen0")
-    with pytest.raises(MagicDriveError, match="does not begin with the frames of round 1"):
+    with pytest.raises(MagicDriveError, match="does not start with the frames of round 1"):
         pack(settings(tmp_path), made / "generated", tmp_path / "out")
     shutil.rmtree(tmp_path / "night")
     write_item(tmp_path / "night", frames=9)
