@@ -4,9 +4,9 @@
     python benchmarks/fanout.py --profile
 
 150 scenes of 41 frames, 4 generations. Instead of generating, one mp4 file of 0.6 MB (white noise at the cap, 16 frames
-of 1600x900) is copied six times; all else is real: planning, fingerprints, claims, folders renamed and synced, records. A
-second run finds all items finished: every file is read, compared, counted, and its first frame decoded. The figures are
-wall and CPU time for each item; the target is at most 50 ms.
+of 1600x900) is copied six times; all else is real: planning, fingerprints, claims, folders renamed and synced, records.
+A second run finds all items finished: every file is read, compared, counted, and its first frame decoded. The figures
+are wall and CPU time for each item; the target is at most 50 ms.
 """
 
 from __future__ import annotations

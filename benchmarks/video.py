@@ -5,9 +5,9 @@
 
 Sixteen frames of 1600x900 at 12 Hz, cap 4 Mbit/s, of several contents: smooth (noise of 28x50 pixels that drifts,
 enlarged twice, as generated at 112x200), grain (the same with film grain), noise (white), and pictures of a folder.
-Each is encoded twice: as the first view of an item, and as a later one, which starts at the quality where the one before
-ended. The unit is one pass of x264's preset "fast" at rate factor 16 on the same frames, timed in the same run. Times
-are CPU times of all threads of this process.
+Each is encoded twice: as the first view of an item, and as a later one, which starts at the quality where the one
+before ended. The unit is one pass of x264's preset "fast" at rate factor 16 on the same frames, timed in the same run.
+Times are CPU times of all threads of this process.
 """
 
 from __future__ import annotations
