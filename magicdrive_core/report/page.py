@@ -1,4 +1,4 @@
-"""``report.html``: one self-contained page on what was generated, from what, and whether the package holds."""
+"""The report, ``report.html``: one self-contained page with videos, conditions, scores, losses and lineage."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from magicdrive_core.wcoda.package import Package
 STILL_WIDTH, MOTION_WIDTH, ABOVE = 480, 240, 560  # pixels of a view in a still and in a video, of the panel from above
 MOTION_MBIT_S = 1.2
 FRONT = VIEWS.index("CAM_FRONT")
-SHOWN_SCENES = 8  # with pictures and videos: more would make a page that no browser likes
+SHOWN_SCENES = 8  # with pictures and videos: more would make the page too large for browsers
 
 
 def write_report(
@@ -57,23 +57,23 @@ def write_report(
     sheet: Sheet | None = None,
     project: Path = Path(),
 ) -> Path:
-    """Writes ``out/report.html``.
+    """Write ``out/report.html``, one page without references to other files.
 
     Args:
-        config: what was asked for.
-        generated: folder of items.
-        out: folder of the page.
-        runs: folder of each training stage's run, by stage.
-        package: the packed submission; None where there is none (single frames).
-        faults: what the validator said of it.
-        notes: one line each on what was left out, and why.
-        lineage: where all of it came from, shown as a table.
-        made: when, as the page shows it.
-        sheet: the package's scores, where there are any; scenes then come farthest from the real ones first.
-        project: the project's folder.
+        config: All settings.
+        generated: Folder of items.
+        out: Folder of the page.
+        runs: Folder of each training stage's run, by stage.
+        package: The packed submission; None if there is none (single frames).
+        faults: Faults that the validator found in it.
+        notes: One line for each thing that was left out, with the reason.
+        lineage: Origin of the results, shown as a table.
+        made: Date and time that the page shows.
+        sheet: Scores of the package, if any; scenes farthest from the real clips then come first.
+        project: The project's folder.
 
     Raises:
-        MagicDriveError: nothing was generated, or its inputs are gone.
+        MagicDriveError: There are no generated clips, or their inputs are missing.
     """
     records = [record for record in read_items(generated) if record.generation < config.generate.generations]
     if not records:
@@ -120,13 +120,13 @@ class _Column:
     title: str
     still: str
     video: str | None
-    boxes: bool  # whether the boxes can be laid over it
+    boxes: bool  # whether boxes can be drawn over it
 
 
 def _scene(
     config: Config, scene: Scene, records: Sequence[ItemRecord], generated: Path, project: Path
 ) -> dict[str, Any]:
-    """Everything that the page shows of one scene."""
+    """Collect everything that the page shows of one scene, for the template."""
     edits = chosen_edits(config, project)
     scene = edit_scene(scene, edits)
     bits = BevMaps(config, project).of_scene(scene, config.generate.resolution, draw=edits.moves_lidar(scene.name))
@@ -173,7 +173,7 @@ def _scene(
 
 
 class _Strip:
-    """The contact sheet of a clip: the front view at moments spread over it, a row for each video that is drawn."""
+    """Contact sheet of a clip: the front view at moments spread over it, one row for each video."""
 
     MOMENTS = 5
 
@@ -182,7 +182,7 @@ class _Strip:
         self._rows: dict[str, list[Picture]] = {}
 
     def row(self, title: str, frames: Iterable[Views]) -> Iterator[Views]:
-        """Passes the frames of a video on, and keeps those of the moments."""
+        """Pass on the frames of a video and keep those at the chosen moments."""
         kept = self._rows.setdefault(title, [])
         for number, views in enumerate(frames):
             if number in self._moments:
@@ -190,7 +190,7 @@ class _Strip:
             yield views
 
     def picture(self) -> str:
-        """The sheet as a data URI, once the videos are drawn."""
+        """Return the sheet as a data URI; call it after all videos were read."""
         titles = [f"frame {moment}" for moment in self._moments]
         return _uri(
             contact_sheet(list(self._rows.values()), list(self._rows), titles), "jpeg", quality=84, optimize=True
@@ -198,7 +198,7 @@ class _Strip:
 
 
 def _row(record: ItemRecord, config: Config) -> dict[str, Any]:
-    """A clip's line in the table."""
+    """Values of a clip's line in the table."""
     rates = [view.mbit_s for view in record.views.values() if view.mbit_s is not None]
     psnrs = [view.psnr for view in record.views.values() if view.psnr is not None]
     cap = config.video.max_mbit_s
@@ -216,7 +216,7 @@ def _row(record: ItemRecord, config: Config) -> dict[str, Any]:
 def _tiles(
     config: Config, records: Sequence[ItemRecord], package: Package | None, curves: Sequence[Curve]
 ) -> list[tuple[str, str, str]]:
-    """(name, figure, remark) of the row of figures."""
+    """Return name, figure and remark of each tile."""
     views = [view for record in records for view in record.views.values()]
     tiles = [
         ("scenes", str(len({record.scene for record in records})), f"{config.generate.generations} generations each"),
@@ -234,9 +234,9 @@ def _tiles(
     return tiles
 
 
-def _lineage(records: Sequence[ItemRecord], given: Mapping[str, str]) -> dict[str, str]:
-    """The table of origins; digests of the items' inputs are the same for all of them."""
-    return {**given, **{f"item.{name}": digest for name, digest in records[0].lineage.items()}}
+def _lineage(records: Sequence[ItemRecord], lineage: Mapping[str, str]) -> dict[str, str]:
+    """Merge the lineage with that of the items, which all have the same inputs."""
+    return {**lineage, **{f"item.{name}": digest for name, digest in records[0].lineage.items()}}
 
 
 def _jpeg(views: Views) -> str:
@@ -244,9 +244,9 @@ def _jpeg(views: Views) -> str:
 
 
 def _png(picture: NDArray[np.uint8]) -> str:
-    """Flat colours: a palette keeps it small."""
+    """Encode a picture of flat colours; a palette keeps it small."""
     image = Image.fromarray(picture)
-    method = Image.Quantize.FASTOCTREE  # the one that knows alpha
+    method = Image.Quantize.FASTOCTREE  # the only one that supports alpha
     buffer = io.BytesIO()
     image.quantize(128, method=method).save(buffer, "png", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
@@ -259,7 +259,7 @@ def _uri(picture: Picture, kind: str, **options: Any) -> str:
 
 
 def _video(frames: Iterable[Views], count: int, fps: int) -> str | None:
-    """Six views as a small video; None for a single frame."""
+    """Encode six views as a small video; None for a single frame."""
     if count == 1:
         return None
     mosaics: Iterator[Picture] = (six_views(views) for views in frames)

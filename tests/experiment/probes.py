@@ -187,7 +187,9 @@ def latents(work: Workspace) -> Numbers:
     scenes = [scene for scene in work.scenes if scene.split in ("train", "both")][:1]
     works = plan_scenes(scenes, work.root, [bucket], stride=1000)
     assert work.vae
-    spread = encode_scenes(works, EncoderSettings(work.folder / "vae", 0.5, 4, 8, "float32"), work.folder / "latents")
+    spread = encode_scenes(
+        works, EncoderSettings(str(work.folder / "vae"), 0.5, 4, 8, "float32"), work.folder / "latents"
+    )
     (file,) = (work.folder / "latents").rglob("*.safetensors")
     return {"moments": summary(load_file(file)["moments"]), "spread": list(spread.values())}
 
