@@ -76,12 +76,12 @@ def conditions(size: str, frames: int, cells: int) -> Conditions:
 
 def clip_seconds(network: MagicDrive, size: str, frames: int, cells: int) -> float:
     """Return the CPU seconds of one training step on one clip, without the optimizer, which costs the same for all."""
-    told = conditions(size, frames, cells)
+    inputs = conditions(size, frames, cells)
     height, width = (side // 16 for side in parse_size(size))  # latents at half of the length
     x = torch.randn(1, 6, NETWORK.latent_channels, (frames - 1) // 4 + 1, height, width)
     network.zero_grad(set_to_none=True)
     started = time.process_time()
-    network(x, torch.tensor([500.0]), told).square().mean().backward()
+    network(x, torch.tensor([500.0]), inputs).square().mean().backward()
     return time.process_time() - started
 
 

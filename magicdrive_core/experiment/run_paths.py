@@ -1,4 +1,4 @@
-"""What params.yaml leads to, and where it lies: the stages that the data can feed, weights, videos, package.
+"""Paths of the results of params.yaml: the stages that the data can feed, weights, videos, package.
 
 Folders are named by what decides their content, so that results of other settings stay beside them. No torch.
 """

@@ -1,7 +1,7 @@
 """The training engine: ColossalAI's ZeRO stage 2 around the network and torch's fused AdamW, on GPUs, NPUs and CPUs.
 
 ZeRO-2 shards gradients, fp32 master weights and Adam's moments over all ranks; the network itself runs in the working
-precision on each. Everything that ColossalAI 0.5.0 is made to do differently stands in this file
+precision on each. Everything that ColossalAI 0.5.0 is made to do differently is in this file
 (docs/decisions/0001-environment.md has the choice of ColossalAI):
 
 | override | why | test in tests/training |

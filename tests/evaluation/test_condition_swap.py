@@ -1,4 +1,4 @@
-"""Clips that are told a condition of another clip: that one is exchanged, and nothing else."""
+"""Condition swap: one condition of a clip comes from another clip, and all others stay."""
 
 from __future__ import annotations
 
