@@ -26,7 +26,14 @@ PICTURE_HEIGHT, PICTURE_WIDTH = 900, 1600
 
 
 def ring_neighbours(views: int) -> list[tuple[int, int]]:
-    """List the left and right neighbour of every view of a closed ring."""
+    """List the left and right neighbour of every view of a closed ring.
+
+    Args:
+        views: number of views V, in the order of ``VIEWS`` (clockwise seen from above).
+
+    Returns:
+        V pairs (left, right) of view indices; with one or two views, neighbours are equal.
+    """
     return [((view - 1) % views, (view + 1) % views) for view in range(views)]
 
 
@@ -57,7 +64,11 @@ class Framing:
 
     @property
     def matrix(self) -> Array:
-        """The (4, 4) matrix from picture pixels to video pixels: scale by ``ratio``, shift by -``crop`` rows."""
+        """The matrix from picture pixels to video pixels: scale by ``ratio``, shift by -``crop`` rows.
+
+        Returns:
+            (4, 4), to be applied to pixels written as (column, row, depth, 1); depth does not change.
+        """
         out = np.eye(4)
         out[0, 0] = out[1, 1] = self.ratio
         out[1, 3] = -self.crop

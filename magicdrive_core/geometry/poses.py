@@ -12,7 +12,14 @@ Array = NDArray[np.float64]
 
 
 def rotation_matrix(quaternion: ArrayLike) -> Array:
-    """Convert quaternions (..., 4), which are normalised first, to rotation matrices (..., 3, 3)."""
+    """Convert quaternions to rotation matrices.
+
+    Args:
+        quaternion: (..., 4) as (w, x, y, z), of any length but 0; they are normalised first.
+
+    Returns:
+        (..., 3, 3).
+    """
     q = np.asarray(quaternion, dtype=np.float64)
     w, x, y, z = np.moveaxis(q / np.linalg.norm(q, axis=-1, keepdims=True), -1, 0)
     rows = [
@@ -27,11 +34,11 @@ def pose(rotation: ArrayLike, translation: ArrayLike) -> Array:
     """Build poses from rotations and translations.
 
     Args:
-        rotation: (..., 4) quaternions or (..., 3, 3) rotation matrices.
+        rotation: (..., 4) quaternions (w, x, y, z) or (..., 3, 3) rotation matrices, broadcast against ``translation``.
         translation: (..., 3) metres.
 
     Returns:
-        (..., 4, 4).
+        (..., 4, 4) matrices that rotate first and then translate.
     """
     rotation = np.asarray(rotation, dtype=np.float64)
     translation = np.asarray(translation, dtype=np.float64)
@@ -44,7 +51,14 @@ def pose(rotation: ArrayLike, translation: ArrayLike) -> Array:
 
 
 def inverse(matrix: Array) -> Array:
-    """Invert rigid motions (..., 4, 4)."""
+    """Invert rigid motions, without a general matrix inverse.
+
+    Args:
+        matrix: (..., 4, 4) of rotation and translation only; the last row must be (0, 0, 0, 1).
+
+    Returns:
+        (..., 4, 4): ``b_to_a`` for ``a_to_b``.
+    """
     rotation = np.swapaxes(matrix[..., :3, :3], -1, -2)
     out = np.zeros_like(matrix)
     out[..., :3, :3] = rotation
@@ -54,7 +68,15 @@ def inverse(matrix: Array) -> Array:
 
 
 def transform(matrix: Array, points: ArrayLike) -> Array:
-    """Apply one (4, 4) matrix to points (..., 3)."""
+    """Apply one rigid or affine motion to points.
+
+    Args:
+        matrix: (4, 4), ``a_to_b``.
+        points: (..., 3) coordinates in frame a, in the unit of the matrix's translation (metres).
+
+    Returns:
+        (..., 3) coordinates in frame b.
+    """
     return np.asarray(points, dtype=np.float64) @ matrix[:3, :3].T + matrix[:3, 3]
 
 
@@ -84,12 +106,27 @@ def slerp(start: ArrayLike, end: ArrayLike, fraction: ArrayLike) -> Array:
 
 
 def yaw(rotation: Array) -> float:
-    """Compute the heading of the x axis of a (3, 3) rotation, in radians about +z."""
+    """Compute the heading of the x axis of a rotation.
+
+    Args:
+        rotation: (3, 3), or a pose (4, 4), whose rotation is used.
+
+    Returns:
+        Radians about +z, counter-clockwise from the x axis, in [-pi, pi].
+    """
     return float(np.arctan2(rotation[1, 0], rotation[0, 0]))
 
 
 def multiply(a: ArrayLike, b: ArrayLike) -> Array:
-    """Multiply quaternions (..., 4), broadcast: the product rotates by ``b`` first, then by ``a``."""
+    """Multiply quaternions (Hamilton product): the product rotates by ``b`` first, then by ``a``.
+
+    Args:
+        a: (..., 4) as (w, x, y, z).
+        b: (..., 4), broadcast against ``a``.
+
+    Returns:
+        (..., 4); of unit length if both factors are.
+    """
     w, x, y, z = np.moveaxis(np.asarray(a, dtype=np.float64), -1, 0)
     p, q, r, s = np.moveaxis(np.asarray(b, dtype=np.float64), -1, 0)
     return np.stack(
@@ -104,9 +141,15 @@ def multiply(a: ArrayLike, b: ArrayLike) -> Array:
 
 
 def quaternion(rotation: ArrayLike) -> Array:
-    """Convert rotation matrices (..., 3, 3) to unit quaternions (..., 4) with w >= 0.
+    """Convert rotation matrices to unit quaternions.
 
     The outer product of a quaternion with itself is linear in its matrix; the longest column is the best conditioned.
+
+    Args:
+        rotation: (..., 3, 3) rotation matrices.
+
+    Returns:
+        (..., 4) as (w, x, y, z) with w >= 0.
     """
     m = np.asarray(rotation, dtype=np.float64)
     xx, yy, zz = m[..., 0, 0], m[..., 1, 1], m[..., 2, 2]

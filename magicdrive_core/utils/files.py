@@ -22,7 +22,14 @@ from magicdrive_core.errors import MagicDriveError, system_error
 def atomic_file(path: Path | str) -> Iterator[Path]:
     """Yields a temporary path beside ``path``; on a clean exit it is synced and renamed to ``path``.
 
-    At every moment, ``path`` holds either its old content or the complete new content.
+    At every moment, ``path`` holds either its old content or the complete new content. If the block raises, the
+    temporary file is removed and ``path`` stays as it was.
+
+    Args:
+        path: the file to write; missing parent folders are made.
+
+    Yields:
+        The temporary path, an empty file with the suffix of ``path``; write the content there.
 
     Raises:
         MagicDriveError: the disk is full or not writable.
@@ -46,6 +53,14 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
 @contextmanager
 def atomic_folder(path: Path | str) -> Iterator[Path]:
     """Yields a temporary folder beside ``path``; on a clean exit its files are synced and it replaces ``path``.
+
+    If the block raises, the temporary folder is removed and ``path`` stays as it was.
+
+    Args:
+        path: the folder to write; a folder that exists there is replaced as a whole, missing parent folders are made.
+
+    Yields:
+        The temporary folder, empty; write the files there.
 
     Raises:
         MagicDriveError: the disk is full or not writable.
@@ -95,6 +110,12 @@ def resumable_folder(path: Path | str, key: str) -> Iterator[Path]:
 def write_unsynced(path: Path | str, data: bytes) -> None:
     """Writes one of thousands of reproducible files: atomically by rename, but without syncing it.
 
+    After a power failure the file may be empty or missing; ``sync_folder`` syncs the names, not the contents.
+
+    Args:
+        path: the file to write; missing parent folders are made.
+        data: the whole content.
+
     Raises:
         MagicDriveError: the disk is full or not writable.
     """
@@ -110,7 +131,11 @@ def write_unsynced(path: Path | str, data: bytes) -> None:
 
 
 def sync_folder(path: Path | str) -> None:
-    """Syncs the names in a folder to disk, once after many ``write_unsynced``."""
+    """Syncs the names in a folder to disk, once after many ``write_unsynced``.
+
+    Args:
+        path: the folder; folders below it are not synced.
+    """
     _sync(Path(path))
 
 
@@ -133,7 +158,16 @@ def check_space(path: Path | str, what: str, needed: float, hint: str) -> None:
 
 
 def write_json(path: Path | str, value: Any) -> None:
-    """Writes ``value`` as indented JSON, atomically, with sorted keys (so that equal values give equal bytes)."""
+    """Writes ``value`` as indented JSON, atomically, with sorted keys (so that equal values give equal bytes).
+
+    Args:
+        path: the file to write.
+        value: what ``json.dumps`` accepts.
+
+    Raises:
+        ValueError: ``value`` holds a number that is not finite.
+        MagicDriveError: the disk is full or not writable.
+    """
     with atomic_file(path) as partial:
         partial.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
 
@@ -161,13 +195,27 @@ def read_json(path: Path | str, hint: str = "") -> Any:
 
 
 def sha256_file(path: Path | str) -> str:
-    """Returns the SHA-256 of a file's bytes in hex."""
+    """Computes the SHA-256 of a file's bytes.
+
+    Args:
+        path: the file.
+
+    Returns:
+        64 hex digits.
+    """
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_folder(path: Path | str) -> str:
-    """Returns the SHA-256, in hex, over the names and bytes of all files below ``path``, in sorted order."""
+    """Computes the SHA-256 over the names and bytes of all files below a folder, in sorted order.
+
+    Args:
+        path: the folder; file names count relative to it, so that a copied folder has the same digest.
+
+    Returns:
+        64 hex digits; a folder that is missing has the digest of an empty one.
+    """
     digest = hashlib.sha256()
     for file in sorted(Path(path).rglob("*")):
         if file.is_file():

@@ -16,17 +16,38 @@ _UNLIMITED = 1 << 60  # without a limit, cgroup 1 writes the largest multiple of
 
 
 def memory_limit(root: Path = ROOT) -> int:
-    """Returns the bytes that all processes of the container together may hold."""
+    """Returns the bytes that all processes of the container together may hold.
+
+    Args:
+        root: folder that holds ``proc`` and ``sys``; tests pass a folder of their files.
+
+    Returns:
+        The lowest limit in bytes: that of the machine's memory, or of a control group of this process.
+    """
     return min([_machine(root, "MemTotal"), *(limit for limit, _ in _groups(root))])
 
 
 def memory_left(root: Path = ROOT) -> int:
-    """Returns the bytes left until a limit is reached. File pages that the kernel can drop count as left."""
+    """Returns the bytes left until a limit is reached. File pages that the kernel can drop count as left.
+
+    Args:
+        root: folder that holds ``proc`` and ``sys``; tests pass a folder of their files.
+
+    Returns:
+        The least number of bytes left under any limit, at least 0.
+    """
     return max(0, min([_machine(root, "MemAvailable"), *(limit - used for limit, used in _groups(root))]))
 
 
 def resident(root: Path = ROOT) -> int:
-    """Returns the bytes of physical memory that this process holds."""
+    """Returns the bytes of physical memory that this process holds.
+
+    Args:
+        root: folder that holds ``proc``; tests pass a folder of their files.
+
+    Returns:
+        Bytes, ``VmRSS`` of the kernel: shared pages are included.
+    """
     return _kilobytes(root / "proc/self/status", "VmRSS")
 
 

@@ -26,7 +26,14 @@ _work: Callable[[Any], Any]  # the function of this worker process
 
 
 def count_workers(scenes: int) -> int:
-    """Return the number of processes that ``for_each_scene`` uses for a number of scenes."""
+    """Return the number of processes that ``for_each_scene`` uses for a number of scenes.
+
+    Args:
+        scenes: number of scenes; a process is started for every ``SCENES_A_WORKER`` of them.
+
+    Returns:
+        At most the number of cores that this process may use; 1 if the work stays in this process.
+    """
     return max(1, min(len(os.sched_getaffinity(0)), scenes // SCENES_A_WORKER))
 
 

@@ -30,6 +30,9 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Gen
         items: what to iterate over.
         description: label of the bar.
         total: number of items, where ``items`` has no length.
+
+    Yields:
+        The items, unchanged and in order. Close the generator to remove the bar before an error is printed.
     """
     with progress_bar() as bar:
         yield from bar.track(items, total=total, description=description)
