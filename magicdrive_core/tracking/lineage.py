@@ -23,7 +23,14 @@ INPUTS = {
 
 
 def input_digests(project: Path) -> dict[str, str]:
-    """Return a digest of each input by path: the MD5 in ``dvc.lock``, else that of its index file, else "absent".
+    """Find a digest of each input of a run: infos, conditions, encoders, text and latents.
+
+    Args:
+        project: The project's folder, which holds ``dvc.lock`` and the inputs.
+
+    Returns:
+        By path below the project: the MD5 of the input in ``dvc.lock``; without one, the first 32 hex digits of the
+        SHA-256 of its index file; without that, "absent".
 
     Raises:
         MagicDriveError: ``dvc.lock`` is not YAML.
@@ -47,7 +54,19 @@ def _locked(lock: Path) -> dict[str, str]:
 
 
 def lineage_tags(config: Config, project: Path = Path()) -> dict[str, str]:
-    """Return the lineage as tags of an MLflow run; unknown facts (no repository, no flow) have no tag."""
+    """Collect the lineage of a result as tags of an MLflow run.
+
+    Args:
+        config: All settings; their profile and fingerprint become tags.
+        project: The project's folder.
+
+    Returns:
+        Text by tag: ``profile``, ``params`` (12 hex digits), ``dvc.<input>``, ``git.commit``, ``git.dirty`` ("true" or
+        "false") and ``prefect.flow_run``. Unknown facts (no repository, no flow) have no tag.
+
+    Raises:
+        MagicDriveError: ``dvc.lock`` is not YAML.
+    """
     tags = {"profile": config.profile, "params": fingerprint(config)[:12]}
     tags |= {f"dvc.{Path(path).name}": digest for path, digest in input_digests(project).items()}
     commit = _git(project, "rev-parse", "HEAD")

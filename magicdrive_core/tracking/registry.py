@@ -31,12 +31,15 @@ class Registered:
 
 
 def find_registered(tracking: Tracking, uri: str, project: Path = Path()) -> Registered:
-    """Find the version that a name stands for now.
+    """Find the version of a registered model that a name refers to now.
 
     Args:
         tracking: Settings of MLflow.
         uri: models:/NAME@ALIAS or models:/NAME/VERSION.
         project: The project's folder.
+
+    Returns:
+        The version by its number, whichever form ``uri`` has, and the folder of its weights.
 
     Raises:
         UsageError: ``uri`` has another form, or the registry has no such model.

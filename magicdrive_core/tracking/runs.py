@@ -42,10 +42,19 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 
 class Store:
-    """The tracking database and its one experiment."""
+    """The tracking database and its one experiment.
+
+    Attributes:
+        client: MLflow's client of the database.
+        experiment: Id of the experiment.
+    """
 
     def __init__(self, tracking: Tracking, project: Path = Path()) -> None:
         """Open the database; create database and experiment if they are missing.
+
+        Args:
+            tracking: Settings of MLflow.
+            project: The project's folder; a relative SQLite path and ``tracking.artifacts`` are below it.
 
         Raises:
             MagicDriveError: Another process holds the lock for minutes, or the database cannot be used.
@@ -73,12 +82,29 @@ class Store:
             ) from error
 
     def open(self, name: str, tags: Mapping[str, str], parent: str | None = None) -> str:
-        """Start a run, a child of ``parent`` if that is given, and return its id."""
+        """Start a run.
+
+        Args:
+            name: Name that MLflow shows.
+            tags: Tags of the run.
+            parent: Id of the parent run; None: the run has no parent.
+
+        Returns:
+            The id of the run.
+        """
         family = {PARENT: parent} if parent else {}
         return self.client.create_run(self.experiment, tags={**tags, **family}, run_name=name).info.run_id
 
     def reopen(self, run: str, parent: str | None) -> bool:
-        """Resume an interrupted run; return False if the database does not have it."""
+        """Resume an interrupted run: set its status to running again.
+
+        Args:
+            run: Id of the run.
+            parent: Id of the run that becomes its parent; None: the parent stays as it is.
+
+        Returns:
+            Whether the database has the run; if not, nothing is changed.
+        """
         try:
             self.client.update_run(run, status=RunStatus.to_string(RunStatus.RUNNING))
         except MlflowException:
@@ -88,7 +114,14 @@ class Store:
         return True
 
     def params(self, run: str, values: Mapping[str, Any]) -> None:
-        """Log nested settings as flat params; params cannot change, so a different value on resume becomes a tag."""
+        """Log settings as params of a run.
+
+        Params cannot change. A setting that has another value when the run is resumed becomes a tag ``resumed.<key>``.
+
+        Args:
+            run: Id of the run.
+            values: Settings, nested as in params.yaml; they are logged flat (see ``flatten``).
+        """
         known = self.client.get_run(run).data.params
         flat = flatten(values)
         new = [Param(key, value) for key, value in flat.items() if key not in known]
@@ -96,7 +129,13 @@ class Store:
         self.client.log_batch(run, params=new, tags=changed)
 
     def close(self, run: str, status: Status, **tags: str) -> None:
-        """End a run with a status and further tags."""
+        """End a run.
+
+        Args:
+            run: Id of the run.
+            status: Status that it ends with.
+            **tags: Further tags of the run.
+        """
         for key, value in tags.items():
             self.client.set_tag(run, key, value)
         self.client.set_terminated(run, status)
@@ -114,7 +153,7 @@ class Store:
             run: Id of the run that trained it.
 
         Returns:
-            The version.
+            The number of the version, as text.
         """
         try:
             self.client.create_registered_model(model)
@@ -128,7 +167,19 @@ class Store:
 
 
 def open_parent(config: Config, name: str, project: Path = Path()) -> str:
-    """Start a parent run with the whole configuration and its lineage, and return its id."""
+    """Start a parent run with the whole configuration as params and its lineage as tags.
+
+    Args:
+        config: All settings.
+        name: Name that MLflow shows.
+        project: The project's folder.
+
+    Returns:
+        The id of the run.
+
+    Raises:
+        MagicDriveError: MLflow's database cannot be used, or ``dvc.lock`` is not YAML.
+    """
     store = Store(config.tracking, project)
     run = store.open(name, lineage_tags(config, project))
     store.params(run, config.model_dump(mode="json"))
@@ -136,12 +187,33 @@ def open_parent(config: Config, name: str, project: Path = Path()) -> str:
 
 
 def close_parent(config: Config, run: str, status: Status, project: Path = Path()) -> None:
-    """End a parent run."""
+    """End a parent run.
+
+    Args:
+        config: All settings; those of MLflow are used.
+        run: Id of the run.
+        status: Status that it ends with.
+        project: The project's folder.
+
+    Raises:
+        MagicDriveError: MLflow's database cannot be used.
+    """
     Store(config.tracking, project).close(run, status)
 
 
 def log_results(config: Config, run: str, metrics: Mapping[str, float], picture: Path, project: Path = Path()) -> None:
-    """Add final metrics, those that are finite, and a picture to a run, which may have ended."""
+    """Add final metrics and a picture to a run, which may have ended.
+
+    Args:
+        config: All settings; those of MLflow are used.
+        run: Id of the run.
+        metrics: Values by name, logged at step 0; those that are not finite are left out.
+        picture: Image file that is copied into the run's ``previews``.
+        project: The project's folder.
+
+    Raises:
+        MagicDriveError: MLflow's database cannot be used.
+    """
     log = MetricLog(Store(config.tracking, project), run)
     log.metrics({name: value for name, value in metrics.items() if math.isfinite(value)}, step=0)
     log.picture(picture)
@@ -203,7 +275,15 @@ def first_and_last(losses: Sequence[float]) -> tuple[float, float]:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Flatten ``{"a": {"b": 1}}`` to ``{"a.b": "1"}``; values that are not text become JSON, cut to MLflow's limit."""
+    """Flatten nested settings to text by dotted key: ``{"a": {"b": 1}}`` becomes ``{"a.b": "1"}``.
+
+    Args:
+        values: Mappings of any depth; values that are not text become JSON.
+        prefix: Text before every key, with its dot.
+
+    Returns:
+        Text by key, each cut to ``LONGEST`` characters.
+    """
     flat: dict[str, str] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -220,19 +300,34 @@ class MetricLog:
     """
 
     def __init__(self, store: Store, run: str) -> None:
+        """Log to a run that exists; nothing is written before the first flush.
+
+        Args:
+            store: The tracking database.
+            run: Id of the run.
+        """
         self._store, self._run = store, run
         self._waiting: list[Metric] = []
         self._flushed = time.monotonic()
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Queue metrics; they are written every few seconds."""
+        """Queue metrics; they are written every few seconds.
+
+        Args:
+            values: Values by name.
+            step: Step of all these values.
+        """
         now = int(time.time() * 1000)
         self._waiting += [Metric(name, value, now, step) for name, value in values.items()]
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
             self.flush()
 
     def picture(self, path: Path) -> None:
-        """Copy a picture into the run's ``previews``."""
+        """Copy a picture into the run's ``previews`` at once.
+
+        Args:
+            path: The image file.
+        """
         self._store.client.log_artifact(self._run, str(path), "previews")
 
     def flush(self) -> None:

@@ -27,7 +27,14 @@ class ColourConverter:
         self._reformatter = VideoReformatter()
 
     def to_yuv(self, picture: Picture) -> VideoFrame:
-        """Converts an RGB picture (H, W, 3) to a yuv420p frame in BT.709, limited range."""
+        """Converts an RGB picture to a frame for the encoder: yuv420p in BT.709, limited range.
+
+        Args:
+            picture: uint8 RGB picture (H, W, 3), full range, of even height and width.
+
+        Returns:
+            The frame, of the same size, with half the rows and columns of chroma.
+        """
         frame = VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
         return self._reformatter.reformat(
             frame,

@@ -99,12 +99,15 @@ def scan_video(
 
 
 def digest_frames(source: Path | str | BinaryIO, count: int, *, max_pixels: int = MAX_PIXELS) -> str:
-    """Returns the SHA-256 (hex) of the decoded planes of the first ``count`` frames: equal only if all pixels are.
+    """Computes a digest of the decoded planes of the first frames of a video; it is equal only if all pixels are.
 
     Args:
         source: an mp4 file, by path or opened.
-        count: number of frames.
+        count: number of frames; a shorter video is digested whole.
         max_pixels: most pixels of a frame that is decoded.
+
+    Returns:
+        SHA-256 in hex.
 
     Raises:
         MagicDriveError: see ``decode_video``.
@@ -121,6 +124,9 @@ def probe(source: Path | str | BinaryIO, *, first_frame: bool = False) -> VideoI
     Args:
         source: an mp4 file, by path or opened.
         first_frame: whether the first frame is decoded, to see that it can be.
+
+    Returns:
+        The measured contents; ``mbit_s`` is 0 for a file without frames or without a frame rate.
 
     Raises:
         MagicDriveError: the file is missing or is not a video, or its first frame is broken.
@@ -173,7 +179,16 @@ def _strict(max_pixels: int) -> dict[str, str]:
 
 
 def mbit_per_second(size: int, frames: int, fps: float) -> float:
-    """Returns the average bit rate in Mbit/s of a file of ``size`` bytes, container included."""
+    """Computes the average bit rate of a file, container included: 8 bytes x fps / frames.
+
+    Args:
+        size: size of the file in bytes.
+        frames: number of frames, at least 1.
+        fps: frames per second.
+
+    Returns:
+        The bit rate in Mbit/s (10^6 bits per second).
+    """
     return size * 8 * fps / frames / 1e6
 
 

@@ -189,7 +189,13 @@ class FrameSpool:
         return self._count
 
     def record(self, pictures: Iterable[Picture]) -> Iterator[VideoFrame]:
-        """Yields RGB pictures (H, W, 3) as frames for the encoder while keeping both.
+        """Yields RGB pictures as frames for the encoder while keeping both.
+
+        Args:
+            pictures: uint8 RGB pictures (H, W, 3) of one even size.
+
+        Yields:
+            yuv420p frames (see ``ColourConverter.to_yuv``), one for each picture.
 
         Raises:
             UsageError: there are no pictures, or pictures of different or odd sizes.
@@ -206,12 +212,20 @@ class FrameSpool:
             raise UsageError("a video needs at least one frame")
 
     def frames(self) -> Iterator[VideoFrame]:
-        """Yields the kept frames for the encoder again."""
+        """Yields the kept frames for the encoder again, from the first one.
+
+        Yields:
+            yuv420p frames of ``height`` x ``width``, the same as ``record`` yielded.
+        """
         for data in _pieces(self._converted, self._count, self.height * self.width * 3 // 2):
             yield VideoFrame.from_ndarray(data.reshape(-1, self.width), format="yuv420p")
 
     def pictures(self) -> Iterator[Picture]:
-        """Yields the kept pictures (H, W, 3) again."""
+        """Yields the kept pictures again, from the first one.
+
+        Yields:
+            uint8 RGB pictures (H, W, 3).
+        """
         for data in _pieces(self._pictures, self._count, self.height * self.width * 3):
             yield data.reshape(self.height, self.width, 3)
 

@@ -18,11 +18,14 @@ LEVEL = 3  # of PNG compression: half the time of the default for a quarter more
 
 
 def write_frames(frames: Iterable[Picture], folder: Path) -> None:
-    """Writes RGB frames (H, W, 3) as ``000000.png`` and so on.
+    """Writes RGB frames as PNG files ``000000.png``, ``000001.png`` and so on.
 
     Args:
-        frames: uint8 frames.
-        folder: a new folder.
+        frames: uint8 RGB frames (H, W, 3).
+        folder: the folder to create; it must not exist.
+
+    Raises:
+        FileExistsError: the folder exists.
     """
     folder.mkdir(parents=True)
     for number, frame in enumerate(frames):
@@ -31,6 +34,12 @@ def write_frames(frames: Iterable[Picture], folder: Path) -> None:
 
 def frame_files(folder: Path) -> list[Path]:
     """Lists the PNG files of a folder in the order of the numbers in their names (2 before 10).
+
+    Args:
+        folder: a folder of PNG frames; other files in it are ignored.
+
+    Returns:
+        The paths, at least one.
 
     Raises:
         MagicDriveError: the folder is missing, or holds no PNG file.
@@ -44,7 +53,13 @@ def frame_files(folder: Path) -> list[Path]:
 
 
 def read_frame(path: Path) -> Picture:
-    """Reads a PNG file as an RGB frame (H, W, 3); grey and palette images are converted.
+    """Reads a PNG file as an RGB frame.
+
+    Args:
+        path: a PNG file with 8 bits a channel; grey and palette images are converted, and an alpha channel is dropped.
+
+    Returns:
+        uint8 RGB frame (H, W, 3).
 
     Raises:
         MagicDriveError: the file is not a readable image with 8 bits a channel.
@@ -114,6 +129,14 @@ def full_size_image(frame: Picture) -> Picture:
 
 
 def crop_to_frame(image: Picture, framing: Framing) -> Picture:
-    """Turns a full-size image (900, 1600, 3) into a frame (H, W, 3) of the network: inverse of ``full_size_image``."""
+    """Turns a full-size image into a frame of the network: the inverse of ``full_size_image``, apart from resampling.
+
+    Args:
+        image: RGB image (900, 1600, 3).
+        framing: size of the frame (H, W), from which the cropped rows follow.
+
+    Returns:
+        RGB frame (H, W, 3): the image resized to width W, without its top ``framing.crop`` rows.
+    """
     resized = Image.fromarray(image).resize((framing.width, framing.resized_height), Image.Resampling.BICUBIC)
     return np.asarray(resized)[framing.crop :]

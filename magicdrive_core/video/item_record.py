@@ -32,7 +32,14 @@ class ViewFile:
 
     @classmethod
     def of_images(cls, path: Path) -> ViewFile:
-        """Measures a PNG file, or a folder of PNG files."""
+        """Measures a PNG file, or a folder of PNG files.
+
+        Args:
+            path: the file or the folder; it lies in the item's folder, because only its name is kept.
+
+        Returns:
+            The measured file; ``mbit_s`` and ``psnr`` are None.
+        """
         return cls(path.name, *_digest_and_bytes(path), None, None)
 
 
@@ -76,16 +83,26 @@ class ItemRecord:
 
     @property
     def name(self) -> str:
-        """Name of the item and of its folder."""
+        """Name of the item and of its folder: ``{first sample token}_gen{generation}`` (``item_name``)."""
         return item_name(self.sample, self.generation)
 
     def write(self, folder: Path) -> None:
-        """Writes the record into the item's folder."""
+        """Writes the record as ``item.json``.
+
+        Args:
+            folder: the item's folder.
+        """
         write_json(folder / RECORD, asdict(self))
 
     @classmethod
     def read(cls, folder: Path) -> ItemRecord:
-        """Reads the record of an item's folder.
+        """Reads the record of an item from ``item.json``.
+
+        Args:
+            folder: the item's folder.
+
+        Returns:
+            The record; its files are not checked (see ``faults``).
 
         Raises:
             MagicDriveError: the record is missing or has another format.
@@ -100,7 +117,14 @@ class ItemRecord:
             ) from None
 
     def faults(self, folder: Path) -> list[str]:
-        """Describes the item's files that are missing or have changed since they were written."""
+        """Describes the item's files that are missing or have changed since they were written, by digest and size.
+
+        Args:
+            folder: the item's folder.
+
+        Returns:
+            One line for each such file; an empty list if all files are as recorded.
+        """
         out = []
         for view, entry in self.views.items():
             path = folder / entry.file
@@ -118,15 +142,35 @@ def _digest_and_bytes(path: Path) -> tuple[str, int]:
 
 
 def item_name(sample: str, generation: int) -> str:
-    """Returns W-CODA's name of a generated clip: ``{first sample token}_gen{generation}``."""
+    """Returns W-CODA's name of a generated clip: ``{first sample token}_gen{generation}``.
+
+    Args:
+        sample: token of the clip's first sample.
+        generation: number of the generation, from 0.
+    """
     return f"{sample}_gen{generation}"
 
 
 def video_name(sample: str, view: str) -> str:
-    """Returns W-CODA's name of one view's file: ``{first sample token}_{VIEW}.mp4``."""
+    """Returns W-CODA's name of one view's file: ``{first sample token}_{VIEW}.mp4``.
+
+    Args:
+        sample: token of the clip's first sample.
+        view: one of ``cameras.VIEWS``, such as ``CAM_FRONT``.
+    """
     return f"{sample}_{view}.mp4"
 
 
 def read_items(folder: Path) -> list[ItemRecord]:
-    """Reads the records of all finished items below ``folder``, sorted by name."""
+    """Reads the records of all finished items of a folder.
+
+    Args:
+        folder: the folder that holds the items' folders; those without ``item.json`` are not finished and are left out.
+
+    Returns:
+        The records, sorted by folder name; none if the folder is missing.
+
+    Raises:
+        MagicDriveError: a record has another format.
+    """
     return [ItemRecord.read(path.parent) for path in sorted(folder.glob(f"*/{RECORD}"))]

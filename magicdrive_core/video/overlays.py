@@ -41,12 +41,15 @@ def draw_boxes(
     """Returns a copy of a view with the boxes drawn on it.
 
     Args:
-        frame: view (H, W, 3).
-        corners: see ``box_layer``.
-        classes: see ``box_layer``.
-        intrinsics: see ``box_layer``.
-        camera_to_lidar: see ``box_layer``.
+        frame: RGB view (H, W, 3).
+        corners: (N, 8, 3) corners in metres in the lidar frame.
+        classes: (N) indices into ``records.CLASSES``; -1: no box.
+        intrinsics: (3, 3) camera matrix in pixels of the full-size image.
+        camera_to_lidar: (4, 4) pose of the camera.
         framing: from the full-size image to ``frame``.
+
+    Returns:
+        RGB view (H, W, 3).
     """
     layer = Image.fromarray(box_layer(corners, classes, intrinsics, camera_to_lidar, framing))
     return np.asarray(Image.alpha_composite(Image.fromarray(frame).convert("RGBA"), layer).convert("RGB"))
@@ -112,13 +115,16 @@ def draw_ground(
     Ground and image are two planes seen by one camera, so that one homography (3, 3) maps a pixel to its cell.
 
     Args:
-        frame: view (H, W, 3).
-        bev_map: (8, h, w) of 0 and 1, [c, i, j]: i along the lidar's x, j along its y.
+        frame: RGB view (H, W, 3).
+        bev_map: (8, h, w) of 0 and 1, [c, i, j]: i along the lidar's x, j along its y; 100 m along each side.
         intrinsics: (3, 3) camera matrix in pixels of the full-size image.
         camera_to_lidar: (4, 4) pose of the camera.
         lidar_to_ego: (4, 4) pose of the lidar; the origin of the ego frame is on the ground.
         framing: from the full-size image to ``frame``.
         opacity: of the paint, 0 to 1.
+
+    Returns:
+        RGB view (H, W, 3).
     """
     fine = 2  # rays of a pixel in each direction
     side = bev_map.shape[-1]
@@ -149,13 +155,13 @@ def bev_panel(
     """Draws the scene from above, forward up: map layers, boxes with their headings, the ego car as an arrow.
 
     Args:
-        bev_map: (8, h, w) of 0 and 1.
+        bev_map: (8, h, w) of 0 and 1, [c, i, j]: i along the lidar's x, j along its y; 100 m along each side.
         corners: (N, 8, 3) corners in metres in the lidar frame.
         classes: (N) indices into ``records.CLASSES``; -1: no box.
         cells: width and height of the panel in pixels.
 
     Returns:
-        The panel (cells, cells, 3).
+        The RGB panel (cells, cells, 3).
     """
     ground = Image.fromarray(np.ascontiguousarray(_paint(bev_map).transpose(1, 0, 2)[::-1]))
     side = cells * SMOOTH

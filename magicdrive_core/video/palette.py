@@ -46,6 +46,14 @@ EGO: Colour = (255, 255, 255)
 
 @lru_cache
 def font(pixels: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """Returns DejaVu Sans at a height in pixels; matplotlib ships it, so that every machine draws the same letters."""
+    """Loads DejaVu Sans, which matplotlib ships, so that every machine draws the same letters.
+
+    Args:
+        pixels: height in pixels.
+        bold: whether the bold face is loaded.
+
+    Returns:
+        The font; repeated calls share it.
+    """
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", name)), pixels)

@@ -83,7 +83,11 @@ class RateSearch:
         return True
 
     def next_quality(self) -> float:
-        """Returns the rate factor to try next."""
+        """Returns the rate factor to try next: ``start`` first, then between the nearest ones over and under the cap.
+
+        While all passes are on one side of the cap, the step follows ``OCTAVE``, within ``BEST_QUALITY`` and
+        ``WORST_QUALITY``.
+        """
         over, under = self._over, self._under
         if over and under:
             share = over.octaves / (over.octaves - under.octaves) if under.octaves < over.octaves else 0.5

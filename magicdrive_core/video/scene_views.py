@@ -41,15 +41,29 @@ class SceneViews:
 
     @property
     def framing(self) -> Framing:
-        """Framing of the full-size image, black rows included, at the display size."""
+        """Framing from the full-size image to the display size: ``width`` columns at 16:9, nothing cropped."""
         return Framing(self.width * PICTURE_HEIGHT // PICTURE_WIDTH, self.width)
 
     def real(self, frame: int) -> Views:
-        """Returns the pictures of the data set (V, H, W, 3) at a frame."""
+        """Reads the pictures of the data set at a frame, resized to the display size.
+
+        Args:
+            frame: index of the frame in the scene.
+
+        Returns:
+            RGB views (V, H, W, 3).
+        """
         return np.stack([self._fit(self.root / path) for path in self.scene.pictures[frame]])
 
     def conditions(self, frame: int) -> Views:
-        """Draws boxes, and the BEV map on the ground, on a dark background: (V, H, W, 3)."""
+        """Draws the boxes, and the BEV map on the ground, on a dark background.
+
+        Args:
+            frame: index of the frame in the scene.
+
+        Returns:
+            RGB views (V, H, W, 3).
+        """
         scene, framing, bev_map = self.scene, self.framing, unpack(self.bits[frame])
         blank = np.full((framing.height, framing.width, 3), BACKGROUND, dtype=np.uint8)
         views = []
@@ -60,7 +74,14 @@ class SceneViews:
         return np.stack(views)
 
     def box_layers(self, frame: int) -> NDArray[np.uint8]:
-        """Draws the boxes on a transparent background: (V, H, W, 4)."""
+        """Draws the boxes on a transparent background.
+
+        Args:
+            frame: index of the frame in the scene.
+
+        Returns:
+            RGBA layers (V, H, W, 4).
+        """
         scene = self.scene
         return np.stack(
             [
@@ -72,18 +93,30 @@ class SceneViews:
         )
 
     def bev(self, frame: int, pixels: int) -> Picture:
-        """Draws a frame from above, ``pixels`` wide and high: (pixels, pixels, 3)."""
+        """Draws a frame from above (``bev_panel``).
+
+        Args:
+            frame: index of the frame in the scene.
+            pixels: width and height of the panel in pixels.
+
+        Returns:
+            The RGB panel (pixels, pixels, 3).
+        """
         return bev_panel(unpack(self.bits[frame]), *self._boxes(frame), pixels)
 
     def generated(self, folder: Path, record: ItemRecord) -> Iterator[Views]:
-        """Yields the frames (V, H, W, 3) of a generated clip.
+        """Yields the frames of a generated clip, all views at once, resized to the display size.
 
         Args:
             folder: folder of the item.
-            record: its record.
+            record: record of the item.
+
+        Yields:
+            RGB views (V, H, W, 3), one array for each of the ``record.frames`` frames.
 
         Raises:
-            MagicDriveError: a file is missing or broken.
+            MagicDriveError: a video or a folder of frames is missing or broken.
+            OSError: the image of a clip of a single frame is missing or broken.
         """
         files = [folder / record.views[view].file for view in VIEWS]
         if record.frames == 1:

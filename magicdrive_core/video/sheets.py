@@ -16,12 +16,24 @@ DRIVING_ORDER = ((0, 1, 2), (5, 4, 3))  # indices of VIEWS: front left, front, f
 
 
 def view_title(view: str) -> str:
-    """Returns the name of a view for readers: ``CAM_FRONT_LEFT`` gives ``front left``."""
+    """Returns the name of a view for readers: ``CAM_FRONT_LEFT`` gives ``front left``.
+
+    Args:
+        view: one of ``cameras.VIEWS``.
+    """
     return view.removeprefix("CAM_").replace("_", " ").lower()
 
 
 def resize(frame: Picture, width: int) -> Picture:
-    """Resizes a frame (H, W, C) to a width in pixels; keeps its proportions, with an even height."""
+    """Resizes a frame to a width; its proportions are kept up to an even height.
+
+    Args:
+        frame: uint8 frame (H, W, C), C 3 or 4.
+        width: wanted columns in pixels.
+
+    Returns:
+        The frame (H', width, C), H' even; ``frame`` itself if it has this size.
+    """
     height = max(2, round(frame.shape[0] * width / frame.shape[1] / 2) * 2)
     if (height, width) == frame.shape[:2]:
         return frame
