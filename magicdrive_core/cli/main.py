@@ -53,6 +53,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
     Args:
         arguments: words after ``magicdrive``; None: those of this process.
+
+    Raises:
+        SystemExit: always, with the exit code of the module's list.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that half-written files are cleaned up
     disable_telemetry()

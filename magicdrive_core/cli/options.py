@@ -26,6 +26,13 @@ DEFAULT_PARAMS = Path("params.yaml")
 def read_config(params: Path, overrides: list[str] | None) -> Config:
     """Reads the settings of a verb.
 
+    Args:
+        params: the file of settings.
+        overrides: ``KEY=VALUE`` texts of the option --set; None: none.
+
+    Returns:
+        The validated settings.
+
     Raises:
         UsageError: they are not valid.
     """
@@ -36,6 +43,12 @@ def read_config(params: Path, overrides: list[str] | None) -> Config:
 
 def read_stage(name: str) -> Stage:
     """Checks the name of a training stage.
+
+    Args:
+        name: the word on the command line.
+
+    Returns:
+        The same name, as one of ``STAGES``.
 
     Raises:
         UsageError: there is no such stage.
@@ -48,7 +61,13 @@ def read_stage(name: str) -> Stage:
 
 
 def read_shard(text: str) -> tuple[int, int]:
-    """Reads ``I/N`` of the option --shard as (I - 1, N).
+    """Reads the option --shard, which counts workers from 1.
+
+    Args:
+        text: ``I/N``, for the I-th of N workers.
+
+    Returns:
+        Index of the worker from 0, and number of workers: (I - 1, N).
 
     Raises:
         UsageError: the text has another form, or I is not within 1 to N.
@@ -61,6 +80,12 @@ def read_shard(text: str) -> tuple[int, int]:
 
 def read_size(text: str) -> str:
     """Checks the option --size.
+
+    Args:
+        text: ``HEIGHTxWIDTH`` in pixels.
+
+    Returns:
+        The same text.
 
     Raises:
         UsageError: it is not HEIGHTxWIDTH in multiples of 8.
@@ -77,6 +102,12 @@ def read_size(text: str) -> str:
 def read_frames(count: int) -> int:
     """Checks the option --frames.
 
+    Args:
+        count: number of frames of a clip.
+
+    Returns:
+        The same number.
+
     Raises:
         UsageError: no clip has this number of frames.
     """
@@ -90,6 +121,10 @@ def read_frames(count: int) -> int:
 
 def write_or_print(text: str, out: Path | None) -> None:
     """Writes a text to a file and prints the file's name; without a file, prints the text.
+
+    Args:
+        text: the text, with its last line break.
+        out: the file, written atomically; None: print the text.
 
     Raises:
         MagicDriveError: the disk is full or not writable.

@@ -36,6 +36,12 @@ class Masks:
     def read(cls, path: Path) -> Masks:
         """Read masks from an npz file.
 
+        Args:
+            path: An npz with ``tokens`` (N), ``classes`` (K) and ``masks`` (N, K, h, w) of 0 and 1.
+
+        Returns:
+            The masks by sample token, as bool.
+
         Raises:
             MagicDriveError: The file is missing, not an npz, or has other contents.
         """
@@ -73,6 +79,10 @@ def map_masks(config: Config, scenes: Sequence[Scene], predicted: Masks, project
         predicted: Masks whose classes and size are taken.
         project: The project's folder.
 
+    Returns:
+        Masks (K, h, h) of each scored key frame, with the classes of ``predicted`` in their order; a mask covers 100 m
+        along each side.
+
     Raises:
         MagicDriveError: A class is not a layer of the map, or the masks are not square.
     """
@@ -104,6 +114,10 @@ def evaluate_masks(predicted: Masks, truth: Masks, samples: Mapping[str, Sequenc
         predicted: Masks that a model predicted from generated frames.
         truth: True masks of the same classes.
         samples: Tokens of the scored samples by scene token.
+
+    Returns:
+        IoUs in percent. Cells are counted over all samples, or all samples of a scene, before the division. A class
+        that is neither true nor predicted there does not enter the mean.
 
     Raises:
         MagicDriveError: Classes or sizes differ, a sample has no masks, or no class appears anywhere.

@@ -46,7 +46,14 @@ class _SwappedSampler(Sampler):
         return self.other.objects if "box_ids" in self.fields else super().objects
 
     def conditions(self, window: Window) -> ClipConditions:
-        """Return the item's conditions of a window, with the swapped fields of the other item."""
+        """Return the item's conditions of a window, with the swapped fields of the other item.
+
+        Args:
+            window: Frames of the clip that are sampled together.
+
+        Returns:
+            Conditions of the window's frames.
+        """
         theirs = self.other.conditions(window)
         return replace(super().conditions(window), **{name: getattr(theirs, name) for name in self.fields})
 
@@ -59,7 +66,7 @@ def draw_swapped(
     what: str,
     project: Path = Path(),
 ) -> list[Picture]:
-    """Generate validation scenes, each with one condition of another scene and all others of its own.
+    """Generate validation scenes, each with one condition of another scene and all its other conditions unchanged.
 
     Args:
         config: All settings.
@@ -70,7 +77,7 @@ def draw_swapped(
         project: The project's folder.
 
     Returns:
-        The first frame (H, W, 3) of each scene, view by view.
+        The first frame (H, W, 3) of each scene, view by view: V pictures of the first scene, then V of the second.
     """
     models, maps = Models.load(config, stage_folder, project), BevMaps(config, project)
     items = {item.clip.scene: item for item in list_items(config, scenes, project) if item.generation == 0}

@@ -1,4 +1,4 @@
-"""ControlFidelity fidelity: whether generated pictures show roads, marks and vehicles where their conditions put them.
+"""Control fidelity: whether generated pictures show roads, marks and vehicles where their conditions put them.
 
 Only a generated city can be measured, because its regions are known exactly. A small classifier finds the regions of
 rendered and of generated pictures by their colours, and these are compared with the exact ones. A figure means nothing
@@ -51,11 +51,12 @@ class Fidelity:
     """Agreement of pictures with the exact regions of their scenes.
 
     Attributes:
-        iou: Intersection over union by region, both summed over all pictures; NaN where neither side has the region.
+        iou: Intersection over union by region, 0 to 1, both summed over all pictures; NaN where neither side has the
+            region.
         contrast: For marks and vehicles: the classifier's mean probability of the region inside it, less that in the
             ring around it. 1 at best, 0 where pictures ignore the positions, NaN without any. Faint marks count, which
             IoU leaves out.
-        psnr: dB against the rendered pictures.
+        psnr: dB against the rendered pictures; infinite for equal pictures.
     """
 
     iou: dict[Region, float]
@@ -63,7 +64,11 @@ class Fidelity:
     psnr: float
 
     def row(self) -> dict[str, float]:
-        """Return all figures by name."""
+        """Collect all figures by name, in the order of the table's columns.
+
+        Returns:
+            IoUs by the region's name in lower case ("road"), contrasts by that name with "_contrast", and "psnr" in dB.
+        """
         values = {region.name.lower(): value for region, value in self.iou.items()}
         contrasts = {f"{region.name.lower()}_contrast": value for region, value in self.contrast.items()}
         return {**values, **contrasts, "psnr": self.psnr}
@@ -76,6 +81,9 @@ def measure_fidelity(classifier: RegionClassifier, pictures: Sequence[Picture], 
         classifier: Finds regions by colour.
         pictures: RGB pictures (H, W, 3).
         truth: The exact regions of each picture, in the same order.
+
+    Returns:
+        The figures over all pictures together.
 
     Raises:
         ValueError: Numbers or sizes of pictures and truth differ.
@@ -133,12 +141,12 @@ class ControlFidelity:
 
     @cached_property
     def scenes(self) -> list[Scene]:
-        """The validation scenes."""
+        """The validation scenes: those whose split is "val" or "both", in the order of the infos."""
         return [scene for scene in self._all if scene.split in ("val", "both")]
 
     @cached_property
     def truth(self) -> list[list[Frame]]:
-        """Exact regions of the first frame of each validation scene, view by view."""
+        """For each validation scene, picture and exact regions of its first frame, one ``Frame`` for each view."""
         return [self._frames(scene) for scene in track(self.scenes, "exact regions")]
 
     @cached_property
@@ -153,7 +161,7 @@ class ControlFidelity:
 
     @cached_property
     def others(self) -> list[int]:
-        """For each validation scene, the index of the scene that serves as "another clip".
+        """For each validation scene, the index in ``scenes`` of the one that serves as "another clip" (``next_of_light``).
 
         Raises:
             MagicDriveError: Only one validation scene has a certain light.
@@ -171,10 +179,11 @@ class ControlFidelity:
         Args:
             generated: Folder of the trained network's items.
             untrained: Folder of the items of the network's initial weights.
-            swapped: By condition, pictures of the same clips with that condition of another clip (``draw_swapped``).
+            swapped: By condition, pictures (H, W, 3) of the same clips with that condition of another clip, in the
+                order of ``items`` (``draw_swapped``).
 
         Returns:
-            The rows of the table by label.
+            The rows of the table by label, in the order in which they are printed.
 
         Raises:
             MagicDriveError: An item is missing, or only one validation scene has a certain light.
@@ -197,7 +206,13 @@ class ControlFidelity:
         }
 
     def items(self, folder: Path) -> list[Picture]:
-        """Read the first frame of each validation scene's first generation, view by view, at the network's size.
+        """Read the first frame of each validation scene's first generation.
+
+        Args:
+            folder: Folder of items.
+
+        Returns:
+            RGB pictures (H, W, 3) at the network's size, view by view: V of the first scene, then V of the second.
 
         Raises:
             MagicDriveError: An item or one of its files is missing.
@@ -214,7 +229,17 @@ class ControlFidelity:
         return [self._first(path / record.views[view].file) for path, record in found for view in VIEWS]
 
     def reconstructed(self, pictures: Sequence[Picture]) -> list[Picture]:
-        """Pass pictures (H, W, 3) through the VAE: no network on its latents can do better."""
+        """Pass pictures through the VAE: no network on its latents can do better.
+
+        Args:
+            pictures: uint8 RGB pictures (H, W, 3); each is a video of one frame.
+
+        Returns:
+            The decoded pictures (H, W, 3), in the same order.
+
+        Raises:
+            MagicDriveError: ``artifacts/encoders`` is missing.
+        """
         facts = read_json(self.project / "artifacts/encoders/encoders.json")["vae"]
         vae = Vae.load(
             self.project / facts["path"],
@@ -234,7 +259,10 @@ class ControlFidelity:
             generated: Folder of the trained network's items.
             untrained: Folder of the untrained network's items.
             path: The PNG to write.
-            chosen: Indices of validation scenes; None: one of each light.
+            chosen: Indices in ``scenes``; None: the first scene of each light, ``SHEET_SCENES`` at most.
+
+        Raises:
+            MagicDriveError: An item is missing, or the cached map of a scene is missing or broken.
         """
         if chosen is None:
             lights = [frames[0].light for frames in self.truth]
@@ -300,7 +328,14 @@ def next_of_light(lights: Sequence[Light]) -> list[int]:
 
 
 def table_lines(rows: dict[str, Fidelity]) -> list[str]:
-    """Format the table: IoU of each region in percent, contrast in percent, PSNR in dB."""
+    """Format the table: IoU and contrast of regions in percent, PSNR in dB.
+
+    Args:
+        rows: Figures by label (``ControlFidelity.compare``); at least one.
+
+    Returns:
+        The heading, then a line for each label.
+    """
     names = list(next(iter(rows.values())).row())
     label_width, widths = max(map(len, rows)), {name: max(10, len(name) + 2) for name in names}
     lines = [" " * label_width + "".join(f"{name:>{widths[name]}}" for name in names)]

@@ -34,6 +34,9 @@ def evaluate_detections(result: Path, tables: Tables, root: Path, version: str) 
         root: The data root of the tables.
         version: Version of the tables.
 
+    Returns:
+        mAP, NDS and APs in percent, AP being nuScenes' mean over four distances; scenes without any true box have none.
+
     Raises:
         MagicDriveError: The file is not such JSON, lacks a sample, or holds no box.
     """

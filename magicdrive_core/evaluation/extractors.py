@@ -25,7 +25,14 @@ class Extractor(Protocol):
     """Turns clips (B, 3, F, 224, 224) in [-1, 1] into features (B, D)."""
 
     def __call__(self, clips: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Return the features (B, D) of clips (B, 3, F, 224, 224)."""
+        """Extract the features of clips.
+
+        Args:
+            clips: RGB clips (B, 3, F, 224, 224) in [-1, 1] (``protocol.framed``).
+
+        Returns:
+            Features (B, D).
+        """
 
 
 class TorchScriptI3D:
@@ -33,6 +40,10 @@ class TorchScriptI3D:
 
     def __init__(self, settings: I3D, project: Path = Path()) -> None:
         """Load the file after checking its digest.
+
+        Args:
+            settings: Path of the TorchScript file and its SHA-256.
+            project: The project's folder, to which the path is relative.
 
         Raises:
             MagicDriveError: The file is missing, has another digest, or is not TorchScript.
@@ -59,7 +70,13 @@ class TorchScriptI3D:
 
     @torch.inference_mode()
     def __call__(self, clips: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Return the logits (B, 400) of clips.
+        """Compute the logits of clips on this process's device.
+
+        Args:
+            clips: RGB clips (B, 3, F, 224, 224) in [-1, 1].
+
+        Returns:
+            Logits (B, 400), one for each class of Kinetics-400.
 
         Raises:
             MagicDriveError: The module rejects the clips or returns something else.
@@ -98,7 +115,14 @@ class SmallExtractor:
 
     @torch.inference_mode()
     def __call__(self, clips: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Return features (B, 64): each filter's mean response over space and time."""
+        """Compute each filter's mean response over space and time.
+
+        Args:
+            clips: RGB clips (B, 3, F, 224, 224) in [-1, 1].
+
+        Returns:
+            Features (B, 64), not negative.
+        """
         x = functional.avg_pool3d(torch.from_numpy(clips), (1, 4, 4))
         for layer in self._convolutions:
             x = functional.relu(layer(x))

@@ -49,12 +49,23 @@ class Statistics:
 
     @classmethod
     def empty(cls, width: int) -> Statistics:
-        """Return the statistics of no features."""
+        """Return the statistics of no features: all zeros, the neutral element of ``merge``.
+
+        Args:
+            width: Width D of the features.
+        """
         return cls(0, np.zeros(width), np.zeros((width, width)))
 
     @classmethod
     def of(cls, features: NDArray[np.floating]) -> Statistics:
-        """Compute the statistics of features (N, D)."""
+        """Compute the statistics of features.
+
+        Args:
+            features: Features (N, D); N may be 0.
+
+        Returns:
+            Their number, mean (D,) and scatter (D, D) in float64.
+        """
         features = np.asarray(features, np.float64)
         if not len(features):
             return cls.empty(features.shape[1])
@@ -63,9 +74,15 @@ class Statistics:
         return cls(len(features), mean, centred.T @ centred)
 
     def merge(self, other: Statistics) -> Statistics:
-        """Combine two streams; the order does not matter (Chan, Golub and LeVeque 1979).
+        """Combine the statistics of two streams; the order does not matter (Chan, Golub and LeVeque 1979).
 
         With n = n_a + n_b and d = m_b - m_a: m = m_a + d n_b/n, S = S_a + S_b + d d^T n_a n_b / n.
+
+        Args:
+            other: Statistics of the other stream, of the same width D.
+
+        Returns:
+            The statistics of both streams together.
         """
         count = self.count + other.count
         if not count:
@@ -86,6 +103,13 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     It is |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). The trace of the root is computed as the sum of the
     singular values of C_a^(1/2) C_b^(1/2), which is real and never negative; a matrix root of C_a C_b becomes
     inaccurate when there are fewer features than their width.
+
+    Args:
+        a: Statistics of one side, at least one feature.
+        b: Statistics of the other side, of the same width D.
+
+    Returns:
+        The squared distance, not negative, in squared units of the features.
 
     Raises:
         ValueError: One side has no features, or the widths differ.
@@ -139,6 +163,9 @@ def measure_distances(
         scenes: The scenes of the package; clips start at their first frames.
         generations: Generations of each scene.
 
+    Returns:
+        Squared Fréchet distances by the names of ``figures``, and for each scene the squared distance of feature means.
+
     Raises:
         MagicDriveError: A video or a picture is missing or broken, or a clip has fewer than 16 frames.
     """
@@ -172,7 +199,12 @@ class _Features:
         self._counts: Counter[str] = Counter()
 
     def add(self, tokens: Sequence[str], features: Floats) -> None:
-        """Add features (N, D) of clips; ``tokens`` (N) name their scenes."""
+        """Add the features of a block of clips.
+
+        Args:
+            tokens: N scene tokens, one for each clip.
+            features: Features (N, D).
+        """
         block = Statistics.of(features)
         self._whole = self._whole.merge(block) if self._whole else block
         for token, feature in zip(tokens, features, strict=True):
@@ -194,7 +226,11 @@ class _Features:
 
 class _Source(Protocol):
     def read(self) -> Clip:
-        """Read the frames of a clip at a quarter of their size."""
+        """Read the frames of a clip at a quarter of their size.
+
+        Returns:
+            uint8 RGB frames (F, 225, 400, 3), F 16.
+        """
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,13 @@ from magicdrive_core.video.item_record import item_name, video_name
 
 
 def key_samples(scene: Scene) -> list[str]:
-    """Return the sample tokens of frames 0, 6 and 12 of a scene.
+    """Return the sample tokens of a scene's scored key frames: frames 0, 6 and 12 at 12 Hz.
+
+    Args:
+        scene: The scene.
+
+    Returns:
+        Three tokens, in the order of the frames.
 
     Raises:
         MagicDriveError: One of these frames is not a key frame of the scene.
@@ -44,6 +50,14 @@ def key_samples(scene: Scene) -> list[str]:
 
 def cut_to_clips(config: Config, scenes: Sequence[Scene], project: Path = Path()) -> Tables:
     """Cut the tables of the data set to the scored key frames.
+
+    Args:
+        config: All settings; ``data`` names the data set and its version.
+        scenes: The scored scenes.
+        project: The project's folder.
+
+    Returns:
+        Records by name of the table (``nuscenes_files.cut_tables``).
 
     Raises:
         UsageError: The data set has no nuScenes tables.
@@ -66,7 +80,7 @@ def export_frames(
         config: All settings; ``data`` names the real data.
         videos: The folder ``{team}_standard`` of a package.
         scenes: The scenes of the package.
-        generation: The generation to export.
+        generation: Number of the generation to export, from 0.
         out: The new data root.
         project: The project's folder.
 

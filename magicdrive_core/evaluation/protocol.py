@@ -25,7 +25,14 @@ CROPS = {"fvd_224": 224, "fvd_212": 212}  # rows kept at the bottom, by the name
 
 
 def reduced(picture: Picture) -> Picture:
-    """Resize a picture (900, 1600, 3) to a quarter, (225, 400, 3), with PIL's bicubic filter."""
+    """Resize a picture to a quarter with PIL's bicubic filter.
+
+    Args:
+        picture: uint8 RGB picture, (900, 1600, 3) in the protocol.
+
+    Returns:
+        uint8 RGB picture (225, 400, 3).
+    """
     return np.asarray(Image.fromarray(picture).resize(REDUCED[::-1], Image.Resampling.BICUBIC))
 
 
@@ -88,6 +95,9 @@ def score(fvd: float, mean_ap: float, mean_iou: float) -> float:
         fvd: FVD with the evaluator's crop (``fvd_224``).
         mean_ap: mAP in percent.
         mean_iou: mIoU in percent.
+
+    Returns:
+        The score; the baseline's is 0, and higher is better.
     """
     a, b, c = BASELINE.fvd, BASELINE.mean_ap, BASELINE.mean_iou
     return (a - fvd) / a + (mean_ap - b) / b + (mean_iou - c) / c

@@ -40,11 +40,23 @@ class RegionClassifier:
     """
 
     def __init__(self, network: nn.Module) -> None:
+        """Wrap a trained network; ``learn`` trains one.
+
+        Args:
+            network: From features (..., 27) of pixels to logits (..., regions), in the order of ``Region``.
+        """
         self._network = network
 
     @classmethod
     def learn(cls, frames: Sequence[Frame]) -> RegionClassifier:
-        """Train on pictures whose regions are known; the same frames and number of threads give the same classifier."""
+        """Train on pictures whose regions are known; the same frames and number of threads give the same classifier.
+
+        Args:
+            frames: Pictures with their exact regions; each pixel is a sample.
+
+        Returns:
+            The trained classifier, on the CPU.
+        """
         features = torch.cat([_features(frame.light, frame.picture).flatten(0, 1) for frame in frames])
         regions = torch.from_numpy(np.concatenate([frame.regions.ravel() for frame in frames])).long()
         with torch.random.fork_rng(devices=[]):
@@ -67,7 +79,15 @@ class RegionClassifier:
         return cls(network.eval().requires_grad_(False))
 
     def shares(self, light: Light, picture: Picture) -> NDArray[np.float32]:
-        """Return the probability of each region for each pixel of a picture (H, W, 3), as (H, W, regions)."""
+        """Compute the probability of each region for each pixel of a picture.
+
+        Args:
+            light: The lighting of the scene, one of ``LIGHTS``.
+            picture: uint8 RGB picture (H, W, 3).
+
+        Returns:
+            Probabilities (H, W, regions), float32, in the order of ``Region``; they sum to 1 over the last axis.
+        """
         shares: NDArray[np.float32] = self._network(_features(light, picture)).softmax(dim=-1).numpy()
         return shares
 

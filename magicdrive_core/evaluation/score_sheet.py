@@ -48,12 +48,22 @@ class Sheet:
     inputs: dict[str, str] = field(default_factory=dict)  # SHA-256 of each file that scoring used, by path
 
     def write(self, folder: Path) -> None:
-        """Write ``scores.json`` into ``folder``."""
+        """Write the sheet as ``scores.json``.
+
+        Args:
+            folder: Folder of the package.
+        """
         write_json(folder / SHEET, asdict(self))
 
     @classmethod
     def read(cls, folder: Path) -> Sheet:
-        """Read ``scores.json`` from ``folder``.
+        """Read the sheet from ``scores.json``.
+
+        Args:
+            folder: Folder of the package.
+
+        Returns:
+            The sheet; whether it is current is for the caller to check (``question``).
 
         Raises:
             MagicDriveError: The file is missing or has other contents.
@@ -124,7 +134,17 @@ def score_package(config: Config, videos: Path, package: str, scenes: Sequence[S
 
 
 def question(config: Config, package: str, project: Path = Path()) -> str:
-    """Fingerprint a package and everything that decides its scores; a sheet with the same fingerprint is current."""
+    """Fingerprint a package and everything that decides its scores; a sheet with the same fingerprint is current.
+
+    Args:
+        config: All settings; ``scores`` and the number of generations count.
+        package: SHA-256 of the package's zip.
+        project: The project's folder, to which the files that ``scores`` names are relative; missing files do
+            not count.
+
+    Returns:
+        64 hex digits.
+    """
     settings = config.scores
     named = [*settings.detections, *settings.bev_masks, *([settings.bev_truth] if settings.bev_truth else [])]
     digests = {file: sha256_file(project / file) for file in named if (project / file).is_file()}

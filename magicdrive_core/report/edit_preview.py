@@ -44,7 +44,15 @@ def draw_preview(config: Config, scene: Scene, edits: Edits, frame: int, out: Pa
 
 
 def list_objects(scene: Scene) -> list[tuple[str, str, int, float]]:
-    """List the objects of a scene, nearest first: token, class, frames, least distance to the lidar in metres."""
+    """List the objects of a scene, nearest first.
+
+    Args:
+        scene: The scene, with or without edits.
+
+    Returns:
+        For each object: instance token, class, number of frames that show it, and the least horizontal distance of its
+        centre to the lidar in metres.
+    """
     seen: dict[str, tuple[str, int, float]] = {}
     for boxes in scene.boxes:
         for token, name, distance in zip(boxes.ids, boxes.names, np.hypot(*boxes.boxes[:, :2].T), strict=True):

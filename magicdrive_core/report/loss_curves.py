@@ -59,7 +59,14 @@ class Curve:
 
     @classmethod
     def read(cls, stage: str, run_folder: Path) -> Curve | None:
-        """Read ``metrics.jsonl`` of a run; None if it holds no step.
+        """Read the losses of a training stage from ``metrics.jsonl``; steps whose loss is not finite are left out.
+
+        Args:
+            stage: Name of the stage.
+            run_folder: Folder of the stage's run.
+
+        Returns:
+            The curve; None if the file is missing or holds no such step.
 
         Raises:
             MagicDriveError: A line of the file is not a step.
@@ -86,7 +93,12 @@ class Curve:
         return first_and_last(self.losses)[1]
 
     def svg(self) -> str:
-        """Draw the curve as an SVG element: each step as a thin line, the running mean as a bold one."""
+        """Draw the curve as an SVG element: each step as a thin line, the running mean as a bold one.
+
+        Returns:
+            The element ``<svg>`` as text, without style sheet or metadata; its colours are variables of the page's
+            style sheet. The same curve gives the same text.
+        """
         line: dict[str, Any] = {
             "color": ACCENT,
             "solid_capstyle": "round",

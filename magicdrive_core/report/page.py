@@ -67,10 +67,13 @@ def write_report(
         package: The packed submission; None if there is none (single frames).
         faults: Faults that the validator found in it.
         notes: One line for each thing that was left out, with the reason.
-        lineage: Origin of the results, shown as a table.
+        lineage: Origin of the results, shown as a table; None: only that of the items is shown.
         made: Date and time that the page shows.
         sheet: Scores of the package, if any; scenes farthest from the real clips then come first.
         project: The project's folder.
+
+    Returns:
+        The page's path.
 
     Raises:
         MagicDriveError: There are no generated clips, or their inputs are missing.
@@ -178,11 +181,24 @@ class _Strip:
     MOMENTS = 5
 
     def __init__(self, frames: int) -> None:
+        """Choose the moments, evenly spread from the first frame to the last.
+
+        Args:
+            frames: Number of frames of the clip.
+        """
         self._moments = sorted({round(n * (frames - 1) / (self.MOMENTS - 1)) for n in range(self.MOMENTS)})
         self._rows: dict[str, list[Picture]] = {}
 
     def row(self, title: str, frames: Iterable[Views]) -> Iterator[Views]:
-        """Pass on the frames of a video and keep those at the chosen moments."""
+        """Pass on the frames of a video and keep those at the chosen moments.
+
+        Args:
+            title: Label of the video's row.
+            frames: Views (V, H, W, 3) of each frame.
+
+        Yields:
+            The same views.
+        """
         kept = self._rows.setdefault(title, [])
         for number, views in enumerate(frames):
             if number in self._moments:
@@ -190,7 +206,11 @@ class _Strip:
             yield views
 
     def picture(self) -> str:
-        """Return the sheet as a data URI; call it after all videos were read."""
+        """Draw the sheet; call it after all videos were read.
+
+        Returns:
+            A JPEG as data URI.
+        """
         titles = [f"frame {moment}" for moment in self._moments]
         return _uri(
             contact_sheet(list(self._rows.values()), list(self._rows), titles), "jpeg", quality=84, optimize=True

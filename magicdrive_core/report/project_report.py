@@ -19,12 +19,17 @@ from magicdrive_core.wcoda.workflow import expected_package
 def report_project(config: Config, now: datetime) -> Path:
     """Writes report.html: what was generated, from what, the losses, and the package and its scores if there are any.
 
+    The page and the package's files are then logged to the submission's MLflow run.
+
     Args:
         config: the settings.
         now: time that the page shows.
 
     Returns:
-        The page.
+        The page's path.
+
+    Raises:
+        MagicDriveError: there are no generated clips, their inputs are missing, or MLflow's database cannot be used.
     """
     paths = find_run_paths(config)
     folder = paths.submission

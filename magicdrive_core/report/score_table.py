@@ -44,8 +44,11 @@ class ScoreTable:
 
         Args:
             sheet: The scores of the package.
-            names: Names of scenes by token.
+            names: Names of scenes by token; a scene without a name is shown by its token.
             ours: Label of the package's line.
+
+        Returns:
+            The table; cells without a value are a dash.
         """
         keys = [key for key in _TITLES if any(key in row for row in sheet.scenes.values())]
         published = [
@@ -78,12 +81,27 @@ class ScoreTable:
 
 
 def farthest_first(sheet: Sheet) -> list[tuple[str, dict[str, float]]]:
-    """Sort scene tokens and their figures by the built-in extractor's distance, largest first."""
+    """Sort the scenes of a sheet by the built-in extractor's distance (``small_224``), largest first.
+
+    Args:
+        sheet: The scores of the package.
+
+    Returns:
+        Scene token and figures by name, for each scene.
+    """
     return sorted(sheet.scenes.items(), key=lambda pair: (-pair[1].get("small_224", 0.0), pair[0]))
 
 
 def order_scenes(tokens: Sequence[str], sheet: Sheet | None) -> list[str]:
-    """Order scenes for the page: farthest from the real clips first, if there are scores."""
+    """Order scenes for the page: farthest from the real clips first, if there are scores.
+
+    Args:
+        tokens: Scene tokens.
+        sheet: The scores of the package; None keeps the order of ``tokens``.
+
+    Returns:
+        The tokens; those that the sheet lacks come last, in their order.
+    """
     if sheet is None:
         return list(tokens)
     ranks = {token: rank for rank, (token, _) in enumerate(farthest_first(sheet))}

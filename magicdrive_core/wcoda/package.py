@@ -60,8 +60,11 @@ def pack(
         config: All settings; team, frames of a video, frame rate and cap on the bit rate are used.
         generated: Folder of items.
         out: Folder for ``{team}_standard/``, ``results.zip`` and ``manifest.json``.
-        lineage: Origin of the package (commit, data, runs), written into the manifest unchanged.
+        lineage: Origin of the package (commit, data, runs), written into the manifest unchanged; None: unknown.
         project: The project's folder; folders of the long set are relative to it.
+
+    Returns:
+        The package; its files are those of the standard set, then those of the long set.
 
     Raises:
         MagicDriveError: There are no items, the set is incomplete, a clip is too short, or a file has changed.
@@ -107,6 +110,12 @@ def pack(
 
 def read_package(out: Path) -> Package:
     """Read the package of a folder from its manifest.
+
+    Args:
+        out: The folder that holds ``manifest.json``.
+
+    Returns:
+        The package as recorded; its files are not checked.
 
     Raises:
         MagicDriveError: The folder holds no package.

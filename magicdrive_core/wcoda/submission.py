@@ -55,7 +55,14 @@ class VideoName:
 
     @classmethod
     def parse(cls, path: str) -> VideoName | None:
-        """Parse a name; None if it has neither form."""
+        """Parse the name of a video in the zip.
+
+        Args:
+            path: Path in the zip.
+
+        Returns:
+            The parts of the name; None if it has the form of neither set. ``variant`` has no leading zeros.
+        """
         match = _NAME.fullmatch(path)
         if match is None:
             return None
@@ -64,17 +71,38 @@ class VideoName:
 
     @classmethod
     def of(cls, team: str, token: str, variant: str, file: str) -> VideoName:
-        """Build the name of a video; ``variant`` is "gen0", "gen1", ... or a weather."""
+        """Build the name of a video.
+
+        Args:
+            team: Name of the team, which starts the name of the top folder.
+            token: Token of the scene's first sample.
+            variant: "gen0", "gen1", ... for the standard set; a weather for the long set.
+            file: Name of the file, ``{token}_{VIEW}.mp4``.
+
+        Returns:
+            The name, with its path in the zip.
+        """
         kind = "long" if variant in WEATHERS else "standard"
         return cls(f"{team}_{kind}/{token}_{variant}/{file}", team, token, variant, file)
 
     def round_one(self) -> str:
-        """Name the standard video of the same view whose frames the sunny long video starts with."""
+        """Return the path in the zip of the same view's standard video, with whose frames the sunny long one must start."""
         return f"{self.team}_standard/{self.token}_gen0/{self.file}"
 
 
 def count_faults(names: Sequence[VideoName], expected: Expected) -> Iterator[str]:
-    """Yield gaps and extras: scenes x generations x six views, and scenes x weathers x six views of a long set."""
+    """Find videos that are missing or too many, by their names alone.
+
+    The standard set has scenes x generations x six views, the long set scenes x three weathers x six views. A zip
+    without a long set is complete.
+
+    Args:
+        names: The names of all videos in the zip.
+        expected: The counts; None is not checked, apart from ``generations``: then the highest number in the zip counts.
+
+    Yields:
+        One line for each fault.
+    """
     if not any(not name.long for name in names):
         yield "no video in the zip" if not names else "no video of the standard set in the zip"
         return

@@ -109,7 +109,11 @@ class _Check:
     faults: list[str] = field(default_factory=list)
 
     def run(self) -> _Check:
-        """Run all checks; they append to ``faults``."""
+        """Run all checks; they append to ``faults``.
+
+        Returns:
+            This check, so that a thread pool can map it.
+        """
         try:
             data = self.archive.read(self.name.path)
             info = probe(io.BytesIO(data))
@@ -191,6 +195,9 @@ def judge(zip_path: Path, expected: Expected) -> list[str]:
     Args:
         zip_path: The ``results.zip``.
         expected: Counts and properties to check against.
+
+    Returns:
+        One line for each fault, as ``validate`` returns them.
 
     Raises:
         MagicDriveError: The folder cannot be written.

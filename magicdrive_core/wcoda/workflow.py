@@ -20,7 +20,14 @@ from magicdrive_core.wcoda.validator import judge
 
 
 def expected_package(config: Config) -> Expected:
-    """Returns what the settings say that a valid package holds."""
+    """Returns what the settings say that a valid package holds.
+
+    Args:
+        config: the settings of ``generate``, ``submission`` and ``video`` are used.
+
+    Returns:
+        The counts and properties; the number of standard scenes is None, so that it is taken from the package.
+    """
     return Expected(
         generations=config.generate.generations,
         long_scenes=config.submission.long_scenes,
@@ -32,6 +39,9 @@ def expected_package(config: Config) -> Expected:
 
 def package_project(config: Config) -> tuple[Path, list[str]]:
     """Packs the generated videos and validates the package.
+
+    Args:
+        config: all settings; run in the project's folder.
 
     Returns:
         The zip file, and its faults, one line each; none for a valid package.
@@ -46,6 +56,9 @@ def package_project(config: Config) -> tuple[Path, list[str]]:
 
 def score_project(config: Config) -> tuple[Sheet, Path]:
     """Scores the package, unless this package was scored with the same files before.
+
+    Args:
+        config: all settings; ``scores`` names the files to score with.
 
     Returns:
         The scores, and the file that holds them.
@@ -63,7 +76,11 @@ def score_project(config: Config) -> tuple[Sheet, Path]:
 
 
 def export_key_frames(config: Config, out: Path) -> Iterator[tuple[Path, int]]:
-    """Writes the key frames of each generation as a nuScenes data root ``out/gen<N>``.
+    """Writes the key frames of each generation as a nuScenes data root ``out/gen<N>``, N from 0.
+
+    Args:
+        config: all settings; ``data`` names the real data.
+        out: folder of the data roots.
 
     Yields:
         Each root, and its number of pictures.
