@@ -48,8 +48,11 @@ def plan_budget(config: Config, stage: Stage, project: Path = Path(), left: int 
         project: the project's folder.
         left: bytes that the container leaves to all ranks of this host; None measures it now.
 
+    Returns:
+        What one rank's loader may hold.
+
     Raises:
-        MagicDriveError: the largest micro-batch does not fit.
+        MagicDriveError: the largest micro-batch does not fit, or the encoders are not built.
     """
     each = (memory_left() if left is None else left) // config.cluster.ranks
     chosen = config.training.prefetch_mbytes
@@ -72,7 +75,17 @@ def plan_budget(config: Config, stage: Stage, project: Path = Path(), left: int 
 
 
 def batch_bytes(config: Config, bucket: Bucket, latent_channels: int, text_width: int) -> int:
-    """Return the bytes of a micro-batch as ``loader.Batch`` holds it, with ``SLOTS`` box slots."""
+    """Compute the memory of a micro-batch as ``loader.Batch`` holds it, with ``SLOTS`` box slots.
+
+    Args:
+        config: cells of the map, tokens of the text, width of the network.
+        bucket: size, length and number of the clips.
+        latent_channels: channels of the VAE's latents.
+        text_width: channels of the text features.
+
+    Returns:
+        Bytes.
+    """
     height, width = (side // 8 for side in parse_size(bucket.resolution))
     latent_frames = bucket.frames // 4 + bucket.frames % 2
     cells, views = config.conditions.map_cells[bucket.resolution], len(VIEWS)

@@ -61,12 +61,26 @@ class TrainingProgress:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """List the checkpoints in a folder, oldest first, without verifying them."""
+    """List the checkpoints in a folder without verifying them.
+
+    Args:
+        folder: of a run's checkpoints; it may be missing.
+
+    Returns:
+        Folders ``step-<step>``, oldest first.
+    """
     return sorted(folder.glob("step-*"))
 
 
 def newest(folder: Path) -> Path | None:
-    """Return the newest checkpoint whose files are unchanged, and warn of damaged ones; None without any."""
+    """Find the newest checkpoint whose files are unchanged, and warn of damaged ones.
+
+    Args:
+        folder: of a run's checkpoints.
+
+    Returns:
+        The checkpoint's folder; None without an intact one.
+    """
     for path in reversed(checkpoints(folder)):
         fault = _fault(path)
         if fault is None:
@@ -76,7 +90,15 @@ def newest(folder: Path) -> Path | None:
 
 
 def resume(folder: Path, engine: Engine, ema: Ema) -> TrainingProgress | None:
-    """Load the newest intact checkpoint, the same on every rank; return None without one. Collective.
+    """Load the newest intact checkpoint, the same on every rank. Collective.
+
+    Args:
+        folder: of the run's checkpoints; partial ones are removed.
+        engine: whose network, masters, moments and loss scale are set.
+        ema: whose averages are set.
+
+    Returns:
+        How far the training was; None without a checkpoint, and nothing is changed then.
 
     Raises:
         MagicDriveError: the checkpoint belongs to another network.
@@ -93,6 +115,14 @@ def resume(folder: Path, engine: Engine, ema: Ema) -> TrainingProgress | None:
 
 def load(path: Path, engine: Engine, ema: Ema) -> TrainingProgress:
     """Put network, master weights, moments, averages and loss scale into the state of a checkpoint. Collective.
+
+    Args:
+        path: folder of the checkpoint, written by any number of ranks.
+        engine: whose network, masters, moments and loss scale are set.
+        ema: whose averages are set.
+
+    Returns:
+        How far the training was.
 
     Raises:
         MagicDriveError: the checkpoint belongs to another network.
@@ -120,7 +150,14 @@ def load(path: Path, engine: Engine, ema: Ema) -> TrainingProgress:
 
 
 def shapes(engine: Engine) -> dict[str, list[int]]:
-    """Return the shapes in the network's state dict, by which two networks are told apart."""
+    """Return the shapes by which two networks are told apart.
+
+    Args:
+        engine: of the network.
+
+    Returns:
+        Shapes of all tensors in the network's state dict, by name.
+    """
     return {name: list(tensor.shape) for name, tensor in engine.network.state_dict().items()}
 
 
@@ -205,7 +242,11 @@ class Saver:
         self._thread.shutdown()
 
     def start(self, progress: TrainingProgress) -> None:
-        """Copy the present state to host memory and start to write it, after the previous checkpoint is settled."""
+        """Copy the present state to host memory and start to write it, after the previous checkpoint is settled.
+
+        Args:
+            progress: of the run, its step names the checkpoint.
+        """
         self.finish()
         self._step, self._started = progress.step, time.monotonic()
         rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -231,7 +272,7 @@ class Saver:
 
     @property
     def status(self) -> WriteStatus:
-        """How far this rank's thread is."""
+        """How far this rank's thread is with the checkpoint that was started last."""
         if self._written is None:
             return WriteStatus.IDLE
         if not self._written.done():

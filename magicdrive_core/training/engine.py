@@ -72,7 +72,14 @@ class Engine:
 
 
 def join_group() -> torch.device:
-    """Enter the process group that the launcher described in the environment, and return this rank's device."""
+    """Enter the process group that the launcher described in the environment (``LOCAL_RANK``, ``MASTER_ADDR``, ...).
+
+    Returns:
+        This rank's device; the CPU where there are no devices.
+
+    Raises:
+        MagicDriveError: this host has fewer devices than ranks.
+    """
     device = take_device(int(os.environ["LOCAL_RANK"]))
     if device.type == "cpu" and not isinstance(get_accelerator(), _GlooAccelerator):
         set_accelerator(_GlooAccelerator())
@@ -87,6 +94,9 @@ def build_engine(network: nn.Module, training: Training, device: torch.device) -
         network: in fp32 and equal on all ranks; parameters that do not require a gradient stay as they are.
         training: precision, AdamW's settings, clipping, overlap of communication.
         device: of this rank, as ``join_group`` returned it.
+
+    Returns:
+        The engine. Its learning rate is 0 until ``set_learning_rate`` is called.
     """
     trained = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
     fixed = {name: tensor.clone() for name, tensor in network.state_dict().items() if name not in trained}
@@ -157,11 +167,22 @@ class LossScale(MixedPrecisionMixin):
         return self.scale <= MIN_LOSS_SCALE
 
     def pre_backward(self, loss: Tensor) -> Tensor:
-        """Scale a loss before its backward pass."""
+        """Scale a loss before its backward pass.
+
+        Args:
+            loss: (), unscaled.
+
+        Returns:
+            (), the loss times ``scale``.
+        """
         return loss * self.scale
 
     def pre_backward_by_grad(self, tensor: Tensor, grad: Tensor) -> Tensor:
-        """Refuse a backward pass that starts from a gradient."""
+        """Refuse a backward pass that starts from a gradient; part of ColossalAI's interface.
+
+        Raises:
+            NotImplementedError: always.
+        """
         raise NotImplementedError("training starts backward passes from a loss")
 
     def should_skip_step(self) -> bool:
@@ -172,7 +193,7 @@ class LossScale(MixedPrecisionMixin):
         """Do nothing; part of ColossalAI's interface."""
 
     def get_grad_div_scale(self) -> float:
-        """Return what gradients have to be divided by."""
+        """Return the factor by which gradients have to be divided: the scale."""
         return self.scale
 
 
@@ -204,6 +225,10 @@ class ZeroOptimizer(LowLevelZeroOptimizer):
     default, there is one wait at the end of a pass.
 
     Several backward passes before a step add up. Gradients travel in the working precision and are added in fp32.
+
+    Args:
+        optimizer: torch's optimizer over the parameters in the working precision.
+        **settings: of ``LowLevelZeroOptimizer``, as ColossalAI's plugin makes them.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, **settings: Any) -> None:
@@ -263,6 +288,9 @@ class ZeroOptimizer(LowLevelZeroOptimizer):
     def step(self, closure: Any = None) -> None:
         """Update the weights, except of parameters that no rank used in any pass. Collective.
 
+        Args:
+            closure: passed to upstream's ``step``, which accepts None only.
+
         Raises:
             MagicDriveError: the norm of the gradient is not finite; no weight was changed.
         """
@@ -277,14 +305,23 @@ class ZeroOptimizer(LowLevelZeroOptimizer):
             self.loss_scale.grow()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients and what was found in them."""
+        """Forget the gradients and what was found in them.
+
+        Args:
+            set_to_none: whether working gradients become None instead of zeros, as in torch.
+        """
         super().zero_grad(set_to_none)
         self._own.clear()
         self._received.clear()
         self._used = [False] * len(self._order)
 
     def check_gradients(self) -> GradientCheck:
-        """Check the gradients since ``zero_grad`` as this rank saw them. Synchronises with the device."""
+        """Check the gradients since ``zero_grad`` as this rank saw them. Synchronises with the device.
+
+        Returns:
+            The parameters whose own gradients are faulty, and whether all received sums are finite; called after the
+            last backward pass of a step and before ``step``.
+        """
         finite = torch.stack([extremes for _, extremes in self._own]).isfinite().all(dim=1).tolist()
         faulty = {index for (index, _), good in zip(self._own, finite, strict=True) if not good}
         received = bool(torch.stack(self._received).isfinite().all())

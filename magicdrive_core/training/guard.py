@@ -41,7 +41,17 @@ class Guard:
         self._skipped: list[dict[str, Any]] = []  # in a row, up to the last step
 
     def check(self, step: int, ranks: Sequence[RankStatistics], learning_rate: float) -> list[str]:
-        """Return why a step must be skipped, one line for each faulty rank and the same on all ranks; empty if good."""
+        """Find out whether a step must be skipped; count it, and lower the loss scale where that is the remedy.
+
+        Args:
+            step: number of the step, counted from 0.
+            ranks: statistics of all ranks, by rank.
+            learning_rate: of the step, for the report.
+
+        Returns:
+            Why the step must be skipped, one line for each faulty rank and the same on all ranks; empty for a good
+            step.
+        """
         faults = find_faults(ranks)
         losses_finite = all(math.isfinite(each.loss) for each in ranks)
         if faults and self._scale and not self._scale.at_minimum and losses_finite:
@@ -69,7 +79,11 @@ class Guard:
         return len(self._skipped) >= self._max_skipped
 
     def give_up(self) -> MagicDriveError:
-        """Write the report and return the error that ends the training. Collective; no checkpoint may be pending."""
+        """Write ``nonfinite.json`` and make the error that ends the training. Collective; no checkpoint may be pending.
+
+        Returns:
+            The error to raise: the first fault, the report, and the checkpoint from which the same command resumes.
+        """
         first, last = self._skipped[0], self._skipped[-1]
         report = self._plan.folder / "nonfinite.json"
         newest: list[str | None] = [None]
@@ -88,7 +102,15 @@ class Guard:
 
 
 def find_faults(ranks: Sequence[RankStatistics]) -> list[str]:
-    """List non-finite losses and gradients by originating rank; ranks that only received them are left out."""
+    """List non-finite losses and gradients by originating rank; ranks that only received them are left out.
+
+    Args:
+        ranks: statistics of all ranks, by rank.
+
+    Returns:
+        One line for each rank where a fault arose. Where none arose but sums were received that are not finite
+        (ColossalAI #6091), one line for each rank that received one. Empty where all is finite.
+    """
     faults = []
     for rank, statistics in enumerate(ranks):
         faulty = statistics.gradients.faulty

@@ -70,11 +70,22 @@ class Batch:
     flops: float
 
     def pinned(self) -> Batch:
-        """Return the batch in page-locked memory, from which copies to the device run beside its computation."""
+        """Return the batch in page-locked memory, from which copies to the device run beside its computation.
+
+        Returns:
+            A batch of the same shapes; tensors that are on a device already are left there.
+        """
         return self._map(_pin)
 
     def to(self, device: torch.device) -> Batch:
-        """Return the batch on ``device``; the copy may still be running, and the device waits for it by itself."""
+        """Return the batch on a device; the copy may still be running, and the device waits for it by itself.
+
+        Args:
+            device: where latents, conditions and mask go; the generator stays on the CPU.
+
+        Returns:
+            A batch of the same shapes. The copies of tensors that were expanded over the views are expanded again.
+        """
         return self._map(partial(_move, device))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -188,7 +199,16 @@ class Loader:
         )
 
     def next(self) -> Batch:
-        """Return the next micro-batch. All ranks that share clips call this in the same order."""
+        """Return the next micro-batch. All ranks that share clips call this in the same order.
+
+        Returns:
+            The micro-batch on the host, in page-locked memory where there is a device. Latents that ranks encoded
+            together are on the device.
+
+        Raises:
+            StopIteration: all ``steps`` micro-batches were returned.
+            Exception: whatever the preparation of this micro-batch raised.
+        """
         assert self._prefetcher is not None, "start comes first"
         batch = self._prefetcher.next()
         if self._shared is None:
@@ -289,7 +309,15 @@ class Prefetcher(Generic[T]):
             return self._held
 
     def next(self) -> T:
-        """Return the next result, or raise what its job raised; StopIteration after the last one."""
+        """Wait for the next result and return it.
+
+        Returns:
+            The result of the first job whose result was not returned yet.
+
+        Raises:
+            StopIteration: there are no more jobs.
+            BaseException: whatever this job raised; no further job is run.
+        """
         with self._change:
             self._change.wait_for(lambda: self._done)
             size, result = self._done.popleft()
@@ -348,6 +376,10 @@ class SharedEncoding:
     def moments(self, size: str, clips: list[Clip]) -> Tensor:
         """Encode this rank's views.
 
+        Args:
+            size: height and width of the videos in pixels, such as "224x400".
+            clips: B clips of equal length.
+
         Returns:
             (B, V, 2C, T, h, w) posterior mean and log-variance; zeros for views that other ranks encode.
         """
@@ -359,7 +391,14 @@ class SharedEncoding:
         return torch.stack(moments)
 
     def gather(self, latents: Tensor) -> Tensor:
-        """Exchange latents (B, V, C, T, h, w), of which this rank's views are valid; return all on the device."""
+        """Exchange latents, so that every rank has those of all views. Collective in the group.
+
+        Args:
+            latents: (B, V, C, T, h, w), of which only this rank's views are valid.
+
+        Returns:
+            (B, V, C, T, h, w) on this rank's device, all valid and the same on all ranks.
+        """
         videos = latents.flatten(0, 1)
         own = self._own(len(videos))
         part = torch.zeros(self._share(len(videos)), *videos.shape[1:], device=this_device())

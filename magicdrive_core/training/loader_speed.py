@@ -39,7 +39,11 @@ class LoaderSpeed:
     budget: Budget
 
     def lines(self) -> list[str]:
-        """Return a report to print."""
+        """Return a report to print.
+
+        Returns:
+            Lines without line ends: the speed, the memory, then a line for each bucket.
+        """
         out = [
             f"{self.clips / self.seconds:.2f} clips/s ({self.clips} clips in {self.seconds:.1f} s, one rank)",
             f"held: {_mib(self.held)} of micro-batches and maps; the process: {_mib(self.resident)}",
@@ -56,7 +60,7 @@ class LoaderSpeed:
 def measure_loader(
     config: Config, stage: Stage, *, seconds: float, ranks: int = 1, project: Path = Path()
 ) -> LoaderSpeed:
-    """Take micro-batches for some time.
+    """Take micro-batches for some time, and at least one.
 
     Args:
         config: of the run.
@@ -64,6 +68,9 @@ def measure_loader(
         seconds: how long.
         ranks: that share the micro-batches; the first one is measured.
         project: the project's folder.
+
+    Returns:
+        The speed and the memory of one rank's loader.
 
     Raises:
         MagicDriveError: a cache is missing or stale, or the micro-batches do not fit into memory.
@@ -83,7 +90,14 @@ def measure_loader(
 
 
 def batch_nbytes(batch: Batch) -> int:
-    """Return the bytes that a micro-batch's tensors occupy; what is expanded over the views counts once."""
+    """Return the memory that the tensors of a micro-batch occupy.
+
+    Args:
+        batch: whose latents, mask and conditions count.
+
+    Returns:
+        Bytes; a tensor that is expanded over the views counts once.
+    """
     conditions = (getattr(batch.conditions, field.name) for field in fields(batch.conditions))
     tensors = [tensor for tensor in (batch.latents, batch.mask, *conditions) if isinstance(tensor, Tensor)]
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)

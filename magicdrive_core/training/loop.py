@@ -176,8 +176,13 @@ def flow_loss(engine: Engine, flow: RectifiedFlow, batch: Batch) -> tuple[Tensor
     Noise level, noisy latents, target and error are fp32, whatever precision the network computes in: the published
     system forms them in bf16, which moves a level of 993.2 to 992 (golden notes, oddity 5).
 
+    Args:
+        engine: the network, and the device to which the batch is copied.
+        flow: draws the noise levels and defines the target.
+        batch: with clean latents (B, V, C, T, h, w); its generator draws the noise levels, then the noise.
+
     Returns:
-        The loss (B) and the noise level (B) of each sample.
+        For each sample the loss (B), 0 where no frame is noisy, and the noise level (B) in [0, 1000], on the device.
     """
     generator, device = batch.generator, engine.device
     batch = batch.to(device)
@@ -190,12 +195,24 @@ def flow_loss(engine: Engine, flow: RectifiedFlow, batch: Batch) -> tuple[Tensor
 
 
 def learning_rate(stage: StageConfig, step: int) -> float:
-    """Return the rate of a step, counted from 0: it warms up linearly and is then constant."""
+    """Return the learning rate of a step: it rises linearly during the warm-up and is then constant.
+
+    Args:
+        stage: the final rate, and the length of the warm-up in steps; 0 steps: constant from the start.
+        step: number of the step, counted from 0.
+    """
     return stage.learning_rate * min(1.0, (step + 1) / max(1, stage.warmup))
 
 
 def write_result(plan: StagePlan, ema: Ema, progress: TrainingProgress, recorder: Recorder) -> None:
-    """Write the EMA weights, and then ``run.json``, which marks the stage as finished. Collective; rank 0 writes."""
+    """Write the EMA weights, and then ``run.json``, which marks the stage as finished. Collective; rank 0 writes.
+
+    Args:
+        plan: of the stage: its folder, fingerprint and inputs.
+        ema: averages that become the stage's weights.
+        progress: finished steps and seconds, for ``run.json``.
+        recorder: has the losses of all good steps, and the MLflow run.
+    """
     state = ema.gather()
     if dist.get_rank() == 0:
         with atomic_file(plan.weights) as partial:

@@ -84,6 +84,11 @@ class Preview:
     def of(cls, config: Config, stage: Stage, project: Path = Path()) -> Preview | None:
         """Choose ``training.preview_clips`` validation clips of the stage's smallest videos, else smallest images.
 
+        Args:
+            config: of the run.
+            stage: whose buckets give size and length.
+            project: the project's folder.
+
         Returns:
             A preview of the first clip of each chosen scene, spread over all scenes; None without a validation clip.
         """
@@ -103,8 +108,12 @@ class Preview:
     def sample(self, network: MagicDrive, stop: StopSource) -> list[Tensor] | None:
         """Sample each clip, on all ranks that share the network's work.
 
+        Args:
+            network: with the weights to show.
+            stop: checked before each clip, on all of these ranks together.
+
         Returns:
-            Latents (V, C, T, h, w) of each clip; None where a stop was requested meanwhile.
+            Scaled latents (V, C, T, h, w) in fp32 of each clip; None where a stop was requested meanwhile.
         """
         device = network.before_proj.weight.device
         latents = []

@@ -87,12 +87,15 @@ class StepStatistics:
         Args:
             groups: statistics of each group of ranks that shares clips.
             progress: of the run after the step.
-            seconds: of the step.
+            seconds: duration of the step.
             rate: the learning rate.
-            norm: of the gradient; None where the step was skipped.
-            loss_scale: of fp16.
-            buckets: of the loader.
-            skipped: why the step was skipped.
+            norm: of the gradient before clipping; None where the step was skipped.
+            loss_scale: fp16's at this step; None in other precisions.
+            buckets: of the loader, in the order of the indices in ``groups``.
+            skipped: why the step was skipped, a line for each faulty rank; empty for a good step.
+
+        Returns:
+            The step as a line of metrics.jsonl; without losses where it was skipped.
         """
         by_bucket, by_noise = defaultdict(list), defaultdict(list)
         micro_batches = [each for group in groups for each in group.micro_batches]
@@ -118,7 +121,12 @@ class StepStatistics:
         )
 
     def metrics(self) -> dict[str, float]:
-        """Return what there is to log, by its name in MLflow."""
+        """Return the figures to log.
+
+        Returns:
+            Values by their name in MLflow; figures that this step does not have are left out. Memory is in GB (10^9
+            bytes).
+        """
         values = {
             "loss": self.loss,
             "learning_rate": self.learning_rate,
@@ -193,7 +201,11 @@ class Recorder:
                 self._log.flush()
 
     def record(self, statistics: StepStatistics) -> None:
-        """Record a finished step."""
+        """Write a finished step to metrics.jsonl, and to status.json and MLflow where they are due.
+
+        Args:
+            statistics: of the step, good or skipped; on ranks other than 0 they are ignored.
+        """
         if not self._active:
             return
         if statistics.loss is not None:
@@ -230,7 +242,14 @@ class Recorder:
         self._window.clear()
 
     def draw_preview(self, preview: Preview | None, network: MagicDrive, step: int, stop: StopSource) -> None:
-        """Draw a preview on the ranks that have one, unless one of them is requested to stop meanwhile."""
+        """Draw a preview on the ranks that have one, unless one of them is requested to stop meanwhile.
+
+        Args:
+            preview: None on ranks that take no part.
+            network: with the weights to show; sampled by all ranks that share its work.
+            step: finished steps, for the title and the file's name.
+            stop: checked between clips.
+        """
         latents = preview.sample(network, stop) if preview is not None else None
         if preview is None or latents is None or not self._active:
             return
@@ -240,13 +259,27 @@ class Recorder:
 
 
 def host_memory() -> dict[str, int]:
-    """Return bytes of this process (``rss``; ``pss`` divides shared pages by their users) and of the container."""
+    """Measure the host memory that is in use now.
+
+    Returns:
+        Bytes: ``rss`` and ``pss`` of this process (``pss`` divides shared pages by the number of their users; equal to
+        ``rss`` where the system does not count it), and ``container``, of all processes together.
+    """
     info = psutil.Process().memory_full_info()
     return {"rss": info.rss, "pss": getattr(info, "pss", info.rss), "container": memory_limit() - memory_left()}
 
 
 def peak_tflops(device: torch.device, precision: str, configured: float | None) -> float | None:
-    """Return a device's peak TFLOP/s: as configured, else from the table; None where neither knows it."""
+    """Return a device's peak speed for the utilisation of its arithmetic units.
+
+    Args:
+        device: of this rank.
+        precision: of training; the table holds the peak of 16-bit formats only.
+        configured: TFLOP/s that params.yaml names, which come first; None looks into ``PEAK_TFLOPS``.
+
+    Returns:
+        Dense TFLOP/s of one device; None where neither params.yaml nor the table knows it.
+    """
     if configured is not None or device.type == "cpu" or precision == "fp32":
         return configured
     name = str(torch.get_device_module(device).get_device_name(device))

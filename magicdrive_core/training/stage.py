@@ -33,6 +33,9 @@ def first_network(config: Config, plan: StagePlan, project: Path = Path()) -> Ma
         plan: of the stage; its previous stage is finished.
         project: the project's folder.
 
+    Returns:
+        The network in fp32 on the CPU; with ``freeze_text`` its text embedder requires no gradient.
+
     Raises:
         MagicDriveError: the weights of the previous stage do not fit.
     """

@@ -20,14 +20,27 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, as torch calls them
 
 
 def masters(engine: Engine) -> dict[str, Tensor]:
-    """Return this rank's shards of the fp32 master weights, in the order of the network's parameters."""
+    """Return this rank's shards of the fp32 master weights, in the order of the network's parameters.
+
+    Args:
+        engine: whose optimizer holds them.
+
+    Returns:
+        The optimizer's own tensors (n), not copies: of each trainable parameter, flat and padded, one part of as many
+        equal ones as there are ranks.
+    """
     to_master = engine.optimizer.get_working_to_master_map()
     return {name: to_master[id(p)] for name, p in engine.network.named_parameters() if id(p) in to_master}
 
 
 @torch.no_grad()
 def set_masters(engine: Engine, shards: dict[str, Tensor]) -> None:
-    """Set this rank's master weights, and the working weights from those of all ranks. Collective."""
+    """Set this rank's master weights, and the working weights from those of all ranks. Collective.
+
+    Args:
+        engine: whose weights are set.
+        shards: (n) of this rank, one for each name that ``masters`` returns.
+    """
     for name, master in masters(engine).items():
         master.copy_(shards[name])
     parameters = dict(engine.network.named_parameters())
@@ -42,8 +55,11 @@ def gather(engine: Engine, shards: dict[str, Tensor], *, everywhere: bool = Fals
 
     Args:
         engine: whose parameters give the shapes.
-        shards: of this rank.
+        shards: (n) of this rank by name, the same names in the same order on all ranks.
         everywhere: yield the tensors on all ranks; otherwise ranks other than 0 get empty ones.
+
+    Yields:
+        The name and the tensor in the shape of its parameter and the dtype of its shard, without the padding.
     """
     shapes = {name: parameter.shape for name, parameter in engine.network.named_parameters()}
     for name, shard in shards.items():
@@ -56,20 +72,40 @@ def gather(engine: Engine, shards: dict[str, Tensor], *, everywhere: bool = Fals
 
 
 def moments(engine: Engine) -> dict[str, dict[str, Tensor]]:
-    """Return this rank's shards of Adam's moments, by kind and name; a parameter has none before its first step."""
+    """Return this rank's shards of Adam's moments; a parameter has none before its first step.
+
+    Args:
+        engine: whose optimizer holds them.
+
+    Returns:
+        For each kind of ``MOMENTS`` the shards (n) by name: the optimizer's own tensors, not copies.
+    """
     state = engine.optimizer.optim.state
     own = {name: state[master] for name, master in masters(engine).items() if master in state}
     return {kind: {name: values[kind] for name, values in own.items()} for kind in MOMENTS}
 
 
 def moment_steps(engine: Engine) -> dict[str, int]:
-    """Return how many steps of Adam each parameter has made, by name."""
+    """Return how many steps of Adam each parameter has made, for its bias correction.
+
+    Args:
+        engine: whose optimizer counts them.
+
+    Returns:
+        Steps by name; names of parameters without a step are left out.
+    """
     state = engine.optimizer.optim.state
     return {name: int(state[master]["step"]) for name, master in masters(engine).items() if master in state}
 
 
 def set_moments(engine: Engine, shards: dict[str, dict[str, Tensor]], steps: dict[str, int]) -> None:
-    """Set what ``moments`` and ``moment_steps`` return."""
+    """Set Adam's moments and counts of steps, as ``moments`` and ``moment_steps`` return them.
+
+    Args:
+        engine: whose optimizer is set.
+        shards: for each kind of ``MOMENTS`` the shards (n) of this rank by name.
+        steps: of each parameter that has moments, by name; others keep their state.
+    """
     state = engine.optimizer.optim.state
     for name, master in masters(engine).items():
         if name in steps:
@@ -99,7 +135,12 @@ class Ema:
         torch._foreach_lerp_(list(self.shards.values()), list(self._masters.values()), 1 - self._decay)
 
     def gather(self) -> dict[str, Tensor]:
-        """Return the network's state dict in fp32 with the averages; empty on ranks other than 0. Collective."""
+        """Put the averages of all ranks together. Collective.
+
+        Returns:
+            The network's state dict in fp32 on the CPU: averages of the trainable weights, the engine's fixed tensors
+            as they are. Empty on ranks other than 0.
+        """
         averages = dict(gather(self._engine, self.shards))
         if dist.get_rank() != 0:
             return {}

@@ -67,7 +67,16 @@ class MicroBatchStatistics:
 
     @classmethod
     def of(cls, losses: Tensor, t: Tensor, batch: Batch) -> MicroBatchStatistics:
-        """Summarise the losses (B) at noise levels ``t`` (B) of a micro-batch. Synchronises with the device once."""
+        """Summarise this rank's pass over a micro-batch. Synchronises with the device once.
+
+        Args:
+            losses: (B), of each sample.
+            t: (B), noise levels in [0, 1000].
+            batch: the micro-batch, whose latents are (B, V, C, T, h, w).
+
+        Returns:
+            The statistics. A token is a patch of 2 x 2 latents, so that a frame of a view has ceil(h / 2) ceil(w / 2).
+        """
         clips, views, _, frames, height, width = batch.latents.shape
         loss, *values = torch.cat([losses.mean()[None], losses, t]).tolist()
         bins = [min(NOISE_BINS - 1, int(level * NOISE_BINS / 1000)) for level in values[clips:]]
@@ -108,7 +117,14 @@ class RankStatistics:
 
 
 def gather_statistics(own: RankStatistics) -> list[RankStatistics]:
-    """Return the statistics of all ranks, by rank. Collective."""
+    """Exchange the statistics of all ranks. Collective.
+
+    Args:
+        own: statistics of this rank.
+
+    Returns:
+        Statistics of all ranks, by rank.
+    """
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, own)
     return everyone
@@ -117,8 +133,12 @@ def gather_statistics(own: RankStatistics) -> list[RankStatistics]:
 def merge_groups(ranks: Sequence[RankStatistics], size: int) -> list[RankStatistics]:
     """Merge the statistics of each ``size`` neighbouring ranks, which share their clips.
 
+    Args:
+        ranks: statistics of all ranks, by rank.
+        size: ranks that share clips; 1 merges none.
+
     Returns:
-        One for each group: the longest wait, the fullest device, any request to stop.
+        One for each group: losses of its first rank, the longest wait, the fullest device, any request to stop.
     """
     groups = [ranks[start : start + size] for start in range(0, len(ranks), size)]
     return [
@@ -133,21 +153,43 @@ def merge_groups(ranks: Sequence[RankStatistics], size: int) -> list[RankStatist
 
 
 def stop_requested_on_any_rank(stop: StopSource) -> bool:
-    """Return the same answer on all ranks. Collective."""
+    """Agree on whether any rank was requested to stop. Collective.
+
+    Args:
+        stop: of this rank.
+
+    Returns:
+        The same answer on all ranks.
+    """
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, stop.requested)
     return any(everyone)
 
 
 def stop_requested_in_group(stop: StopSource, group: RankGroup | None) -> bool:
-    """Return the same answer on all ranks that share a clip, or this rank's own. Collective in the group."""
+    """Agree on whether any rank of a group was requested to stop. Collective in the group.
+
+    Args:
+        stop: of this rank.
+        group: ranks that share a clip; None: only this rank is asked.
+
+    Returns:
+        The same answer on all ranks of the group.
+    """
     if group is None:
         return stop.requested
     return bool(group.all_gather(torch.tensor(stop.requested, device=this_device())).any())
 
 
 def device_memory(device: torch.device) -> DeviceMemory | None:
-    """Read the memory of a rank's device; None on a CPU."""
+    """Read the memory of a rank's device.
+
+    Args:
+        device: of this rank.
+
+    Returns:
+        Bytes; None on a CPU.
+    """
     if device.type == "cpu":
         return None
     free, total = torch.accelerator.get_memory_info(device)
@@ -156,7 +198,14 @@ def device_memory(device: torch.device) -> DeviceMemory | None:
 
 
 def largest(devices: Sequence[DeviceMemory]) -> DeviceMemory | None:
-    """Return the largest of each figure; None without devices."""
+    """Take the largest of each figure over some devices, so that the figures may come from different ones.
+
+    Args:
+        devices: memory of each device.
+
+    Returns:
+        The maxima in bytes; None without devices.
+    """
     if not devices:
         return None
     return DeviceMemory(*(max(sizes) for sizes in zip(*map(astuple, devices), strict=True)))

@@ -60,10 +60,13 @@ def train_stage(
 
     Args:
         config_path: params.yaml.
-        overrides: ``key=value`` texts that change it.
+        overrides: ``key=value`` texts that change it; None: no changes.
         stage: "stage1", "stage2" or "stage3".
-        parent_run: MLflow run of the whole training, to which this stage's run belongs.
+        parent_run: MLflow run of the whole training, to which this stage's run belongs; None: it belongs to none.
         project: the project's folder.
+
+    Returns:
+        The finished stage, with its weights and the content of run.json.
 
     Raises:
         UsageError: the stage has no data, or the settings are impossible; nothing was started.
@@ -97,7 +100,16 @@ def train_stage(
 
 
 def show_launch(config_path: Path | str, overrides: list[str] | None, stage: Stage, project: Path = Path()) -> str:
-    """Return what ``train_stage`` would start: a batch script, a manifest, or a command line. Nothing is started.
+    """Show what ``train_stage`` would start. Nothing is started or written.
+
+    Args:
+        config_path: params.yaml.
+        overrides: ``key=value`` texts that change it; None: no changes.
+        stage: "stage1", "stage2" or "stage3".
+        project: the project's folder.
+
+    Returns:
+        A batch script, a manifest, or a command line, with a line end.
 
     Raises:
         UsageError: the settings are impossible.
@@ -147,6 +159,10 @@ def _check_previous(config: Config, plan: StagePlan) -> None:
 
 def check_architecture(path: Path, model: Model) -> None:
     """Compare the widths and depths in a safetensors file's header with the model section; no torch is needed.
+
+    Args:
+        path: weights of a network by name; no tensor is read.
+        model: ``width``, ``depth`` and ``control_depth`` are compared.
 
     Raises:
         MagicDriveError: they differ, or the file cannot be read.
