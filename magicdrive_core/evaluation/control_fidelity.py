@@ -161,7 +161,9 @@ class ControlFidelity:
 
     @cached_property
     def others(self) -> list[int]:
-        """For each validation scene, the index in ``scenes`` of the one that serves as "another clip" (``next_of_light``).
+        """For each validation scene, the index in ``scenes`` of the one that serves as "another clip".
+
+        It is the next validation scene of the same light (``next_of_light``).
 
         Raises:
             MagicDriveError: Only one validation scene has a certain light.

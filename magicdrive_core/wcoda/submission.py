@@ -86,7 +86,7 @@ class VideoName:
         return cls(f"{team}_{kind}/{token}_{variant}/{file}", team, token, variant, file)
 
     def round_one(self) -> str:
-        """Return the path in the zip of the same view's standard video, with whose frames the sunny long one must start."""
+        """Return the zip's path of the standard video (gen0) of the same view, whose frames start the sunny long one."""
         return f"{self.team}_standard/{self.token}_gen0/{self.file}"
 
 
@@ -98,7 +98,7 @@ def count_faults(names: Sequence[VideoName], expected: Expected) -> Iterator[str
 
     Args:
         names: The names of all videos in the zip.
-        expected: The counts; None is not checked, apart from ``generations``: then the highest number in the zip counts.
+        expected: The counts; None is not checked, but without ``generations`` the highest number in the zip counts.
 
     Yields:
         One line for each fault.
