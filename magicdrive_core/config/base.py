@@ -42,7 +42,13 @@ def about(meaning: str, *, unit: str = "", source: str = "", used_in: str = "") 
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """Splits ``"224x400"`` into the height and the width of a video in pixels, both multiples of 8.
+    """Splits the size of a video, such as ``"224x400"``, into its two sides.
+
+    Args:
+        text: HEIGHTxWIDTH in pixels, both positive multiples of 8.
+
+    Returns:
+        Height and width in pixels.
 
     Raises:
         ValueError: the text has another form.
@@ -70,12 +76,23 @@ Size = Annotated[
 
 
 def bucket_name(size: str, frames: int) -> str:
-    """Returns the name of all clips of one size and length, for example ``224x400-17``."""
+    """Returns the name of all clips of one size and length, for example ``224x400-17``.
+
+    Args:
+        size: HEIGHTxWIDTH in pixels.
+        frames: frames of a clip.
+    """
     return f"{size}-{frames}"
 
 
 def check_frames(frames: int) -> int:
-    """Returns the number of frames of a clip if the VAE can encode it: 8n+1.
+    """Returns the number of frames of a clip if the VAE can encode it.
+
+    Args:
+        frames: must be 8n+1: 1, 9, 17, 33, ...
+
+    Returns:
+        The same number.
 
     Raises:
         ValueError: the VAE takes no clip of this length.

@@ -46,7 +46,12 @@ class Setting:
     section: type[Section] | None  # the section, or the items' section, that the key holds
 
     def lines(self) -> list[str]:
-        """Returns the explanation, one fact per line."""
+        """Explains the setting for a terminal.
+
+        Returns:
+            The key, then the meaning and one fact per line, indented; facts that the setting does not have are left
+            out.
+        """
         facts = {
             "type": self.kind,
             "unit": self.unit,
@@ -58,7 +63,15 @@ class Setting:
 
 
 def list_settings(model: type[Section] = Config, prefix: str = "") -> Iterator[Setting]:
-    """Yields every setting below a section, in the order of the schema; sections come before their keys."""
+    """Yields every setting below a section, in the order of the schema; sections come before their keys.
+
+    Args:
+        model: the section.
+        prefix: text before each key, with a dot at its end; empty for all of params.yaml.
+
+    Yields:
+        The settings. Keys of the items of a list have ``[]`` after the list's key.
+    """
     for name, field in model.model_fields.items():
         section, in_list = _section_of(field.annotation)
         more = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
@@ -78,7 +91,14 @@ def list_settings(model: type[Section] = Config, prefix: str = "") -> Iterator[S
 
 
 def find_setting(key: str) -> Setting:
-    """Finds a setting by its key; items of lists may be written with their number or with nothing.
+    """Finds a setting by its key.
+
+    Args:
+        key: such as ``training.stage1.steps``. An item of a list is written with ``[]``, with its number
+            (``buckets.0.frames``) or without either.
+
+    Returns:
+        The setting.
 
     Raises:
         UsageError: the key is unknown; the message names similar keys.
@@ -92,11 +112,14 @@ def find_setting(key: str) -> Setting:
 
 
 def show_settings(config: Config, section: str | None = None) -> list[str]:
-    """Returns a table of the settings that hold now: key, value, "default" or "set", and the meaning.
+    """Makes a table of the settings that hold now; items of lists are not in it.
 
     Args:
         config: the settings.
         section: a section's key, such as ``generate`` or ``training.stage1``; None: all of them.
+
+    Returns:
+        A line for each setting: key, value, "default" or "set", and the first sentence of its meaning.
 
     Raises:
         UsageError: there is no such section.
@@ -119,7 +142,15 @@ def show_settings(config: Config, section: str | None = None) -> list[str]:
 
 
 def current_value(config: Config, setting: Setting) -> str:
-    """Returns the value that holds now as one line of YAML; empty for items of lists and below a null section."""
+    """Returns the value of a setting that holds now.
+
+    Args:
+        config: the settings.
+        setting: whose value is wanted.
+
+    Returns:
+        One line of YAML; empty for items of lists, and for the keys of a section that is null.
+    """
     if ITEM in setting.key:
         return ""
     found, value = _value(config, setting.key)
@@ -127,7 +158,11 @@ def current_value(config: Config, setting: Setting) -> str:
 
 
 def json_schema() -> str:
-    """Returns the JSON schema of params.yaml, which editors use to complete keys and to mark faults."""
+    """Returns the JSON schema of params.yaml, which editors use to complete keys and to mark faults.
+
+    Returns:
+        JSON text (draft 2020-12). Units and sources are part of the descriptions.
+    """
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "params.yaml of MagicDrive"}
     return json.dumps(head | _for_editors(Config.model_json_schema()), indent=1) + "\n"
 
