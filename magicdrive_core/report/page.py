@@ -68,7 +68,7 @@ def write_report(
         faults: Faults that the validator found in it.
         notes: One line for each thing that was left out, with the reason.
         lineage: Origin of the results, shown as a table; None: only that of the items is shown.
-        made: Date and time that the page shows.
+        made: Date and time that the page shows; empty: none.
         sheet: Scores of the package, if any; scenes farthest from the real clips then come first.
         project: The project's folder.
 

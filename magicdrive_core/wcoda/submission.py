@@ -86,7 +86,7 @@ class VideoName:
         return cls(f"{team}_{kind}/{token}_{variant}/{file}", team, token, variant, file)
 
     def round_one(self) -> str:
-        """Return the zip's path of the standard video (gen0) of the same view, whose frames start the sunny long one."""
+        """Return the path in the zip of the same view's standard video (gen0), with which the sunny long one starts."""
         return f"{self.team}_standard/{self.token}_gen0/{self.file}"
 
 
