@@ -28,7 +28,10 @@ class Adapter(Protocol):
         """The folder that picture paths are relative to."""
 
     def names(self) -> list[str]:
-        """List the names of all scenes, sorted and usable as file names.
+        """List the names of all scenes.
+
+        Returns:
+            Distinct names, sorted and usable as file names.
 
         Raises:
             MagicDriveError: the data set as a whole cannot be read; the message names the file.
@@ -41,22 +44,46 @@ class Adapter(Protocol):
             name: one of ``names()``.
             split: "train", "val" or "both", stored in the scene.
 
+        Returns:
+            The scene at 12 Hz, with the views, lidar frame, boxes and intrinsics that the class describes.
+
         Raises:
             MagicDriveError: a file, record or field is missing or impossible; the message names it. Other scenes can
                 still be read (``data.skip_bad``).
         """
 
     def pictures(self, scene: Scene) -> dict[str, tuple[int, int]]:
-        """Return the width and height in pixels that each picture of a scene must have, by path below the root."""
+        """Look up the size that each picture of a scene must have.
+
+        Args:
+            scene: a scene that ``read`` returned.
+
+        Returns:
+            (width, height) in pixels by path below the root, for every path of ``scene.pictures``.
+        """
 
     def digest(self) -> str:
-        """Digest everything that ``read`` reads; an interrupted stage resumes only under an equal digest."""
+        """Digest everything that ``read`` reads; an interrupted stage resumes only under an equal digest.
+
+        Returns:
+            64 hex digits.
+        """
 
     def map_digest(self) -> str:
-        """Digest everything that ``vector_map`` reads."""
+        """Digest everything that ``vector_map`` reads.
+
+        Returns:
+            64 hex digits.
+        """
 
     def vector_map(self, scene: Scene) -> VectorMap:
         """Read the map around a scene, without the files that ``names`` and ``read`` need.
+
+        Args:
+            scene: the scene; its name and location identify the map.
+
+        Returns:
+            The map, in metres of the global frame of the scene's poses.
 
         Raises:
             MagicDriveError: the map is missing or broken; the message names it.
@@ -69,6 +96,9 @@ def open_adapter(config: Config, project: Path = Path()) -> Adapter:
     Args:
         config: the whole configuration.
         project: the project's folder, which ``data.root`` is relative to.
+
+    Returns:
+        The adapter of Argoverse 2 for "argoverse2", otherwise that of nuScenes.
     """
     if config.data.format == "argoverse2":
         from magicdrive_core.data.argoverse import Argoverse

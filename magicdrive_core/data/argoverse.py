@@ -63,14 +63,26 @@ _QUATERNION, _TRANSLATION = ("qw", "qx", "qy", "qz"), ("tx_m", "ty_m", "tz_m")
 
 
 class Argoverse:
-    """The ``adapters.Adapter`` of logs below ``data.root``/``data.version``; a scene's name is the id of its log."""
+    """The ``adapters.Adapter`` of logs below ``data.root``/``data.version``; a scene's name is the id of its log.
+
+    Args:
+        config: the whole configuration; its data section is used.
+        project: the project's folder, which ``data.root`` is relative to.
+    """
 
     def __init__(self, config: Config, project: Path) -> None:
         self.root = project / config.data.root
         self._version = config.data.version
 
     def names(self) -> list[str]:
-        """List the folders that hold annotations."""
+        """List the folders that hold annotations.
+
+        Returns:
+            Ids of logs, sorted.
+
+        Raises:
+            MagicDriveError: there is no such folder.
+        """
         folder = self.root / self._version
         names = sorted(path.parent.name for path in folder.glob("*/annotations.feather"))
         if not names:
@@ -78,23 +90,49 @@ class Argoverse:
         return names
 
     def read(self, name: str, split: str) -> Scene:
-        """Read one log at 12 Hz."""
+        """Read one log at 12 Hz.
+
+        Args:
+            name: id of the log.
+            split: "train", "val" or "both", stored in the scene.
+
+        Returns:
+            The scene; the id of the log is its name and token, the city of the log's map its location.
+
+        Raises:
+            MagicDriveError: a file, column, sensor or picture is missing, or a value is impossible.
+        """
         log = _Log(self.root / self._version / name)
         return log.scene(self.root, split)
 
     def pictures(self, scene: Scene) -> dict[str, tuple[int, int]]:
-        """Return picture sizes as ``intrinsics.feather`` states them."""
+        """Return picture sizes as ``intrinsics.feather`` states them.
+
+        Args:
+            scene: a scene that ``read`` returned.
+
+        Returns:
+            (width, height) in pixels of the whole picture, by path below the root.
+        """
         sizes = _Log(self.root / self._version / scene.name).picture_sizes
         return {path: sizes[camera] for views in scene.pictures for camera, path in zip(CAMERAS, views, strict=True)}
 
     def digest(self) -> str:
-        """Digest poses, calibration, annotations, and the names of pictures."""
+        """Digest poses, calibration, annotations, and the names of pictures.
+
+        Returns:
+            64 hex digits.
+        """
         logs = [self.root / self._version / name for name in self.names()]
         pictures = [file.relative_to(self.root).as_posix() for log in logs for file in log.glob("sensors/cameras/*/*")]
         return fingerprint(sorted(pictures), self._files("*.feather"), self._files("calibration/*.feather"))
 
     def map_digest(self) -> str:
-        """Digest the maps of all logs."""
+        """Digest the maps of all logs.
+
+        Returns:
+            64 hex digits.
+        """
         return fingerprint(self._files("map/log_map_archive_*.json"))
 
     def _files(self, pattern: str) -> dict[str, str]:
@@ -103,7 +141,17 @@ class Argoverse:
         return {file.relative_to(self.root).as_posix(): sha256_file(file) for file in files}
 
     def vector_map(self, scene: Scene) -> VectorMap:
-        """Read the map of the scene's log."""
+        """Read the map of the scene's log.
+
+        Args:
+            scene: the scene, named by its log.
+
+        Returns:
+            Drivable areas, crossings and painted lane boundaries, in metres of the log's city frame.
+
+        Raises:
+            MagicDriveError: the map is missing or lacks a field.
+        """
         return _Log(self.root / self._version / scene.name).vector_map()
 
 
@@ -114,7 +162,19 @@ class _Log:
         self.folder = folder
 
     def scene(self, root: Path, split: str) -> Scene:
-        """Build the scene of the log at 12 Hz; picture paths are relative to ``root``."""
+        """Build the scene of the log at 12 Hz.
+
+        Args:
+            root: the data root, which picture paths are relative to.
+            split: "train", "val" or "both", stored in the scene.
+
+        Returns:
+            The scene. Its lidar frame is at the upper lidar, with the axes of nuScenes (x right, y forward).
+
+        Raises:
+            MagicDriveError: the log has fewer than six annotated sweeps, or a file, column, sensor or picture is
+                missing.
+        """
         sweeps = np.unique(self._annotations["timestamp_ns"])
         if len(sweeps) <= KEY_EVERY:
             raise MagicDriveError(f"{self.folder}/annotations.feather has {len(sweeps)} sweeps, expected at least 6")
@@ -156,7 +216,14 @@ class _Log:
         )
 
     def vector_map(self) -> VectorMap:
-        """Read rings and lines from ``map/log_map_archive_*.json``."""
+        """Read rings and lines from ``map/log_map_archive_*.json``.
+
+        Returns:
+            The map, in metres of the city frame, sorted by layer; layers that Argoverse 2 does not have are empty.
+
+        Raises:
+            MagicDriveError: the file is missing or lacks a field.
+        """
         values = read_json(self._map_file)
         drivable, crossing, divider, lane = (
             MAP_LAYERS.index(layer) for layer in ("drivable_area", "ped_crossing", "road_divider", "lane_divider")

@@ -85,7 +85,14 @@ def _draw_patches(polygons: Pieces, lines: Pieces, frame: int, canvas: Bits, out
 
 
 def unpack(bits: Bits) -> Bits:
-    """Unpack the bits of a map (..., h, w) into layers of 0 and 1: (..., 8, h, w)."""
+    """Unpack the bits of BEV maps into layers.
+
+    Args:
+        bits: (..., h, w) maps; bit c of a cell is layer c of ``MAP_LAYERS``.
+
+    Returns:
+        (..., 8, h, w) of 0 and 1, in the order of ``MAP_LAYERS``.
+    """
     layers = [(bits >> layer) & 1 for layer in range(len(MAP_LAYERS))]
     return np.stack(layers, axis=-3)
 
@@ -115,7 +122,18 @@ class _Pairs:
 
     @classmethod
     def near(cls, vectors: VectorMap, centres: Floats, headings: Floats, wanted: Flags, cells: int) -> _Pairs:
-        """Pair each frame with the wanted (R,) paths whose bounds come near its patch, and transform them to cells."""
+        """Pair each frame with the paths whose bounds come near its patch, and transform them to cells.
+
+        Args:
+            vectors: the map, with R paths.
+            centres: (F, 2) centres of the patches, metres in the global frame.
+            headings: (F,) headings of their x axes in radians.
+            wanted: (R,) paths to consider.
+            cells: cells along each side of a patch.
+
+        Returns:
+            The pairs, ordered by frame and then by path.
+        """
         reach = HALF * np.sqrt(2)  # half a diagonal
         low, high = vectors.bounds[:, :2], vectors.bounds[:, 2:]
         near: Flags = ((low < centres[:, None] + reach) & (high > centres[:, None] - reach)).all(2) & wanted
@@ -137,6 +155,10 @@ def polygon_pieces(vectors: VectorMap, centres: Floats, headings: Floats, cells:
         centres: (F, 2) centres of the patches, metres in the global frame.
         headings: (F,) headings of their x axes in radians.
         cells: cells along each side of a patch.
+
+    Returns:
+        One piece for each ring near a frame, with vertices rounded to the nearest cell; a ring that does not reach the
+        patch may have no vertices.
     """
     pairs = _Pairs.near(vectors, centres, headings, ~_IS_LINE[vectors.layers], cells)
     before, following = _neighbours(pairs.counts)
@@ -175,6 +197,9 @@ def line_pieces(vectors: VectorMap, centres: Floats, headings: Floats, cells: in
         centres: (F, 2) centres of the patches, metres in the global frame.
         headings: (F,) headings of their x axes in radians.
         cells: cells along each side of a patch.
+
+    Returns:
+        One piece for each part of a line inside a patch, with vertices cut off to whole cells as in the devkit.
     """
     pairs = _Pairs.near(vectors, centres, headings, _IS_LINE[vectors.layers], cells)
     beyond = _sum_by_path(pairs.side != 0, pairs.counts)

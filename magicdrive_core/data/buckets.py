@@ -75,13 +75,30 @@ class BucketSampler:
         return total // self.ranks if self.drop_last else -(-total // self.ranks)
 
     def epoch(self, epoch: int) -> list[MicroBatch]:
-        """List this rank's micro-batches in one epoch as published: equally many on every rank."""
+        """List this rank's micro-batches in one epoch as published: equally many on every rank.
+
+        Args:
+            epoch: number of the epoch, from 0; added to the seed.
+
+        Returns:
+            ``len(self)`` pairs of the bucket's index and the indices of its clips. If their number in the epoch is not
+            a multiple of ``ranks``, the first ones of the order are repeated in the last step; with ``drop_last`` the
+            incomplete step is dropped.
+        """
         dealt = self.order(epoch)
         padded = [dealt[index % len(dealt)] for index in range(len(self) * self.ranks)]
         return padded[self.rank :: self.ranks]
 
     def order(self, epoch: int) -> list[MicroBatch]:
-        """List the micro-batches of one epoch in the order in which they are dealt to all ranks."""
+        """List the micro-batches of one epoch in the order in which they are dealt to all ranks.
+
+        Args:
+            epoch: number of the epoch, from 0; added to the seed.
+
+        Returns:
+            Pairs of the bucket's index and the indices of its clips. With ``group``, the costliest ones are repeated so
+            that the length is a multiple of ``group``.
+        """
         generator = _TorchGenerator(self.seed + epoch)
         queues: list[list[list[int]]] = []
         for bucket, (count, batch) in enumerate(zip(self.counts, self.batches, strict=True)):
@@ -100,7 +117,11 @@ class BucketSampler:
         """Yield this rank's micro-batches without end, epoch after epoch.
 
         Args:
-            done: micro-batches that all ranks have already consumed in total.
+            done: micro-batches that all ranks have already consumed in total, since the start of training.
+
+        Yields:
+            The bucket's index and the indices of its clips: of the orders of all epochs, one after the other, the
+            micro-batch number ``done + rank``, counted from 0, and from there every ``ranks``-th.
         """
         total = sum(self._filled(bucket) // batch for bucket, batch in enumerate(self.batches) if batch > 0)
         length = -(-total // self.group) * self.group
@@ -140,6 +161,10 @@ def relative_cost(size: str, frames: int, batch: int, width: int, context: int) 
         batch: number of clips.
         width: width of the network (C).
         context: number of context tokens that every frame attends to (L).
+
+    Returns:
+        Multiply-adds of one spatial and one temporal block for one view; only ratios between micro-batches are
+        meaningful.
     """
     height, pixels_wide = parse_size(size)
     tokens = math.ceil(height / 16) * math.ceil(pixels_wide / 16)  # S: the VAE's stride of 8, patches of 2
@@ -153,8 +178,11 @@ def idle_share(batches: Sequence[MicroBatch], costs: Sequence[float], ranks: int
 
     Args:
         batches: micro-batches in the order of ``BucketSampler.order``; an incomplete last step is left out.
-        costs: cost of a micro-batch of each bucket.
+        costs: cost of a micro-batch of each bucket, in any unit.
         ranks: number of ranks; each step takes the next ``ranks`` micro-batches.
+
+    Returns:
+        The share, from 0 (all ranks of a step take equally long) to 1 - 1/``ranks``; NaN without a complete step.
     """
     in_steps = np.array([costs[bucket] for bucket, _ in batches[: len(batches) // ranks * ranks]])
     steps = rearrange(in_steps, "(s r) -> s r", r=ranks)
@@ -162,12 +190,24 @@ def idle_share(batches: Sequence[MicroBatch], costs: Sequence[float], ranks: int
 
 
 class _TorchGenerator:
-    """``torch.randperm`` on torch's CPU generator, without torch: MT19937, Fisher-Yates over 32-bit words."""
+    """``torch.randperm`` on torch's CPU generator, without torch: MT19937, Fisher-Yates over 32-bit words.
+
+    Args:
+        seed: seed of the generator, as for ``torch.Generator.manual_seed``; only its lower 32 bits count.
+    """
 
     def __init__(self, seed: int) -> None:
         self.state = np.random.RandomState(seed % 2**32)
 
     def permutation(self, count: int) -> np.ndarray:
+        """Draw a random permutation.
+
+        Args:
+            count: number of elements; 0 and 1 draw nothing from the generator.
+
+        Returns:
+            (count,) indices from 0 to count - 1.
+        """
         indices = np.arange(count)
         if count > 1:
             words = np.frombuffer(self.state.bytes(4 * (count - 1)), "<u4").astype(np.int64)

@@ -24,7 +24,11 @@ def list_clips(
             gives one clip, its first frames.
         frames: length of a clip; shorter scenes give none.
         stride: frames from the start of a clip to the start of the next.
-        whole: take one clip from each scene, as long as possible with 8n+1 frames and at most ``frames``.
+        whole: take one clip from each scene, as long as possible with 8n+1 frames and at most ``frames``; ``stride`` is
+            not used.
+
+    Returns:
+        The clips, in the order of the scenes.
     """
     clips = []
     for scene in scenes:
@@ -51,17 +55,23 @@ def caption(scene: Scene | SceneHeader, *, say_daytime: bool = False) -> str:
         scene: the scene or its header; location and description are used.
         say_daytime: put "Daytime. " before the description; training on balanced weather does so for scenes that are
             neither night nor rain.
+
+    Returns:
+        The caption in the form "A driving scene image at <location>. <description>."
     """
     daytime = "Daytime. " if say_daytime else ""
     return f"A driving scene image at {scene.location}. {daytime}{scene.description}."
 
 
 def weather_groups(description: str, *, published: bool = False) -> list[str]:
-    """Find the weather groups of a description: "night", "rain" or both, otherwise "none".
+    """Find the weather groups of a description.
 
     Args:
         description: description of a scene.
         published: match substrings instead of words, so that "train" and "terrain" count as rain (oddity 20).
+
+    Returns:
+        "night", "rain" or both; ["none"] for other descriptions.
     """
     text = description.lower()
     if published:
@@ -78,6 +88,9 @@ def balance_weather(scenes: Sequence[AnyScene], *, published: bool = False) -> l
     Args:
         scenes: scenes or headers; a scene of both night and rain is in both groups.
         published: match substrings, see ``weather_groups``.
+
+    Returns:
+        The scenes of the groups night, rain and none, each group repeated as a whole.
     """
     groups: dict[str, list[AnyScene]] = {"night": [], "rain": [], "none": []}
     for scene in scenes:

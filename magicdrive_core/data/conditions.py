@@ -42,6 +42,10 @@ def clip_conditions(scene: Scene, clip: Clip, size: str, bits: NDArray[np.uint8]
         size: height and width of the video, such as "224x400".
         bits: (F, h, w) BEV maps of the clip's frames; bit c of a cell is layer c.
         published: put every box corner h/2 too high, as the published weights expect (oddity 2).
+
+    Returns:
+        The conditions, with a box slot for each object that any frame of the clip holds, sorted by instance token.
+        Single frames have the frame rate ``FPS_OF_STILLS``.
     """
     frames = slice(clip.start, clip.start + clip.frames)
     assert len(bits) == clip.frames
@@ -67,10 +71,10 @@ def ego_motion(lidar_to_global: Floats) -> Floats:
     """Compute the motion from the first lidar frame to each lidar frame; entries below 1e-6 are set to 0 as published.
 
     Args:
-        lidar_to_global: (F, 4, 4).
+        lidar_to_global: (F, 4, 4) poses of the lidar.
 
     Returns:
-        (F, 4, 4) first lidar frame to lidar frame.
+        (F, 4, 4) matrices from the first lidar frame to each lidar frame; the first one is the identity.
     """
     motion = poses.inverse(lidar_to_global) @ lidar_to_global[0]
     motion[np.abs(motion) < 1e-6] = 0.0
@@ -126,7 +130,10 @@ def hide_boxes(
         conditions: conditions of a clip; they are not changed.
         always: (F,) frames whose boxes are never hidden, see ``anchor_frames``.
         probability: of hiding a frame's boxes.
-        rng: source of randomness.
+        rng: source of randomness; F numbers are drawn.
+
+    Returns:
+        A copy of the conditions whose box masks are ``HIDDEN`` in the chosen frames, for every view and slot.
     """
     hidden = (rng.random(len(always)) < probability) & ~always
     return replace(conditions, box_masks=np.where(hidden[:, None, None], HIDDEN, conditions.box_masks))
@@ -139,6 +146,9 @@ def add_boxes(conditions: ClipConditions, probability: float, rng: np.random.Gen
         conditions: conditions of a clip; they are not changed.
         probability: of adding boxes to a view of a frame.
         rng: source of randomness.
+
+    Returns:
+        A copy of the conditions, where some masks of objects that are present are ``SHOWN`` instead of ``NO_BOX``.
     """
     masks = conditions.box_masks.copy()
     for frame, view in np.argwhere(rng.random(masks.shape[:2]) < probability):

@@ -123,15 +123,29 @@ class Edits(Section):
 
     @property
     def digest(self) -> str:
-        """Digest of the edits, for fingerprints."""
+        """Digest of the edits, for fingerprints: 64 hex digits."""
         return fingerprint(self)
 
     def concerns(self, scene: str) -> bool:
-        """Check whether the edits apply to the scene of this name."""
+        """Check whether the edits apply to a scene.
+
+        Args:
+            scene: name of the scene.
+
+        Returns:
+            True for every scene if the file lists none.
+        """
         return self.scenes is None or scene in self.scenes
 
     def moves_lidar(self, scene: str) -> bool:
-        """Check whether a scene needs BEV maps other than those of the infos."""
+        """Check whether a scene needs BEV maps other than those of the infos.
+
+        Args:
+            scene: name of the scene.
+
+        Returns:
+            Whether the edits give this scene a new ego trajectory.
+        """
         return self.ego is not None and self.concerns(scene)
 
     @field_validator("objects", mode="before")
@@ -150,6 +164,9 @@ def chosen_edits(config: Config, project: Path = Path()) -> Edits:
         config: the whole configuration.
         project: the project's folder, which the setting is relative to.
 
+    Returns:
+        The edits.
+
     Raises:
         UsageError: the file is unusable, see ``load_edits``.
     """
@@ -158,6 +175,12 @@ def chosen_edits(config: Config, project: Path = Path()) -> Edits:
 
 def load_edits(path: Path | str) -> Edits:
     """Read an edits file.
+
+    Args:
+        path: the YAML file; docs/how-to/edit-scenes.md describes it.
+
+    Returns:
+        The edits; an empty file gives edits that change nothing.
 
     Raises:
         UsageError: the file is missing or not YAML, or has an unknown key or impossible value; the message names it.
@@ -184,6 +207,14 @@ def _parse_change(number: int, value: Any) -> Section:
 def edit_scene(scene: Scene, edits: Edits) -> Scene:
     """Apply edits to a scene; a scene that they do not concern is returned as it is.
 
+    Args:
+        scene: the scene, which is not changed.
+        edits: the edits.
+
+    Returns:
+        A scene with new boxes and, if the edits ask for them, a new description and new ego poses. Frames, cameras and
+        picture paths stay.
+
     Raises:
         UsageError: a change names no object of the scene, or several.
     """
@@ -207,7 +238,15 @@ def edit_scene(scene: Scene, edits: Edits) -> Scene:
 
 
 def describe_weather(weather: str, description: str) -> str:
-    """Replace the weather and time of day in a description: the new one first, words of the old one removed."""
+    """Replace the weather and time of day in a description: the new one first, words of the old one removed.
+
+    Args:
+        weather: "daytime", "rain" or "night".
+        description: description of a scene, such as "Rain, turn left".
+
+    Returns:
+        The new description, such as "Night. Turn left".
+    """
     rest = _WEATHER_WORDS.sub("", description).strip()
     return f"{WEATHER[weather]}. {rest[:1].upper()}{rest[1:]}".strip()
 
@@ -232,7 +271,14 @@ class _EditedScene:
 
     @classmethod
     def of(cls, scene: Scene) -> _EditedScene:
-        """Collect the boxes of each object over all frames, in the start frame."""
+        """Collect the boxes of each object over all frames, in the start frame.
+
+        Args:
+            scene: the scene, which is not changed.
+
+        Returns:
+            A copy of its objects, in the order of their first frames.
+        """
         lidar_to_global = scene.ego_to_global @ scene.lidar_to_ego
         lidar_to_start = poses.inverse(lidar_to_global[0]) @ lidar_to_global
         objects: dict[str, _EditedObject] = {}
@@ -246,11 +292,20 @@ class _EditedScene:
         return cls(scene, list(objects.values()), lidar_to_global, seconds)
 
     def keep(self, wanted: Callable[[_EditedObject], bool]) -> None:
-        """Remove all objects but the wanted ones."""
+        """Remove all objects but the wanted ones.
+
+        Args:
+            wanted: says whether to keep an object.
+        """
         self.objects = [item for item in self.objects if wanted(item)]
 
     def drop_nearest(self, name: str, count: int) -> None:
-        """Remove the objects of a class that come nearest to the lidar."""
+        """Remove the objects of a class that come nearest to the lidar.
+
+        Args:
+            name: the class.
+            count: how many to remove; nearness is the least distance on the ground over all frames.
+        """
         lidar = (poses.inverse(self.lidar_to_global[0]) @ self.lidar_to_global)[:, :2, 3]
 
         def distance(item: _EditedObject) -> float:
@@ -261,14 +316,27 @@ class _EditedScene:
         self.keep(lambda item: item.token not in gone)
 
     def drop_share(self, share: float, seed: Sequence[int]) -> None:
-        """Remove a random share of the objects."""
+        """Remove a random share of the objects.
+
+        Args:
+            share: share of the objects, from 0 to 1; their number is rounded down.
+            seed: seed of the choice, which does not depend on the order of the objects.
+        """
         tokens = sorted(item.token for item in self.objects)
         order = np.random.default_rng(seed).permutation(len(tokens))
         gone = {tokens[index] for index in order[: int(share * len(tokens))]}
         self.keep(lambda item: item.token not in gone)
 
     def change(self, number: int, change: Change) -> None:
-        """Apply one entry of ``Edits.objects``; ``number`` is its index there."""
+        """Apply one entry of ``Edits.objects``.
+
+        Args:
+            number: index of the entry, for messages and the token of an added object.
+            change: the entry.
+
+        Raises:
+            UsageError: the entry names no object of the scene, or several.
+        """
         match change:
             case Add():
                 size = change.size or USUAL_SIZES[change.add]
@@ -292,7 +360,18 @@ class _EditedScene:
                 item.boxes = self.along(change.points, np.nanmean(item.boxes[:, 3:6], axis=0))
 
     def find(self, number: int, token: str) -> _EditedObject:
-        """Find the object whose token starts with ``token``, for entry ``number``."""
+        """Find the object of an entry.
+
+        Args:
+            number: index of the entry, for the message.
+            token: instance token, or its first characters.
+
+        Returns:
+            The object with this token, otherwise the only one whose token starts with it.
+
+        Raises:
+            UsageError: no object matches, or several.
+        """
         found = [item for item in self.objects if item.token.startswith(token)]
         exact = [item for item in found if item.token == token]
         if len(exact or found) != 1:
@@ -304,7 +383,15 @@ class _EditedScene:
         return (exact or found)[0]
 
     def along(self, points: Sequence[Waypoint], size: Sequence[float] | Floats) -> Floats:
-        """Move an object of a size (w, l, h) through points on the ground: boxes (F, 7) in the start frame."""
+        """Move an object through points on the ground.
+
+        Args:
+            points: the trajectory in the start frame; with one point the object is present in every frame.
+            size: width, length and height in metres.
+
+        Returns:
+            (F, 7) boxes in the start frame; NaN before the first and after the last of several points.
+        """
         positions, headings = follow(points, self.seconds)
         heights = self.ground_at(positions) + size[2] / 2
         sizes = repeat(np.asarray(size), "c -> f c", f=len(positions))
@@ -315,14 +402,28 @@ class _EditedScene:
         return rows
 
     def ground_at(self, positions: Floats) -> Floats:
-        """Estimate the height of the ground (n,) at positions (n, 2): that below the ego car where it comes nearest."""
+        """Estimate the height of the ground: that below the ego car where it comes nearest.
+
+        Args:
+            positions: (n, 2) metres right and forward in the start frame.
+
+        Returns:
+            (n,) heights in metres, z of the start frame.
+        """
         start_from_ego = poses.inverse(self.lidar_to_global[0]) @ self.scene.ego_to_global
         ground = start_from_ego[:, :3, 3]  # the origin of the ego frame is on the ground
         nearest = np.linalg.norm(positions[:, None] - ground[None, :, :2], axis=-1).argmin(axis=1)
         return ground[nearest, 2]
 
     def lidar_along(self, points: Sequence[Waypoint]) -> Floats:
-        """Move the lidar along points: (F, 4, 4) lidar to global, at the height above ground and tilt of the start."""
+        """Move the lidar along points, at the height above ground and tilt of the start.
+
+        Args:
+            points: the trajectory of the lidar in the start frame.
+
+        Returns:
+            (F, 4, 4) lidar to global.
+        """
         positions, headings = follow(points, self.seconds)
         start = np.zeros(2)[None]
         turn = np.zeros((len(positions), 4))
@@ -331,7 +432,14 @@ class _EditedScene:
         return self.lidar_to_global[0] @ poses.pose(turn, np.column_stack([positions, heights]))
 
     def seen_from(self, lidar_to_global: Floats) -> list[FrameBoxes]:
-        """Convert the objects to the boxes of each lidar frame (F, 4, 4)."""
+        """Convert the objects to the boxes of each lidar frame.
+
+        Args:
+            lidar_to_global: (F, 4, 4) poses of the lidar.
+
+        Returns:
+            F frames of boxes; a frame holds the objects that are present in it.
+        """
         start_to_lidar = poses.inverse(lidar_to_global) @ self.lidar_to_global[0]
         out = []
         for frame, matrix in enumerate(start_to_lidar):

@@ -164,6 +164,12 @@ def write_infos(scenes: Iterable[Scene], facts: Mapping[str, str], folder: Path)
 def read_scenes(folder: Path | str) -> Scenes:
     """Open the scenes of an infos folder, in the order of their names; files are mapped, not loaded.
 
+    Args:
+        folder: the infos folder.
+
+    Returns:
+        A lazy sequence: each access reads the scene again.
+
     Raises:
         MagicDriveError: the folder holds no infos.
     """
@@ -172,6 +178,13 @@ def read_scenes(folder: Path | str) -> Scenes:
 
 def find_scene(infos: Path, name: str) -> Scene:
     """Find a scene of an infos folder by its name.
+
+    Args:
+        infos: the infos folder.
+        name: name of the scene, such as "scene-0061".
+
+    Returns:
+        The scene.
 
     Raises:
         UsageError: there is no such scene.
@@ -184,7 +197,17 @@ def find_scene(infos: Path, name: str) -> Scene:
 
 
 def infos_digest(folder: Path | str) -> str:
-    """Digest an infos folder; ``frames.parquet`` stands for the files of single scenes, which hold the same rows."""
+    """Digest an infos folder; ``frames.parquet`` stands for the files of single scenes, which hold the same rows.
+
+    Args:
+        folder: the infos folder.
+
+    Returns:
+        64 hex digits.
+
+    Raises:
+        FileNotFoundError: the folder holds no infos.
+    """
     return fingerprint({name: sha256_file(Path(folder) / name) for name in (FRAMES, SUMMARY)})
 
 
@@ -196,6 +219,10 @@ def pictures_changed(infos: Path, root: Path) -> bool:
     Args:
         infos: the infos folder.
         root: the data root.
+
+    Returns:
+        True if the length of any picture that the infos name has changed (a missing file counts as length 0); False
+        also if the infos are missing or imported.
     """
     if not (infos / SUMMARY).is_file():
         return False

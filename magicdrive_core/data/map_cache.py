@@ -30,12 +30,29 @@ _REMAKE = "run `dvc repro conditions` to make it again"
 
 
 def map_path(folder: Path | str, scene: str, cells: int) -> Path:
-    """Return the file of a scene's maps in a conditions folder; ``scene`` is its token."""
+    """Return the file of a scene's maps in a conditions folder.
+
+    Args:
+        folder: the conditions folder.
+        scene: token of the scene.
+        cells: cells along each side of a map.
+
+    Returns:
+        ``<folder>/bev/<cells>/<scene>.npz``.
+    """
     return Path(folder) / "bev" / str(cells) / f"{scene}.npz"
 
 
 def write_map(path: Path, bits: Bits) -> None:
-    """Write the maps (F, h, w) of a scene as a compressed npz whose bytes depend only on the maps."""
+    """Write the maps of a scene as a compressed npz whose bytes depend only on the maps, completely or not at all.
+
+    Args:
+        path: the file, see ``map_path``.
+        bits: (F, cells, cells) maps of the whole scene; bit c of a cell is layer c of ``MAP_LAYERS``.
+
+    Raises:
+        MagicDriveError: the disk is full or not writable.
+    """
     with atomic_file(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
         entry = zipfile.ZipInfo("map.npy")  # dated 1980; numpy would write the current time
         entry.compress_type = zipfile.ZIP_DEFLATED
@@ -89,7 +106,15 @@ class BevMaps:
         self._held: dict[tuple[str, int], Bits] = {}  # the most recently used one is the last
 
     def of_scene(self, scene: Scene, size: str, *, draw: bool = False) -> Bits:
-        """Return the maps of a whole scene; see ``of_clip``.
+        """Return the maps of a whole scene.
+
+        Args:
+            scene: the scene, with the poses of the lidar.
+            size: height and width of the video, such as "224x400"; ``conditions.map_cells`` says how many cells.
+            draw: draw the maps even if they are cached, because the poses differ from those of the infos.
+
+        Returns:
+            (F, cells, cells); bit c of a cell is layer c of ``MAP_LAYERS``.
 
         Raises:
             MagicDriveError: the cached file or the vector map is missing or broken.
@@ -154,7 +179,14 @@ def draw_maps(config: Config, scenes: Sequence[Scene], folder: Path) -> None:
 
 
 def used_cells(config: Config) -> list[int]:
-    """List the numbers of map cells that the sizes in use need."""
+    """List the numbers of map cells that the sizes in use need.
+
+    Args:
+        config: the whole configuration: sizes of training buckets and of generation, and ``conditions.map_cells``.
+
+    Returns:
+        Distinct numbers of cells along a side of a map, rising.
+    """
     sizes = {bucket.resolution for stage in STAGES for bucket in config.training.stage(stage).buckets}
     return sorted({config.conditions.map_cells[size] for size in sizes | {config.generate.resolution}})
 

@@ -31,6 +31,13 @@ TABLES = (
 def find_tables(root: Path | str, version: str) -> Path:
     """Return the folder of the tables, ``root/version``.
 
+    Args:
+        root: the data root.
+        version: name of the table folder, such as "v1.0-mini".
+
+    Returns:
+        The folder, which exists.
+
     Raises:
         MagicDriveError: the folder is missing; the hint names the versions that are there.
     """
@@ -43,6 +50,10 @@ def find_tables(root: Path | str, version: str) -> Path:
 
 def check_root(root: Path | str, version: str) -> None:
     """Check that a data root has the folders of tables and maps.
+
+    Args:
+        root: the data root.
+        version: name of the table folder, such as "v1.0-mini".
 
     Raises:
         MagicDriveError: one of them is missing.
@@ -145,7 +156,12 @@ def write_cut(tables: Tables, root: Path, version: str, out: Path) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Hard-link a file if both paths are on one file system, copy it otherwise; an existing target is kept."""
+    """Hard-link a file if both paths are on one file system, copy it otherwise.
+
+    Args:
+        source: the file.
+        target: where it must appear; missing parent folders are made, and an existing file is kept.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target)

@@ -27,24 +27,54 @@ Floats = NDArray[np.float64]
 
 
 class NuScenesScenes:
-    """The ``adapters.Adapter`` of nuScenes tables, of any root and version."""
+    """The ``adapters.Adapter`` of nuScenes tables, of any root and version.
+
+    Args:
+        config: the whole configuration; its data section and ``published`` are used.
+        project: the project's folder, which ``data.root`` is relative to.
+    """
 
     def __init__(self, config: Config, project: Path) -> None:
         self.root = project / config.data.root
         self._config = config
 
     def names(self) -> list[str]:
-        """List the names of all scenes."""
+        """List the names of all scenes.
+
+        Returns:
+            Names such as "scene-0061", sorted.
+
+        Raises:
+            MagicDriveError: the tables are missing, broken or inconsistent.
+        """
         return sorted(self._records)
 
     def read(self, name: str, split: str) -> Scene:
-        """Read one scene at 12 Hz."""
+        """Read one scene at 12 Hz.
+
+        Args:
+            name: name of the scene.
+            split: "train", "val" or "both", stored in the scene.
+
+        Returns:
+            The scene, aligned as ``published`` says, with unpaired objects as ``data.unpaired`` says.
+
+        Raises:
+            MagicDriveError: records are incomplete or impossible; the message names them.
+        """
         record, published = self._records[name], self._config.published
         extrapolate_unpaired = self._config.data.unpaired == "carry_on"
         return build_scene(self._tables, record, split, published=published, extrapolate_unpaired=extrapolate_unpaired)
 
     def pictures(self, scene: Scene) -> dict[str, tuple[int, int]]:
-        """Return picture sizes as ``sample_data.json`` states them."""
+        """Return picture sizes as ``sample_data.json`` states them; 1600x900 where it does not.
+
+        Args:
+            scene: a scene that ``read`` returned.
+
+        Returns:
+            (width, height) in pixels by path below the root.
+        """
         channels = self._tables.sensor_records(self._records[scene.name])
         sizes = {
             record["filename"]: (record.get("width") or PICTURE_WIDTH, record.get("height") or PICTURE_HEIGHT)
@@ -54,15 +84,33 @@ class NuScenesScenes:
         return {path: sizes[path] for views in scene.pictures for path in views}
 
     def digest(self) -> str:
-        """Digest the tables."""
+        """Digest the tables.
+
+        Returns:
+            64 hex digits.
+        """
         return sha256_folder(self.root / self._config.data.version)
 
     def map_digest(self) -> str:
-        """Digest the map expansion."""
+        """Digest the map expansion.
+
+        Returns:
+            64 hex digits.
+        """
         return sha256_folder(self.root / "maps/expansion")
 
     def vector_map(self, scene: Scene) -> VectorMap:
-        """Load the map expansion of the scene's location."""
+        """Load the map expansion of the scene's location.
+
+        Args:
+            scene: the scene; only its location is used.
+
+        Returns:
+            The map, in metres of the global frame; scenes of one location share it.
+
+        Raises:
+            MagicDriveError: the map is missing or broken; the message names it.
+        """
         return load_map(self.root, scene.location)
 
     @cached_property
@@ -121,6 +169,9 @@ def build_scene(
         published: use the published alignment instead of time stamps.
         extrapolate_unpaired: show objects that only one of two key frames holds in the nearer half of the interval;
             ignored with ``published``.
+
+    Returns:
+        The scene, from its first to its last key frame.
 
     Raises:
         MagicDriveError: records are incomplete or impossible; the message names them.
@@ -268,6 +319,13 @@ def _intrinsics(tables: Tables, record: Record) -> Floats:
 
 def read_objects(tables: Tables, sample: Record) -> Objects:
     """Read the annotated objects of the ten classes in a key frame, also those without lidar points.
+
+    Args:
+        tables: tables of the data root.
+        sample: record of the key frame.
+
+    Returns:
+        The objects in the global frame.
 
     Raises:
         MagicDriveError: a value is not a finite number, or a size is not positive.

@@ -69,11 +69,25 @@ class Tables(NuScenes):
         self._faults = link_records(self)
 
     def path(self, table: str) -> Path:
-        """Return the file of a table."""
+        """Return the file of a table.
+
+        Args:
+            table: name of the table, such as "sample_data".
+
+        Returns:
+            The JSON file, whether it exists or not.
+        """
         return Path(self.table_root) / f"{table}.json"
 
     def getind(self, table_name: str, token: str) -> int:
         """Find the row of a record.
+
+        Args:
+            table_name: name of the table.
+            token: token of the record.
+
+        Returns:
+            Index of the record in the table.
 
         Raises:
             MagicDriveError: the table does not hold the record.
@@ -86,7 +100,15 @@ class Tables(NuScenes):
             ) from None
 
     def find(self, table: str, token: str | None) -> Record | None:
-        """Find a record by its token; None if the table does not hold it."""
+        """Find a record by its token.
+
+        Args:
+            table: name of the table.
+            token: token of the record; None or "" finds nothing.
+
+        Returns:
+            The record; None if the table does not hold it.
+        """
         row = self._token2ind[table].get(token or "")
         return None if row is None else getattr(self, table)[row]
 
@@ -119,6 +141,14 @@ class Tables(NuScenes):
     def field(self, table: str, record: Record, name: str) -> Any:
         """Return a field of a record.
 
+        Args:
+            table: table of the record, for the message.
+            record: the record.
+            name: name of the field.
+
+        Returns:
+            The value, as the JSON file holds it.
+
         Raises:
             MagicDriveError: the record lacks the field.
         """
@@ -128,6 +158,12 @@ class Tables(NuScenes):
 
     def samples(self, scene: Record) -> list[Record]:
         """List the key frames of a scene in order of time.
+
+        Args:
+            scene: the scene's record.
+
+        Returns:
+            The ``sample`` records, from the scene's first to the one without a ``next``.
 
         Raises:
             MagicDriveError: a record or field of the scene is missing, or a key frame is not later than the previous
@@ -149,7 +185,14 @@ class Tables(NuScenes):
             sample = self.follow("sample", sample, "next", "sample")
 
     def time(self, table: str, record: Record) -> int:
-        """Return a record's time stamp in microseconds.
+        """Return a record's time stamp.
+
+        Args:
+            table: table of the record, for the message.
+            record: the record.
+
+        Returns:
+            Microseconds.
 
         Raises:
             MagicDriveError: the time stamp is missing or not an integer.
@@ -162,7 +205,13 @@ class Tables(NuScenes):
         return value
 
     def sensor_records(self, scene: Record) -> dict[str, list[Record]]:
-        """Collect the ``sample_data`` records of a scene, key frames and sweeps, by channel in order of time.
+        """Collect the ``sample_data`` records of a scene, key frames and sweeps.
+
+        Args:
+            scene: the scene's record.
+
+        Returns:
+            The records of each sensor in order of time, by channel, such as "CAM_FRONT".
 
         Raises:
             MagicDriveError: a time stamp is missing, or not later than that of the previous record.
@@ -171,18 +220,31 @@ class Tables(NuScenes):
         return {channel: self._in_time_order(records) for channel, records in channels.items()}
 
     def location(self, scene: Record) -> str:
-        """Return the location of a scene, which names its map, such as "singapore-onenorth"."""
+        """Return the location of a scene, which names its map.
+
+        Args:
+            scene: the scene's record.
+
+        Returns:
+            The location of the scene's log, such as "singapore-onenorth".
+
+        Raises:
+            MagicDriveError: the log or its location is missing.
+        """
         log = self.follow("scene", scene, "log_token", "log")
         return str(self.field("log", log, "location"))
 
     def vectors(self, table: str, records: Sequence[Record], field: str, width: int) -> NDArray[np.float64]:
-        """Stack one field of N records as an array (N, width).
+        """Stack one field of N records.
 
         Args:
             table: table of the records.
-            records: the records.
+            records: the N records.
             field: name of the field.
             width: how many numbers the field must hold.
+
+        Returns:
+            (N, width), in the unit of the table: metres, or quaternions (w, x, y, z).
 
         Raises:
             MagicDriveError: a record's field does not hold ``width`` finite numbers, or a rotation is zero.
@@ -225,6 +287,13 @@ class Tables(NuScenes):
 def load_tables(root: Path | str, version: str) -> Tables:
     """Load the 13 tables of ``root/version``.
 
+    Args:
+        root: the data root.
+        version: name of the table folder, such as "v1.0-mini".
+
+    Returns:
+        The tables; scenes with broken records are reported when they are read.
+
     Raises:
         MagicDriveError: the folder is missing, a table is missing or broken, or a record without a scene names a
             missing record.
@@ -242,7 +311,14 @@ def load_tables(root: Path | str, version: str) -> Tables:
 
 
 def official_split(version: str) -> tuple[set[str], set[str]] | None:
-    """Return scene names of the official training and validation split; None if the devkit knows no such split."""
+    """Return the official split of a version.
+
+    Args:
+        version: name of the table folder, such as "v1.0-mini".
+
+    Returns:
+        Names of the training and of the validation scenes; None if the devkit knows no such split.
+    """
     if version not in _OFFICIAL:
         return None
     splits = create_splits_scenes()
@@ -251,14 +327,24 @@ def official_split(version: str) -> tuple[set[str], set[str]] | None:
 
 
 def detection_class(category: str) -> str | None:
-    """Return the detection class of a nuScenes category; None for categories outside the ten classes."""
+    """Return the detection class of a nuScenes category.
+
+    Args:
+        category: name of the category, such as "vehicle.car".
+
+    Returns:
+        One of the ten classes, such as "car"; None for categories outside them.
+    """
     return category_to_detection_name(category)
 
 
 def link_records(tables: Tables) -> dict[str, MagicDriveError]:
-    """Add the fields that the devkit's index adds to records.
+    """Add the fields that the devkit's index adds to records, in place.
 
     These are ``category_name`` of annotations, ``channel`` of sensor records, ``data`` and ``anns`` of samples.
+
+    Args:
+        tables: the tables, whose index of tokens is complete.
 
     Returns:
         The first fault of each scene that has one, by the scene's token.

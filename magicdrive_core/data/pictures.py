@@ -107,7 +107,10 @@ class PictureInventory:
 
         Args:
             root: the data root.
-            paths: relative to the root; a missing picture counts as length 0.
+            paths: relative to the root, in any order and with repeats; a missing picture counts as length 0.
+
+        Returns:
+            The inventory, equal for equal sets of names and lengths.
         """
         total, digest = 0, hashlib.sha256()
         for path in sorted(set(paths)):

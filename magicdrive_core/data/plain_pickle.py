@@ -48,6 +48,18 @@ _BROKEN = (
 
 class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        """Look up a type that the pickle asks for, called by the base class.
+
+        Args:
+            module: module of the type.
+            name: name of the type.
+
+        Returns:
+            The type or function of ``_ALLOWED``.
+
+        Raises:
+            _NotPlainError: the type is not in ``_ALLOWED``.
+        """
         if (module, name) not in _ALLOWED:
             raise _NotPlainError(f"{module}.{name}")
         return _ALLOWED[module, name]
@@ -59,6 +71,12 @@ class _NotPlainError(Exception):
 
 def read_plain_pickle(path: Path | str) -> Any:
     """Read a pickle file of plain data.
+
+    Args:
+        path: the file; it may come from anyone.
+
+    Returns:
+        The decoded value: numbers, texts, containers and NumPy arrays.
 
     Raises:
         MagicDriveError: the file is missing, broken, or not plain data; the message names the type that it asks for,

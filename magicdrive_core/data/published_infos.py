@@ -35,8 +35,11 @@ def read_published(path: Path | str, split: str, names: Mapping[str, tuple[str, 
     Args:
         path: the pickle file.
         split: the split that all of its scenes belong to.
-        names: (token, name) of the scene of each sample, by the sample's token. A scene that is missing there takes
-            the token of its first frame as token and name.
+        names: (token, name) of the scene of each sample, by the sample's token. A scene that is missing there takes the
+            token of its first frame as token and name.
+
+    Returns:
+        The scenes; empty lists of frames are left out.
 
     Raises:
         MagicDriveError: the file is not plain data, or a record or field is missing or impossible; the message names
@@ -101,20 +104,47 @@ def _by_view(frames: Sequence[_Frame], read: Any) -> Floats:
 
 
 class _Frame:
-    """One frame's record, or one camera in it, whose fields are checked when they are read."""
+    """One frame's record, or one camera in it, whose fields are checked when they are read.
+
+    Args:
+        path: the info file, for messages.
+        record: the record.
+        where: name of the record in messages; by default the frame's token.
+    """
 
     def __init__(self, path: Path, record: Record, where: str = "") -> None:
         self._path, self._record = path, record
         self._where = where or f"frame {record['token']}"
 
     def field(self, name: str) -> Any:
-        """Return a field of the record."""
+        """Return a field of the record.
+
+        Args:
+            name: name of the field.
+
+        Returns:
+            The value, as the file holds it.
+
+        Raises:
+            MagicDriveError: the record lacks the field.
+        """
         if not isinstance(self._record, dict) or name not in self._record:
             raise MagicDriveError(f"{self._path}: {self._where} has no {name}")
         return self._record[name]
 
     def numbers(self, name: str, *shape: int) -> Floats:
-        """Return a field of finite numbers with a shape; a first dimension of -1 may have any length."""
+        """Return a field of finite numbers.
+
+        Args:
+            name: name of the field.
+            shape: the shape that it must have; a first dimension of -1 may have any length, also 0.
+
+        Returns:
+            An array of this shape.
+
+        Raises:
+            MagicDriveError: the field is missing, or of another shape, or not finite.
+        """
         try:
             values = np.asarray(self.field(name), np.float64)
         except (TypeError, ValueError):
@@ -127,18 +157,45 @@ class _Frame:
         return values
 
     def pose(self, name: str) -> Floats:
-        """Return the pose (4, 4) of the fields ``<name>_rotation`` and ``<name>_translation``."""
+        """Return the pose of the fields ``<name>_rotation`` and ``<name>_translation``.
+
+        Args:
+            name: the pose, such as "lidar2ego"; its rotation may be a quaternion (w, x, y, z) or a (3, 3) matrix.
+
+        Returns:
+            (4, 4), in metres.
+
+        Raises:
+            MagicDriveError: a field is missing, or of another shape, or not finite.
+        """
         rotation = np.asarray(self.field(f"{name}_rotation"), dtype=object)
         rotation = self.numbers(f"{name}_rotation", *((3, 3) if rotation.ndim == 2 else (4,)))
         return poses.pose(rotation, self.numbers(f"{name}_translation", 3))
 
     def camera(self, view: str) -> _Frame:
-        """Return the record of one camera."""
+        """Return the record of one camera.
+
+        Args:
+            view: channel of the camera, one of ``cameras.VIEWS``.
+
+        Returns:
+            The record, which messages call by view and frame.
+
+        Raises:
+            MagicDriveError: the frame has no such camera.
+        """
         cameras = _Frame(self._path, self.field("cams"), self._where)
         return _Frame(self._path, cameras.field(view), f"{view} of {self._where}")
 
     def picture(self) -> str:
-        """Return the path below the data root; what precedes samples/ or sweeps/ depends on the writer's machine."""
+        """Return the path of a camera's picture; what precedes samples/ or sweeps/ depends on the writer's machine.
+
+        Returns:
+            The path below the data root.
+
+        Raises:
+            MagicDriveError: the path is missing, or in neither samples/ nor sweeps/.
+        """
         path = str(self.field("data_path"))
         start = max(path.rfind("samples/"), path.rfind("sweeps/"))
         if start < 0:
@@ -146,7 +203,14 @@ class _Frame:
         return path[start:]
 
     def boxes(self) -> FrameBoxes:
-        """Return the boxes of the ten classes."""
+        """Return the boxes of the ten classes; others are left out.
+
+        Returns:
+            The boxes in the lidar frame, in the order of the file.
+
+        Raises:
+            MagicDriveError: a field is missing, fields differ in length, or a size is not positive.
+        """
         boxes = self.numbers("gt_boxes", -1, 7)
         ids, names = ([str(word) for word in self.field(name)] for name in ("gt_box_ids", "gt_names"))
         if not len(boxes) == len(ids) == len(names):

@@ -86,7 +86,14 @@ class SceneHeader:
 
     @classmethod
     def of(cls, scene: Scene) -> SceneHeader:
-        """Copy the header of a scene, so that the scene's mapped file can be released."""
+        """Copy the header of a scene, so that the scene's mapped file can be released.
+
+        Args:
+            scene: the scene.
+
+        Returns:
+            The header, which shares no array with the scene.
+        """
         texts = scene.token, scene.name, scene.split, scene.location, scene.description
         return cls(*texts, scene.key_frames.copy())
 

@@ -51,7 +51,14 @@ SCHEMA = pa.schema(
 
 
 def to_table(scene: Scene) -> pa.Table:
-    """Convert a scene to rows of ``SCHEMA``."""
+    """Convert a scene to rows of ``SCHEMA``.
+
+    Args:
+        scene: a scene of F frames.
+
+    Returns:
+        A table of F rows, in order of time; the scene's texts are repeated in each row.
+    """
     F = len(scene)
     offsets = np.cumsum([0, *(len(frame.ids) for frame in scene.boxes)]).astype(np.int32)
     boxes = np.concatenate([frame.boxes for frame in scene.boxes])
@@ -84,7 +91,15 @@ def to_table(scene: Scene) -> pa.Table:
 
 
 def from_table(table: pa.Table) -> Scene:
-    """Convert rows of ``SCHEMA`` to a scene; its arrays are views of the table's memory."""
+    """Convert rows of ``SCHEMA`` to a scene.
+
+    Args:
+        table: all rows of one scene, in order of time.
+
+    Returns:
+        The scene. Its arrays are read-only views of the table's memory, except the flags of key frames, which Arrow
+        packs into bits.
+    """
     columns = {name: _one(table.column(name)) for name in SCHEMA.names}
     F = table.num_rows
     offsets = columns["boxes"].offsets.to_numpy()
@@ -131,18 +146,40 @@ def _texts(column: pa.DictionaryArray) -> list[str]:
 
 
 def scene_path(folder: Path, name: str) -> Path:
-    """Return the file of a scene in an infos folder."""
+    """Return the file of a scene in an infos folder.
+
+    Args:
+        folder: the infos folder.
+        name: name of the scene.
+
+    Returns:
+        ``<folder>/scenes/<name>.arrow``.
+    """
     return folder / SCENES / f"{name}.arrow"
 
 
 def write_scene(folder: Path, scene: Scene) -> None:
-    """Write the file of a scene, completely or not at all."""
+    """Write the file of a scene, completely or not at all.
+
+    Args:
+        folder: the infos folder.
+        scene: the scene; its name is the name of the file.
+
+    Raises:
+        MagicDriveError: the disk is full or not writable.
+    """
     with atomic_file(scene_path(folder, scene.name)) as partial, pa.ipc.new_file(str(partial), SCHEMA) as file:
         file.write_table(to_table(scene).combine_chunks())
 
 
 def read_scene(path: Path) -> Scene:
-    """Read one scene; its arrays are read-only views of the mapped file.
+    """Read one scene.
+
+    Args:
+        path: the file, see ``scene_path``.
+
+    Returns:
+        The scene; its arrays are read-only views of the mapped file.
 
     Raises:
         MagicDriveError: the file is missing, broken, or was written by another version.

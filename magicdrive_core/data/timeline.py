@@ -51,7 +51,11 @@ class SensorTrack:
 
     @property
     def ego_to_global(self) -> Floats:
-        """Poses of the ego frame at the times of the records: (R, 4, 4)."""
+        """Poses of the ego frame at the times of the records.
+
+        Returns:
+            (R, 4, 4), computed anew at each access.
+        """
         return poses.pose(self.ego_rotations, self.ego_translations)
 
     def pose_at(self, times: Ints) -> Floats:
@@ -103,6 +107,9 @@ class Grid:
             key_times: (K,) microseconds.
             published: five frames between any two key frames; otherwise as many as fill the gap at 12 Hz.
 
+        Returns:
+            The grid of F frames: K key frames and those between them.
+
         Raises:
             MagicDriveError: two key frames are too far apart for one character of ``SUFFIXES`` a frame.
         """
@@ -118,7 +125,14 @@ class Grid:
         return cls(keys, steps, steps / np.append(parts, 1)[keys])
 
     def interpolate(self, key_values: Ints) -> Floats:
-        """Interpolate values linearly from key frames (K,) to frames (F,)."""
+        """Interpolate values linearly from key frames to frames.
+
+        Args:
+            key_values: (K,) values at the key frames, for example times in microseconds.
+
+        Returns:
+            (F,) values in the same unit, not rounded.
+        """
         following = np.minimum(self.keys + 1, len(key_values) - 1)
         start = key_values[self.keys].astype(np.float64)
         return start + self.fractions * (key_values[following] - key_values[self.keys])
@@ -146,7 +160,14 @@ class Objects:
     sizes: Floats  # N, 3 width, length, height in metres
 
     def pick(self, rows: list[int]) -> Objects:
-        """Select objects by index."""
+        """Select objects by index.
+
+        Args:
+            rows: indices of objects, in the wanted order.
+
+        Returns:
+            The selected objects.
+        """
         return Objects(
             [self.ids[row] for row in rows],
             [self.names[row] for row in rows],
@@ -156,7 +177,14 @@ class Objects:
         )
 
     def join(self, other: Objects) -> Objects:
-        """Append other objects."""
+        """Append other objects.
+
+        Args:
+            other: objects at the same time; instances that both hold would appear twice.
+
+        Returns:
+            These objects, then the others.
+        """
         return Objects(
             self.ids + other.ids,
             self.names + other.names,
@@ -166,7 +194,14 @@ class Objects:
         )
 
     def in_lidar(self, global_to_lidar: Floats) -> FrameBoxes:
-        """Convert the objects to boxes of the lidar frame, given ``global_to_lidar`` (4, 4)."""
+        """Convert the objects to boxes of the lidar frame.
+
+        Args:
+            global_to_lidar: (4, 4) pose.
+
+        Returns:
+            N boxes, see ``boxes.lidar_boxes``.
+        """
         return FrameBoxes(self.ids, self.names, lidar_boxes(self.centres, self.rotations, self.sizes, global_to_lidar))
 
 

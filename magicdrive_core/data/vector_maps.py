@@ -35,7 +35,11 @@ class VectorMap:
         """Build a map from its paths; empty paths are dropped.
 
         Args:
-            paths: layer, whether the path is a hole, and its (n, 2) vertices in metres, in drawing order.
+            paths: index into ``MAP_LAYERS``, whether the path is a hole, and its (n, 2) vertices in metres of the
+                global frame, in drawing order; a hole follows its polygon.
+
+        Returns:
+            The map.
         """
         paths = [path for path in paths if len(path[2])]
         return cls(
@@ -51,11 +55,15 @@ class VectorMap:
 def load_map(root: Path, location: str) -> VectorMap:
     """Read ``maps/expansion/<location>.json`` below a data root; a layer that the file lacks is empty.
 
-    Polygons that cross themselves are left out as in the devkit, except in the drivable area.
+    Polygons that cross themselves are left out as in the devkit, except in the drivable area. The last eight maps stay
+    in memory.
 
     Args:
         root: the data root.
         location: name of the map, such as "singapore-onenorth".
+
+    Returns:
+        The map; equal arguments give the same object, so it must not be changed.
 
     Raises:
         MagicDriveError: the file is missing, not JSON, of another version than 1.3, or a path names a missing node.
