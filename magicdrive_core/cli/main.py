@@ -55,7 +55,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         arguments: words after ``magicdrive``; None: those of this process.
 
     Raises:
-        SystemExit: always, with the exit code of the module's list.
+        SystemExit: at the end, with one of the exit codes that the module lists.
+        MagicDriveError: the verb failed, with ``--debug``.
+        OSError: the verb failed, with ``--debug``.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that half-written files are cleaned up
     disable_telemetry()

@@ -78,6 +78,9 @@ def draw_swapped(
 
     Returns:
         The first frame (H, W, 3) of each scene, view by view: V pictures of the first scene, then V of the second.
+
+    Raises:
+        MagicDriveError: The stage is not finished, or its weights do not fit the settings (``Models.load``).
     """
     models, maps = Models.load(config, stage_folder, project), BevMaps(config, project)
     items = {item.clip.scene: item for item in list_items(config, scenes, project) if item.generation == 0}

@@ -30,6 +30,9 @@ def draw_preview(config: Config, scene: Scene, edits: Edits, frame: int, out: Pa
         frame: Index of the shown frame.
         out: The PNG to write.
         project: The project's folder.
+
+    Raises:
+        MagicDriveError: The map of the scene is missing or broken, or the disk is full.
     """
     rows = []
     edited = edit_scene(scene, edits)
