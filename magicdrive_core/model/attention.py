@@ -25,7 +25,11 @@ ROTARY_BASE = 10000.0
 
 
 class HeadNorm(nn.Module):
-    """The weight of an RMS norm over the channels of a head; the inner attention applies it."""
+    """The weight of an RMS norm over the channels of a head; the inner attention applies it.
+
+    Args:
+        width: d, channels of a head.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -48,12 +52,26 @@ class Rotary(nn.Module):
         self.freqs = nn.Parameter(self.frequencies(torch.device("cpu")), requires_grad=False)
 
     def frequencies(self, device: torch.device) -> Tensor:
-        """10000^(-2k/d) for k < d/2, fp32."""
+        """Computes the rotary frequencies 10000^(-2k/d), k < d/2 (Su et al. 2021, section 3.4).
+
+        Args:
+            device: where the result is computed.
+
+        Returns:
+            (d/2), fp32, radians a frame.
+        """
         k = torch.arange(0, self.width, 2, device=device, dtype=torch.float32)
         return ROTARY_BASE ** (-k / self.width)
 
     def forward(self, length: int) -> Tensor:
-        """Cosine and sine of every angle, fp32: (length, d/2, 2)."""
+        """Computes the cosine and sine of every frame's angles.
+
+        Args:
+            length: T, number of latent frames.
+
+        Returns:
+            (T, d/2, 2), fp32: cosine, then sine.
+        """
         freqs = self.frequencies(self.freqs.device)
         angles = torch.arange(length, device=freqs.device, dtype=torch.float32)[:, None] * freqs
         return torch.stack([angles.cos(), angles.sin()], dim=-1)
@@ -92,7 +110,7 @@ class SelfAttention(nn.Module):
 
     @property
     def norm(self) -> Tensor:
-        """(2, d), weights of the norms of q and k."""
+        """Weights of the RMS norms of q and k, stacked: (2, d)."""
         return torch.stack([self.q_norm.weight, self.k_norm.weight])
 
 
@@ -102,13 +120,16 @@ class SpatialAttention(SelfAttention):
     inner = staticmethod(attend_packed)
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor, frame_tokens: int) -> Tensor:
-        """Maps tokens (B, V, T, S, C) to the same shape.
+        """Lets the tokens of each frame of each view attend to one another.
 
         Args:
-            x: tokens.
-            shift: (B, 1, T or 1, 1, C).
-            scale: shaped like ``shift``.
-            frame_tokens: number of tokens of a frame on all ranks; the first so many are attended to.
+            x: (B, V, T, S, C) tokens.
+            shift: (B, 1, T or 1, 1, C), added after the layer norm.
+            scale: shaped like ``shift``; the normed tokens are multiplied by 1 + scale.
+            frame_tokens: number of tokens of a frame on all ranks; padding behind them is not attended to.
+
+        Returns:
+            (B, V, T, S, C), before the gate.
         """
         packed = rearrange(self.packed(x, shift, scale), "b v t s qkv h d -> 1 (b v t) s qkv h d")
         seen = self.inner(packed, self.norm, frame_tokens)
@@ -121,13 +142,16 @@ class TemporalAttention(SelfAttention):
     inner = staticmethod(attend_packed)
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor, angles: Tensor) -> Tensor:
-        """Maps tokens (..., T, S, C) to the same shape.
+        """Lets the frames at each token position attend to one another.
 
         Args:
-            x: tokens.
-            shift: broadcastable against ``x``.
-            scale: shaped like ``shift``.
-            angles: (T, d/2, 2) of ``Rotary``.
+            x: (..., T, S, C) tokens.
+            shift: broadcastable against ``x``, added after the layer norm.
+            scale: shaped like ``shift``; the normed tokens are multiplied by 1 + scale.
+            angles: (T, d/2, 2), cosines and sines from ``Rotary``.
+
+        Returns:
+            (..., T, S, C), before the gate.
         """
         packed = rearrange(self.packed(x, shift, scale), "... t s qkv h d -> (...) s t qkv h d")
         seen = self.inner(packed, self.norm, x.shape[-3], angles)
@@ -150,9 +174,18 @@ class CrossViewAttention(SelfAttention):
         self.neighbours = neighbours
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor, frame_tokens: int) -> Tensor:
-        """Maps tokens (B, V, T, S, C) to the same shape; arguments as of ``SpatialAttention``.
+        """Lets each view attend to its neighbours in the same frame, and sums over the neighbours.
 
         The projection's bias counts once for each neighbour (golden notes, oddity 7).
+
+        Args:
+            x: (B, V, T, S, C) tokens.
+            shift: (B, 1, T or 1, 1, C), added after the layer norm.
+            scale: shaped like ``shift``; the normed tokens are multiplied by 1 + scale.
+            frame_tokens: number of tokens of a frame on all ranks; padding behind them is not attended to.
+
+        Returns:
+            (B, V, T, S, C), to be gated and projected by the block.
         """
         seen = self.inner(self.packed(x, shift, scale), self.norm, frame_tokens, self.neighbours)
         bias = self.proj.bias * len(self.neighbours[0])
@@ -161,6 +194,10 @@ class CrossViewAttention(SelfAttention):
 
 class CrossAttention(nn.Module):
     """Attention of every token to the context of its frame.
+
+    Args:
+        width: C.
+        heads: h.
 
     Attributes:
         own_heads: the heads whose keys and values are computed here; sequence parallelism chooses a rank's share.
@@ -192,7 +229,15 @@ class CrossAttention(nn.Module):
         return functional.linear(rows, weight, bias)
 
     def forward(self, x: Tensor, context: BlockContext) -> Tensor:
-        """Maps tokens (B, V, T, S, C) to the same shape."""
+        """Lets every token attend to the context sequence of its frame and view.
+
+        Args:
+            x: (B, V, T, S, C) tokens.
+            context: the context tokens, with or without their keys and values; its views and frames are those of ``x``.
+
+        Returns:
+            (B, V, T, S, C), to be added to the tokens.
+        """
         rows = self.keys_values(context.tokens.rows) if context.kv is None else context.kv
         q = rearrange(self.q_linear(x), "b v t s (h d) -> (b v t) s h d", h=self.heads)
         kv = rearrange(context.by_frame(rows), "b v t l (kv h d) -> (b v t) l kv h d", kv=2, d=q.shape[-1])

@@ -23,12 +23,25 @@ if TYPE_CHECKING:
 
 
 def per_token(modulation: Tensor) -> Tensor:
-    """Turns n vectors (B, T or 1, n, C) into (n, B, 1, T or 1, 1, C), each broadcastable against (B, V, T, S, C)."""
+    """Reshapes modulation vectors so that each broadcasts against tokens (B, V, T, S, C).
+
+    Args:
+        modulation: (B, T or 1, n, C), n vectors.
+
+    Returns:
+        (n, B, 1, T or 1, 1, C).
+    """
     return rearrange(modulation, "b t n c -> n b 1 t 1 c")
 
 
 class Mlp(nn.Module):
-    """Linear, GELU (tanh form), Linear."""
+    """Linear, GELU (tanh form), Linear.
+
+    Args:
+        width: channels of the input.
+        hidden: channels between the linear maps.
+        out: channels of the output; None: ``width``.
+    """
 
     def __init__(self, width: int, hidden: int, out: int | None = None) -> None:
         super().__init__()
@@ -36,7 +49,14 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, out or width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (..., width) to (..., out)."""
+        """Applies the MLP to each vector.
+
+        Args:
+            x: (..., width).
+
+        Returns:
+            (..., out).
+        """
         return self.fc2(functional.gelu(self.fc1(x), approximate="tanh"))
 
 
@@ -44,12 +64,24 @@ class ModulatedMlp(Mlp):
     """The MLP of a block: Linear, GELU, Linear of LN(x) * (1 + scale) + shift."""
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:  # type: ignore[override]
-        """Maps (..., C) to the same shape; ``shift`` and ``scale`` broadcast against ``x``."""
+        """Applies the MLP to LN(x) * (1 + scale) + shift, LN without affine weights.
+
+        Args:
+            x: (..., C).
+            shift: broadcastable against ``x``.
+            scale: shaped like ``shift``.
+
+        Returns:
+            (..., C), to be gated and added to the tokens.
+        """
         return modulated_mlp(x, shift, scale, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
 
 
 class Block(nn.Module):
     """Self-attention, attention to the context and an MLP, each added to the tokens.
+
+    Args:
+        config: sizes of the network.
 
     Attributes:
         temporal: whether self-attention is over the frames of a token position, else over the tokens of a frame.
@@ -84,11 +116,30 @@ class Block(nn.Module):
         return torch.addcmul(x, gate2, self.mlp(x, shift2, scale2))
 
     def self_attention(self, x: Tensor, shift: Tensor, scale: Tensor, context: BlockContext) -> Tensor:
-        """Attention among the tokens of a frame, or over the frames of a token position."""
+        """Computes attention among the tokens of a frame, or over the frames of a token position.
+
+        Args:
+            x: (B, V, T, S, C) tokens.
+            shift: (B, 1, T or 1, 1, C), added after the layer norm.
+            scale: shaped like ``shift``; the normed tokens are multiplied by 1 + scale.
+            context: holds the rotary angles and the number of tokens of a frame.
+
+        Returns:
+            (B, V, T, S, C), before the gate.
+        """
         raise NotImplementedError
 
     def across_views(self, x: Tensor, modulation: Tensor, context: BlockContext) -> Tensor:  # noqa: ARG002
-        """Adds cross-view attention, in the blocks that have it."""
+        """Adds cross-view attention, in the blocks that have it.
+
+        Args:
+            x: (B, V, T, S, C) tokens.
+            modulation: (B, T or 1, 6, C), the projected noise level.
+            context: holds the number of tokens of a frame.
+
+        Returns:
+            (B, V, T, S, C); ``x`` itself in a block without cross-view attention.
+        """
         return x
 
 
@@ -99,7 +150,17 @@ class SpatialBlock(Block):
     attention = SpatialAttention
 
     def self_attention(self, x: Tensor, shift: Tensor, scale: Tensor, context: BlockContext) -> Tensor:
-        """Attention among the tokens of a frame."""
+        """Computes attention among the tokens of each frame.
+
+        Args:
+            x: (B, V, T, S, C) tokens.
+            shift: (B, 1, T or 1, 1, C), added after the layer norm.
+            scale: shaped like ``shift``; the normed tokens are multiplied by 1 + scale.
+            context: holds the number of tokens of a frame on all ranks.
+
+        Returns:
+            (B, V, T, S, C), before the gate.
+        """
         return self.attn(x, shift, scale, context.frame_tokens)
 
 
@@ -110,12 +171,26 @@ class TemporalBlock(Block):
     attention = TemporalAttention
 
     def self_attention(self, x: Tensor, shift: Tensor, scale: Tensor, context: BlockContext) -> Tensor:
-        """Attention over the frames of a token position."""
+        """Computes attention over the frames of each token position.
+
+        Args:
+            x: (B, V, T, S, C) tokens.
+            shift: (B, 1, T or 1, 1, C), added after the layer norm.
+            scale: shaped like ``shift``; the normed tokens are multiplied by 1 + scale.
+            context: holds the rotary angles of the frames.
+
+        Returns:
+            (B, V, T, S, C), before the gate.
+        """
         return self.attn(x, shift, scale, context.angles)
 
 
 class MultiViewBlock(SpatialBlock):
-    """A spatial block in which every view attends to its neighbours, between the context and the MLP."""
+    """A spatial block in which every view attends to its neighbours, between the context and the MLP.
+
+    Args:
+        config: sizes of the network; ``neighbours`` says which views each view attends to.
+    """
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__(config)
@@ -124,24 +199,52 @@ class MultiViewBlock(SpatialBlock):
         self.mva_proj = nn.Linear(config.width, config.width)
 
     def across_views(self, x: Tensor, modulation: Tensor, context: BlockContext) -> Tensor:
-        """Adds attention of every view to its neighbours."""
+        """Adds attention of every view to its neighbours.
+
+        Args:
+            x: (B, V, T, S, C) tokens of all views.
+            modulation: (B, T or 1, 6, C), the projected noise level.
+            context: holds the number of tokens of a frame on all ranks.
+
+        Returns:
+            (B, V, T, S, C).
+        """
         shift, scale, gate = per_token(self.cross_view_modulation(modulation))
         return x + self.mva_proj(gate * self.cross_view_attn(x, shift, scale, context.frame_tokens))
 
     def cross_view_modulation(self, modulation: Tensor) -> Tensor:
-        """Shift, scale and gate of cross-view attention: (B, T or 1, 6, C) -> (B, T or 1, 3, C)."""
+        """Computes shift, scale and gate of cross-view attention.
+
+        Args:
+            modulation: (B, T or 1, 6, C), the projected noise level; the first three vectors are used.
+
+        Returns:
+            (B, T or 1, 3, C): shift, scale, gate.
+        """
         return self.scale_shift_table_mva + modulation[:, :, :3]
 
 
 class ControlBlock(Block):
-    """A block of the control branch, whose tokens are projected and added to those of the main branch."""
+    """A block of the control branch, whose tokens are projected and added to those of the main branch.
+
+    Args:
+        config: sizes of the network.
+    """
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__(config)
         self.after_proj = nn.Linear(config.width, config.width)
 
     def add_skip(self, x: Tensor, control: Tensor) -> Tensor:
-        """Adds the projected tokens of the control branch to those of the main branch, (B, V, T, S, C) each."""
+        """Adds the projected tokens of the control branch to those of the main branch.
+
+        Args:
+            x: (B, V, T, S, C) tokens of the main branch.
+            control: (B, V, T, S, C) tokens of the control branch, after this block.
+
+        Returns:
+            (B, V, T, S, C).
+        """
         return x + self.after_proj(control)
 
 
@@ -184,5 +287,12 @@ class Head(nn.Module):
         return self.linear(modulate(x, *self.modulation(time)))
 
     def modulation(self, time: Tensor) -> Tensor:
-        """Shift and scale of time vectors (B, T or 1, C): (2, B, 1, T or 1, 1, C)."""
+        """Computes shift and scale of the head's layer norm.
+
+        Args:
+            time: (B, T or 1, C) time vectors.
+
+        Returns:
+            (2, B, 1, T or 1, 1, C): shift and scale, each broadcastable against (B, V, T, S, C).
+        """
         return per_token(self.scale_shift_table + time[:, :, None])

@@ -76,15 +76,18 @@ class NetworkConfig:
     def from_settings(
         cls, model: Model, *, latent_channels: int, text_width: int, text_tokens: int, stage: Stage, published: bool
     ) -> NetworkConfig:
-        """The network of one training stage.
+        """Derives the sizes of the network of one training stage from the settings.
 
         Args:
             model: the ``model`` section of the settings.
             latent_channels: channels of the project's VAE.
-            text_width: channels of the project's text encoder.
+            text_width: D, channels of the project's text encoder.
             text_tokens: most text tokens.
             stage: "stage1" has neither temporal blocks nor instance latents.
-            published: the setting of that name.
+            published: whether the network is the published one (setting ``published``).
+
+        Returns:
+            The configuration; what the settings do not name has its default.
         """
         first = stage == "stage1"
         return cls(

@@ -21,11 +21,26 @@ class TokenShard:
     ranks = 1
 
     def shard(self, x: Tensor) -> Tensor:
-        """Takes this rank's tokens: (..., frame tokens, C) -> (..., S, C)."""
+        """Takes this rank's tokens.
+
+        Args:
+            x: (..., frame tokens, C), all tokens of a frame.
+
+        Returns:
+            (..., S, C); without sequence parallelism ``x`` itself.
+        """
         return x
 
     def gather(self, x: Tensor, frame_tokens: int) -> Tensor:  # noqa: ARG002
-        """Joins the tokens of all ranks: (..., S, C) -> (..., frame tokens, C)."""
+        """Joins the tokens of all ranks.
+
+        Args:
+            x: (..., S, C), this rank's tokens.
+            frame_tokens: number of tokens of a frame on all ranks together.
+
+        Returns:
+            (..., frame tokens, C); without sequence parallelism ``x`` itself.
+        """
         return x
 
 
@@ -62,7 +77,10 @@ class ContextTokens:
             cameras: (B, V, C).
             text: (B, Lt, C).
             boxes: (B, V, T', N, C).
-            visible: (B, V, T', L) or None.
+            visible: (B, V, T', L) bool, False at tokens that stand for nothing; None: all are attended to.
+
+        Returns:
+            The tokens as rows (B, R, C), in the order ego motion, cameras, text, boxes.
         """
         rows = torch.cat([ego_motion, cameras, text, rearrange(boxes, "b v t n c -> b (v t n) c")], dim=1)
         return cls(rows, cameras.shape[1], ego_motion.shape[1], text.shape[1], boxes.shape[3], visible)
@@ -92,7 +110,15 @@ class ContextTokens:
         return torch.cat([part.expand(*boxes.shape[:3], -1, -1) for part in parts], dim=3)
 
     def bias(self, frames: int, dtype: torch.dtype) -> Tensor | None:
-        """(B, V, T, L): 0 where a token is visible, -inf elsewhere; None: all are visible."""
+        """Turns ``visible`` into what is added to attention scores.
+
+        Args:
+            frames: T latent frames of the clip; T' context frames are resampled to them by nearest neighbour.
+            dtype: of the result, that of the attention scores.
+
+        Returns:
+            (B, V, T, L): 0 where a token is visible, -inf elsewhere; None: all are visible.
+        """
         if self.visible is None:
             return None
         visible = self._resample(self.visible, 2, frames, ALL)
@@ -130,11 +156,26 @@ class BlockContext:
     frames: slice
 
     def by_frame(self, rows: Tensor) -> Tensor:
-        """Lays out ``rows`` (B, R, X) as one sequence for each frame of each view: (B, V, T, L, X)."""
+        """Lays out rows as one sequence for each frame of each view of the slice.
+
+        Args:
+            rows: (B, R, X), computed from ``tokens.rows``.
+
+        Returns:
+            (B, V, T, L, X) of the slice's views and frames.
+        """
         return self.tokens.by_frame(rows, len(self.angles), self.views, self.frames)
 
     def part(self, views: slice, frames: slice) -> BlockContext:
-        """Restricts the context to some views and latent frames."""
+        """Restricts the context to some views and latent frames.
+
+        Args:
+            views: the views, counted from the clip's first.
+            frames: the latent frames, counted from the clip's first.
+
+        Returns:
+            The context of the slice; tokens, keys and values are shared with this one.
+        """
         bias = None if self.bias is None else self.bias[:, views, frames]
         return replace(self, bias=bias, views=views, frames=frames)
 
@@ -171,5 +212,12 @@ class Context:
         return self.grid[0] * self.grid[1]
 
     def of_block(self, block: nn.Module) -> BlockContext:
-        """The context as ``block`` takes it."""
+        """Selects what one block needs.
+
+        Args:
+            block: a block of the network.
+
+        Returns:
+            The context for all views and frames, with the block's keys and values where they were computed.
+        """
         return BlockContext(self.tokens, self.kv.get(block), self.bias, self.angles, self.frame_tokens, ALL, ALL)

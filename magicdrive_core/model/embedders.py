@@ -37,12 +37,27 @@ class PatchEmbedding(nn.Module):
         self.proj = nn.Conv3d(channels, width, kernel_size=(1, patch, patch), stride=(1, patch, patch))
 
     def forward(self, patches: Tensor) -> Tensor:
-        """Maps patches (..., channels * p * p) in the order channel, row, column to tokens (..., C)."""
+        """Embeds patches as tokens.
+
+        Args:
+            patches: (..., channels * p * p) in the order channel, row, column.
+
+        Returns:
+            (..., C).
+        """
         return functional.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 def sinusoid(values: Tensor, width: int = 256) -> Tensor:
-    """[cos(v g), sin(v g)] with g_k = 10000^(-k / (width/2)), fp32: (B) -> (B, width)."""
+    """Computes [cos(v g), sin(v g)] with g_k = 10000^(-k / (width/2)) (golden notes, section 2).
+
+    Args:
+        values: (B) numbers v.
+        width: of the result; even.
+
+    Returns:
+        (B, width), fp32.
+    """
     half = width // 2
     k = torch.arange(half, device=values.device, dtype=torch.float32)
     angles = values.float()[:, None] * torch.exp(-math.log(10000.0) / half * k)
@@ -50,19 +65,32 @@ def sinusoid(values: Tensor, width: int = 256) -> Tensor:
 
 
 class ScalarEmbedding(nn.Module):
-    """A number (noise level, frames a second) as a vector: sinusoid, Linear, SiLU, Linear."""
+    """A number (noise level, frames a second) as a vector: sinusoid, Linear, SiLU, Linear.
+
+    Args:
+        width: C.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, values: Tensor) -> Tensor:
-        """(B) -> (B, C)."""
+        """Embeds numbers.
+
+        Args:
+            values: (B), noise levels in [0, 1000] or frames a second.
+
+        Returns:
+            (B, C) in the dtype of the weights.
+        """
         return self.mlp(sinusoid(values).to(next(self.parameters()).dtype))
 
 
 def position_embedding(grid: tuple[int, int], scale: Tensor, base: int, width: int) -> Tensor:
-    """[sin(x f), cos(x f), sin(y f), cos(y f)] of every patch in fp32; the column x comes first.
+    """Computes [sin(x f), cos(x f), sin(y f), cos(y f)] of every patch; the column x comes first.
+
+    Positions are scaled to a square of 512 pixels (golden notes, section 2).
 
     Args:
         grid: rows and columns of patches.
@@ -71,7 +99,7 @@ def position_embedding(grid: tuple[int, int], scale: Tensor, base: int, width: i
         width: C, a multiple of 4.
 
     Returns:
-        (B, rows * columns, C).
+        (B, rows * columns, C), fp32, row by row.
     """
     rows, columns = grid
     device = scale.device
@@ -89,7 +117,14 @@ def position_embedding(grid: tuple[int, int], scale: Tensor, base: int, width: i
 
 
 def fourier(vectors: Tensor) -> Tensor:
-    """[x, sin x, cos x, sin 2x, cos 2x, sin 4x, cos 4x, sin 8x, cos 8x] in fp32: (..., 3) -> (..., 27)."""
+    """Computes [x, sin x, cos x, sin 2x, cos 2x, sin 4x, cos 4x, sin 8x, cos 8x] (golden notes, section 2).
+
+    Args:
+        vectors: (..., 3).
+
+    Returns:
+        (..., 27), fp32.
+    """
     vectors = vectors.float()
     parts = [vectors]
     for frequency in FREQUENCIES:
@@ -98,21 +133,46 @@ def fourier(vectors: Tensor) -> Tensor:
 
 
 def halve_frames(x: Tensor, dim: int) -> Tensor:
-    """Takes means of neighbouring pairs along ``dim``; of an odd count the first is kept as it is."""
+    """Takes means of neighbouring pairs of frames; of an odd count the first is kept as it is.
+
+    Args:
+        x: any shape with F frames along ``dim``.
+        dim: dimension of the frames, counted from the front.
+
+    Returns:
+        Shaped like ``x`` with ceil(F/2) frames.
+    """
     odd = x.shape[dim] % 2
     first, rest = x.split([odd, x.shape[dim] - odd], dim)
     return torch.cat([first, rest.unflatten(dim, (x.shape[dim] // 2, 2)).mean(dim + 1)], dim)
 
 
 def halve_flags(flags: Tensor, dim: int) -> Tensor:
-    """``halve_frames`` for booleans: whether any frame of a pair is True."""
+    """Halves booleans as ``halve_frames`` halves numbers: whether any frame of a pair is True.
+
+    Args:
+        flags: bool of any shape with F frames along ``dim``.
+        dim: dimension of the frames, counted from the front.
+
+    Returns:
+        Bool, shaped like ``flags`` with ceil(F/2) frames.
+    """
     odd = flags.shape[dim] % 2
     first, rest = flags.split([odd, flags.shape[dim] - odd], dim)
     return torch.cat([first, rest.unflatten(dim, (flags.shape[dim] // 2, 2)).any(dim + 1)], dim)
 
 
 class TextEmbedder(nn.Module):
-    """Projects text features. ``y_embedding`` stands for a dropped text: drawn once, never trained."""
+    """Projects text features. ``y_embedding`` stands for a dropped text: drawn once, never trained.
+
+    Args:
+        text_width: D, channels of the text features.
+        width: C.
+        tokens: L, most text tokens.
+
+    Attributes:
+        y_embedding: (L, D), the null text.
+    """
 
     y_embedding: Tensor
 
@@ -122,12 +182,23 @@ class TextEmbedder(nn.Module):
         self.y_proj = Mlp(text_width, width, width)
 
     def forward(self, text: Tensor) -> Tensor:
-        """(B, L, D) -> (B, L, C)."""
+        """Projects text features to tokens.
+
+        Args:
+            text: (B, L, D).
+
+        Returns:
+            (B, L, C) in the dtype of the weights.
+        """
         return self.y_proj(text.to(self.y_proj.fc1.weight.dtype))
 
 
 class CameraEmbedder(nn.Module):
-    """One token a view from the clip's first frame: seven columns of [K | R | t] through Fourier features."""
+    """One token a view from the clip's first frame: seven columns of [K | R | t] through Fourier features.
+
+    Args:
+        width: C.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -139,7 +210,7 @@ class CameraEmbedder(nn.Module):
         """Embeds cameras.
 
         Args:
-            cameras: (..., 3, 7) with intrinsics in pixels of the 1600x900 picture.
+            cameras: (..., 3, 7), [K | R | t]: K in pixels of the 1600x900 picture, camera-to-lidar R, t in metres.
             keep: (...) bool, False = the camera is dropped.
 
         Returns:
@@ -150,7 +221,14 @@ class CameraEmbedder(nn.Module):
         return self.after_proj(self.emb2token(features.to(self.emb2token.weight.dtype)))
 
     def in_units(self, cameras: Tensor) -> Tensor:
-        """Gives the intrinsics in units of the picture's width: pixels, about 1e3, would go through sines."""
+        """Divides the intrinsics by the width of the picture: pixels, about 1e3, would go through sines.
+
+        Args:
+            cameras: (..., 3, 7), intrinsics in pixels of the 1600x900 picture.
+
+        Returns:
+            (..., 3, 7), with the first two rows of the intrinsics in picture widths.
+        """
         unit = cameras.new_ones(3, 7)
         unit[:2, :3] = 1 / PICTURE_WIDTH
         return cameras * unit
@@ -175,7 +253,14 @@ class TemporalEmbedder(nn.Module):
         self.final_proj = nn.Linear(width, width)
 
     def over_time(self, x: Tensor) -> Tensor:
-        """(R, F, N, C) -> (R, T', N, C)."""
+        """Lets the frames of a condition attend to one another, then reduces them.
+
+        Args:
+            x: (R, F, N, C): R sequences of F frames at each of N positions.
+
+        Returns:
+            (R, T', N, C), T' = 1 with ``mean_over_frames``, else ceil(F/4).
+        """
         shift1, scale1, gate1, shift2, scale2, gate2 = self.scale_shift_table.unbind(0)
         x = x + gate1 * self.attn(x, shift1, scale1, self.rope(x.shape[1]))
         x = x + gate2 * self.mlp(x, shift2, scale2)
@@ -184,7 +269,13 @@ class TemporalEmbedder(nn.Module):
 
 
 class EgoMotionEmbedder(TemporalEmbedder):
-    """Tokens of the motion from the first lidar frame to each frame's own."""
+    """Tokens of the motion from the first lidar frame to each frame's own.
+
+    Args:
+        width: C.
+        heads: of the attention over frames.
+        mean_over_frames: whether one token, the mean, remains; else a quarter of the frames.
+    """
 
     def __init__(self, width: int, heads: int, mean_over_frames: bool) -> None:
         super().__init__(width, heads, mean_over_frames)
@@ -195,7 +286,7 @@ class EgoMotionEmbedder(TemporalEmbedder):
         """Embeds ego motion.
 
         Args:
-            ego_motion: (B, F, 4, 4).
+            ego_motion: (B, F, 4, 4), transforms from the first lidar frame to each lidar frame, metres.
             keep: (B, F) bool, False = the frame's ego motion is dropped.
 
         Returns:
@@ -208,7 +299,11 @@ class EgoMotionEmbedder(TemporalEmbedder):
 
 
 class BoxEmbedder(TemporalEmbedder):
-    """Tokens of 3D boxes: eight corners through Fourier features, joined with a vector of the class."""
+    """Tokens of 3D boxes: eight corners through Fourier features, joined with a vector of the class.
+
+    Args:
+        config: sizes of the network.
+    """
 
     _class_tokens: Tensor
 
@@ -296,7 +391,14 @@ class MapEncoder(nn.Module):
         self.conv_out = nn.Conv2d(channels[-1], width // 2, 3, padding=1)
 
     def forward(self, bev_map: Tensor) -> Tensor:
-        """(B * F, layers, rows, columns) -> (B * F, C/2, h, w)."""
+        """Encodes the BEV map of every frame.
+
+        Args:
+            bev_map: (B * F, layers, rows, columns) of BEV cells, 0 or 1.
+
+        Returns:
+            (B * F, C/2, h, w) features on about the latents' grid.
+        """
         x = bev_map.to(self.conv_in.weight.dtype)
         if x.device.type == "cpu":  # an eighth less time (benchmarks/results/network.md)
             x = x.contiguous(memory_format=torch.channels_last)
@@ -310,27 +412,49 @@ class FrameHalving(nn.Module):
     """Halves the frames of (B, F, C, h, w)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (B, F, C, h, w) to (B, F/2, C, h, w)."""
+        """Takes means of neighbouring pairs of frames; of an odd count the first is kept as it is.
+
+        Args:
+            x: (B, F, C, h, w).
+
+        Returns:
+            (B, ceil(F/2), C, h, w).
+        """
         return halve_frames(x, 1)
 
 
 class FrameConvolution(nn.Module):
-    """A 3x3 convolution of every frame of (B, F, C, h, w)."""
+    """A 3x3 convolution of every frame of (B, F, C, h, w).
+
+    Args:
+        channels: of the input.
+        out: channels of the output.
+    """
 
     def __init__(self, channels: int, out: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, out, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (B, F, channels, h, w) to (B, F, out, h, w)."""
+        """Convolves every frame.
+
+        Args:
+            x: (B, F, channels, h, w).
+
+        Returns:
+            (B, F, out, h, w).
+        """
         return self.conv(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
 class MapReduction(nn.Module):
-    """From frames to latent frames, halved and convolved twice: (B, F, C/2, h, w) -> (B, T', C, h, w).
+    """Reduces the map's frames to latent frames: twice halved and convolved.
 
     The golden notes describe zero padding in two halves, around the halving. Halving keeps zeros, so plain padding is
     the same.
+
+    Args:
+        width: C.
     """
 
     def __init__(self, width: int) -> None:
@@ -341,5 +465,12 @@ class MapReduction(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (B, F, C/2, h, w) to (B, T', C, h, w)."""
+        """Reduces frames to latent frames.
+
+        Args:
+            x: (B, F, C/2, h, w) map features.
+
+        Returns:
+            (B, T', C, h, w), T' = ceil(F/4).
+        """
         return self.conv_blocks(x)

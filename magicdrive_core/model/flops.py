@@ -23,6 +23,9 @@ def training_flops(config: NetworkConfig, batch: int, frames: int, latents: Sequ
         frames: F of the video.
         latents: T, H, W of the latents.
         slots: N boxes of a clip.
+
+    Returns:
+        Floating point operations, two for each multiply-add.
     """
     width, views, t = config.width, len(config.neighbours), latents[0]
     frame_tokens = -(-latents[1] // PATCH) * -(-latents[2] // PATCH)

@@ -37,17 +37,35 @@ class Conditions:
     pad_patches: int | None = None  # published only: parallel size whose padding rows are added; None: the network's
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Conditions:
-        """Applies ``change`` to each tensor."""
+        """Applies a function to each tensor; None and ``pad_patches`` are kept.
+
+        Args:
+            change: maps a tensor to its replacement.
+
+        Returns:
+            The changed copy.
+        """
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         changed: dict[str, Any] = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
         return replace(self, **changed)
 
     def to(self, device: torch.device | str) -> Conditions:
-        """Copies the conditions to ``device``."""
+        """Copies the conditions to a device, without waiting for transfers from pinned memory.
+
+        Args:
+            device: where the tensors of the copy are.
+
+        Returns:
+            The copy.
+        """
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def dropped(self) -> Conditions:
-        """The unconditional state of training: everything is dropped (golden notes, oddities 9 and 22)."""
+        """Builds the unconditional state of training: everything is dropped (golden notes, oddities 9 and 22).
+
+        Returns:
+            The same conditions with ``keep`` False for every sample.
+        """
         return replace(self, keep=torch.zeros_like(self.keep))
 
 
@@ -60,10 +78,13 @@ def collate(
     zeros to ``max_tokens``, and the mask marks the prompt's own tokens.
 
     Args:
-        clips: conditions of each clip.
-        text: (l, D) features of each clip's caption.
+        clips: conditions of each of B clips.
+        text: (l, D) features of each clip's caption; cut to ``max_tokens``.
         max_tokens: L.
         keep: (B) bool, False = every condition of the sample is dropped; None: none is.
+
+    Returns:
+        The batch on the CPU, without box latents; no frame's ego motion or boxes are dropped.
     """
     slots = max(1, *(clip.box_classes.shape[1] for clip in clips))
     views = clips[0].cameras.shape[1]

@@ -58,6 +58,9 @@ Trunk = Callable[[Tensor, Tensor, Tensor, Context], Tensor]
 class MagicDrive(nn.Module):
     """Velocity of the noisy latents of all views, conditioned on text, cameras, ego motion, boxes and BEV map.
 
+    Args:
+        config: sizes and variants; the weights are drawn from torch's generator.
+
     Attributes:
         config: sizes and variants.
         tokens: which tokens of a frame this rank computes.
@@ -125,6 +128,9 @@ class MagicDrive(nn.Module):
         Args:
             conditions: what the video is to show.
             latent_shape: T, H, W.
+
+        Returns:
+            What ``denoise`` needs of the clip at every noise level.
         """
         frames, height, width = latent_shape
         grid = self.grid(height, width, conditions)
@@ -154,14 +160,14 @@ class MagicDrive(nn.Module):
         """Computes the velocity from encoded conditions.
 
         Args:
-            x: as of ``forward``.
-            timestep: as of ``forward``.
-            context: of ``encode``.
-            x_mask: as of ``forward``.
-            trunk: called in place of ``self.trunk``.
+            x: (B, V, latent channels, T, H, W) noisy latents; conditioning frames are clean.
+            timestep: (B) noise level in [0, 1000], fp32.
+            context: the clip's encoded conditions, from ``encode``.
+            x_mask: (B, T) bool, True = noisy, False = conditioning frame; None: all noisy.
+            trunk: called in place of ``self.trunk``, with its arguments and result; None: ``self.trunk``.
 
         Returns:
-            As ``forward``.
+            The velocity, shaped like ``x``, in fp32.
         """
         noisy = self.t_embedder(timestep) + context.fps  # (B, C)
         modulation = self.t_block(noisy)[:, None]  # (B, 1, 6C)
@@ -184,11 +190,11 @@ class MagicDrive(nn.Module):
         Args:
             x: (B, V, T, S, C), tokens of the main branch.
             control: (B, V, T, S, C), tokens of the control branch.
-            modulation: (B, T or 1, 6, C).
-            context: of the clip.
+            modulation: (B, T or 1, 6, C), the projected noise level.
+            context: the clip's encoded conditions.
 
         Returns:
-            (B, V, T, S, C).
+            (B, V, T, S, C), tokens of the main branch.
         """
         for base, beside in self.layers():
             x = base(x, modulation, context.of_block(base))
@@ -198,14 +204,22 @@ class MagicDrive(nn.Module):
         return x
 
     def layers(self) -> Iterator[tuple[Block, ControlBlock | None]]:
-        """The blocks of the main branch in order, each with the control block beside it, if there is one."""
+        """Lists the blocks of the main branch, each with the control block beside it.
+
+        Yields:
+            A block and its control block, or None where there is none, in the order in which the tokens pass them.
+        """
         for index in range(self.config.depth):
             for kind in ("s", "t") if self.config.temporal else ("s",):
                 controls = getattr(self, f"control_blocks_{kind}")
                 yield getattr(self, f"base_blocks_{kind}")[index], controls[index] if index < len(controls) else None
 
     def blocks(self) -> Iterator[Block]:
-        """All blocks, in the order in which the tokens pass them."""
+        """Lists all blocks of both branches.
+
+        Yields:
+            The blocks, in the order in which the tokens pass them.
+        """
         for pair in self.layers():
             yield from (block for block in pair if block is not None)
 
@@ -227,11 +241,27 @@ class MagicDrive(nn.Module):
         initialise(self)
 
     def grid(self, height: int, width: int, conditions: Conditions) -> tuple[int, int]:  # noqa: ARG002
-        """Rows and columns of patches of latents of this height and width."""
+        """Computes the grid of patches of latents.
+
+        Args:
+            height: H, rows of latents.
+            width: W, columns of latents.
+            conditions: unused; the published network reads ``pad_patches``.
+
+        Returns:
+            Rows and columns of patches; an incomplete patch counts.
+        """
         return -(-height // PATCH), -(-width // PATCH)
 
     def context_tokens(self, conditions: Conditions) -> ContextTokens:
-        """Embeds all conditions but the map."""
+        """Embeds all conditions but the map.
+
+        Args:
+            conditions: what the video is to show.
+
+        Returns:
+            The context tokens, rows (B, R, C); dropped conditions are replaced by the vectors that stand for them.
+        """
         keep = conditions.keep
         keep_frame = conditions.keep_frame & keep[:, None]
         text, text_visible = self.text_tokens(conditions)  # (B, Lt, C)
@@ -254,8 +284,11 @@ class MagicDrive(nn.Module):
     def text_tokens(self, conditions: Conditions) -> tuple[Tensor, Tensor | None]:
         """Embeds the text; a dropped one is replaced by the stored null text, all of it.
 
+        Args:
+            conditions: ``text``, ``text_mask`` and ``keep`` are read.
+
         Returns:
-            (B, Lt, C), and a mask (B, Lt) of the tokens that are attended to; None: all.
+            (B, Lt, C), and a mask (B, Lt) bool of the tokens that are attended to; None: all.
         """
         text, mask, keep = conditions.text, conditions.text_mask, conditions.keep[:, None]
         null = self.y_embedder.y_embedding.to(text.dtype)
@@ -264,12 +297,29 @@ class MagicDrive(nn.Module):
         return self.y_embedder(torch.where(keep[..., None], text, null)), mask | ~keep
 
     def position(self, conditions: Conditions, grid: tuple[int, int]) -> Tensor:
-        """Position embedding of every patch: (B, rows * columns, C)."""
+        """Computes the position embedding of every patch, scaled by the size of the video.
+
+        Args:
+            conditions: ``height`` and ``width`` are read, pixels of each sample's video.
+            grid: rows and columns of patches.
+
+        Returns:
+            (B, rows * columns, C) in the dtype of the weights.
+        """
         scale = (conditions.height.float() * conditions.width.float()).sqrt() / BASE_PIXELS
         return position_embedding(grid, scale, round((grid[0] * grid[1]) ** 0.5), self.config.width).to(self.dtype)
 
     def map_tokens(self, conditions: Conditions, latent_shape: tuple[int, int, int], grid: tuple[int, int]) -> Tensor:
-        """Embeds the BEV map as tokens (B, T, S, C), the same for all views."""
+        """Embeds the BEV map as tokens, the same for all views.
+
+        Args:
+            conditions: ``bev_map`` and ``keep`` are read.
+            latent_shape: T, H, W of the latents, to which the map's features are resized.
+            grid: rows and columns of patches.
+
+        Returns:
+            (B, T, S, C), this rank's tokens.
+        """
         bev_map = self.visible_map(conditions)
         batch = len(bev_map)
         features = self.controlnet_cond_embedder(rearrange(bev_map, "b f k h w -> (b f) k h w"))
@@ -280,12 +330,27 @@ class MagicDrive(nn.Module):
         return self.controlnet_cond_patchifier(self.tokens.shard(to_patches(features, grid[0])))
 
     def visible_map(self, conditions: Conditions) -> Tensor:
-        """The BEV map (B, F, layers, rows, columns), an empty one where the conditions are dropped."""
+        """Selects the BEV map that the network sees: an empty one where the conditions are dropped.
+
+        Args:
+            conditions: ``bev_map`` and ``keep`` are read.
+
+        Returns:
+            (B, F, layers, rows, columns) in the dtype of the weights.
+        """
         keep = conditions.keep[:, None, None, None, None]
         return conditions.bev_map.to(self.dtype, copy=True).mul_(keep)  # in one copy: a long clip's map takes 1 GB
 
     def resize_map(self, features: Tensor, latent_shape: tuple[int, int, int]) -> Tensor:
-        """Resizes map features (B, C, t, h, w) to T, H, W by means over what a latent covers (decision 0009)."""
+        """Resizes map features to the latents' grid by means over what a latent covers (decision 0009).
+
+        Args:
+            features: (B, C, t, h, w).
+            latent_shape: T, H, W of the latents.
+
+        Returns:
+            (B, C, T, H, W).
+        """
         return functional.interpolate(features, size=latent_shape, mode="area")
 
     def keys_values(self, rows: Tensor) -> dict[nn.Module, Tensor]:

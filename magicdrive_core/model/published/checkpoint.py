@@ -46,7 +46,14 @@ HINT = "pass ema.pt, a safetensors file, or a folder of shards with their index,
 
 
 def published_xl(stage: Stage) -> NetworkConfig:
-    """Sizes of the published network of a stage; stages 2 and 3 have the same one."""
+    """Describes the published network of a stage; stages 2 and 3 have the same one.
+
+    Args:
+        stage: training stage; stage 1 has neither temporal blocks nor instance latents.
+
+    Returns:
+        The sizes.
+    """
     first = stage == "stage1"
     return replace(PUBLISHED_XL, temporal=not first, instance_latent=not first, mean_over_frames=first)
 
@@ -96,6 +103,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Args:
         path: the file or folder.
 
+    Returns:
+        The tensors by name, on the CPU; those of a ``.pt`` or ``.bin`` file are mapped from the disk.
+
     Raises:
         MagicDriveError: a file is missing, damaged, or a pickle that holds more than tensors.
     """
@@ -108,7 +118,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def fit_text(null_text: Tensor, tokens: int) -> Tensor:
-    """Cuts the null text (L, D) to (tokens, D), or repeats its last row."""
+    """Cuts the null text to the network's number of tokens, or repeats its last row.
+
+    Args:
+        null_text: (L, D).
+        tokens: number of text tokens of the network.
+
+    Returns:
+        (tokens, D).
+    """
     missing = max(0, tokens - len(null_text))
     return torch.cat([null_text[:tokens], null_text[-1:].expand(missing, -1)])
 

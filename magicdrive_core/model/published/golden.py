@@ -38,8 +38,14 @@ _PER_VIEW = ("cams", "rel_pos", "bbox_bboxes", "bbox_classes", "bbox_masks")  # 
 def read_npz(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Reads the arrays of a golden file as tensors, and its settings.
 
+    Args:
+        path: a ``golden_*.npz``.
+
+    Returns:
+        The tensors by name, and the settings of the entry ``__meta_json__``.
+
     Raises:
-        MagicDriveError: missing or not such a file.
+        MagicDriveError: the file is missing, or is not a golden file.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -56,7 +62,13 @@ def load_golden_network(path: Path, meta: Mapping[str, Any]) -> MagicDrive:
 
     Args:
         path: the case; the weights are in the same folder.
-        meta: its settings.
+        meta: the case's settings, from ``read_npz``.
+
+    Returns:
+        The network in evaluation mode.
+
+    Raises:
+        MagicDriveError: the file of weights is missing, or is not a golden file.
     """
     weights, weights_meta = read_npz(path.parent / meta["weights_file"])
     network = build_network(golden_config({**weights_meta, **meta}))
@@ -65,7 +77,14 @@ def load_golden_network(path: Path, meta: Mapping[str, Any]) -> MagicDrive:
 
 
 def golden_config(meta: Mapping[str, Any]) -> NetworkConfig:
-    """Translates a golden file's settings."""
+    """Translates a golden file's settings to the sizes of this network.
+
+    Args:
+        meta: settings of a case, joined with those of its file of weights.
+
+    Returns:
+        The sizes of a published network.
+    """
     config = meta["config"]
     box, ego = config["bbox_embedder_param"], config["frame_emb_param"]
     order = meta.get("mv_order_map", {})
@@ -97,7 +116,14 @@ def golden_config(meta: Mapping[str, Any]) -> NetworkConfig:
 
 
 def read_conditions(arrays: Mapping[str, Tensor]) -> Conditions:
-    """Reads the ``in/`` arrays of a case as conditions; rows b*V+v become (B, V, ...)."""
+    """Reads the ``in/`` arrays of a case as conditions; rows b*V+v become (B, V, ...).
+
+    Args:
+        arrays: the case's tensors by name, from ``read_npz``.
+
+    Returns:
+        The conditions; without masks in the file nothing is dropped and all text tokens count.
+    """
     maps = arrays["in/maps"]
     batch, frames = maps.shape[:2]
     rows = {name: arrays[f"in/{name}"].unflatten(0, (batch, -1)) for name in _PER_VIEW}
@@ -122,12 +148,27 @@ def read_conditions(arrays: Mapping[str, Tensor]) -> Conditions:
 
 
 def views_from_channels(x: Tensor, views: int) -> Tensor:
-    """Separates the views of (B, C*V, T, H, W), view fastest: (B, V, C, T, H, W)."""
+    """Separates the views, which the published system interleaves with the channels (view fastest).
+
+    Args:
+        x: (B, C * V, T, H, W).
+        views: V.
+
+    Returns:
+        (B, V, C, T, H, W).
+    """
     return rearrange(x, "b (c v) t h w -> b v c t h w", v=views)
 
 
 def channels_from_views(x: Tensor) -> Tensor:
-    """The inverse of ``views_from_channels``."""
+    """Interleaves views with channels, the inverse of ``views_from_channels``.
+
+    Args:
+        x: (B, V, C, T, H, W).
+
+    Returns:
+        (B, C * V, T, H, W), view fastest.
+    """
     return rearrange(x, "b v c t h w -> b (c v) t h w")
 
 
@@ -153,10 +194,16 @@ class GoldenResult:
 
 
 def check_golden(path: Path | str) -> GoldenResult:
-    """Runs a ``golden_model_*.npz``: output, and every intermediate that the file holds.
+    """Runs a ``golden_model_*.npz`` and compares the output, and every intermediate that the file holds.
+
+    Args:
+        path: the file; its weights are in the same folder.
+
+    Returns:
+        The largest absolute difference of each intermediate and of the output.
 
     Raises:
-        MagicDriveError: it is no such file, or its weights are missing.
+        MagicDriveError: it is not a golden model file, or its weights are missing.
     """
     path = Path(path)
     arrays, meta = read_npz(path)
