@@ -181,7 +181,7 @@ class Generate(Section):
 
     @property
     def devices(self) -> int:
-        """Number of devices that one worker takes."""
+        """Number of devices that one worker takes: ``sequence_parallel``, doubled if ranks split guidance's passes."""
         return self.sequence_parallel * (2 if self.guidance_parallel and self.guidance > 1 else 1)
 
     @model_validator(mode="after")
@@ -226,7 +226,14 @@ class LongSet(Section):
     night: Annotated[str, about("Clips at night.", used_in="wcoda/long_videos.py")]
 
     def of(self, weather: str) -> str:
-        """Returns the folder of one weather: sunny, rainy or night."""
+        """Returns the folder of one weather.
+
+        Args:
+            weather: "sunny", "rainy" or "night".
+
+        Raises:
+            KeyError: any other weather.
+        """
         return {"sunny": self.sunny, "rainy": self.rainy, "night": self.night}[weather]
 
 

@@ -87,6 +87,9 @@ def read_yaml(path: Path | str, hint: str) -> Any:
         path: the file.
         hint: what to do where it is missing.
 
+    Returns:
+        The decoded value; None for an empty file.
+
     Raises:
         UsageError: the file is missing or not YAML.
     """
@@ -99,7 +102,15 @@ def read_yaml(path: Path | str, hint: str) -> Any:
 
 
 def first_fault(error: ValidationError, model: type[BaseModel]) -> str:
-    """Describes the first fault of values for ``model`` in one line: the key, its value, what would be valid."""
+    """Describes the first fault that the validation of values found.
+
+    Args:
+        error: all faults.
+        model: the section that the values are for; its known keys are listed where a key is unknown.
+
+    Returns:
+        One line: the key, its value, what would be valid, and how many more faults there are.
+    """
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"]) or "the file"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""

@@ -149,6 +149,13 @@ class Config(Section):
 
 
 def fingerprint(*parts: Any) -> str:
-    """Returns 64 hex digits that change with any of the parts: sections of the configuration, or plain JSON values."""
+    """Digests everything that decides a result, so that equal fingerprints mean equal results.
+
+    Args:
+        *parts: sections of the configuration, or plain JSON values; their order counts, that of keys does not.
+
+    Returns:
+        64 hex digits (SHA-256) that change with any of the parts.
+    """
     plain = [part.model_dump(mode="json") if isinstance(part, BaseModel) else part for part in parts]
     return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

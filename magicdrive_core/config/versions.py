@@ -57,9 +57,12 @@ SCORES_VERSION = 1
 
 
 def training_versions() -> dict[str, int]:
-    """Return the versions that decide the weights of a training run, by computation.
+    """Return the versions that decide the weights of a training run.
 
     The encoders count, too: with ``latents.live``, ``text.live`` and ``conditions.maps: live`` they run in training.
+
+    Returns:
+        Version numbers by the name of the computation; part of the fingerprints of training stages.
     """
     return {
         "bev_maps": BEV_MAPS_VERSION,
@@ -73,7 +76,11 @@ def training_versions() -> dict[str, int]:
 
 
 def generation_versions() -> dict[str, int]:
-    """Return the versions that decide the files of a generated item for the same weights, by computation."""
+    """Return the versions that decide the files of a generated item for the same weights.
+
+    Returns:
+        Version numbers by the name of the computation; part of the fingerprints of items.
+    """
     return {
         "bev_maps": BEV_MAPS_VERSION,
         "conditions": CONDITIONS_VERSION,

@@ -53,7 +53,18 @@ class RunPaths:
         return self.model
 
     def model_tags(self, config: Config) -> dict[str, str]:
-        """Tags for MLflow and manifests: the name or folder of the model, its digest, its MLflow run."""
+        """Tags that identify the model which generates, for MLflow and for the manifests of packages.
+
+        Args:
+            config: All settings.
+
+        Returns:
+            Under ``model`` the value of ``generate.weights`` or the name of the run's folder; under ``model.sha256``
+            the digest of the weights; under ``model.run`` the MLflow run, if there is one.
+
+        Raises:
+            MagicDriveError: The run is not finished.
+        """
         facts = read_json(self.model.result)
         tags = {"model": config.generate.weights or self.model.folder.name, "model.sha256": facts["weights_sha256"]}
         return tags | ({"model.run": facts["run"]} if facts.get("run") else {})
@@ -70,8 +81,11 @@ def find_run_paths(config: Config, last: Stage = "stage3", project: Path = Path(
         last: The last stage that is wanted.
         project: The project's folder.
 
+    Returns:
+        Stages and folders below ``project``; nothing is created.
+
     Raises:
-        UsageError: Not even stage 1 has a clip, or the registry knows no such model.
+        UsageError: Not even stage 1 has a clip, the registry knows no such model, or the edits file is unusable.
         MagicDriveError: The folder that ``generate.weights`` names holds no network.
     """
     notes: list[str] = []
@@ -89,10 +103,20 @@ def find_run_paths(config: Config, last: Stage = "stage3", project: Path = Path(
 
 
 def pin_registered(config: Config, project: Path = Path()) -> list[str]:
-    """The override that makes ``generate.weights`` mean the same model in every process, whatever becomes of aliases.
+    """Find out which version of a registered model ``generate.weights`` means now, and pin it for all processes.
+
+    An alias may be moved to another version while a flow runs.
+
+    Args:
+        config: All settings.
+        project: The project's folder.
+
+    Returns:
+        One ``key=value`` override that names the version; none where ``generate.weights`` names no registered model.
 
     Raises:
-        UsageError, MagicDriveError: as ``find_run_paths``.
+        UsageError: The registry knows no such model.
+        MagicDriveError: The folder of its weights is missing, or the weights have changed.
     """
     weights = config.generate.weights
     if weights is None or not weights.startswith(REGISTERED):

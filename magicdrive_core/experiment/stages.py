@@ -61,6 +61,9 @@ def plan_stage(config: Config, stage: Stage, project: Path = Path()) -> StagePla
         config: All settings.
         stage: The last stage of the plan; its ``previous`` leads to the earlier ones.
         project: The project's folder.
+
+    Returns:
+        The plan; nothing is created.
     """
     inputs = input_digests(project)
     plan: StagePlan | None = None
@@ -108,6 +111,14 @@ def feasibility(config: Config, stage: Stage, project: Path = Path()) -> Feasibi
     """Count the training clips of a stage's buckets.
 
     A stage with buckets of several frames trains on videos, so clips of single frames do not make it possible.
+
+    Args:
+        config: All settings.
+        stage: Whose buckets are filled.
+        project: The project's folder, with the infos.
+
+    Returns:
+        Clips by bucket, and whether the stage can be trained.
     """
     scenes = [SceneHeader.of(scene) for scene in read_scenes(project / "artifacts/infos")]
     buckets = config.training.stage(stage).buckets
@@ -117,7 +128,17 @@ def feasibility(config: Config, stage: Stage, project: Path = Path()) -> Feasibi
 
 
 def bucket_clips(config: Config, stage: Stage, bucket: Bucket, scenes: Sequence[SceneHeader]) -> list[Clip]:
-    """List the training clips of a bucket, in the order of the sampler's indices."""
+    """List the training clips of a bucket; the sampler's indices count in this order.
+
+    Args:
+        config: All settings.
+        stage: Whose ``balance`` decides whether scenes of rare weather are repeated.
+        bucket: Length of the clips, how often they are repeated, whether a clip is a whole scene.
+        scenes: All scenes of the data set; those for training are used.
+
+    Returns:
+        The clips; a repeated clip is in the list more than once.
+    """
     if config.training.stage(stage).balance:
         training = [scene for scene in scenes if scene.split in ("train", "both")]
         scenes = balance_weather(training, published=config.published)
@@ -125,12 +146,23 @@ def bucket_clips(config: Config, stage: Stage, bucket: Bucket, scenes: Sequence[
 
 
 def write_job(plan: StagePlan, config: Config) -> None:
-    """Write everything that the ranks need into the run's folder; later edits of params.yaml do not affect the run."""
+    """Write everything that the ranks need into the run's folder; later edits of params.yaml do not affect the run.
+
+    Args:
+        plan: The stage, in whose folder ``job.json`` is written.
+        config: All settings, with overrides applied.
+    """
     write_json(plan.folder / "job.json", {"config": config.model_dump(mode="json"), "plan": _plain(plan)})
 
 
 def read_job(folder: Path) -> tuple[Config, StagePlan]:
     """Read what ``write_job`` wrote.
+
+    Args:
+        folder: Folder of the run.
+
+    Returns:
+        All settings and the plan of the stage.
 
     Raises:
         MagicDriveError: The folder holds no job.
