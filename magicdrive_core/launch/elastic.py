@@ -29,7 +29,15 @@ if TYPE_CHECKING:
 
 
 def launch(options: argparse.Namespace) -> list[RankFailure]:
-    """Run the command on this host's ranks until all of them end; return the failures, the earliest first."""
+    """Run the command on this host's ranks until all of them end.
+
+    Args:
+        options: of the command line, as ``main`` parses it: ``ranks``, ``hosts``, ``host``, ``address``, ``port`` and
+            ``command``.
+
+    Returns:
+        The ranks that failed, the earliest first; empty if all exited with 0.
+    """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import rendezvous_handler_registry

@@ -62,13 +62,16 @@ class Job:
 
         Args:
             cluster: hosts, ranks, threads, times.
-            name: in a queue.
-            command: what every rank runs.
+            name: in a queue: lower-case letters, digits and dashes.
+            command: what every rank runs: a script and its arguments, or ``-m module arguments``.
             folder: of this launch's files.
             log: of host 0's ranks.
             status: touched by the ranks while they make progress.
             environment: variables of the ranks; the cluster's come on top.
-            shape: hosts and ranks of each, in place of the cluster's.
+            shape: number of hosts and ranks of each, in place of the cluster's; None: the cluster's.
+
+        Returns:
+            The job; nothing is written or started.
         """
         hosts, ranks = shape or (cluster.hosts, cluster.ranks)
         return cls(
@@ -91,11 +94,25 @@ class Job:
         return self.folder / "stop"
 
     def log_of(self, host: int) -> Path:
-        """Return the log of a host's ranks."""
+        """Return the log of a host's ranks.
+
+        Args:
+            host: number of the host, from 0.
+
+        Returns:
+            ``log`` for host 0; for the others a file beside it whose name has the host's number.
+        """
         return self.log if host == 0 else self.log.with_name(f"{self.log.stem}-host{host}{self.log.suffix}")
 
     def exit_file(self, host: int) -> Path:
-        """Return the file that a host writes when its ranks have ended."""
+        """Return the file that a host writes when its ranks have ended.
+
+        Args:
+            host: number of the host, from 0.
+
+        Returns:
+            A file in ``folder``: JSON with the exit status, an error and its hint, and the time.
+        """
         return self.folder / f"host-{host}.json"
 
     def write(self) -> None:
@@ -106,7 +123,14 @@ class Job:
 
     @classmethod
     def read(cls, folder: Path) -> Job:
-        """Read the job that ``write`` wrote into a folder."""
+        """Read the job that ``write`` wrote.
+
+        Args:
+            folder: the job's folder.
+
+        Raises:
+            MagicDriveError: the folder holds no job.
+        """
         values = read_json(folder / "job.json", "magicdrive train writes it")
         return cls(**values | {name: Path(values[name]) for name in ("folder", "log", "status")})
 

@@ -36,17 +36,45 @@ class KubernetesQueue:
         self._settings = settings
 
     def render(self, job: Job) -> str:
-        """Return the manifest of a job."""
+        """Return the manifest of a job.
+
+        Args:
+            job: hosts, ranks, environment and grace.
+
+        Returns:
+            A JobSet as YAML.
+        """
         return yaml.safe_dump(self._job_set(job), sort_keys=False, width=120)
 
     def submit(self, job: Job, path: Path) -> str:
-        """Create the JobSet at ``path`` and return its name; a finished one of that name is removed first."""
+        """Create the JobSet; a finished one of the job's name is removed first.
+
+        Args:
+            job: whose name the JobSet has.
+            path: the rendered manifest.
+
+        Returns:
+            The JobSet's name.
+
+        Raises:
+            MagicDriveError: kubectl is not installed, or the cluster refused, with its reason.
+        """
         self._kubectl("delete", "jobset", job.name, "--ignore-not-found", "--cascade=foreground")
         self._kubectl("create", "--filename", str(path))
         return job.name
 
     def ended(self, name: str) -> bool:
-        """Return whether a JobSet has completed, has failed for good, or is gone."""
+        """Return whether a JobSet has completed, has failed for good, or is gone.
+
+        Args:
+            name: of the JobSet.
+
+        Returns:
+            False, too, where the cluster does not answer.
+
+        Raises:
+            MagicDriveError: kubectl is not installed.
+        """
         result = query([*self._command, "get", "jobset", name, "--output", "json"])
         if result.returncode:
             return "NotFound" in result.stderr
@@ -54,7 +82,14 @@ class KubernetesQueue:
         return any(each["type"] in ("Completed", "Failed") and each["status"] == "True" for each in conditions)
 
     def cancel(self, name: str) -> None:
-        """Delete a JobSet: its pods get SIGTERM and their grace, and it stays until they are gone."""
+        """Delete a JobSet: its pods get SIGTERM and their grace, and it stays until they are gone.
+
+        Args:
+            name: of the JobSet; it may be gone already.
+
+        Raises:
+            MagicDriveError: kubectl is not installed, or the cluster refused, with its reason.
+        """
         self._kubectl("delete", "jobset", name, "--ignore-not-found", "--cascade=foreground", "--wait=false")
 
     @property

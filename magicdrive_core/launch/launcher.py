@@ -28,7 +28,7 @@ def run_job(cluster: Cluster, job: Job, on_poll: Callable[[], None] | None = Non
     Args:
         cluster: names the launcher.
         job: what to run.
-        on_poll: called twice a second, e.g. to move a progress bar.
+        on_poll: called twice a second, e.g. to move a progress bar; None: nothing.
 
     Returns:
         0, or 75 (``RESUMABLE``) when the ranks saved a checkpoint and want to be started again.
@@ -54,7 +54,15 @@ def run_job(cluster: Cluster, job: Job, on_poll: Callable[[], None] | None = Non
 
 
 def show_job(cluster: Cluster, job: Job) -> str:
-    """Return what would be started: a batch script, a manifest, or the agent's command line. Nothing is written."""
+    """Return what would be started. Nothing is written.
+
+    Args:
+        cluster: names the launcher.
+        job: what would run.
+
+    Returns:
+        A batch script, a manifest, or the agent's command line with the ranks' variables; it ends with a line end.
+    """
     queue = _queue(cluster)
     if queue is not None:
         return queue.render(job)

@@ -93,9 +93,9 @@ def run_group(
         status: a file that the ranks touch while they make progress.
         stall_seconds: the group is stopped when ``status`` has not changed for this long.
         threads: CPU threads of a rank; 0 shares the host's cores evenly.
-        environment: variables added to this process's.
-        on_poll: called twice a second, e.g. to move a progress bar.
-        stop: called twice a second; once it returns True, the group is ended in order.
+        environment: variables added to this process's; None: none.
+        on_poll: called twice a second, e.g. to move a progress bar; None: nothing.
+        stop: called twice a second; once it returns True, the group is ended in order. None: it runs to its end.
         grace_seconds: between SIGTERM and SIGKILL when the group must end early.
         placement: of this host, where other hosts run as many ranks of the same group.
 
@@ -146,7 +146,17 @@ def run_group(
 def agent_command(
     command: Sequence[str], ranks: int, placement: HostPlacement = SINGLE_HOST, failures: Path | None = None
 ) -> list[str]:
-    """Return the interpreter's arguments that run ``command`` on this host's ranks; see elastic.py."""
+    """Make the command line of the agent that runs this host's ranks; see elastic.py.
+
+    Args:
+        command: what each rank runs: a script and its arguments, or ``-m module arguments``.
+        ranks: processes on this host.
+        placement: of this host among the hosts of the group.
+        failures: file to which the agent writes the ranks that failed, as JSON; None: it prints them.
+
+    Returns:
+        Arguments of the Python interpreter.
+    """
     words = ["-m", "magicdrive_core.launch.elastic", "--ranks", str(ranks)]
     if placement.hosts > 1:
         words += ["--hosts", str(placement.hosts), "--host", str(placement.host)]
@@ -245,7 +255,13 @@ def _suppress_timeout() -> Iterator[None]:
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Turn SIGTERM into SystemExit inside the block; it would end this process and leave the group running."""
+    """Turn SIGTERM into SystemExit inside the block; it would end this process and leave the group running.
+
+    On other threads than the main one, and where the process handles SIGTERM already, the block changes nothing.
+
+    Raises:
+        SystemExit: with 143 (128 + SIGTERM), where a SIGTERM arrived.
+    """
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
         return

@@ -28,19 +28,51 @@ class Queue(Protocol):
     file: str  # name of the rendered script or manifest
 
     def render(self, job: Job) -> str:
-        """Return the script or manifest of a job."""
+        """Return the script or manifest of a job.
+
+        Args:
+            job: what to run.
+
+        Returns:
+            The text of the file that ``submit`` gets.
+        """
         ...
 
     def submit(self, job: Job, path: Path) -> str:
-        """Submit the rendered file at ``path``; return the job's name in the queue."""
+        """Submit a job.
+
+        Args:
+            job: what to run.
+            path: the rendered script or manifest.
+
+        Returns:
+            The job's name in the queue.
+
+        Raises:
+            MagicDriveError: the scheduler refused, with its reason.
+        """
         ...
 
     def ended(self, name: str) -> bool:
-        """Return whether a job neither runs nor waits; False where the scheduler does not result."""
+        """Return whether a job neither runs nor waits.
+
+        Args:
+            name: of the job in the queue.
+
+        Returns:
+            False, too, where the scheduler does not answer.
+        """
         ...
 
     def cancel(self, name: str) -> None:
-        """Remove a job from the queue; the ranks of a running one are requested to stop."""
+        """Remove a job from the queue; the ranks of a running one are requested to stop.
+
+        Args:
+            name: of the job in the queue.
+
+        Raises:
+            MagicDriveError: the scheduler refused, with its reason.
+        """
         ...
 
 
@@ -52,7 +84,7 @@ def run_queued(
     Args:
         queue: the scheduler.
         job: what to run.
-        on_poll: called twice a second.
+        on_poll: called twice a second, e.g. to move a progress bar; None: nothing.
         query_seconds: between queries of the queue.
 
     Returns:
@@ -103,7 +135,13 @@ def _wait(
 
 
 def query(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Run a scheduler's command and return its result.
+    """Run a scheduler's command that may fail.
+
+    Args:
+        command: program and arguments.
+
+    Returns:
+        Exit status, output and errors as text.
 
     Raises:
         MagicDriveError: the command is not installed.
@@ -117,10 +155,16 @@ def query(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 
 def run_command(command: Sequence[str]) -> str:
-    """Run a scheduler's command that must succeed, and return its output.
+    """Run a scheduler's command that must succeed.
+
+    Args:
+        command: program and arguments.
+
+    Returns:
+        Its output.
 
     Raises:
-        MagicDriveError: the scheduler refused, with its reason.
+        MagicDriveError: the command is not installed, or the scheduler refused, with its reason.
     """
     result = query(command)
     if result.returncode:

@@ -42,7 +42,14 @@ class SlurmQueue:
         self._settings = settings
 
     def render(self, job: Job) -> str:
-        """Return the batch script of a job."""
+        """Return the batch script of a job, which runs in the present working directory with this Python.
+
+        Args:
+            job: hosts, ranks, environment and grace.
+
+        Returns:
+            The script, from the template ``slurm.sh.j2``.
+        """
         templates = Environment(
             loader=PackageLoader("magicdrive_core.launch", "."),
             undefined=StrictUndefined,
@@ -55,18 +62,46 @@ class SlurmQueue:
         )
 
     def submit(self, job: Job, path: Path) -> str:  # noqa: ARG002
-        """Submit the script at ``path``; return Slurm's number of the job."""
+        """Submit the batch script of a job.
+
+        Args:
+            job: not used; the script has all of it.
+            path: the rendered script.
+
+        Returns:
+            Slurm's number of the job.
+
+        Raises:
+            MagicDriveError: sbatch is not installed, or Slurm refused, with its reason.
+        """
         number = run_command(["sbatch", "--parsable", str(path)])  # "number;cluster" in a federation
         return number.strip().split(";")[0]
 
     def ended(self, name: str) -> bool:
-        """Return whether a job is in a final state; a requeued job is not."""
+        """Return whether a job is in a final state; a requeued job is not.
+
+        Args:
+            name: Slurm's number of the job.
+
+        Returns:
+            True, too, where Slurm no longer knows the job; False where its controller does not answer.
+
+        Raises:
+            MagicDriveError: squeue is not installed.
+        """
         result = query(["squeue", "--noheader", "--states=all", "--format=%T", "--jobs", name])
         if result.returncode:
             return "Invalid job id" in result.stderr  # forgotten; otherwise the controller does not answer
         return result.stdout.strip() in ENDED | {""}
 
     def cancel(self, name: str) -> None:
-        """Remove a waiting job; request the ranks of a running one to stop, and its script ends with them."""
+        """Remove a waiting job; request the ranks of a running one to stop, and its script ends with them.
+
+        Args:
+            name: Slurm's number of the job.
+
+        Raises:
+            MagicDriveError: scancel is not installed, or Slurm refused, with its reason.
+        """
         run_command(["scancel", "--quiet", "--state=PENDING", name])
         query(["scancel", "--quiet", "--signal=TERM", name])
