@@ -9,8 +9,11 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     """Leads the velocity away from the unconditional one: v = v_null + scale (v_cond - v_null).
 
     Args:
-        conditional: v_cond.
+        conditional: v_cond, of any shape.
         unconditional: v_null, of the same shape.
-        scale: 1 gives v_cond.
+        scale: of the guidance; 1 gives v_cond, 0 gives v_null.
+
+    Returns:
+        v, of the same shape.
     """
     return unconditional + scale * (conditional - unconditional)

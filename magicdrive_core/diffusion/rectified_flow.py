@@ -40,8 +40,11 @@ class RectifiedFlow:
         r = sqrt(height * width / base_pixels) * sqrt(n), n the counted frames (golden notes, section 5).
 
         Args:
-            t: noise levels in [0, 1000].
-            shape: of the video.
+            t: noise levels in [0, 1000], of any shape.
+            shape: frames, height and width in pixels of the video.
+
+        Returns:
+            Noise levels in [0, 1000], shaped like ``t``, fp32.
 
         Raises:
             ValueError: the shape has no frames as counted (``latent_frames=False`` and 2 to 16 frames).
@@ -55,40 +58,63 @@ class RectifiedFlow:
         return r * s / (1 + (r - 1) * s) * NOISE
 
     def timesteps(self, steps: int, shape: VideoShape) -> Tensor:
-        """Falling noise levels of sampling, 1000 (1 - i/steps), shifted: (steps)."""
+        """Computes the falling noise levels of sampling, 1000 (1 - i/steps), shifted for the size of the video.
+
+        Args:
+            steps: number of steps.
+            shape: frames, height and width in pixels of the video.
+
+        Returns:
+            (steps) noise levels in [0, 1000], fp32.
+
+        Raises:
+            ValueError: the shape has no frames as counted, see ``shift``.
+        """
         return self.shift(torch.tensor([(1 - i / steps) * NOISE for i in range(steps)]), shape)
 
     def draw_timesteps(self, generator: torch.Generator | None, batch: int, shape: VideoShape) -> Tensor:
         """Draws noise levels of training on the CPU, logit-normal, then shifted.
 
         Args:
-            generator: of the random numbers; None: torch's own.
+            generator: draws the random numbers; None: torch's own.
             batch: B.
-            shape: of the videos.
+            shape: frames, height and width in pixels of the videos.
 
         Returns:
-            (B).
+            (B) noise levels in [0, 1000], fp32.
+
+        Raises:
+            ValueError: the shape has no frames as counted, see ``shift``.
         """
         return self.shift(NOISE * torch.randn(batch, generator=generator).sigmoid(), shape)
 
     @staticmethod
     def add_noise(x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Computes x_t = (1 - t/1000) x_0 + (t/1000) noise for noise levels ``t`` (B)."""
+        """Computes x_t = (1 - t/1000) x_0 + (t/1000) noise, the point of the path at noise level t.
+
+        Args:
+            x_0: (B, ...) clean latents.
+            noise: shaped like ``x_0``.
+            t: (B) noise levels in [0, 1000].
+
+        Returns:
+            Noisy latents x_t, shaped like ``x_0``.
+        """
         s = (t / NOISE).view(-1, *[1] * (x_0.ndim - 1))
         return (1 - s) * x_0 + s * noise
 
     @staticmethod
     def loss(prediction: Tensor, x_0: Tensor, noise: Tensor, x_mask: Tensor | None = None) -> Tensor:
-        """Mean squared error of the velocity over the noisy frames of each sample; 0 where a sample has none.
+        """Computes the mean squared error of the velocity over the noisy frames of each sample.
 
         Args:
             prediction: (B, ..., T, H, W) velocity.
             x_0: clean latents of the same shape.
             noise: of the same shape.
-            x_mask: (B, T), True = noisy; None: all noisy.
+            x_mask: (B, T) bool, True = noisy; None: all noisy.
 
         Returns:
-            (B).
+            (B), fp32; 0 for a sample without noisy frames.
         """
         error = (prediction.float() - (x_0 - noise)).square()
         by_frame = error.movedim(-3, 1).flatten(2).mean(dim=2)
@@ -112,10 +138,21 @@ def restore_conditioning_frames(x_t: Tensor, x_0: Tensor, x_mask: Tensor | None)
         x_t: (B, ..., T, H, W) noisy latents.
         x_0: clean latents of the same shape.
         x_mask: (B, T) bool, False = conditioning frame; None: there is none.
+
+    Returns:
+        (B, ..., T, H, W).
     """
     return x_t if x_mask is None else torch.where(over_frames(x_mask, x_t), x_t, x_0)
 
 
 def over_frames(x_mask: Tensor, x: Tensor) -> Tensor:
-    """Reshapes (B, T) to (B, 1, ..., T, 1, 1), broadcastable against ``x`` (B, ..., T, H, W)."""
+    """Reshapes a mask or number for each frame so that it broadcasts against latents.
+
+    Args:
+        x_mask: (B, T).
+        x: (B, ..., T, H, W), read for its number of dimensions.
+
+    Returns:
+        (B, 1, ..., T, 1, 1).
+    """
     return x_mask.view(len(x_mask), *[1] * (x.ndim - 4), -1, 1, 1)

@@ -29,13 +29,13 @@ class StepCache:
         """Runs the blocks, or adds what they added before.
 
         Args:
-            trunk: maps tokens, and the other arguments, to tokens of the same shape; it may write over ``x``.
-            level: noise level of all samples.
-            x: tokens.
+            trunk: maps tokens, and the other arguments, to tokens of the same shape; it may write over its tokens.
+            level: noise level of all samples, in [0, 1000].
+            x: tokens of any shape; they are not written over.
             *rest: other arguments of ``trunk``.
 
         Returns:
-            Tokens after all blocks, or nearly.
+            Tokens after all blocks, shaped like ``x``; approximate where the increment of an earlier level was added.
         """
         if self._added is not None and self._level - level <= self._within:
             return x + self._added

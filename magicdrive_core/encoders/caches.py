@@ -179,7 +179,13 @@ class TextCache:
         return caption in self._names
 
     def features(self, caption: str) -> Tensor:
-        """Returns the features (l, D) of a caption's l tokens in float32.
+        """Reads the features of a caption.
+
+        Args:
+            caption: the text, exactly as it was cached.
+
+        Returns:
+            (l, D) in float32 for the caption's l tokens.
 
         Raises:
             MagicDriveError: the caption is not in the cache.
@@ -213,6 +219,12 @@ class LatentCache:
             size: height and width of the video, such as "224x400".
             frames: frames of the clips.
             scene: scene token.
+
+        Returns:
+            Frame numbers within the scene; empty if the cache has no clips of this kind.
+
+        Raises:
+            MagicDriveError: a file of the cache cannot be read.
         """
         if f"{bucket_name(size, frames)}/{scene}.safetensors" not in self._index["files"]:
             return []
@@ -227,10 +239,10 @@ class LatentCache:
             clip: the clip.
 
         Returns:
-            (V, 2C, T, h, w) in the dtype of the cache.
+            (V, 2C, T, h, w) in the dtype of the cache: mean, then log-variance, along the channels.
 
         Raises:
-            MagicDriveError: the cache does not hold this clip.
+            MagicDriveError: the cache does not hold this clip, or its file cannot be read.
         """
         starts = self.starts(size, clip.frames, clip.scene)
         if clip.start not in starts:
@@ -320,7 +332,14 @@ class LiveText:
         self._known: dict[str, Tensor] = {}
 
     def features(self, caption: str) -> Tensor:
-        """Returns the features (l, D) of a caption's l tokens in float32."""
+        """Encodes a caption, or returns the features that were kept of it.
+
+        Args:
+            caption: the text; cut to ``text.max_tokens`` tokens.
+
+        Returns:
+            (l, D) in float32 on the CPU for the caption's l tokens.
+        """
         if caption not in self._known:
             self._known[caption] = self._encoder.encode([caption])[0]
         return self._known[caption]
@@ -332,6 +351,9 @@ def open_text(config: Config, project: Path) -> TextCache | LiveText:
     Args:
         config: settings.
         project: folder of the project.
+
+    Returns:
+        The cache in ``artifacts/text``, or the live encoder.
 
     Raises:
         MagicDriveError: the cache is missing or stale, or the text encoder is missing.

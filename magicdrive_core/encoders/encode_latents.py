@@ -48,6 +48,9 @@ def is_prefix(frames: int, longer: int, chunk_frames: int | None) -> bool:
         frames: frames of the clip.
         longer: frames of the longer clip.
         chunk_frames: frames of an encoder chunk; None: the whole clip.
+
+    Returns:
+        True where the shorter clip's latents can be copied from the longer one's.
     """
     return chunk_frames is not None and chunk_frames <= frames and (longer - frames) % chunk_frames == 0
 
@@ -88,7 +91,14 @@ class SceneWork:
     starts: dict[int, list[int]]
 
     def encoded(self, chunk_frames: int | None) -> dict[int, list[int]]:
-        """Returns the clips that have to be encoded, as ``starts``; the others are prefixes of longer clips."""
+        """Selects the clips that have to be encoded; the others are prefixes of longer clips.
+
+        Args:
+            chunk_frames: frames of an encoder chunk; None: the whole clip.
+
+        Returns:
+            First frames of the clips by their number of frames, the longest clips first.
+        """
         left: dict[int, list[int]] = {}
         for frames, starts in sorted(self.starts.items(), reverse=True):
             longer = {start for n in left if is_prefix(frames, n, chunk_frames) for start in left[n]}
@@ -96,12 +106,26 @@ class SceneWork:
         return left
 
     def frames(self, chunk_frames: int | None) -> int:
-        """Returns the number of frames that have to be encoded, over all views."""
+        """Counts the frames that have to be encoded, over all views.
+
+        Args:
+            chunk_frames: frames of an encoder chunk; None: the whole clip.
+
+        Returns:
+            Number of frames; a frame counts once for each clip that it is encoded in.
+        """
         views = len(self.pictures[0])
         return views * sum(frames * len(starts) for frames, starts in self.encoded(chunk_frames).items())
 
     def bytes(self, settings: EncoderSettings) -> int:
-        """Returns the size of the moments in bytes."""
+        """Computes the size of the moments of all clips in the cache.
+
+        Args:
+            settings: latent channels and dtype are read.
+
+        Returns:
+            Bytes, without the files' headers.
+        """
         views, width = len(self.pictures[0]), DTYPES[settings.dtype].itemsize
         values = [
             len(starts)
@@ -124,6 +148,9 @@ def plan_scenes(scenes: Sequence[Scene], root: Path, buckets: Sequence[Bucket], 
         root: data root of the pictures.
         buckets: buckets of all stages.
         stride: frames between the starts of two clips.
+
+    Returns:
+        The work of each scene at each size, sorted by scene token and size.
 
     Raises:
         MagicDriveError: no bucket has a clip.

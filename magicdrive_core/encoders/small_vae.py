@@ -130,7 +130,15 @@ def _crops(build: VaeBuild, clips: Pixels) -> Iterator[Pixels]:
 
 
 def longest_clip(scenes: Sequence[Scene], at_most: int) -> int:
-    """Returns the frames (8n + 1) of the longest clip that some scene allows, up to ``at_most``."""
+    """Finds the longest clip of 8n + 1 frames that some scene allows.
+
+    Args:
+        scenes: the scenes; without any the result is 1.
+        at_most: most frames, at least 1.
+
+    Returns:
+        Number of frames, 8n + 1.
+    """
     return (min(at_most, max(map(len, scenes), default=1)) - 1) // 8 * 8 + 1
 
 
@@ -171,7 +179,15 @@ def draw_clips(scenes: Sequence[Scene], root: Path, size: str, frames: int, coun
 
 
 def psnr(vae: Vae, clips: Pixels) -> float:
-    """Returns the peak signal-to-noise ratio in dB of clips (N, F, H, W, 3) that are encoded (mean) and decoded."""
+    """Measures the peak signal-to-noise ratio of clips that are encoded (posterior mean) and decoded.
+
+    Args:
+        vae: the VAE.
+        clips: (N, F, H, W, 3) in [0, 255].
+
+    Returns:
+        Decibels, from the mean squared error over all clips.
+    """
     squares = 0.0
     for clip in clips:
         latents = vae.latents(vae.moments(to_video(clip[None])))
@@ -181,7 +197,15 @@ def psnr(vae: Vae, clips: Pixels) -> float:
 
 
 def latent_spread(vae: Vae, clips: Pixels) -> float:
-    """Returns the root mean square of unscaled posterior samples of clips; its inverse scales latents to unit size."""
+    """Measures the root mean square of unscaled posterior samples; its inverse scales latents to unit size.
+
+    Args:
+        vae: the VAE; its scaling factor is not used.
+        clips: (N, F, H, W, 3) in [0, 255].
+
+    Returns:
+        The root mean square over all clips, channels and positions, from the posterior's moments without sampling.
+    """
     squares, count = 0.0, 0
     for clip in clips:
         mean, log_variance = vae.moments(to_video(clip[None])).double().chunk(2, dim=1)
@@ -334,9 +358,16 @@ def _least_squares(features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:
-    """Approximates U V^T of the singular value decomposition X = U S V^T of a matrix (m, n) by Newton-Schulz iteration.
+    """Approximates U V^T of the singular value decomposition X = U S V^T by Newton-Schulz iteration.
 
-    Each iterate is a polynomial of X X^T times X, so that the iteration runs on square matrices of the shorter side.
+    Jordan et al. 2024, "Muon: an optimizer for hidden layers". Each iterate is a polynomial of X X^T times X,
+    so that the iteration runs on square matrices of the shorter side.
+
+    Args:
+        matrix: X, (m, n).
+
+    Returns:
+        (m, n), with singular values near 1.
     """
     a, b, c = COEFFICIENTS
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
@@ -352,11 +383,12 @@ def orthogonalised(matrix: Tensor) -> Tensor:
 
 
 class Muon(Optimizer):
-    """Muon for weights of convolutions and matrices, whose rows are the output channels.
+    """Muon for weights of convolutions and matrices, whose rows are the output channels (Jordan et al. 2024).
 
     Args:
         params: tensors of two or more dimensions.
-        lr: singular values of a step.
+        lr: singular values of a step, for matrices with no more rows than columns; taller ones take
+            sqrt(rows / columns) times as large steps.
         momentum: share of the past gradients; applied as Nesterov momentum.
     """
 
@@ -368,7 +400,7 @@ class Muon(Optimizer):
         """Updates every parameter that has a gradient.
 
         Args:
-            closure: computes the loss again before the update.
+            closure: computes the loss again before the update; None: it is not computed.
 
         Returns:
             The loss of ``closure``; None without one.

@@ -41,7 +41,14 @@ class StripedDecoder:
 
     @torch.no_grad()
     def __call__(self, z: Tensor) -> Tensor:
-        """Decodes a group of latent frames (N, C_z, T, h, w) to pixels (N, 3, F, H, W)."""
+        """Decodes the next group of latent frames of the video.
+
+        Args:
+            z: (N, C_z, T, h, w) latents divided by the scaling factor; groups follow one another in time.
+
+        Returns:
+            Pixels (N, 3, F, H, W) in about [-1, 1], in the decoder's dtype.
+        """
         decoder, self._stripe_pixels = self._decoder, self._rows * z.shape[-1] * self._upscaling
         x = self._convolved(decoder.conv_in, z, lambda rows: z[..., rows, :])
         for block in (decoder.mid_block, *decoder.up_blocks):

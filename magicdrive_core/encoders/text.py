@@ -49,6 +49,9 @@ class TextEncoder:
             max_tokens: tokens to which captions are cut.
             device: where the model runs.
 
+        Returns:
+            The frozen encoder in float32.
+
         Raises:
             MagicDriveError: the folder holds no readable T5 encoder.
         """
@@ -68,7 +71,14 @@ class TextEncoder:
         return int(self.model.config.d_model)
 
     def count_tokens(self, captions: list[str]) -> int:
-        """Returns the number of tokens of all captions together, after the cut."""
+        """Counts the tokens of all captions together, after the cut.
+
+        Args:
+            captions: texts; each is cut to ``max_tokens`` tokens.
+
+        Returns:
+            Number of tokens, end tokens included.
+        """
         ids = self.tokenizer(captions, truncation=True, max_length=self.max_tokens).input_ids
         return sum(map(len, ids))
 
@@ -102,7 +112,14 @@ class TextEncoder:
 
 
 def make_tokenizer(captions: list[str]) -> T5Tokenizer:
-    """Builds a T5 tokenizer whose pieces are the words and marks of ``captions``; other words are spelled."""
+    """Builds a T5 tokenizer whose pieces are the words and marks of some captions; other words are spelled.
+
+    Args:
+        captions: texts whose words become pieces.
+
+    Returns:
+        The tokenizer, without T5's extra ids.
+    """
     pieces: Counter[str] = Counter()
     for text in captions:
         for word in text.split():

@@ -27,12 +27,28 @@ WHOLE_CLIP = 1 << 30  # frames of a chunk that is longer than any clip
 
 
 def latent_shape(frames: int, height: int, width: int) -> tuple[int, int, int]:
-    """Returns (T, h, w) of a video's latents: 8n+1 frames give 2n+1, 8n give 2n; height and width shrink by 8."""
+    """Computes the shape of a video's latents: 8n+1 frames give 2n+1, 8n give 2n; height and width shrink by 8.
+
+    Args:
+        frames: F.
+        height: H in pixels.
+        width: W in pixels.
+
+    Returns:
+        T, h, w.
+    """
     return (frames - 1) // TIME_STRIDE + 1, height // SPACE_STRIDE, width // SPACE_STRIDE
 
 
 def to_video(frames: NDArray[np.uint8]) -> Tensor:
-    """Converts frames (N, F, H, W, 3) in [0, 255] to the VAE's input (N, 3, F, H, W), float32 in [-1, 1]."""
+    """Converts frames to the VAE's input.
+
+    Args:
+        frames: (N, F, H, W, 3) in [0, 255].
+
+    Returns:
+        (N, 3, F, H, W), float32 in [-1, 1].
+    """
     return rearrange(torch.from_numpy(frames), "n f h w c -> n c f h w").float().div_(127.5).sub_(1.0)
 
 
@@ -116,6 +132,9 @@ class Vae:
             dtype: of the weights and activations; moments and latents are always float32.
             stripe_rows: pixel rows that are decoded at a time (``striped_decode``): equal to rounding, in less memory;
                 None: whole frames.
+
+        Returns:
+            The frozen VAE; on a CPU its causal convolutions are computed as 2D ones.
 
         Raises:
             MagicDriveError: the folder holds no readable CogVideoX VAE.

@@ -37,12 +37,26 @@ class PlaneConv3d(nn.Module):
         self.padding = tuple(int(side) for side in conv.padding[1:])
 
     def single(self, frame: Tensor) -> Tensor:
-        """Convolves a single frame (N, C, 1, H, W) that is repeated as its own past."""
+        """Convolves a single frame that is repeated as its own past.
+
+        Args:
+            frame: (N, C, 1, H, W).
+
+        Returns:
+            (N, C_out, 1, H, W).
+        """
         weight = self.weight.sum(dim=2)
         return functional.conv2d(frame[:, :, 0], weight, self.bias, padding=self.padding)[:, :, None]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Convolves (N, C, F, H, W) to (N, C_out, F - kernel frames + 1, H, W)."""
+        """Convolves frames, padded along rows and columns but not in time.
+
+        Args:
+            x: (N, C, F, H, W), the past frames included.
+
+        Returns:
+            (N, C_out, F - kernel frames + 1, H, W).
+        """
         kernel = self.weight.shape[2]
         if kernel > 1 and x.shape[:4].numel() > ONEDNN_VALUES:
             return functional.conv3d(x, self.weight, self.bias, padding=(0, *self.padding))
@@ -74,7 +88,7 @@ class PlaneCausalConv3d(nn.Module):
             conv_cache: last frames of the chunk before (N, C, past, H, W); None: the first frame is repeated.
 
         Returns:
-            (N, C_out, F, H, W), and the last frames for the next chunk.
+            (N, C_out, F, H, W), and the last frames (N, C, past, H, W) for the next chunk; None if ``past`` is 0.
         """
         if self.past == 0:
             return self.conv(inputs), None
@@ -87,7 +101,11 @@ class PlaneCausalConv3d(nn.Module):
 
 
 def use_plane_convolutions(model: nn.Module) -> None:
-    """Replaces the causal convolutions of a CogVideoX VAE in place."""
+    """Replaces the causal convolutions of a CogVideoX VAE in place.
+
+    Args:
+        model: the diffusers model; its weights and their names are kept.
+    """
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, CogVideoXCausalConv3d):
@@ -125,16 +143,31 @@ class LeanSpatialNorm(nn.Module):
         return self.modulate(self.norm_layer(f), resized(zq, f.shape[-3:])), {}
 
     def modulate(self, normed: Tensor, zq: Tensor) -> Tensor:
-        """Scales and shifts ``normed`` (N, C, F, H, W) in place by latents ``zq`` (N, C_z, F, H, W)."""
+        """Scales and shifts normalised activations by the latents at each position, in place.
+
+        Args:
+            normed: (N, C, F, H, W), written over.
+            zq: latents (N, C_z, F, H, W), resized to the activations.
+
+        Returns:
+            ``normed``.
+        """
         normed.mul_(self.conv_y.conv(zq))
         normed.add_(self.conv_b.conv(zq))
         return normed
 
 
 def resized(zq: Tensor, shape: Sequence[int]) -> Tensor:
-    """Resizes latents (N, C_z, T, h, w) to ``shape`` (F, H, W) by nearest neighbours.
+    """Resizes latents to the shape of activations by nearest neighbours.
 
-    Of an odd number of frames, the first one is resized from the first latent frame alone.
+    Of an odd number of frames above 1, the first one is resized from the first latent frame alone.
+
+    Args:
+        zq: (N, C_z, T, h, w).
+        shape: F, H, W of the activations.
+
+    Returns:
+        (N, C_z, F, H, W).
     """
     if shape[0] > 1 and shape[0] % 2 == 1:
         first = functional.interpolate(zq[:, :, :1], size=(1, *shape[1:]))
@@ -144,7 +177,11 @@ def resized(zq: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def use_lean_norms(model: nn.Module) -> None:
-    """Replaces the spatial norms of a frozen CogVideoX VAE in place."""
+    """Replaces the spatial norms of a frozen CogVideoX VAE in place.
+
+    Args:
+        model: the diffusers model; its weights and their names are kept.
+    """
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, CogVideoXSpatialNorm3D):

@@ -1,7 +1,7 @@
 """The kernels' functions in C++, as operations of torch: fp32 on a CPU.
 
 They have gradients, and go through FakeTensorMode, export and compile as single operations. Every function of
-``Backend`` in ``functions.py`` is here; Args and shapes are documented there.
+``Backend`` in ``functions.py`` is here.
 
 Packed is (outer, inner, n, 3, h, d): sequences of n tokens with q, k and v, outer and inner two dimensions of any
 strides, so that sequences across memory need no copy.
@@ -23,7 +23,20 @@ from magicdrive_core.kernels.library import WIDTHS, Attention, Modulation, new_n
 
 @torch.library.custom_op("magicdrive::attend_packed", mutates_args=(), device_types="cpu")
 def attend_packed(packed: Tensor, norm: Tensor, count: int, angles: Tensor | None) -> Tensor:
-    """Backend of ``functions.attend_packed``; the result is in memory as ``packed`` is ordered."""
+    """Computes attention among the tokens of every sequence, in fp32 on a CPU.
+
+    Args:
+        packed: (outer, inner, n, 3, h, d): q, k and v before their norm; of any strides but d's.
+        norm: (2, d), weights of the RMS norms of q and k.
+        count: tokens of a sequence, from the first on, that are attended to.
+        angles: (n, d/2, 2), cosines and sines that turn q and k after the norm; None: they are not turned.
+
+    Returns:
+        (outer, inner, n, h, d), in memory in the order of ``packed``.
+
+    Raises:
+        ValueError: there are no keys, or the channels of a head are not adjacent in memory.
+    """
     out = _ordered_like(packed)
     _packed(packed, norm, count, angles).forward(out)
     return out
@@ -67,7 +80,20 @@ attend_packed.register_autograd(_from_packed, setup_context=_keep_packed)
 
 
 def attend_neighbours(packed: Tensor, norm: Tensor, count: int, neighbours: Sequence[Sequence[int]]) -> Tensor:
-    """Backend of ``functions.attend_neighbours``."""
+    """Computes attention of every view to each of its neighbours in the same frame, summed over these.
+
+    Args:
+        packed: (B, V, T, n, 3, h, d): q, k and v before their norm.
+        norm: (2, d), weights of the RMS norms of q and k.
+        count: tokens of a frame, from the first on, that are attended to.
+        neighbours: the views that each view attends to, equally many of each.
+
+    Returns:
+        (B, V, T, n, h, d).
+
+    Raises:
+        ValueError: there are no keys, or the channels of a head are not adjacent in memory.
+    """
     return _attend_neighbours(packed, norm, count, list(chain(*neighbours)))
 
 
@@ -126,7 +152,19 @@ _attend_neighbours.register_autograd(_from_views, setup_context=_keep_views)
 
 @torch.library.custom_op("magicdrive::attend_context", mutates_args=(), device_types="cpu")
 def attend_context(q: Tensor, kv: Tensor, bias: Tensor | None) -> Tensor:
-    """Backend of ``functions.attend_context``."""
+    """Computes attention to other tokens, whose keys and values are packed, in fp32 on a CPU.
+
+    Args:
+        q: (R, n, h, d).
+        kv: (R, m, 2, h, d): k, then v.
+        bias: (R, m), added to the scores: 0, or -inf at what must not be attended to; None: all is attended to.
+
+    Returns:
+        (R, n, h, d).
+
+    Raises:
+        ValueError: there are no keys, or the channels of a head are not adjacent in memory.
+    """
     out = q.new_empty(q.shape)
     _to_context(q, kv, bias).forward(out[None])
     return out
@@ -206,7 +244,19 @@ def _with_adjacent_channels(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("magicdrive::modulate", mutates_args=(), device_types="cpu")
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Backend of ``functions.modulate``, for the broadcasts that ``_modulation`` knows."""
+    """Computes LN(x) * (1 + scale) + shift, LN without affine weights, in fp32 on a CPU.
+
+    Args:
+        x: (..., C).
+        shift: broadcastable against ``x``, see ``functions.modulate``.
+        scale: shaped like ``shift``.
+
+    Returns:
+        (..., C).
+
+    Raises:
+        ValueError: the modulation has a broadcast that ``_modulation`` does not support.
+    """
     x = x.contiguous()
     out = torch.empty_like(x)
     _modulation(x, shift, scale).forward(_rows(x), out)
@@ -296,12 +346,41 @@ modulate.register_autograd(_from_modulated, setup_context=_keep_modulated)
 
 
 def modulate_backward(gradient: Tensor, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients at x, shift and scale of ``modulate``."""
+    """Computes the gradients of ``modulate``, in fp32 on a CPU.
+
+    Args:
+        gradient: (..., C), gradient at the result of ``modulate``.
+        x: (..., C), argument of ``modulate``.
+        shift: argument of ``modulate``, broadcastable against ``x``.
+        scale: shaped like ``shift``.
+
+    Returns:
+        The gradients at ``x``, ``shift`` and ``scale``, each shaped like its tensor.
+
+    Raises:
+        ValueError: the modulation has a broadcast that ``_modulation`` does not support.
+    """
     return _modulate_backward(gradient, x, scale)
 
 
 def linear(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Forward pass of ``functions.modulated_linear``."""
+    """Computes Linear(LN(x) * (1 + scale) + shift), in fp32 on a CPU.
+
+    Where a size of the map is no multiple of ``WIDTHS``, torch multiplies.
+
+    Args:
+        x: (..., C).
+        shift: broadcastable against ``x``, see ``functions.modulate``.
+        scale: shaped like ``shift``.
+        weight: (D, C).
+        bias: (D); None: the map has none.
+
+    Returns:
+        (..., D).
+
+    Raises:
+        ValueError: the modulation has a broadcast that ``_modulation`` does not support.
+    """
     if _serves(weight):
         return _linear(x, shift, scale, weight, bias)
     return functional.linear(modulate(x, shift, scale), weight, bias)
@@ -310,14 +389,41 @@ def linear(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor
 def mlp(
     x: Tensor, shift: Tensor, scale: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    """Forward pass of ``functions.modulated_mlp``, and GELU's input (R, D); empty unless ``keep``."""
+    """Computes Linear(GELU(Linear(LN(x) * (1 + scale) + shift))), GELU in its tanh form, in fp32 on a CPU.
+
+    Where a size of the maps is no multiple of ``WIDTHS``, torch multiplies.
+
+    Args:
+        x: (..., C).
+        shift: broadcastable against ``x``, see ``functions.modulate``.
+        scale: shaped like ``shift``.
+        up: (D, C), weight of the first linear map.
+        up_bias: (D).
+        down: (C, D), weight of the second linear map.
+        down_bias: (C).
+        keep: whether the backward pass will need GELU's input.
+
+    Returns:
+        (..., C), and GELU's input (R, D) for the R rows of ``x``; empty unless ``keep``.
+
+    Raises:
+        ValueError: the modulation has a broadcast that ``_modulation`` does not support.
+    """
     if _serves(up):
         return _mlp(x, shift, scale, up, up_bias, down, down_bias, keep)
     return torch_ops.mlp_of(modulate(x, shift, scale), up, up_bias, down, down_bias, keep)
 
 
 def gelu_backward(x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """GELU(x), and the gradient at x, written over ``gradient``."""
+    """Computes GELU again and its gradient, in the tanh form.
+
+    Args:
+        x: (R, D), GELU's input, contiguous.
+        gradient: (R, D), gradient at GELU's output, contiguous; the gradient at ``x`` is written over it.
+
+    Returns:
+        GELU(x), and ``gradient``, (R, D) each.
+    """
     return _gelu_backward(x, gradient), gradient
 
 

@@ -23,29 +23,88 @@ ROWS = 512
 
 
 class Backend(Protocol):
-    """What a backend offers; ``shift`` and ``scale`` are as of ``modulate`` throughout."""
+    """What a backend offers to the functions of this module."""
 
     def attend_packed(self, packed: Tensor, norm: Tensor, count: int, angles: Tensor | None) -> Tensor:
-        """``functions.attend_packed``."""
+        """Computes attention among the tokens of every sequence.
+
+        Args:
+            packed: (outer, inner, n, 3, h, d): q, k and v before their norm; of any strides but d's.
+            norm: (2, d), weights of the RMS norms of q and k.
+            count: tokens of a sequence, from the first on, that are attended to.
+            angles: (n, d/2, 2), cosines and sines that turn q and k after the norm; None: they are not turned.
+
+        Returns:
+            (outer, inner, n, h, d).
+        """
 
     def attend_neighbours(
         self, packed: Tensor, norm: Tensor, count: int, neighbours: Sequence[Sequence[int]]
     ) -> Tensor:
-        """``functions.attend_neighbours``."""
+        """Computes attention of every view to each of its neighbours in the same frame, summed over these.
+
+        Args:
+            packed: (B, V, T, n, 3, h, d): q, k and v before their norm.
+            norm: (2, d), weights of the RMS norms of q and k.
+            count: tokens of a frame, from the first on, that are attended to.
+            neighbours: the views that each view attends to, equally many of each.
+
+        Returns:
+            (B, V, T, n, h, d).
+        """
 
     def attend_context(self, q: Tensor, kv: Tensor, bias: Tensor | None) -> Tensor:
-        """``functions.attend_context``."""
+        """Computes attention to other tokens, whose keys and values are packed.
+
+        Args:
+            q: (R, n, h, d).
+            kv: (R, m, 2, h, d): k, then v.
+            bias: (R, m), added to the scores: 0, or -inf at what must not be attended to; None: all is attended to.
+
+        Returns:
+            (R, n, h, d).
+        """
 
     def modulate(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        """``functions.modulate``."""
+        """Computes LN(x) * (1 + scale) + shift, LN without affine weights.
+
+        Args:
+            x: (..., C).
+            shift: broadcastable against ``x``, see ``functions.modulate``.
+            scale: shaped like ``shift``.
+
+        Returns:
+            (..., C).
+        """
 
     def modulate_backward(
         self, gradient: Tensor, x: Tensor, shift: Tensor, scale: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients at x, shift and scale of ``modulate``."""
+        """Computes the gradients of ``modulate``.
+
+        Args:
+            gradient: (..., C), gradient at the result of ``modulate``.
+            x: (..., C), argument of ``modulate``.
+            shift: argument of ``modulate``, broadcastable against ``x``.
+            scale: shaped like ``shift``.
+
+        Returns:
+            The gradients at ``x``, ``shift`` and ``scale``, each shaped like its tensor.
+        """
 
     def linear(self, x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Forward pass of ``modulated_linear``."""
+        """Computes Linear(LN(x) * (1 + scale) + shift), the forward pass of ``modulated_linear``.
+
+        Args:
+            x: (..., C).
+            shift: broadcastable against ``x``, see ``functions.modulate``.
+            scale: shaped like ``shift``.
+            weight: (D, C).
+            bias: (D); None: the map has none.
+
+        Returns:
+            (..., D).
+        """
 
     def mlp(
         self,
@@ -58,14 +117,43 @@ class Backend(Protocol):
         down_bias: Tensor,
         keep: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Forward pass of ``modulated_mlp``, and GELU's input (R, D) for the backward pass; empty unless ``keep``."""
+        """Computes Linear(GELU(Linear(LN(x) * (1 + scale) + shift))), GELU in its tanh form.
+
+        Args:
+            x: (..., C).
+            shift: broadcastable against ``x``, see ``functions.modulate``.
+            scale: shaped like ``shift``.
+            up: (D, C), weight of the first linear map.
+            up_bias: (D).
+            down: (C, D), weight of the second linear map.
+            down_bias: (C).
+            keep: whether the backward pass will need GELU's input.
+
+        Returns:
+            (..., C), and GELU's input (R, D) for the R rows of ``x``; empty unless ``keep``.
+        """
 
     def gelu_backward(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """GELU(x), and the gradient at x; may write over ``gradient``."""
+        """Computes GELU again and its gradient, in the tanh form.
+
+        Args:
+            x: (R, D), GELU's input.
+            gradient: (R, D), gradient at GELU's output; may be written over.
+
+        Returns:
+            GELU(x), and the gradient at ``x``, (R, D) each.
+        """
 
 
 def backend_of(x: Tensor) -> Backend:
-    """Chooses the backend for tensors of the device and dtype of ``x``."""
+    """Chooses the backend for tensors of the device and dtype of ``x``.
+
+    Args:
+        x: any tensor of the computation.
+
+    Returns:
+        The C++ kernels for fp32 on a CPU where they compile, else torch's own operations.
+    """
     return cpp_ops if library.usable(x) else torch_ops
 
 
@@ -114,25 +202,31 @@ def attend_context(q: Tensor, kv: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Computes LN(x) * (1 + scale) + shift, LN without affine.
+    """Computes LN(x) * (1 + scale) + shift, LN without affine weights.
 
     Args:
         x: (..., C).
         shift: broadcastable against ``x``, as (C) or (B, 1, T or 1, 1, C) against (B, V, T, S, C).
         scale: shaped like ``shift``.
+
+    Returns:
+        (..., C).
     """
     return backend_of(x).modulate(x, shift, scale)
 
 
 def modulated_linear(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Computes Linear(LN(x) * (1 + scale) + shift): (..., C) -> (..., D).
+    """Computes Linear(LN(x) * (1 + scale) + shift) as one autograd function.
 
     Args:
         x: (..., C).
-        shift: as of ``modulate``.
-        scale: as of ``modulate``.
+        shift: broadcastable against ``x``, see ``modulate``.
+        scale: shaped like ``shift``.
         weight: (D, C).
-        bias: (D) or None.
+        bias: (D); None: the map has none.
+
+    Returns:
+        (..., D).
     """
     return _ModulatedLinear.apply(x, shift, scale, weight, bias)
 
@@ -140,16 +234,19 @@ def modulated_linear(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bi
 def modulated_mlp(
     x: Tensor, shift: Tensor, scale: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor
 ) -> Tensor:
-    """Computes Linear(GELU(Linear(LN(x) * (1 + scale) + shift))), GELU in its tanh form: (..., C) -> (..., C).
+    """Computes Linear(GELU(Linear(LN(x) * (1 + scale) + shift))), GELU in its tanh form, as one autograd function.
 
     Args:
         x: (..., C).
-        shift: as of ``modulate``.
-        scale: as of ``modulate``.
-        up: (D, C).
+        shift: broadcastable against ``x``, see ``modulate``.
+        scale: shaped like ``shift``.
+        up: (D, C), weight of the first linear map.
         up_bias: (D).
-        down: (C, D).
+        down: (C, D), weight of the second linear map.
         down_bias: (C).
+
+    Returns:
+        (..., C).
     """
     tensors = x, shift, scale, up, up_bias, down, down_bias
     trains = torch.is_grad_enabled() and any(each.requires_grad for each in tensors)

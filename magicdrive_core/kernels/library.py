@@ -31,7 +31,11 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")  
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """Compiles and loads the kernels; None where that is not possible."""
+    """Compiles and loads the kernels, once a process.
+
+    Returns:
+        The loaded library; None where there is no compiler, or where it or the library fails (the log says why).
+    """
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         logger.info("no C++ compiler: torch's slower kernels are used; install g++ for the faster ones")
@@ -47,7 +51,14 @@ def library() -> ctypes.CDLL | None:
 
 
 def usable(x: Tensor) -> bool:
-    """Tells whether the kernels serve tensors of the device and dtype of ``x``."""
+    """Tells whether the kernels serve tensors of the device and dtype of ``x``.
+
+    Args:
+        x: any tensor of the computation.
+
+    Returns:
+        True for fp32 on a CPU, where the kernels compile.
+    """
     return x.device.type == "cpu" and x.dtype == torch.float32 and _compiles()
 
 
@@ -109,12 +120,12 @@ class Attention:
     """Computes softmax(q k' / sqrt(d) + bias) v for q (outer, inner, n, h, d), k and v (outer, inner, m, h, d), fp32.
 
     Args:
-        q: of any strides but the channels'.
-        k: likewise.
-        v: likewise.
+        q: (outer, inner, n, h, d), of any strides, but the channels of a head are adjacent.
+        k: (outer, inner, m, h, d), of such strides.
+        v: (outer, inner, m, h, d), of such strides.
         norm: (2, d), weights of RMS norms of q and k; None: neither has one.
-        angles: (n, d / 2, 2), cosines and sines that turn the channel pairs of q and k after the norm; or None.
-        bias: (outer * inner, m), added to the scores of every query; or None.
+        angles: (n, d / 2, 2), cosines and sines that turn the channel pairs of q and k after the norm; None: none.
+        bias: (outer * inner, m), added to the scores of every query; None: nothing is added.
 
     Raises:
         ValueError: there are no keys, or a head's channels are not adjacent in memory.
@@ -141,7 +152,12 @@ class Attention:
         self._work = prod(sizes) // MULTIPLY_ADDS
 
     def forward(self, out: Tensor, *, add: bool = False) -> None:
-        """Writes the result to ``out`` (outer, inner, n, h, d), or adds it."""
+        """Computes the attention.
+
+        Args:
+            out: (outer, inner, n, h, d), receives the result.
+            add: whether the result is added to ``out`` instead of written.
+        """
         _call("attention", self._work, ctypes.byref(self._given), _Heads.of(out), int(add))
 
     def backward(
@@ -150,9 +166,9 @@ class Attention:
         """Computes the gradients at q, k and v from the one at the output.
 
         Args:
-            gradient: (outer, inner, n, h, d).
+            gradient: (outer, inner, n, h, d), gradient at the output.
             at: receives the gradients at q, k and v, each of the tensor's shape.
-            norms: from ``new_norms``; the gradients at the norms are added.
+            norms: from ``new_norms``; the gradients at the norms are added to it. None: there are no norms.
             add: whether to add at q, and at k and v, instead of writing.
         """
         targets = (_Heads.of(each) for each in at)
@@ -164,7 +180,14 @@ class Attention:
 
 
 def new_norms(norm: Tensor) -> Tensor:
-    """Allocates (threads, 2, d) zeros: each thread adds to its own, and the sum is the gradient at ``norm``."""
+    """Allocates zeros for the gradient at the norms: each thread adds to its own part.
+
+    Args:
+        norm: (2, d), weights of the norms.
+
+    Returns:
+        (threads, 2, d); the sum over the threads is the gradient at ``norm``.
+    """
     return norm.new_zeros(torch.get_num_threads(), *norm.shape)
 
 
@@ -192,10 +215,10 @@ class Modulation:
 
     Args:
         shift: (count, C), contiguous.
-        scale: shaped like ``shift``.
-        period: see above.
-        inner: see above.
-        repeat: see above.
+        scale: shaped like ``shift``, contiguous.
+        period: consecutive rows that share one shift and scale.
+        inner: shifts and scales that follow each other before they come again.
+        repeat: times that these come before the next ones.
     """
 
     def __init__(self, shift: Tensor, scale: Tensor, period: int, inner: int, repeat: int) -> None:
@@ -203,13 +226,27 @@ class Modulation:
         self._given = _Modulation(shift.data_ptr(), scale.data_ptr(), period, inner, repeat, len(shift))
 
     def forward(self, x: Tensor, out: Tensor) -> None:
-        """Writes the modulated rows of ``x`` (R, C) to ``out``."""
+        """Modulates rows.
+
+        Args:
+            x: (R, C), contiguous.
+            out: (R, C), contiguous, receives the result.
+        """
         _call(
             "modulate", x.numel(), _floats(x), _LONG(len(x)), _LONG(x.shape[1]), ctypes.byref(self._given), _floats(out)
         )
 
     def backward(self, gradient: Tensor, x: Tensor, at_x: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes the gradient at ``x`` and returns those at shift and scale."""
+        """Computes the gradients at x, shift and scale.
+
+        Args:
+            gradient: (R, C), contiguous, gradient at the result of ``forward``.
+            x: (R, C), contiguous, the argument of ``forward``.
+            at_x: (R, C), contiguous, receives the gradient at ``x``.
+
+        Returns:
+            The gradients at shift and scale, (count, C) each.
+        """
         sums = x.new_zeros(torch.get_num_threads(), *self._held[0].shape[:1], 2, x.shape[1])
         sizes = _LONG(len(x)), _LONG(x.shape[1])
         given = ctypes.byref(self._given)
@@ -219,7 +256,14 @@ class Modulation:
         return sums[:, :, 0].sum(0), sums[:, :, 1].sum(0)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        """Writes Linear(x modulated) to ``out`` (R, D): ``x`` (R, C), ``weight`` (D, C) in multiples of ``WIDTHS``."""
+        """Computes Linear(x modulated).
+
+        Args:
+            x: (R, C), contiguous.
+            weight: (D, C), contiguous, both sizes in multiples of ``WIDTHS``.
+            bias: (D); None: the map has none.
+            out: (R, D), contiguous, receives the result.
+        """
         weights = ctypes.byref(_Weights.of(weight, bias))
         work = len(x) * weight.numel() // MULTIPLY_ADDS
         _call("linear", work, _floats(x), _LONG(len(x)), weights, ctypes.byref(self._given), _floats(out))
@@ -227,14 +271,14 @@ class Modulation:
     def mlp(
         self, x: Tensor, up: tuple[Tensor, Tensor], down: tuple[Tensor, Tensor], hidden: Tensor | None, out: Tensor
     ) -> None:
-        """Writes Linear(GELU(Linear(x modulated))) to ``out``; all tensors are contiguous.
+        """Computes Linear(GELU(Linear(x modulated))), GELU in its tanh form; all tensors are contiguous.
 
         Args:
             x: (R, C).
             up: weight (D, C) and bias (D), both sizes in multiples of ``WIDTHS``.
             down: weight (C, D) and bias (C).
-            hidden: (R, D), receives GELU's input; or None.
-            out: (R, C).
+            hidden: (R, D), receives GELU's input; None: it is not kept.
+            out: (R, C), receives the result.
         """
         maps = (ctypes.byref(_Weights.of(*each)) for each in (up, down))
         kept = None if hidden is None else _floats(hidden)
@@ -243,7 +287,13 @@ class Modulation:
 
 
 def gelu_backward(x: Tensor, gradient: Tensor, value: Tensor) -> None:
-    """Writes GELU(x) to ``value``, and turns the gradient there into that at x; all are contiguous."""
+    """Computes GELU and its gradient, in the tanh form; all tensors are contiguous and of one shape.
+
+    Args:
+        x: GELU's input.
+        gradient: gradient at GELU's output; the gradient at ``x`` is written over it.
+        value: receives GELU(x).
+    """
     _call("gelu_backward", x.numel(), _floats(x), _floats(gradient), _LONG(x.numel()), _floats(value))
 
 

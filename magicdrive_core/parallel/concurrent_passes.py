@@ -27,7 +27,14 @@ class ConcurrentPasses:
         self._threads = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(share,))
 
     def __call__(self, *calls: Callable[[], Result]) -> list[Result]:
-        """The results of ``calls``, under the caller's gradient mode."""
+        """Makes the calls, at most ``count`` at a time, under the caller's gradient mode.
+
+        Args:
+            *calls: functions without arguments.
+
+        Returns:
+            Their results, in the order of ``calls``.
+        """
         with_gradients = torch.is_grad_enabled()
 
         def run(call: Callable[[], Result]) -> Result:
@@ -38,5 +45,12 @@ class ConcurrentPasses:
 
 
 def one_after_another(*calls: Callable[[], Result]) -> list[Result]:
-    """The results of ``calls``, made in turn."""
+    """Makes calls in turn; has the interface of ``ConcurrentPasses``.
+
+    Args:
+        *calls: functions without arguments.
+
+    Returns:
+        Their results, in the order of ``calls``.
+    """
     return [call() for call in calls]

@@ -36,7 +36,14 @@ class Mesh:
 
     @classmethod
     def of(cls, sequence_parallel: int) -> Mesh:
-        """Puts all ranks into groups of ``sequence_parallel``, a divisor of their number. Collective."""
+        """Puts all ranks into groups of neighbours. Collective: every rank must call it.
+
+        Args:
+            sequence_parallel: number of ranks that share a clip, a divisor of the number of all ranks.
+
+        Returns:
+            This rank's position.
+        """
         groups = dist.get_world_size() // sequence_parallel
         mesh = ProcessGroupMesh(groups, sequence_parallel)
         group = None if sequence_parallel == 1 else RankGroup(mesh.get_group_along_axis(1))

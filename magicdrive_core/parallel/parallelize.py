@@ -45,5 +45,12 @@ def parallelize(
 
 
 def sequence_group_of(network: MagicDrive) -> RankGroup | None:
-    """The ranks that ``parallelize`` made share the tokens of ``network``."""
+    """Finds the ranks that ``parallelize`` made share the tokens of a network.
+
+    Args:
+        network: the network.
+
+    Returns:
+        The ranks; None: this rank has all tokens.
+    """
     return network.tokens.group if isinstance(network.tokens, GroupShard) else None

@@ -32,9 +32,12 @@ from magicdrive_core.parallel.wrapping import Call, wrap
 class RankGroup:
     """The ranks of a process group, with differentiable collectives. All ranks make every call, in one order.
 
+    Args:
+        group: the process group, which holds this rank.
+
     Attributes:
-        size: p.
-        rank: of this process within the group.
+        size: p, number of ranks.
+        rank: index of this rank within the group.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -43,29 +46,62 @@ class RankGroup:
         self.rank = dist.get_rank(group)
 
     def all_to_all(self, x: Tensor) -> Tensor:
-        """Sends part i of (p, ...) to rank i; part i of the result came from there."""
+        """Exchanges parts among the ranks: part i goes to rank i.
+
+        Args:
+            x: (p, ...), of the same shape on every rank.
+
+        Returns:
+            (p, ...): part i came from rank i.
+        """
         return collectives.wait_tensor(collectives.all_to_all_single(x.contiguous(), None, None, self._group))
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """Gives every rank's tensor (...) to all of them: (p, ...)."""
+        """Gives every rank's tensor to all ranks.
+
+        Args:
+            x: (...), of the same shape on every rank.
+
+        Returns:
+            (p, ...), in the order of the ranks.
+        """
         return collectives.wait_tensor(collectives.all_gather_single(x.contiguous()[None], 0, self._group))
 
 
 class GroupShard(TokenShard):
-    """This rank's share of the tokens of a frame."""
+    """This rank's share of the tokens of a frame.
+
+    Args:
+        group: p ranks that share the tokens.
+    """
 
     def __init__(self, group: RankGroup) -> None:
         self.group = group
         self.ranks = group.size
 
     def shard(self, x: Tensor) -> Tensor:
-        """Takes this rank's tokens, padded with zeros: (..., frame tokens, C) -> (..., n, C)."""
+        """Takes this rank's tokens; behind the last token of a frame they are zeros.
+
+        Args:
+            x: (..., frame tokens, C), all tokens of a frame.
+
+        Returns:
+            (..., n, C), n = ceil(frame tokens / p).
+        """
         share = -(-x.shape[-2] // self.ranks)
         padded = functional.pad(x, (0, 0, 0, self.ranks * share - x.shape[-2]))
         return padded.narrow(-2, self.group.rank * share, share)
 
     def gather(self, x: Tensor, frame_tokens: int) -> Tensor:
-        """Joins the tokens of all ranks and cuts the padding off: (..., n, C) -> (..., frame tokens, C)."""
+        """Joins the tokens of all ranks and cuts the padding off.
+
+        Args:
+            x: (..., n, C), this rank's tokens.
+            frame_tokens: number of tokens of a frame, without padding.
+
+        Returns:
+            (..., frame tokens, C).
+        """
         return rearrange(self.group.all_gather(x), "p ... n c -> ... (p n) c")[..., :frame_tokens, :]
 
 
@@ -109,7 +145,15 @@ def exchange_heads(group: RankGroup, inner: Call) -> Call:
 
 
 def exchange_query_heads(group: RankGroup, inner: Call) -> Call:
-    """Wraps attention to the context, whose keys and values are of this rank's heads already; as ``exchange_heads``."""
+    """Wraps attention to the context, whose keys and values are of this rank's heads already.
+
+    Args:
+        group: p ranks.
+        inner: maps q (..., p * n, h / p, d), the context's keys and values and their bias to (..., p * n, h / p, d).
+
+    Returns:
+        A function that maps q (..., n, h, d), the same keys and values and bias to (..., n, h, d).
+    """
 
     def attend(q: Tensor, kv: Tensor, bias: Tensor | None) -> Tensor:
         def packed_inner(packed: Tensor) -> Tensor:

@@ -41,7 +41,16 @@ def slice_network(network: MagicDrive, limit: int | None = None) -> None:
 
 
 def slice_block(block: Block, limit: int | None, forward: Call) -> Call:
-    """Wraps the ``forward`` of a block."""
+    """Wraps the ``forward`` of a block, so that without gradients it works in slices.
+
+    Args:
+        block: the block.
+        limit: tokens of a slice; None: ``CPU_TOKENS`` or ``GPU_TOKENS``.
+        forward: the block's present ``forward``.
+
+    Returns:
+        A function with the arguments of ``forward``; in several slices it writes over ``x`` and returns it.
+    """
 
     def sliced(x: Tensor, modulation: Tensor, context: BlockContext) -> Tensor:
         parts = [WHOLE] if torch.is_grad_enabled() else list(slices(x, temporal=block.temporal, limit=limit))
@@ -59,7 +68,15 @@ def slice_block(block: Block, limit: int | None, forward: Call) -> Call:
 
 
 def slice_skip(limit: int | None, add_skip: Call) -> Call:
-    """Wraps ``ControlBlock.add_skip``."""
+    """Wraps ``ControlBlock.add_skip``, so that without gradients it works in slices.
+
+    Args:
+        limit: tokens of a slice; None: ``CPU_TOKENS`` or ``GPU_TOKENS``.
+        add_skip: the block's present ``add_skip``.
+
+    Returns:
+        A function with the arguments of ``add_skip``; in several slices it writes over ``x`` and returns it.
+    """
 
     def sliced(x: Tensor, control: Tensor) -> Tensor:
         parts = [WHOLE] if torch.is_grad_enabled() else list(slices(x, temporal=False, limit=limit))
@@ -73,7 +90,15 @@ def slice_skip(limit: int | None, add_skip: Call) -> Call:
 
 
 def slice_head(limit: int | None, head: Call) -> Call:
-    """Wraps the ``forward`` of the head."""
+    """Wraps the ``forward`` of the head, so that without gradients it works in slices.
+
+    Args:
+        limit: tokens of a slice; None: ``CPU_TOKENS`` or ``GPU_TOKENS``.
+        head: the head's present ``forward``.
+
+    Returns:
+        A function with the arguments and the result of ``head``.
+    """
 
     def sliced(x: Tensor, noisy: Tensor, clean: Tensor | None, x_mask: Tensor | None) -> Tensor:
         if torch.is_grad_enabled():
@@ -94,6 +119,9 @@ def slices(x: Tensor, *, temporal: bool, limit: int | None) -> Iterator[Slice]:
         x: (B, V, T, S, C).
         temporal: whether the block attends over frames, else over the tokens and views of a frame.
         limit: tokens of a slice; None: ``CPU_TOKENS`` or ``GPU_TOKENS``.
+
+    Yields:
+        Slices of views, frames and tokens that together cover ``x``; ``WHOLE`` alone where ``x`` is within the limit.
     """
     batch, views, frames, tokens, _ = x.shape
     limit = limit or (CPU_TOKENS if x.device.type == "cpu" else GPU_TOKENS)
@@ -109,6 +137,14 @@ def slices(x: Tensor, *, temporal: bool, limit: int | None) -> Iterator[Slice]:
 
 
 def cut(length: int, size: int) -> list[slice]:
-    """Cuts ``length`` into parts of ``size``, at least 1."""
+    """Cuts a range into parts of one size; the last one may be shorter.
+
+    Args:
+        length: of the range, which starts at 0.
+        size: of a part; below 1 counts as 1.
+
+    Returns:
+        The parts in order.
+    """
     size = max(1, size)
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]

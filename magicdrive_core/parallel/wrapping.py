@@ -24,7 +24,11 @@ def wrap(module: nn.Module, name: str, wrapper: Callable[[Call], Call]) -> None:
 
 
 def unwrap(network: MagicDrive) -> None:
-    """Takes off all that was applied: what the classes of the modules define shows again."""
+    """Takes off all that was applied: what the classes of the modules define shows again.
+
+    Args:
+        network: the network; every wrapped function and its token shard are removed from its modules.
+    """
     for module in network.modules():
         for name in ("forward", "add_skip", "inner", "own_heads", "tokens"):
             vars(module).pop(name, None)
