@@ -45,7 +45,7 @@ def check_ratios(ratios: Mapping[str, float], stage: str) -> None:
     """Checks the probabilities of a stage's masks.
 
     Args:
-        ratios: as of ``draw_masks``.
+        ratios: probability of each kind of mask, see ``draw_masks``.
         stage: named in the message.
 
     Raises:

@@ -11,7 +11,7 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     Args:
         conditional: v_cond, of any shape.
         unconditional: v_null, of the same shape.
-        scale: of the guidance; 1 gives v_cond, 0 gives v_null.
+        scale: guidance scale; 1 gives v_cond, 0 gives v_null.
 
     Returns:
         v, of the same shape.

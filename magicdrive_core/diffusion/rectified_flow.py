@@ -110,7 +110,7 @@ class RectifiedFlow:
         Args:
             prediction: (B, ..., T, H, W) velocity.
             x_0: clean latents of the same shape.
-            noise: of the same shape.
+            noise: noise of the same shape, the end of the path.
             x_mask: (B, T) bool, True = noisy; None: all noisy.
 
         Returns:

@@ -64,7 +64,7 @@ class EncoderSettings:
         scaling_factor: latents = sample * factor.
         latent_channels: C.
         chunk_frames: frames of an encoder chunk; None: the whole clip.
-        dtype: of the stored moments, a key of ``DTYPES``.
+        dtype: data type of the stored moments, a key of ``DTYPES``.
     """
 
     folder: str

@@ -151,7 +151,7 @@ def draw_clips(scenes: Sequence[Scene], root: Path, size: str, frames: int, coun
         size: height and width of the clips, such as "224x400".
         frames: frames of a clip.
         count: number of clips N.
-        seed: of the random times and views.
+        seed: seeds the random times and views.
 
     Returns:
         (N, F, H, W, 3) in [0, 255].

@@ -129,7 +129,7 @@ class Vae:
             scaling_factor: latents = sample * factor.
             chunk_frames: frames of an encoder chunk; None: the whole clip at once.
             device: where the model runs.
-            dtype: of the weights and activations; moments and latents are always float32.
+            dtype: data type of the weights and activations; moments and latents are always float32.
             stripe_rows: pixel rows that are decoded at a time (``striped_decode``): equal to rounding, in less memory;
                 None: whole frames.
 

@@ -160,7 +160,7 @@ class LeanSpatialNorm(nn.Module):
 def resized(zq: Tensor, shape: Sequence[int]) -> Tensor:
     """Resizes latents to the shape of activations by nearest neighbours.
 
-    Of an odd number of frames above 1, the first one is resized from the first latent frame alone.
+    With an odd number of frames above 1, the first one is resized from the first latent frame alone.
 
     Args:
         zq: (N, C_z, T, h, w).

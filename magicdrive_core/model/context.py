@@ -114,7 +114,7 @@ class ContextTokens:
 
         Args:
             frames: T latent frames of the clip; T' context frames are resampled to them by nearest neighbour.
-            dtype: of the result, that of the attention scores.
+            dtype: data type of the attention scores and of the result.
 
         Returns:
             (B, V, T, L): 0 where a token is visible, -inf elsewhere; None: all are visible.

@@ -27,7 +27,7 @@ class PatchEmbedding(nn.Module):
     """Convolution with kernel = stride = (1, p, p), written as a linear map of patches.
 
     Args:
-        channels: of the input.
+        channels: channels of the input.
         width: C.
         patch: p.
     """
@@ -53,7 +53,7 @@ def sinusoid(values: Tensor, width: int = 256) -> Tensor:
 
     Args:
         values: (B) numbers v.
-        width: of the result; even.
+        width: channels of the result, an even number.
 
     Returns:
         (B, width), fp32.
@@ -239,7 +239,7 @@ class TemporalEmbedder(nn.Module):
 
     Args:
         width: C.
-        heads: of the attention over frames.
+        heads: attention heads over the frames.
         mean_over_frames: whether one token, the mean, remains; else a quarter of the frames.
     """
 
@@ -273,7 +273,7 @@ class EgoMotionEmbedder(TemporalEmbedder):
 
     Args:
         width: C.
-        heads: of the attention over frames.
+        heads: attention heads over the frames.
         mean_over_frames: whether one token, the mean, remains; else a quarter of the frames.
     """
 
@@ -359,7 +359,7 @@ class BoxEmbedder(TemporalEmbedder):
         """Tells which box tokens stand for a box, shown or hidden, in any of their frames.
 
         Args:
-            states: (B, V, F, N), as of ``forward``.
+            states: (B, V, F, N), 1 shown, 0 no box, -1 hidden.
 
         Returns:
             (B, V, T', N) bool.
@@ -374,8 +374,8 @@ class MapEncoder(nn.Module):
     """Convolutions from BEV cells to the latents' grid: 200x200 -> 28x50, 400x400 -> 53x100.
 
     Args:
-        layers: of the map.
-        channels: of the convolutions.
+        layers: layers of the BEV map.
+        channels: channels of the convolutions, from the first to the last.
         width: C.
     """
 
@@ -427,7 +427,7 @@ class FrameConvolution(nn.Module):
     """A 3x3 convolution of every frame of (B, F, C, h, w).
 
     Args:
-        channels: of the input.
+        channels: channels of the input.
         out: channels of the output.
     """
 

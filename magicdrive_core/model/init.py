@@ -40,7 +40,7 @@ def initialise(network: nn.Module, zero: tuple[str, ...] = ZERO + ZERO_FOR_IDENT
     Args:
         network: the network to initialise, a ``MagicDrive``.
         zero: name patterns of the linear maps that start at zero.
-        map_scale: whether the convolutions of the BEV map keep the scale of what they are given.
+        map_scale: whether the convolutions of the BEV map keep the scale of their input.
     """
     for name, module in network.named_modules():
         if not isinstance(module, nn.Linear):

@@ -21,7 +21,7 @@ def parallelize(
     checkpoint_every: int = 0,
     compile_backend: str | None = None,
 ) -> None:
-    """Applies the given techniques to ``network``, in place of those of an earlier call.
+    """Applies techniques to ``network``, in place of those that an earlier call applied.
 
     Args:
         network: keeps its weights and their names.

@@ -140,8 +140,8 @@ def cut(length: int, size: int) -> list[slice]:
     """Cuts a range into parts of one size; the last one may be shorter.
 
     Args:
-        length: of the range, which starts at 0.
-        size: of a part; below 1 counts as 1.
+        length: length of the range, which starts at 0.
+        size: length of a part; less than 1 counts as 1.
 
     Returns:
         The parts in order.

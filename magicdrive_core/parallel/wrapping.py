@@ -16,8 +16,8 @@ def wrap(module: nn.Module, name: str, wrapper: Callable[[Call], Call]) -> None:
     """Replaces ``module.name`` by ``wrapper`` of it, on this module alone.
 
     Args:
-        module: of a network.
-        name: of a method, or of a function that the class holds.
+        module: a module of a network.
+        name: name of a method, or of a function that is an attribute of the class.
         wrapper: builds the new function from the present one.
     """
     setattr(module, name, wrapper(getattr(module, name)))
