@@ -36,7 +36,14 @@ _interrupted = threading.Event()  # the flow's body has failed or was cancelled:
 
 
 def tool(name: str) -> str:
-    """Returns the path of a command of this environment, such as ``magicdrive`` or ``dvc``."""
+    """Returns the path of a command of this environment.
+
+    Args:
+        name: such as ``magicdrive`` or ``dvc``.
+
+    Returns:
+        The command in the folder of this process's Python; whether it exists is not checked.
+    """
     return str(Path(sys.executable).with_name(name))
 
 
@@ -89,7 +96,11 @@ def run_child(
 
 
 def stop_child(child: subprocess.Popen[bytes]) -> None:
-    """Stops a child's whole process group: SIGINT, SIGTERM, then SIGKILL."""
+    """Stops a child's whole process group: SIGINT, then SIGTERM, then SIGKILL, with the times of ``STOP`` between them.
+
+    Args:
+        child: leader of its process group; it may have ended already.
+    """
     for number, seconds in STOP:
         with suppress(ProcessLookupError):
             os.killpg(child.pid, number)
@@ -119,23 +130,53 @@ def no_orphans() -> Iterator[None]:
 
 
 def unless_interrupted(*_: object) -> bool:
-    """Returns whether Prefect may retry a task (``retry_condition_fn``): a failed child yes, a stopped child no."""
+    """Returns whether Prefect may retry a task (``retry_condition_fn``): a failed child yes, a stopped child no.
+
+    Args:
+        *_: task, task run and state, with which Prefect calls this; they do not matter.
+
+    Returns:
+        False once the body of the flow has failed or was cancelled.
+    """
     return not _interrupted.is_set()
 
 
 @task(cache_policy=NO_CACHE, task_run_name="{verb}")
 def run_verb(verb: str, *arguments: str) -> None:
-    """Runs one ``magicdrive`` verb as a child process."""
+    """Runs one ``magicdrive`` verb as a child process.
+
+    Args:
+        verb: such as ``synth`` or ``package``.
+        *arguments: options of the verb, one word each.
+
+    Raises:
+        MagicDriveError: the verb failed, with its own message.
+    """
     run_child([tool("magicdrive"), verb, *arguments])
 
 
 def setting_words(params: str, overrides: Sequence[str] | None) -> list[str]:
-    """Returns the options that hand a flow's settings to a verb."""
+    """Returns the options that hand a flow's settings to a verb.
+
+    Args:
+        params: the file of settings.
+        overrides: ``key.key=value`` texts; None: none.
+
+    Returns:
+        Words of a command line: ``--params FILE``, and ``-S KEY=VALUE`` for each override.
+    """
     return ["--params", params, *(word for override in overrides or () for word in ("-S", override))]
 
 
 def flow_command(run: Callable[[str, list[str] | None], object]) -> Callable[[], None]:
-    """Makes the command line of a flow that takes a file of settings and overrides."""
+    """Makes the command line of a flow that takes a file of settings and overrides.
+
+    Args:
+        run: the flow; called with the file's name and ``key.key=value`` texts, or None where there are none.
+
+    Returns:
+        A function that parses this process's command line and runs the flow, for ``main``.
+    """
 
     def command(
         params: Annotated[str, typer.Option(metavar="FILE", help="The file of settings.")] = "params.yaml",
@@ -147,7 +188,14 @@ def flow_command(run: Callable[[str, list[str] | None], object]) -> Callable[[],
 
 
 def main(run: Callable[[], object]) -> None:
-    """Runs a flow from the command line. An error that the user can fix is one line and a hint, as in `magicdrive`."""
+    """Runs a flow from the command line. An error that the user can fix is one line and a hint, as in `magicdrive`.
+
+    Args:
+        run: the flow without arguments; its result is ignored.
+
+    Raises:
+        SystemExit: with the exit code of the error, or with 130 after Ctrl-C; other errors keep their traceback.
+    """
     _one_line_errors()
     try:
         _start_server()

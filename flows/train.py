@@ -24,7 +24,20 @@ from magicdrive_core.training.supervise import StageResult, train_stage
 
 @task(cache_policy=NO_CACHE, task_run_name="{stage}")
 def run_stage(stage: Stage, params: str, overrides: list[str], parent: str) -> StageResult:
-    """Trains one stage. Call it, do not submit it: a cancellation reaches only the flow's own thread."""
+    """Trains one stage. Call it, do not submit it: a cancellation reaches only the flow's own thread.
+
+    Args:
+        stage: "stage1", "stage2" or "stage3".
+        params: the file of settings.
+        overrides: ``key.key=value`` texts.
+        parent: MLflow run of the whole training.
+
+    Returns:
+        The finished stage.
+
+    Raises:
+        MagicDriveError: the stage before is not finished, or a rank failed.
+    """
     return train_stage(params, overrides, stage, parent)
 
 

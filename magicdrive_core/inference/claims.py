@@ -89,7 +89,14 @@ class Claims:
         self._clock.unlink(missing_ok=True)
 
     def take(self, name: str) -> Claim | None:
-        """Claims an item without waiting; returns None if another worker has claimed it."""
+        """Claims an item without waiting.
+
+        Args:
+            name: of the item.
+
+        Returns:
+            The claim, which is touched regularly from now on; None if another worker holds one.
+        """
         for number in count():
             path, successor = (self._folder / f"{name}.{n}" for n in (number, number + 1))
             try:
@@ -106,7 +113,11 @@ class Claims:
         raise AssertionError("unreachable")
 
     def release(self, name: str) -> None:
-        """Releases a claim, unless it was released before."""
+        """Releases a claim, unless it was released before or never taken; any thread may call this.
+
+        Args:
+            name: of the item.
+        """
         with self._changing:
             claim = self._held.pop(name, None)
         if claim is not None:

@@ -49,23 +49,25 @@ def sample_latents(
         conditions: a batch of one size and length, on the network's device.
         latent_shape: (T, H, W).
         steps: number of Euler steps.
-        guidance: v = v_null + guidance (v_cond - v_null); with 1 the unconditional pass is left out.
+        guidance: scale in v = v_null + guidance (v_cond - v_null) (Ho and Salimans 2022); with 1 the unconditional pass
+            is left out.
         flow: the noise levels that the network was trained on.
         generator: CPU generators of the start noise, one a sample, so that a sample does not depend on its batch;
             a single one draws for the samples in turn.
         null: the unconditional state; None: ``unconditional``.
-        x_0: (B, V, C, T, H, W), conditioning frames; needed with ``x_mask``.
+        x_0: (B, V, C, T, H, W), conditioning frames; needed with ``x_mask``. None: no conditioning frames.
         x_mask: (B, T), 1 or True = generate, 0 or False = keep the conditioning frame; between 0 and 1: start from
-            it, noised (``EulerSolver.sample``).
-        guidance_group: as of ``guided_velocity``.
-        step_cache: as of ``guided_velocity``.
-        progress: wraps the steps.
+            it, noised (``EulerSolver.sample``). None: all frames are generated.
+        guidance_group: two ranks, one for each pass of guidance, see ``guided_velocity``; None: this rank makes both.
+        step_cache: distance of noise levels (of 1000) within which a pass reuses what its blocks added, see
+            ``StepCache``; None: no cache.
+        progress: wraps the numbers of the steps; None: shows nothing.
 
     Returns:
-        (B, V, C, T, H, W) in fp32.
+        (B, V, C, T, H, W) in fp32, on the device of the conditions.
 
     Raises:
-        ValueError: there are more or fewer generators than samples.
+        ValueError: there are more or fewer generators than samples, or ``x_mask`` comes without ``x_0``.
     """
     batch, views, frames = conditions.cameras.shape[:3]
     device = conditions.cameras.device
@@ -119,10 +121,15 @@ def guided_velocity(
         conditions: those that guidance leads to.
         null: the unconditional state.
         latent_shape: (T, H, W).
-        guidance: as of ``sample_latents``.
+        guidance: scale in v = v_null + guidance (v_cond - v_null) (Ho and Salimans 2022); with 1 the unconditional pass
+            is left out.
         guidance_group: two ranks, of which the first makes the conditional pass and the second the other one; None:
             this rank makes both.
         step_cache: ``StepCache``'s ``within``, a cache for each pass; None: no cache.
+
+    Returns:
+        A function of x (B, V, C, T, H, W), the noise level t (B) in [0, 1000] and the mask of noisy frames (B, T), or
+        None where all are noisy, to the velocity, of the shape of x. With a cache it is for one sampling only.
     """
     one_pass = partial(pass_velocity, network, latent_shape, step_cache)
     if guidance == 1:
@@ -148,7 +155,17 @@ def guided_velocity(
 def pass_velocity(
     network: MagicDrive, latent_shape: tuple[int, int, int], step_cache: float | None, conditions: Conditions
 ) -> Velocity:
-    """Builds the velocity under one state, encoded once; arguments as of ``guided_velocity``."""
+    """Builds the velocity of one pass, whose conditions are encoded once.
+
+    Args:
+        network: computes the pass.
+        latent_shape: (T, H, W).
+        step_cache: ``StepCache``'s ``within``; None: no cache.
+        conditions: of the pass, conditional or not.
+
+    Returns:
+        A function like that of ``guided_velocity``.
+    """
     context = network.encode(conditions, latent_shape)
     cache = None if step_cache is None else StepCache(step_cache)
 
@@ -162,13 +179,17 @@ def pass_velocity(
 def unconditional(
     network: MagicDrive, conditions: Conditions, kind: Unconditional | None = None, *, zero_map: bool = True
 ) -> Conditions:
-    """The state that guidance leads away from: the dropped one of training, or the published samplers' own.
+    """Makes the state that guidance leads away from: the dropped one of training, or the published samplers' own.
 
     Args:
-        network: None of ``kind`` leaves the choice to its ``unconditional``.
+        network: whose ``unconditional`` decides where ``kind`` is None.
         conditions: those that guidance leads to.
-        kind: see ``generate.unconditional`` in params.yaml.
-        zero_map: of "rflow": an empty map.
+        kind: "consistent": the dropped state of training; "rflow", "rflow-slice": those of the published samplers
+            (decision record 0003, number 9); None: the network's.
+        zero_map: whether the map of "rflow" is empty; that of "rflow-slice" always is.
+
+    Returns:
+        Conditions of the same shapes.
     """
     if (kind or network.unconditional) == "consistent":
         return conditions.dropped()

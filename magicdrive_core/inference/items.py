@@ -74,7 +74,14 @@ class Window:
 
 
 def decoded_frames(latent_frames: int) -> int:
-    """Number of frames that the first latent frames of a window decode to: 1 for the first one, 4 for each other."""
+    """Counts the frames that the first latent frames of a window decode to: 1 for the first one, 4 for each other.
+
+    Args:
+        latent_frames: number of latent frames; 0 gives 0.
+
+    Returns:
+        Number of frames.
+    """
     return TIME_STRIDE * (latent_frames - 1) + 1 if latent_frames else 0
 
 
@@ -158,7 +165,15 @@ def _with_initial_frames(config: Config, item: Item, project: Path) -> Item:
 
 
 def item_windows(config: Config, item: Item) -> list[Window]:
-    """Plans the windows of an item in the order in which they are sampled; starts are counted from the clip's."""
+    """Plans the windows of an item.
+
+    Args:
+        config: settings; ``generate.window`` (null: one window for the clip) and ``generate.initial_latent_frames``.
+        item: the item, whose initial frames condition the first window.
+
+    Returns:
+        Windows in the order in which they are sampled; starts are counted from the clip's.
+    """
     settings = config.generate
     overlap = settings.initial_latent_frames
     offset = item.initial_frames - decoded_frames(overlap) if item.initial_frames else 0
@@ -194,7 +209,16 @@ def input_digests(config: Config, stage_folder: Path, project: Path = Path()) ->
 
 
 def item_seed(config: Config, item: Item, part: str = "") -> int:
-    """Returns the seed of the noise of an item, or of a part of it: equal in any order, on any worker and host."""
+    """Returns the seed of the noise of an item, or of a part of it: equal in any order, on any worker and host.
+
+    Args:
+        config: settings; ``generate.seed`` is read.
+        item: the item; its clip and generation count.
+        part: name of the part, such as "window 0"; "": the item as a whole.
+
+    Returns:
+        An integer of 60 bits.
+    """
     return int(fingerprint(config.generate.seed, asdict(item.clip), item.generation, part)[:15], 16)
 
 
@@ -205,6 +229,9 @@ def item_fingerprint(config: Config, item: Item, digests: Mapping[str, str]) -> 
         config: settings; those of sampling, noise levels and video files are taken from it.
         item: what is generated.
         digests: of the inputs, from ``input_digests``.
+
+    Returns:
+        64 hex digits.
     """
     return fingerprint(_settings(config), asdict(item), dict(digests))
 
@@ -232,8 +259,11 @@ def is_done(folder: Path, wanted: str) -> bool:
     equally. Opening each file as well catches records with wrong digests and decoders of other hosts.
 
     Args:
-        folder: folder of the item.
+        folder: folder of the item; it may be missing.
         wanted: fingerprint that the item must have.
+
+    Returns:
+        False, too, where the record or a file cannot be read.
     """
     if not (folder / RECORD).is_file():
         return False

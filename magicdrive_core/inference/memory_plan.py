@@ -77,7 +77,12 @@ class LiveMemory(TorchDispatchMode):
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def hold(self, tensors: Iterable[Tensor]) -> None:
-        """Counts tensors that were made before, such as weights and inputs."""
+        """Counts tensors that were made before, such as weights and inputs.
+
+        Args:
+            tensors: whose storages count from now on until they are freed; those that are counted already do not count
+                twice.
+        """
         for tensor in tensors:
             self._count(tensor)
 
@@ -188,9 +193,12 @@ class Planner:
         """Plans one clip of six views, on one of the devices that share it; their messages count too.
 
         Args:
-            size: height and width of the video, such as "224x400".
-            frames: frames of the clip.
+            size: height and width of the video in pixels, such as "224x400".
+            frames: frames of the clip, 8n+1.
             setting: how generation runs.
+
+        Returns:
+            The most bytes in memory in each phase.
 
         Raises:
             UsageError: ``setting.sp`` does not divide the network's heads.
@@ -272,11 +280,14 @@ class _SimulatedGroup(RankGroup):
 
 
 def table_lines(planner: Planner, setting: Setting) -> Iterator[str]:
-    """Yields the lines of the table, each cell "planned / published" in GiB, as they are planned.
+    """Yields the lines of the table as they are planned, each cell "planned / published" in GiB.
 
     Args:
         planner: plans the clips.
         setting: how generation runs; ``sp`` is replaced by each of ``SP_SIZES``.
+
+    Yields:
+        Two lines of headings, then one line for each clip of ``PUBLISHED``.
     """
     yield "GiB, planned / published (its FAQ, question 2.1). Text features come from their cache: no T5 here."
     heads = ["no sp", *(f"sp={sp}" for sp in SP_SIZES[1:]), "decoding"]
@@ -292,9 +303,12 @@ def cell_lines(planner: Planner, size: str, frames: int, setting: Setting) -> It
 
     Args:
         planner: plans the clip.
-        size: height and width of the video, such as "224x400".
-        frames: frames of the clip.
+        size: height and width of the video in pixels, such as "224x400".
+        frames: frames of the clip, 8n+1.
         setting: how generation runs.
+
+    Yields:
+        The lines of encoding, sampling and decoding.
     """
     peaks = planner.peaks(size, frames, setting)
     for name in ("encoding", "sampling", "decoding"):

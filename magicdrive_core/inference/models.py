@@ -61,6 +61,9 @@ class Models:
             project: folder of the project.
             sequence_group: ranks that share the tokens of every frame; None: this process has all of them.
 
+        Returns:
+            The models; no weight requires a gradient.
+
         Raises:
             MagicDriveError: the stage is not finished; its weights have changed since, or belong to another model
                 section; or imported weights meet ``published: false``.
@@ -97,14 +100,25 @@ class Models:
         )
 
     def move_to_device(self, wanted: nn.Module) -> None:
-        """With ``offload``, moves the other model to main memory and then ``wanted``, network or VAE, to the device."""
+        """With ``offload``, moves the other model to main memory, then the wanted one to the device; else does nothing.
+
+        Args:
+            wanted: ``network``, or the module of the VAE, ``vae.model``.
+        """
         if self.offload:
             waiting = self.vae.model if wanted is self.network else self.network
             waiting.to("cpu")
             wanted.to(self.device)
 
     def features(self, caption: str) -> Tensor:
-        """Returns the features (l, D) of a caption's l tokens in float32, from the cache or encoded now."""
+        """Returns the text features of a caption, from the cache or encoded now.
+
+        Args:
+            caption: of any scene, edited or not.
+
+        Returns:
+            (l, D) in fp32, one row for each of the caption's l tokens.
+        """
         return self.text.features(caption) if caption in self.text else self.encode_text(caption)
 
 

@@ -32,14 +32,29 @@ class SingleProcess:
     recoverable: tuple[type[Exception], ...] = (MagicDriveError, torch.OutOfMemoryError)
 
     def announce(self, item: Item) -> None:
-        """Announces the item that is sampled next to the followers."""
+        """Announces the item that is sampled next to the followers; without followers it does nothing.
+
+        Args:
+            item: which every process samples next.
+        """
 
     def from_leader(self, make: Callable[[], Tensor]) -> Tensor:
-        """Calls ``make`` on the leader only and returns its result, a tensor on the CPU, on every process."""
+        """Calls a function on the leader only and hands its result to every process; all of them call this.
+
+        Args:
+            make: returns a tensor on the CPU.
+
+        Returns:
+            The tensor, the same on every process.
+        """
         return make()
 
     def wait(self, seconds: float) -> None:
-        """Sleeps while there is no item to announce; called by the leader."""
+        """Sleeps while there is no item to announce; called by the leader.
+
+        Args:
+            seconds: how long.
+        """
         time.sleep(seconds)
 
 
@@ -72,24 +87,42 @@ class ProcessGroup(SingleProcess):
         self._status = status
 
     def announce(self, item: Item | None) -> None:
-        """Announces the next item to the followers, or with None that there are no more."""
+        """Announces the next item to the followers; called by the leader.
+
+        Args:
+            item: which all ranks sample next; None: there are no more, and the followers return.
+        """
         self._broadcast(item)
 
     def from_leader(self, make: Callable[[], Tensor]) -> Tensor:
-        """Calls ``make`` on rank 0 and broadcasts its result."""
+        """Calls a function on rank 0 and broadcasts its result. Collective.
+
+        Args:
+            make: returns a tensor on the CPU; not called on other ranks.
+
+        Returns:
+            The tensor, the same on every rank.
+        """
         shared = [make() if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(shared, src=0)
         assert shared[0] is not None
         return shared[0]
 
     def wait(self, seconds: float) -> None:
-        """Sleeps, then tells the followers and the launcher that the leader is alive."""
+        """Sleeps, then tells the followers and the launcher that the leader is alive.
+
+        Args:
+            seconds: how long; less than the timeout of the followers' collectives.
+        """
         super().wait(seconds)
         self._broadcast(_ALIVE)
 
     @contextmanager
     def leading(self) -> Iterator[None]:
-        """Tells the followers at the end of the context that there are no more items."""
+        """Tells the followers at the end of the context that there are no more items.
+
+        A recoverable error counts as such an end. After any other error the launcher ends the whole group.
+        """
         try:
             yield
         except self.recoverable:
@@ -98,7 +131,11 @@ class ProcessGroup(SingleProcess):
         self.announce(None)
 
     def announced_items(self) -> Iterator[Item]:
-        """Yields the items on a follower as the leader announces them, until there are no more."""
+        """Yields the items on a follower as the leader announces them, until there are no more.
+
+        Yields:
+            The next item; the iterator waits for the leader's announcement.
+        """
         while True:
             received: list[Item | str | None] = [None]
             dist.broadcast_object_list(received, src=0)

@@ -83,14 +83,27 @@ class Sampler:
         )
 
     def conditions(self, window: Window) -> ClipConditions:
-        """Conditions of the frames of a window."""
+        """Makes the conditions of the frames of a window.
+
+        Args:
+            window: one of ``windows``.
+
+        Returns:
+            Conditions of F = ``window.frames`` frames; ego motion is relative to the first of them.
+        """
         size = self.config.generate.resolution
         clip = Clip(self.item.clip.scene, self.item.clip.start + window.start, window.frames)
         bits = self.maps.of_clip(self.scene, clip, size, draw=self.edits.moves_lidar(self.scene.name))
         return clip_conditions(self.scene, clip, size, bits, published=self.config.published)
 
     def initial_frames(self, project: Path) -> InitialFrames | None:
-        """Reads the item's initial frames; None if everything is generated.
+        """Reads the item's initial frames.
+
+        Args:
+            project: folder of the project.
+
+        Returns:
+            The frames; None if everything is generated.
 
         Raises:
             MagicDriveError: a picture or a video is missing or broken.
@@ -107,10 +120,10 @@ class Sampler:
 
         Args:
             processes: the processes that sample together; all of them call this.
-            initial: initial frames of the item; only the leader needs them.
+            initial: initial frames of the item; only the leader needs them. None: it has none, or this is a follower.
 
         Returns:
-            Scaled latents (V, C, T, h, w) of each window, on the CPU.
+            Scaled latents (V, C, T, h, w) in fp32 of each window, on the CPU.
         """
         latents: list[Tensor] = []
         for number, window in enumerate(self.windows):
@@ -227,7 +240,14 @@ class InitialFrames:
     pixels: Pixels
 
     def images(self, view: int) -> Iterator[Picture]:
-        """Yields all of them for one view as full-size images (900, 1600, 3)."""
+        """Yields all initial frames of one view at full size.
+
+        Args:
+            view: index of the view in ``VIEWS``.
+
+        Yields:
+            RGB images (900, 1600, 3), uint8, in order of time.
+        """
         return map(full_size_image, self.pixels[view])
 
 
@@ -244,7 +264,14 @@ class EarlierItem(InitialFrames):
     record: ItemRecord
 
     def images(self, view: int) -> Iterator[Picture]:
-        """Yields the frames of the earlier item's file."""
+        """Yields all frames of one view as the earlier item's file holds them.
+
+        Args:
+            view: index of the view in ``VIEWS``.
+
+        Yields:
+            RGB images (900, 1600, 3), uint8, in order of time.
+        """
         return read_view(self.folder / self.record.views[VIEWS[view]].file)
 
 
@@ -254,11 +281,14 @@ def read_initial_frames(
     """Reads the initial frames of an item.
 
     Args:
-        config: settings; ``generate.initial_frames`` names the source.
+        config: settings; ``generate.initial_frames`` names the source and must not be null.
         item: the item.
         scene: its scene.
         conditioning: number of frames, the last ones, that condition the first window.
         project: folder of the project.
+
+    Returns:
+        The frames, of which the last ``conditioning`` are in memory at the network's size.
 
     Raises:
         MagicDriveError: a picture or a video is missing or broken.

@@ -60,7 +60,11 @@ class FrameFile:
             self._count += 1
 
     def read(self) -> Iterator[Picture]:
-        """Yields the frames once, then frees the disk."""
+        """Yields the frames once, then frees the disk.
+
+        Yields:
+            uint8 frames (H, W, 3) in the order in which they were written; they are read-only.
+        """
         with self._file as file:
             file.seek(0)
             for _ in range(self._count):
