@@ -40,7 +40,7 @@ class PosedCamera:
 
     @property
     def eye(self) -> Array:
-        """Position (3,) of the camera in the global frame."""
+        """Position (3,) of the camera in metres in the global frame."""
         return self.camera_to_global[:3, 3]
 
     @cached_property
@@ -50,7 +50,11 @@ class PosedCamera:
 
     @cached_property
     def lift(self) -> Array:
-        """The (4, 3) matrix from (x, y, 1) in the global frame to the point (x, y, z, 1) on the ground plane."""
+        """The matrix that puts a point of the map on the ground plane.
+
+        Returns:
+            (4, 3) from (x, y, 1) in the global frame to (x, y, z, 1) in the global frame, in metres.
+        """
         normal, origin = self.ego_to_global[:3, 2], self.ego_to_global[:3, 3]
         slope = -normal[:2] / normal[2]
         z = [slope[0], slope[1], origin[2] - slope @ origin[:2]]
@@ -58,21 +62,43 @@ class PosedCamera:
 
     @cached_property
     def horizon(self) -> float:
-        """Row of the horizon of the ground plane, in the middle column of the picture."""
+        """Row of the horizon of the ground plane in pixels, in the column of the principal point."""
         normal = self.camera_to_global[:3, :3].T @ self.ego_to_global[:3, 2]  # in the camera frame, about -y
         return float(self.intrinsics[1, 2] - self.intrinsics[1, 1] * normal[2] / normal[1])
 
     def from_ground(self, points: Array) -> Array:
-        """Transform map points (..., 2) on the ground plane to the camera frame (..., 3)."""
+        """Transform points of the map, on the ground plane, to the camera frame.
+
+        Args:
+            points: (..., 2) x and y in metres in the global frame.
+
+        Returns:
+            (..., 3) metres in the camera frame.
+        """
         matrix = (self.global_to_camera @ self.lift)[:3]
         return points @ matrix[:, :2].T + matrix[:, 2]
 
     def from_global(self, points: Array) -> Array:
-        """Transform points (..., 3) from the global to the camera frame."""
+        """Transform points from the global to the camera frame.
+
+        Args:
+            points: (..., 3) metres in the global frame.
+
+        Returns:
+            (..., 3) metres in the camera frame.
+        """
         return poses.transform(self.global_to_camera, points)
 
     def outline(self, points: Array) -> Pixels:
-        """Project one polygon (K, 3) of the camera frame, clipped at near plane and pyramid; it may have no rows."""
+        """Project one polygon, clipped at the near plane and at a pyramid wider than the picture.
+
+        Args:
+            points: (K, 3) metres in the camera frame, at any depth.
+
+        Returns:
+            The outline in fixed-point pixels, with more or fewer points than the polygon; no rows if all of it is
+            outside.
+        """
         distances = points @ CLIP_PLANES.T - PLANE_DISTANCES
         lowest, highest = distances.min(axis=0), distances.max(axis=0)
         if (highest < 0).any():
@@ -83,12 +109,23 @@ class PosedCamera:
 
     @cached_property
     def sides(self) -> Array:
-        """Normals (4, 3) of the view frustum: a point p of the camera frame is outside if p @ side < 0 for any side."""
+        """Normals of the view frustum: a point p of the camera frame is outside if p @ side < 0 for any side.
+
+        Returns:
+            (4, 3) for the left, right, upper and lower side, not normalised.
+        """
         (fx, _, cx), (_, fy, cy) = self.intrinsics[:2]
         return np.array([[fx, 0, cx], [-fx, 0, PICTURE_WIDTH - cx], [0, fy, cy], [0, -fy, PICTURE_HEIGHT - cy]])
 
     def fixed(self, points: Array) -> Pixels:
-        """Project points (..., 3) in front of the near plane to fixed-point pixels (..., 2)."""
+        """Project points in front of the near plane to fixed-point pixels.
+
+        Args:
+            points: (..., 3) metres in the camera frame, with z of at least ``NEAR``.
+
+        Returns:
+            (..., 2) column and row in 1/16 pixel; pixel centres are at integers, as in OpenCV.
+        """
         k = self.intrinsics
         x = points[..., 0] / points[..., 2] * k[0, 0] + k[0, 2]
         y = points[..., 1] / points[..., 2] * k[1, 1] + k[1, 2]
@@ -103,7 +140,7 @@ class PosedCamera:
             smallest: leave out polygons whose width and height are both below this many pixels.
 
         Returns:
-            The outline of each polygon, None if the picture does not show it.
+            The outline of each polygon in fixed-point pixels, None if the picture does not show it.
         """
         out: list[Pixels | None] = [None] * len(polygons)
         z = polygons[..., 2]

@@ -73,12 +73,23 @@ class City:
     bays: list[Curve] = field(default_factory=list)  # one for each parked car
 
     def lane(self, name: str) -> Lane:
-        """Find a lane or connector by name."""
+        """Find a lane or connector by name.
+
+        Args:
+            name: a key of ``lanes`` or ``connectors``.
+
+        Returns:
+            The lane or connector.
+        """
         return self.lanes.get(name) or self.connectors[name]
 
     @property
     def size(self) -> tuple[float, float]:
-        """Metres from the origin of the map to the far edges of the city, including the margin."""
+        """Metres from the origin of the map to the far edges of the city, including the margin.
+
+        Returns:
+            Along x and along y.
+        """
         rings = [ring for areas in self.areas.values() for area in areas for ring in area.rings]
         width, height = np.concatenate(rings).max(axis=0) + MARGIN
         return float(width), float(height)
@@ -86,7 +97,14 @@ class City:
 
 @cache
 def city(location: str) -> City:
-    """Build the city of a nuScenes location, one of ``CITIES``."""
+    """Build the city of a nuScenes location, once in each process.
+
+    Args:
+        location: one of ``CITIES``.
+
+    Returns:
+        The city in metres of the map frame, mirrored for left-hand traffic; equal arguments give the same object.
+    """
     mirror, angle = CITIES[location]
     plain = _streets(location)
     corners = transform_points(

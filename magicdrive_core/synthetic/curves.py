@@ -31,7 +31,14 @@ class Curve:
         return float(x), float(y), float(heading)
 
     def joined(self, other: Curve) -> Curve:
-        """Append another curve, which must start at the end of this one."""
+        """Append another curve.
+
+        Args:
+            other: a curve that starts at the end of this one; its start pose is not used.
+
+        Returns:
+            The joined curve.
+        """
         return Curve(self.start, self.pieces + other.pieces)
 
     def poses(self, distances: ArrayLike, offset: float = 0.0) -> Array:
@@ -71,7 +78,16 @@ class Curve:
         return self.poses(distances, offset)[:, :2]
 
     def transformed(self, mirror: bool, angle: float, shift: tuple[float, float]) -> Curve:
-        """Transform the curve like ``transform_points``."""
+        """Transform the curve like ``transform_points``.
+
+        Args:
+            mirror: whether to mirror at the x axis first, which swaps left and right turns.
+            angle: rotation about the origin in radians, counter-clockwise.
+            shift: metres along x and y.
+
+        Returns:
+            The transformed curve, of the same length.
+        """
         sign = -1.0 if mirror else 1.0
         x, y = transform_points(np.array([self.start[:2]]), mirror, angle, shift)[0]
         pieces = tuple((length, sign * curvature) for length, curvature in self.pieces)
@@ -88,7 +104,17 @@ class Curve:
 
 
 def transform_points(points: Array, mirror: bool, angle: float, shift: tuple[float, float]) -> Array:
-    """Mirror points (N, 2) at the x axis if asked, then rotate them about the origin by ``angle``, then shift them."""
+    """Mirror points at the x axis if asked, then rotate them about the origin, then shift them.
+
+    Args:
+        points: (N, 2) metres.
+        mirror: whether to mirror at the x axis.
+        angle: radians, counter-clockwise.
+        shift: metres along x and y.
+
+    Returns:
+        (N, 2) metres.
+    """
     x, y = points[:, 0], -points[:, 1] if mirror else points[:, 1]
     c, s = np.cos(angle), np.sin(angle)
     return np.stack([c * x - s * y + shift[0], s * x + c * y + shift[1]], axis=1)

@@ -98,7 +98,15 @@ class Footage:
     tracks: list[ObjectTrack]
 
     def solids_at(self, time: int) -> Solids:
-        """Interpolate all objects at a time (microseconds): centres linear, rotations slerp."""
+        """Interpolate all objects at a time: centres linear, rotations slerp.
+
+        Args:
+            time: microseconds. Objects are extrapolated by at most ``EXTRAPOLATED`` beyond their annotations, with the
+                rotation of the nearest one.
+
+        Returns:
+            The objects that are present, in the order of ``tracks``.
+        """
         found = [(track, around) for track in self.tracks if (around := track.around(time)) is not None]
         share = np.array([share for _, (_, _, share) in found])
         (start, end), (turn_start, turn_end) = (
@@ -120,6 +128,9 @@ def read_footage(root: Path, version: str) -> list[Footage]:
     Args:
         root: the data root.
         version: name of the table folder.
+
+    Returns:
+        The footage of each scene, in the order of ``scene.json``.
 
     Raises:
         MagicDriveError: a table is missing or damaged.

@@ -34,6 +34,13 @@ class MapLayers:
 def read_layers(root: Path, location: str) -> MapLayers:
     """Read ``maps/expansion/<location>.json`` below a data root.
 
+    Args:
+        root: the data root.
+        location: name of the map, such as "singapore-onenorth".
+
+    Returns:
+        The layers; those that the file lacks are empty.
+
     Raises:
         MagicDriveError: the file is missing, damaged, or of another version than 1.3.
     """
@@ -41,7 +48,14 @@ def read_layers(root: Path, location: str) -> MapLayers:
 
 
 def layers_of(vector_map: VectorMap) -> MapLayers:
-    """Group the paths of a vector map by layer, polygons with their holes."""
+    """Group the paths of a vector map by layer, polygons with their holes.
+
+    Args:
+        vector_map: the map.
+
+    Returns:
+        The layers, all eight of ``MAP_LAYERS``; their arrays are views of the map's vertices.
+    """
     polygons: dict[str, list[list[Array]]] = {layer: [] for layer in MAP_LAYERS if layer not in LINE_LAYERS}
     lines: dict[str, list[Array]] = {layer: [] for layer in LINE_LAYERS}
     paths = np.split(vector_map.points, vector_map.offsets[1:-1]) if len(vector_map.layers) else []
@@ -106,7 +120,14 @@ class Ground:
 
 
 def prepare(layers: MapLayers) -> Ground:
-    """Prepare a map: cut its crossings, lines and walkways into stripes, dashes and kerbs."""
+    """Prepare a map: cut its crossings, lines and walkways into stripes, dashes and kerbs.
+
+    Args:
+        layers: the layers of the map, in metres of the global frame.
+
+    Returns:
+        The rings of areas and the markings, in painting order.
+    """
     areas = [(label, rings) for layer, label in AREAS for rings in layers.polygons[layer]]
     outlines = [(area, label, ring) for area, (label, rings) in enumerate(areas) for ring in rings]
     boxes = [(ring.min(axis=0), ring.max(axis=0)) for _, _, ring in outlines]
@@ -131,7 +152,13 @@ def prepare(layers: MapLayers) -> Ground:
 
 
 def paint(labels: Labels, ground: Ground, camera: PosedCamera) -> None:
-    """Paint the land and the map into labels, in place."""
+    """Paint the land and the map into labels, in place.
+
+    Args:
+        labels: (900, 1600) labels with the sky already painted.
+        ground: the map; areas beyond ``MAP_RANGE`` and markings beyond ``MARK_RANGE`` are left out.
+        camera: the camera.
+    """
     x, y = camera.eye[:2]
     far = 4000.0
     land = np.array([[x - far, y - far], [x + far, y - far], [x + far, y + far], [x - far, y + far]])
@@ -161,7 +188,13 @@ def _paint_areas(labels: Labels, ground: Ground, camera: PosedCamera) -> None:
 
 
 def shade(labels: Labels, quads: Array, camera: PosedCamera) -> None:
-    """Add the SHADOW flag where quadrilaterals (N, 4, 2) cover the ground, in place."""
+    """Add the SHADOW flag where quadrilaterals cover the ground, in place.
+
+    Args:
+        labels: (900, 1600) labels of sky and ground; the sky takes no shadow.
+        quads: (N, 4, 2) shadows in metres of the global frame, on the ground plane.
+        camera: the camera.
+    """
     shadow = np.zeros_like(labels)
     for outline in camera.outlines(camera.from_ground(quads), 2.0):
         if outline is not None:

@@ -33,8 +33,11 @@ def scan(boxes: Array, lidar_to_global: Array, azimuths: int) -> Sweep:
 
     Args:
         boxes: (N, 7) upright boxes in the global frame: x, y, z of the centre, w, l, h in metres, heading in radians.
-        lidar_to_global: (4, 4) pose of the lidar.
+        lidar_to_global: (4, 4) pose of the lidar, above the ground plane z = 0.
         azimuths: number of columns (A) of the turn.
+
+    Returns:
+        The returns within ``RANGE``, and how many rays hit and would hit each box.
     """
     turn = (np.arange(azimuths) + 0.5) / azimuths * 2 * np.pi - np.pi
     flat = np.stack([np.cos(turn), np.sin(turn)], axis=1)

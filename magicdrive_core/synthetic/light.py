@@ -57,7 +57,11 @@ class Light:
 
     @property
     def shadow_step(self) -> Array:
-        """Offset (2,) in metres of the shadow of a point one metre high."""
+        """Offset of the shadow of a point one metre above the ground.
+
+        Returns:
+            (2,) metres along x and y of the global frame; zeros without sun.
+        """
         x, y, z = self.sun_from
         return np.array([-x / z, -y / z]) if self.sun else np.zeros(2)
 
@@ -81,7 +85,14 @@ NIGHT_FLOOR = 0.15  # brightness factor where no lamp shines
 
 
 def light_of(description: str) -> Light:
-    """Choose the lighting from words of a scene's description, such as "night" and "rain"."""
+    """Choose the lighting from words of a scene's description.
+
+    Args:
+        description: description of the scene, such as "Night, rain, turn left".
+
+    Returns:
+        ``NIGHT`` for a word of night, otherwise ``RAIN`` for a word of rain, otherwise ``DAY``.
+    """
     words = set(re.findall(r"[a-z]+", description.lower()))
     if words & {"night", "nighttime", "dark"}:
         return NIGHT
@@ -95,6 +106,9 @@ def colourise(labels: NDArray[np.uint8], camera: PosedCamera, light: Light) -> P
         labels: (900, 1600) labels of ``ground``.
         camera: the camera.
         light: the lighting.
+
+    Returns:
+        (900, 1600, 3) blue, green, red.
     """
     starts = _bands(camera.horizon)
     ends = [*starts[1:], PICTURE_HEIGHT]
@@ -164,7 +178,13 @@ def lamp_light(points: Array, camera: PosedCamera, lamps: Array) -> Array:
 
 
 def darken(picture: Picture, camera: PosedCamera, lamps: Array) -> None:
-    """Darken the ground of a picture, in place, to what lamps (M, 2) light at night."""
+    """Darken the ground of a picture to what lamps light at night, in place.
+
+    Args:
+        picture: (900, 1600, 3) blue, green, red.
+        camera: the camera.
+        lamps: (M, 2) positions of street lamps in metres of the global frame.
+    """
     first = int(np.clip(camera.horizon - 40, 0, PICTURE_HEIGHT - COARSE)) // COARSE  # the horizon may be tilted
     rows, columns = -(-PICTURE_HEIGHT // COARSE) - first, PICTURE_WIDTH // COARSE
     v, u = np.mgrid[first : first + rows, :columns].reshape(2, -1) * float(COARSE) + COARSE / 2

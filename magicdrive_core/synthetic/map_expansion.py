@@ -26,7 +26,11 @@ Record = dict[str, Any]
 
 
 class _Expansion:
-    """Collect the records of one map."""
+    """Collect the records of one map.
+
+    Args:
+        city: the city whose map is written.
+    """
 
     def __init__(self, city: City) -> None:
         self.city = city
@@ -35,11 +39,26 @@ class _Expansion:
         self.lines: list[Record] = []
 
     def token(self, *names: object) -> str:
-        """Make the token of a record of this map."""
+        """Make the token of a record of this map.
+
+        Args:
+            names: what tells the record apart from the others of the map.
+
+        Returns:
+            32 hex digits.
+        """
         return token("map", self.city.location, *names)
 
     def add_nodes(self, owner: str, points: Array) -> list[str]:
-        """Add a node for each point (N, 2) and return their tokens."""
+        """Add a node for each point.
+
+        Args:
+            owner: what the points belong to: token of a line, or token of a polygon and number of its ring.
+            points: (N, 2) metres.
+
+        Returns:
+            N tokens of nodes.
+        """
         tokens = [self.token("node", owner, index) for index in range(len(points))]
         for node, point in zip(tokens, points, strict=True):
             x, y = rounded(point)
@@ -47,7 +66,16 @@ class _Expansion:
         return tokens
 
     def add_polygon(self, layer: str, name: str, rings: list[Array]) -> str:
-        """Add a polygon, the outer ring first, and return its token."""
+        """Add a polygon and its nodes.
+
+        Args:
+            layer: layer of the polygon.
+            name: name of the polygon within the layer.
+            rings: (n, 2) metres each, the outer one first, then the holes.
+
+        Returns:
+            Token of the polygon.
+        """
         polygon = self.token("polygon", layer, name)
         outer, *holes = [self.add_nodes(f"{polygon}-{index}", ring) for index, ring in enumerate(rings)]
         self.polygons.append(
@@ -56,14 +84,31 @@ class _Expansion:
         return polygon
 
     def add_line(self, layer: str, name: str, points: Array) -> tuple[str, list[str]]:
-        """Add a line and return its token and those of its nodes."""
+        """Add a line and its nodes.
+
+        Args:
+            layer: layer of the line.
+            name: name of the line within the layer.
+            points: (N, 2) metres.
+
+        Returns:
+            Token of the line, and the N tokens of its nodes.
+        """
         line = self.token("line", layer, name)
         nodes = self.add_nodes(line, points)
         self.lines.append({"token": line, "node_tokens": nodes})
         return line, nodes
 
     def area_records(self, layer: str, **fields: Any) -> list[Record]:
-        """Make the records of a layer of areas, each with the extra fields."""
+        """Make the records of a layer of areas, and add their polygons.
+
+        Args:
+            layer: name of the layer, a key of ``City.areas``.
+            fields: extra fields that each record gets.
+
+        Returns:
+            One record for each area of the city.
+        """
         return [
             {
                 "token": self.token(layer, area.name),
@@ -75,7 +120,15 @@ class _Expansion:
         ]
 
     def lane_record(self, layer: str, lane: Lane) -> Record:
-        """Make the record of a lane or, in the layer ``lane_connector``, of a connector."""
+        """Make the record of a lane or connector, and add its polygon and lines.
+
+        Args:
+            layer: "lane" or "lane_connector".
+            lane: the lane or connector.
+
+        Returns:
+            The record; that of a connector has no lines.
+        """
         left, right = (lane.curve.points(CURVE_SPACING, side * LANE / 2) for side in (-1, 1))
         record: Record = {
             "token": self.token(layer, lane.name),
@@ -94,7 +147,14 @@ class _Expansion:
         return record
 
     def arclines(self, lane: Lane) -> list[Record]:
-        """Convert the centre line of a lane to arcline paths: each piece is the first or middle part of one path."""
+        """Convert the centre line of a lane to arcline paths: each piece is the first or middle part of one path.
+
+        Args:
+            lane: the lane or connector.
+
+        Returns:
+            One record for each piece of the curve; straight pieces have the radius 999.999.
+        """
         out = []
         start = 0.0
         for length, curvature in lane.curve.pieces:
@@ -114,7 +174,15 @@ class _Expansion:
 
 
 def write_expansion(root: Path, city: City) -> None:
-    """Write ``maps/expansion/<location>.json``, which the devkit's ``NuScenesMap`` loads."""
+    """Write ``maps/expansion/<location>.json``, which the devkit's ``NuScenesMap`` loads.
+
+    Args:
+        root: the data root.
+        city: the city.
+
+    Raises:
+        MagicDriveError: the disk is full or not writable.
+    """
     parts = _Expansion(city)
     drivable = [parts.add_polygon("drivable_area", area.name, area.rings) for area in city.areas["drivable_area"]]
     crossings = [parts.token("ped_crossing", area.name) for area in city.areas["ped_crossing"]]
@@ -169,7 +237,14 @@ def write_expansion(root: Path, city: City) -> None:
 
 
 def mask_name(location: str) -> str:
-    """Return the path of the map mask below the data root."""
+    """Return the path of the map mask below the data root.
+
+    Args:
+        location: name of the map, such as "singapore-onenorth".
+
+    Returns:
+        The path as ``map.json`` names it.
+    """
     return f"maps/{location}.png"
 
 
@@ -178,6 +253,13 @@ def write_mask(root: Path, city: City) -> None:
 
     It starts at the origin of the map, as the devkit requires, and ends at the edge of the city instead of the canvas:
     the rest would be 630 million empty cells.
+
+    Args:
+        root: the data root.
+        city: the city; ``MASK_CELLS`` cells of the mask are one metre.
+
+    Raises:
+        MagicDriveError: the mask cannot be encoded, or the disk is full or not writable.
     """
     width, height = (int(np.ceil(metres * MASK_CELLS)) for metres in city.size)
     mask = np.zeros((height, width), np.uint8)

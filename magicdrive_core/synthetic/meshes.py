@@ -57,7 +57,14 @@ class Mesh:
     orders: NDArray[np.int64]  # (2 ** planes, F) faces far to near; bit b of the row: eye above plane b
 
     def order(self, eye: Array) -> NDArray[np.int64]:
-        """Look up the drawing orders (N, F) for eyes (N, 3), given in unit box coordinates."""
+        """Look up the drawing orders of the faces.
+
+        Args:
+            eye: (N, 3) positions of the eye in coordinates of the unit box.
+
+        Returns:
+            (N, F) indices of faces, far to near.
+        """
         code = np.zeros(len(eye), np.int64)
         for bit, (axis, value) in enumerate(self.planes):
             code += (eye[:, axis] > value).astype(np.int64) << bit
@@ -65,7 +72,15 @@ class Mesh:
 
 
 def build_mesh(node: Node) -> Mesh:
-    """Prepare the mesh of a tree of parts."""
+    """Prepare the mesh of a tree of parts.
+
+    Args:
+        node: a convex part as a list of faces, or a plane with the parts on either side; details follow the face that
+            they are on.
+
+    Returns:
+        The mesh, with a drawing order for each combination of sides that the eye can be on.
+    """
     faces: list[Face] = []
     planes: list[tuple[int, float]] = []
     tree = _number(node, faces, planes)
@@ -82,7 +97,18 @@ def build_mesh(node: Node) -> Mesh:
 
 
 def box(x: ArrayLike, y: ArrayLike, z: ArrayLike, material: Material, top: Material | None = None) -> list[Face]:
-    """Make a box from its extents along x, y and z; ``top`` is the material of the upper face, if it differs."""
+    """Make a box.
+
+    Args:
+        x: lower and upper end along x in the unit box.
+        y: ends along y.
+        z: ends along z.
+        material: material of all faces.
+        top: material of the upper face, if it differs.
+
+    Returns:
+        Six faces.
+    """
     (x0, x1), (y0, y1), (z0, z1) = (np.asarray(v, dtype=float) for v in (x, y, z))
     return prism([(x0, z0), (x1, z0), (x1, z1), (x0, z1)], (y0, y1), material, top=top)
 
@@ -102,6 +128,9 @@ def prism(
         material: material of all faces.
         inset: how far each side leans in at the highest point, in unit lengths.
         top: material of faces that look up, if it differs.
+
+    Returns:
+        The right and left face, then one face for each edge of the outline.
     """
     outline = np.array(profile, dtype=np.float64)
     low, high = outline[:, 1].min(), outline[:, 1].max()
@@ -123,7 +152,18 @@ def prism(
 
 
 def ball(x: ArrayLike, y: ArrayLike, z: ArrayLike, material: Material, around: int = 8) -> list[Face]:
-    """Make a faceted ball from its extents along x, y and z, with ``around`` facets in each ring."""
+    """Make a faceted ball.
+
+    Args:
+        x: lower and upper end along x in the unit box.
+        y: ends along y.
+        z: ends along z.
+        material: material of all faces.
+        around: number of facets in each ring, at most ``POINTS``.
+
+    Returns:
+        The faces of its bottom, its top and four rings.
+    """
     (x0, x1), (y0, y1), (z0, z1) = (np.asarray(v, dtype=float) for v in (x, y, z))
     turn = np.arange(around) / around * 2 * np.pi
     rings = []
@@ -147,7 +187,18 @@ def ball(x: ArrayLike, y: ArrayLike, z: ArrayLike, material: Material, around: i
 
 
 def side(x: ArrayLike, z: ArrayLike, y: float, material: Material, slope: float = 0.0) -> list[Face]:
-    """Make a rectangle on the left (y > 0) or right side; its upper edge leans in by ``slope``."""
+    """Make a rectangle on the left or right side.
+
+    Args:
+        x: lower and upper end along x in the unit box.
+        z: ends along z.
+        y: position of the lower edge; the rectangle looks to the left if it is positive, otherwise to the right.
+        material: material of the face.
+        slope: how far the upper edge leans in, in unit lengths.
+
+    Returns:
+        One face.
+    """
     (x0, x1), (z0, z1) = (np.asarray(v, dtype=float) for v in (x, z))
     inner = y - np.sign(y) * slope
     points = np.array([[x0, y, z0], [x1, y, z0], [x1, inner, z1], [x0, inner, z1]])
@@ -155,7 +206,17 @@ def side(x: ArrayLike, z: ArrayLike, y: float, material: Material, slope: float 
 
 
 def end(y: ArrayLike, z: ArrayLike, x: ArrayLike, material: Material) -> list[Face]:
-    """Make a rectangle on the front (x > 0) or back; ``x`` is one value, or those of the lower and upper edge."""
+    """Make a rectangle on the front or back.
+
+    Args:
+        y: lower and upper end along y in the unit box.
+        z: ends along z.
+        x: position, or those of the lower and upper edge; the rectangle looks to the front if their sum is positive.
+        material: material of the face.
+
+    Returns:
+        One face.
+    """
     (y0, y1), (z0, z1) = (np.asarray(v, dtype=float) for v in (y, z))
     low, high = np.broadcast_to(np.asarray(x, dtype=float), 2)
     points = np.array([[low, y0, z0], [low, y1, z0], [high, y1, z1], [high, y0, z1]])
@@ -174,6 +235,9 @@ def wheels(
         height: height of the object in metres.
         width: distance of the wheels from the middle, in unit lengths.
         z: height of the centres in metres; by default the radius.
+
+    Returns:
+        Two discs, tyre and hub, for each wheel on the right and on the left.
     """
     turn = (np.arange(POINTS) + 0.5) / POINTS * 2 * np.pi
     faces = []
@@ -222,7 +286,14 @@ def _normal(points: Array) -> Array:
 
 @cache
 def mesh_of(name: str) -> Mesh:
-    """Return the mesh of a detection class or a piece of scenery; unknown names give a plain concrete box."""
+    """Return the mesh of a detection class or a piece of scenery, built once in each process.
+
+    Args:
+        name: a class such as "car", or a piece of scenery such as "tree"; other names give a plain concrete box.
+
+    Returns:
+        The mesh; equal names give the same object.
+    """
     return build_mesh(_MESHES[name]() if name in _MESHES else box((-0.5, 0.5), (-0.5, 0.5), (0, 1), Material.CONCRETE))
 
 

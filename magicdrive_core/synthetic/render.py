@@ -109,7 +109,15 @@ class StaticWorld:
 
 
 def prepare_world(layers: MapLayers, scenery: Scenery) -> StaticWorld:
-    """Prepare everything that depends on the map only."""
+    """Prepare everything that depends on the map only.
+
+    Args:
+        layers: the layers of the map.
+        scenery: the scenery of the map.
+
+    Returns:
+        The ground, the scenery as solids on the plane z = 0, and the positions of street lamps.
+    """
     boxes = scenery.boxes
     c, s, zero = np.cos(boxes[:, 6]), np.sin(boxes[:, 6]), np.zeros(len(boxes))
     rotations = np.stack([c, -s, zero, s, c, zero, zero, zero, zero + 1], axis=1).reshape(-1, 3, 3)
@@ -149,7 +157,17 @@ def draw(camera: PosedCamera, light: Light, world: StaticWorld, movers: Solids) 
 
 
 def encode(picture: Picture) -> bytes:
-    """Encode a picture as JPEG."""
+    """Encode a picture as JPEG.
+
+    Args:
+        picture: (900, 1600, 3) blue, green, red.
+
+    Returns:
+        The bytes of the file.
+
+    Raises:
+        MagicDriveError: OpenCV cannot encode it.
+    """
     done, jpeg = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
     if not done:
         raise MagicDriveError("a picture could not be encoded as JPEG")
@@ -157,7 +175,15 @@ def encode(picture: Picture) -> bytes:
 
 
 def on_ground(scenery: Solids, camera: PosedCamera) -> Solids:
-    """Select scenery near the camera and put it on the ground plane."""
+    """Select scenery near the camera and put it on the ground plane.
+
+    Args:
+        scenery: solids of ``StaticWorld``: their centres are those of their bottoms.
+        camera: the camera, whose ground plane may be tilted.
+
+    Returns:
+        The solids within ``MAP_RANGE``, with the centres of their boxes.
+    """
     near = np.flatnonzero(np.linalg.norm(scenery.centres[:, :2] - camera.eye[:2], axis=1) < MAP_RANGE)
     chosen = scenery.select(near)
     ground = np.column_stack([chosen.centres[:, :2], np.ones(len(near))]) @ camera.lift[2]

@@ -16,17 +16,39 @@ from magicdrive_core.geometry.cameras import PICTURE_HEIGHT, PICTURE_WIDTH
 
 
 def token(*names: object) -> str:
-    """Hash names to a record token of 32 hex digits, the form of nuScenes tokens."""
+    """Hash names to a record token in the form of nuScenes tokens.
+
+    Args:
+        names: what the token stands for, from general to particular.
+
+    Returns:
+        32 hex digits.
+    """
     return hashlib.md5("/".join(map(str, names)).encode(), usedforsecurity=False).hexdigest()
 
 
 def rounded(values: ArrayLike, digits: int = 4) -> list[float]:
-    """Round a vector for a table, without negative zeros."""
+    """Round a vector for a table, without negative zeros.
+
+    Args:
+        values: (n,) numbers.
+        digits: decimal places.
+
+    Returns:
+        n numbers.
+    """
     return [round(float(value), digits) + 0.0 for value in np.asarray(values)]
 
 
 def heading_quaternion(heading: float) -> list[float]:
-    """Compute the rounded quaternion (w, x, y, z) of a rotation about the vertical axis by an angle in radians."""
+    """Compute the quaternion of a rotation about the vertical axis.
+
+    Args:
+        heading: radians, counter-clockwise seen from above.
+
+    Returns:
+        w, x, y, z, rounded to 7 decimal places.
+    """
     return rounded([np.cos(heading / 2), 0, 0, np.sin(heading / 2)], 7)
 
 

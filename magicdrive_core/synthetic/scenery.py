@@ -43,12 +43,30 @@ class Scenery:
 
 @cache
 def load_scenery(root: Path, location: str) -> Scenery:
-    """Place the scenery of a map of a data root, once in each process."""
+    """Place the scenery of a map of a data root, once in each process.
+
+    Args:
+        root: the data root.
+        location: name of the map, such as "singapore-onenorth".
+
+    Returns:
+        The scenery, see ``place_scenery``.
+
+    Raises:
+        MagicDriveError: the map is missing or damaged.
+    """
     return place_scenery(read_layers(root, location))
 
 
 def place_scenery(layers: MapLayers) -> Scenery:
-    """Place street lamps at the kerbs, and buildings and trees on free land, all facing the road."""
+    """Place street lamps at the kerbs, and buildings and trees on free land, all facing the road.
+
+    Args:
+        layers: the layers of the map.
+
+    Returns:
+        The scenery, which depends only on the map; footprints do not touch.
+    """
     road = _union(layers, ("drivable_area",))
     paved = _union(layers, ("drivable_area", "walkway", "ped_crossing", "carpark_area"))
     shapely.prepare([road, paved])

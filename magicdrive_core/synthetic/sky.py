@@ -23,7 +23,12 @@ IN_VIEW = 0.45  # cosine of the angle from the optical axis within which outline
 
 
 def paint_sky(labels: Labels, camera: PosedCamera) -> None:
-    """Paint clouds and skyline into labels that are all SKY, in place."""
+    """Paint clouds and skyline into labels, in place.
+
+    Args:
+        labels: (900, 1600) labels that are all SKY.
+        camera: the camera; only its orientation matters.
+    """
     far = _far_things()
     directions = far.directions @ camera.global_to_camera[:3, :3].T * FAR
     ahead = np.flatnonzero(directions.mean(axis=1)[:, 2] > FAR * IN_VIEW)

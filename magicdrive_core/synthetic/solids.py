@@ -35,12 +35,26 @@ class Solids:
         return len(self.names)
 
     def select(self, chosen: NDArray[np.int64]) -> Solids:
-        """Select solids by index."""
+        """Select solids by index.
+
+        Args:
+            chosen: (M,) indices, in the wanted order.
+
+        Returns:
+            M solids.
+        """
         names = [self.names[index] for index in chosen]
         return Solids(names, self.centres[chosen], self.sizes[chosen], self.rotations[chosen], self.tints[chosen])
 
     def joined(self, other: Solids) -> Solids:
-        """Append other solids."""
+        """Append other solids.
+
+        Args:
+            other: the other solids.
+
+        Returns:
+            These solids, then the others.
+        """
         return Solids(
             self.names + other.names,
             np.concatenate([self.centres, other.centres]),
@@ -51,7 +65,11 @@ class Solids:
 
     @property
     def footprints(self) -> Array:
-        """Corners (N, 4, 2) of the boxes on the ground, counter-clockwise."""
+        """Corners of the boxes on the ground, counter-clockwise.
+
+        Returns:
+            (N, 4, 2) metres in the global frame.
+        """
         corners = np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]]) / 2
         extent = self.sizes[:, None, [1, 0]] * corners
         return self.centres[:, None, :2] + extent @ np.swapaxes(self.rotations[:, :2, :2], 1, 2)
@@ -75,6 +93,9 @@ def visible(solids: Solids, camera: PosedCamera, reach: float) -> Solids:
         solids: all solids.
         camera: the camera.
         reach: metres beyond which solids are left out.
+
+    Returns:
+        The selected solids, far to near, see ``far_to_near``.
     """
     if not len(solids):
         return solids
@@ -139,6 +160,9 @@ def faces_of(solids: Solids, camera: PosedCamera, light: Light, lamps: Array) ->
         camera: the camera.
         light: lighting of the scene.
         lamps: (M, 2) positions of street lamps, which light solids at night.
+
+    Returns:
+        The faces in drawing order, shaded, lit and hazed.
     """
     parts = [(np.empty((0, POINTS, 3)), np.empty((0, 3)), np.empty(0, bool), np.empty(0, int), np.empty(0, int))]
     names = np.array(solids.names)
@@ -176,6 +200,11 @@ def faces_of(solids: Solids, camera: PosedCamera, light: Light, lamps: Array) ->
 def fill(picture: Picture, faces: Faces, camera: PosedCamera) -> list[tuple[Pixels, Colour, float]]:
     """Fill faces into a picture, in place.
 
+    Args:
+        picture: (900, 1600, 3) blue, green, red.
+        faces: the faces in drawing order; edges of those nearer than ``SMOOTH`` are anti-aliased.
+        camera: the camera.
+
     Returns:
         Outline, colour and distance in metres of each shining face.
     """
@@ -192,7 +221,16 @@ def fill(picture: Picture, faces: Faces, camera: PosedCamera) -> list[tuple[Pixe
 
 
 def mirrored(faces: Faces, camera: PosedCamera, reach: float) -> Faces:
-    """Mirror the faces within ``reach`` metres in the ground plane."""
+    """Mirror faces in the ground plane.
+
+    Args:
+        faces: the faces, in the camera frame.
+        camera: the camera.
+        reach: metres from the camera beyond which faces are left out.
+
+    Returns:
+        The mirrored faces, in the same order.
+    """
     near = faces.away < reach
     up = camera.ego_to_global[:3, 2] @ camera.camera_to_global[:3, :3]  # in the camera frame
     points = faces.points[near]

@@ -40,7 +40,15 @@ KEY_AZIMUTHS, SWEEP_AZIMUTHS = 360, 60  # lidar columns of key frames and of oth
 
 
 def fixed_rows(locations: Sequence[str], plans: Sequence[ScenePlan]) -> Rows:
-    """Make the tables that do not depend on the events of a scene."""
+    """Make the tables that do not depend on the events of a scene.
+
+    Args:
+        locations: locations of the data set, each with one map.
+        plans: all scenes of the data set, each with one log.
+
+    Returns:
+        The records of attributes, categories, sensors, calibrations, visibility, maps and logs, by table.
+    """
     return {
         "attribute": [{"token": token("attribute", n), "name": n, "description": ""} for n in ATTRIBUTES],
         "category": [
@@ -127,7 +135,14 @@ def scene_rows(plan: ScenePlan, scenery: NDArray[np.float64]) -> tuple[Rows, dic
 
 
 def merge(parts: Sequence[Rows]) -> Rows:
-    """Concatenate the records of all parts, by table."""
+    """Concatenate the records of all parts, by table.
+
+    Args:
+        parts: records by table; a part may lack tables.
+
+    Returns:
+        The records of all 13 tables.
+    """
     return {table: [row for part in parts for row in part.get(table, [])] for table in TABLES}
 
 

@@ -69,12 +69,27 @@ class ScenePlan:
     traffic: Traffic
 
     def ego_poses(self, times: Array) -> Array:
-        """Compute the ego poses x, y, heading (N, 3) at times (N,) in microseconds."""
+        """Compute poses of the ego car (its rear axle).
+
+        Args:
+            times: (N,) microseconds, also before the first or after the last key frame.
+
+        Returns:
+            (N, 3) x, y in metres of the map frame and heading in radians.
+        """
         return self.route.poses(self.start + self.speed * (times - self.first_time) / 1e6)
 
 
 def plan_scene(synth: Synth, index: int) -> ScenePlan:
-    """Plan the scene of an index."""
+    """Plan one scene.
+
+    Args:
+        synth: the settings of the data.
+        index: index of the scene, from 0; it chooses location, light and turn, and seeds the rest.
+
+    Returns:
+        The plan; equal arguments give equal plans.
+    """
     rng = np.random.default_rng([synth.seed, index])
     light = LIGHTS[index % len(LIGHTS)]
     location = list(CITIES)[index % len(CITIES)]
@@ -188,7 +203,14 @@ class Actor:
         return SIZES[self.category]
 
     def poses(self, seconds: Array) -> Array:
-        """Compute centre and heading (N, 3) at times (N,) in seconds from the start of the scene."""
+        """Compute the centre and heading of the object.
+
+        Args:
+            seconds: (N,) times from the start of the scene.
+
+        Returns:
+            (N, 3) x, y in metres of the map frame and heading in radians.
+        """
         poses = self.curve.poses(self.start + self.speed * seconds, self.offset)
         poses[:, 2] += self.turn
         return poses
@@ -204,14 +226,24 @@ class Traffic:
     _discs: list[tuple[Array, float]] = field(default_factory=list)  # (T, D, 2) centres, radius
 
     def occupy(self, poses: Array, length: float, width: float) -> None:
-        """Keep the area of a moving rectangle free; ``poses`` (T, 3) are those of its centre."""
+        """Keep the area of a moving rectangle free.
+
+        Args:
+            poses: (T, 3) x, y in metres and heading in radians of its centre, at the times ``seconds``.
+            length: length of the rectangle in metres.
+            width: width of the rectangle in metres.
+        """
         self._discs.append(_discs(poses, length, width))
 
     def add(self, actors: Iterable[Actor]) -> bool:
         """Add actors, all or none.
 
+        Args:
+            actors: at least one actor; they are not checked against each other.
+
         Returns:
-            Whether they were added: they start near the ego trajectory and touch no other actor.
+            Whether they were added: the first starts near the ego trajectory, and none touches an actor that was there
+            before.
         """
         actors = list(actors)
         if _distance(actors[0].poses(np.zeros(1))[:, :2], self.ego_path) > REACH:
@@ -236,6 +268,9 @@ def populate(
         speed: speed of the ego car in m/s.
         seconds: length of the scene.
         rng: source of randomness of the scene.
+
+    Returns:
+        The traffic; a kind of object that finds no free position is missing.
     """
     checks = np.linspace(-0.1, seconds + 0.1, int(np.ceil(CHECKS * seconds)) + 1)
     ego_path = ego.poses(np.linspace(ego_start, ego_start + speed * seconds, 9))[:, :2]
