@@ -156,7 +156,11 @@ class Argoverse:
 
 
 class _Log:
-    """The files of one log, read on demand."""
+    """The files of one log, read on demand.
+
+    Args:
+        folder: the folder of the log.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -245,7 +249,11 @@ class _Log:
 
     @cached_property
     def picture_sizes(self) -> dict[str, tuple[int, int]]:
-        """Width and height of pictures in pixels, by camera."""
+        """Sizes of pictures, as ``intrinsics.feather`` states them.
+
+        Returns:
+            (width, height) in pixels by name of the camera.
+        """
         table = self._intrinsics
         return {
             name: (int(width), int(height))

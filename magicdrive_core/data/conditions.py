@@ -208,7 +208,8 @@ def count_clips(config: Config, scenes: Sequence[SceneHeader]) -> dict[str, dict
         scenes: headers of all scenes.
 
     Returns:
-        Counts by split, video size and number of frames ("whole" for buckets of whole scenes).
+        Numbers of clips by split ("train", "val"), video size such as "224x400", and number of frames in digits
+        ("whole" for buckets of whole scenes).
     """
     buckets = [bucket for stage in STAGES for bucket in config.training.stage(stage).buckets]
     kinds = {(bucket.resolution, bucket.frames, bucket.whole) for bucket in buckets}

@@ -131,14 +131,14 @@ def export_infos(infos: Path, split: str, out: Path) -> list[Scene]:
 
     Args:
         infos: the infos folder.
-        split: "train" or "val".
+        split: "train" or "val"; a scene of the split "both" belongs to either.
         out: the file to write.
 
     Returns:
         The scenes that were written.
 
     Raises:
-        MagicDriveError: the infos are missing or have no scene of the split.
+        MagicDriveError: the infos are missing or have no scene of the split, or the disk is full or not writable.
     """
     scenes = [scene for scene in read_scenes(infos) if scene.split in (split, "both")]
     if not scenes:
@@ -154,6 +154,9 @@ def write_infos(scenes: Iterable[Scene], facts: Mapping[str, str], folder: Path)
         scenes: the scenes, in any order.
         facts: how the scenes were made, see ``InfosWriter``.
         folder: the infos folder, which must exist.
+
+    Raises:
+        MagicDriveError: the disk is full or not writable.
     """
     with InfosWriter(folder, facts) as writer:
         for scene in sorted(scenes, key=lambda scene: scene.name):

@@ -79,7 +79,11 @@ def read_clip(
         views: indices into ``cameras.VIEWS``.
 
     Returns:
-        (V, F, H, W, 3) RGB in pixels.
+        (V, F, H, W, 3) RGB in pixels of the video, V views in the order of ``views``.
+
+    Raises:
+        UsageError: the video has more rows than a picture has at the video's width.
+        MagicDriveError: a picture is missing, truncated or not a picture.
     """
     framing = Framing(*parse_size(size))
     frames = scene.pictures[clip.start : clip.start + clip.frames]

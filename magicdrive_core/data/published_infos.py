@@ -65,8 +65,11 @@ def write_published(scenes: Sequence[Scene], path: Path | str, version: str) -> 
 
     Args:
         scenes: the scenes to write.
-        path: the pickle file.
+        path: the pickle file, written completely or not at all.
         version: name of the table folder, stored in the metadata.
+
+    Raises:
+        MagicDriveError: the disk is full or not writable.
     """
     infos = [record for scene in scenes for record in _records(scene)]
     tokens = [list(scene.tokens) for scene in scenes]

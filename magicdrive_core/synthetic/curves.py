@@ -26,7 +26,7 @@ class Curve:
 
     @property
     def end(self) -> Pose:
-        """Pose at the end of the curve."""
+        """Pose at the end of the curve: x, y in metres, heading in radians."""
         x, y, heading = self.poses([self.length])[0]
         return float(x), float(y), float(heading)
 

@@ -44,7 +44,10 @@ TINTS = (0.9, 1.0, 1.08)  # brightness factors that tell objects of one class ap
 
 @dataclass(frozen=True)
 class Shot:
-    """A picture to draw."""
+    """A picture to draw.
+
+    Poses are ``a_to_b`` matrices in metres, at the time of the picture; intrinsics are in pixels of the full picture.
+    """
 
     filename: str  # below the data root
     timestamp: int  # microseconds
@@ -60,7 +63,10 @@ class Shot:
 
 @dataclass(frozen=True)
 class ObjectTrack:
-    """One object over time: K annotations in order of time."""
+    """One object over time: K annotations in order of time.
+
+    Centres are metres and rotations quaternions, box to global, both in the global frame. ``tint`` is one of ``TINTS``.
+    """
 
     name: str  # of meshes.mesh_of
     tint: float

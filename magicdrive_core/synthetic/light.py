@@ -39,7 +39,10 @@ GROUND = {
 
 @dataclass(frozen=True)
 class Light:
-    """The lighting of a scene."""
+    """The lighting of a scene.
+
+    Colours are red, green and blue from 0 to 255; brightness factors multiply them.
+    """
 
     zenith: RGB
     horizon: RGB  # colour of the sky at the horizon and of distant haze
@@ -157,10 +160,10 @@ def lamp_light(points: Array, camera: PosedCamera, lamps: Array) -> Array:
     Args:
         points: (N, 2) metres in the global frame.
         camera: the camera; the dipped beams of the ego car shine forward.
-        lamps: (M, 2) positions of street lamps.
+        lamps: (M, 2) positions of street lamps in metres of the global frame.
 
     Returns:
-        (N,) brightness from 0 to 1.
+        (N,) brightness from ``NIGHT_FLOOR`` (no lamp) to 1.
     """
     ego = poses.inverse(camera.ego_to_global) @ camera.lift
     ahead = points @ ego[0, :2] + ego[0, 2]

@@ -54,7 +54,11 @@ SCENE_PITCH = 60_000_000  # microseconds from scene to scene
 
 @dataclass(frozen=True)
 class ScenePlan:
-    """Everything that happens in a scene."""
+    """Everything that happens in a scene.
+
+    The ego car follows ``route`` at constant speed. ``location`` is one of ``city.CITIES``, ``light`` one of
+    ``LIGHTS``.
+    """
 
     index: int
     name: str
@@ -187,7 +191,10 @@ def _sights(traffic: Traffic, rng: np.random.Generator) -> list[str]:
 
 @dataclass(frozen=True)
 class Actor:
-    """An object that follows a curve at constant speed."""
+    """An object that follows a curve at constant speed.
+
+    ``category`` is a key of ``SIZES``, ``attribute`` a nuScenes attribute, empty for objects that have none.
+    """
 
     category: str
     attribute: str
