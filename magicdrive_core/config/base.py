@@ -30,7 +30,7 @@ def about(meaning: str, *, unit: str = "", source: str = "", used_in: str = "") 
 
     Args:
         meaning: what the setting decides, in whole sentences; what each special value (null, 0) does.
-        unit: of the number; empty for a setting without one.
+        unit: unit of the number; empty for a setting without one.
         source: where the default or the limits come from; empty for a choice of this project.
         used_in: modules that read it, relative to ``magicdrive_core``, separated by commas.
 

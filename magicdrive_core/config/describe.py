@@ -265,7 +265,7 @@ def _kind(annotation: Any, metadata: list[Any]) -> str:
 
 
 def _limit(part: Any) -> str:
-    """Describes one bound, which stands alone or, within a nested type, in a Field."""
+    """Describes one bound; within a nested type, it is inside a Field."""
     if isinstance(part, FieldInfo):
         return " and ".join(filter(None, map(_limit, part.metadata)))
     match part:

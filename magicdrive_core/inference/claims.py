@@ -92,7 +92,7 @@ class Claims:
         """Claims an item without waiting.
 
         Args:
-            name: of the item.
+            name: the item's name.
 
         Returns:
             The claim, which is touched regularly from now on; None if another worker holds one.
@@ -116,7 +116,7 @@ class Claims:
         """Releases a claim, unless it was released before or never taken; any thread may call this.
 
         Args:
-            name: of the item.
+            name: the item's name.
         """
         with self._changing:
             claim = self._held.pop(name, None)

@@ -108,7 +108,16 @@ class _Share:
         self.failed: dict[str, Exception] = {}
 
     def go_through(self, items: Sequence[Item], claims: Claims, advance: Callable[[], None]) -> list[Item]:
-        """Goes through the items once and returns those that are claimed by others or have to be tried again."""
+        """Goes through the items once, starts those that nobody makes, and waits for what it started.
+
+        Args:
+            items: in the order in which they are tried.
+            claims: this worker's.
+            advance: called whenever an item needs no more work.
+
+        Returns:
+            Items that other workers have claimed or that have to be tried again.
+        """
         again: list[Item] = []
         started: deque[tuple[Item, Future[None]]] = deque()
 

@@ -124,7 +124,15 @@ class _Inputs:
     processes: SingleProcess
 
     def sampler(self, item: Item, bar: Progress | None = None) -> Sampler:
-        """Makes the sampler of an item, which shows its steps in ``bar``."""
+        """Makes the sampler of an item.
+
+        Args:
+            item: the item to sample.
+            bar: progress display with a row for the steps; None: no row, as on followers.
+
+        Returns:
+            The sampler, with the scene's edits applied.
+        """
         scene = edit_scene(self._scenes[item.clip.scene], self._edits)
         progress = partial(_in_row, bar, f"  {scene.name} #{item.generation}") if bar else iter
         return Sampler(self.config, self._models, item, scene, self._edits, self._maps, progress)

@@ -161,7 +161,7 @@ def pass_velocity(
         network: computes the pass.
         latent_shape: (T, H, W).
         step_cache: ``StepCache``'s ``within``; None: no cache.
-        conditions: of the pass, conditional or not.
+        conditions: what the pass is conditioned on, the unconditional state included.
 
     Returns:
         A function like that of ``guided_velocity``.

@@ -228,7 +228,7 @@ def item_fingerprint(config: Config, item: Item, digests: Mapping[str, str]) -> 
     Args:
         config: settings; those of sampling, noise levels and video files are taken from it.
         item: what is generated.
-        digests: of the inputs, from ``input_digests``.
+        digests: what ``input_digests`` returned.
 
     Returns:
         64 hex digits.

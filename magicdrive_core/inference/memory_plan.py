@@ -132,9 +132,9 @@ class Peaks:
     """Most bytes of tensors on one device, by phase.
 
     Attributes:
-        encoding: of the conditions and of the unconditional state of guidance.
-        sampling: of one guided step.
-        decoding: of one view.
+        encoding: while the conditions and the unconditional state of guidance are encoded.
+        sampling: during one guided step.
+        decoding: while one view is decoded.
     """
 
     encoding: int
@@ -170,7 +170,7 @@ class Planner:
         config: the network; it is planned with attention masks, which published weights do without.
         vae: settings of diffusers' ``AutoencoderKLCogVideoX``; None: its defaults, which are CogVideoX-2b's.
         device: "meta"; on any other device the models really run.
-        dtype: of weights and activations.
+        dtype: precision of weights and activations.
     """
 
     def __init__(

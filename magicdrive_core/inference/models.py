@@ -114,7 +114,7 @@ class Models:
         """Returns the text features of a caption, from the cache or encoded now.
 
         Args:
-            caption: of any scene, edited or not.
+            caption: a scene's caption, edited or not.
 
         Returns:
             (l, D) in fp32, one row for each of the caption's l tokens.

@@ -116,7 +116,7 @@ class Sampler:
         """Samples all windows of the clip.
 
         A window continues from the last frames of the window before, which are decoded and encoded again. The latent
-        frames themselves would not fit: the first one of a window stands for one frame, all others for four.
+        frames themselves would not fit: the first one of a window holds one frame, all others hold four.
 
         Args:
             processes: the processes that sample together; all of them call this.

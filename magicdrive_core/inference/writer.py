@@ -144,7 +144,7 @@ class ItemWriter:
         item: the item.
         scene: its scene.
         caption: text that it was conditioned on.
-        fingerprint: of everything that decides its pixels.
+        fingerprint: changes with everything that decides its pixels.
         lineage: digests of its inputs, by name.
         initial_images: the initial frames, written before the generated ones; None: all frames are generated.
         times: ``time.perf_counter()`` when sampling started and when decoding started.

@@ -32,7 +32,7 @@ def launch(options: argparse.Namespace) -> list[RankFailure]:
     """Run the command on this host's ranks until all of them end.
 
     Args:
-        options: of the command line, as ``main`` parses it: ``ranks``, ``hosts``, ``host``, ``address``, ``port`` and
+        options: the command line as ``main`` parses it: ``ranks``, ``hosts``, ``host``, ``address``, ``port`` and
             ``command``.
 
     Returns:

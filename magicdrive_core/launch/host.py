@@ -28,7 +28,7 @@ def run_host(job: Job, placement: HostPlacement, stop: Callable[[], bool]) -> in
 
     Args:
         job: what to run.
-        placement: of this host.
+        placement: this host among the hosts of the job.
         stop: called twice a second; once it returns True, the ranks are requested to stop.
 
     Returns:

@@ -22,8 +22,8 @@ class Job:
     Attributes:
         name: in a queue: lower-case letters, digits and dashes.
         command: a script and its arguments, or ``-m module arguments``.
-        folder: of this launch's files.
-        log: of host 0's ranks; the logs of other hosts are beside it.
+        folder: where this launch's files are.
+        log: output of host 0's ranks; the logs of other hosts are beside it.
         status: touched by the ranks while they make progress.
         hosts: number of hosts.
         ranks: on each host.
@@ -64,8 +64,8 @@ class Job:
             cluster: hosts, ranks, threads, times.
             name: in a queue: lower-case letters, digits and dashes.
             command: what every rank runs: a script and its arguments, or ``-m module arguments``.
-            folder: of this launch's files.
-            log: of host 0's ranks.
+            folder: where this launch's files are.
+            log: output of host 0's ranks.
             status: touched by the ranks while they make progress.
             environment: variables of the ranks; the cluster's come on top.
             shape: number of hosts and ranks of each, in place of the cluster's; None: the cluster's.
@@ -141,7 +141,7 @@ class Job:
             0, or 75 (``RESUMABLE``) when the ranks saved a checkpoint and want to be started again.
 
         Raises:
-            MagicDriveError: of the host that failed first, or a host wrote no exit status.
+            MagicDriveError: a host failed (the message is that of the first), or a host wrote no exit status.
         """
         files = {host: self.exit_file(host) for host in range(self.hosts)}
         statuses = {host: read_json(file) for host, file in files.items() if file.is_file()}

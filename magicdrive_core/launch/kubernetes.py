@@ -67,7 +67,7 @@ class KubernetesQueue:
         """Return whether a JobSet has completed, has failed for good, or is gone.
 
         Args:
-            name: of the JobSet.
+            name: the JobSet's name.
 
         Returns:
             False, too, where the cluster does not answer.
@@ -85,7 +85,7 @@ class KubernetesQueue:
         """Delete a JobSet: its pods get SIGTERM and their grace, and it stays until they are gone.
 
         Args:
-            name: of the JobSet; it may be gone already.
+            name: the JobSet's name; it may be gone already.
 
         Raises:
             MagicDriveError: kubectl is not installed, or the cluster refused, with its reason.

@@ -42,7 +42,7 @@ class HostPlacement:
     Attributes:
         host: number of this host, from 0.
         hosts: how many there are.
-        address: of host 0.
+        address: network address of host 0.
         port: on host 0 where all hosts meet.
     """
 
@@ -61,7 +61,7 @@ class RankFailure:
 
     Attributes:
         rank: global rank.
-        exit_code: of the process; a negative one is the signal that ended it.
+        exit_code: exit status of the process; a negative one is the signal that ended it.
         reason: the exception that ended the rank, in one line; empty where it recorded none.
     """
 
@@ -97,7 +97,7 @@ def run_group(
         on_poll: called twice a second, e.g. to move a progress bar; None: nothing.
         stop: called twice a second; once it returns True, the group is ended in order. None: it runs to its end.
         grace_seconds: between SIGTERM and SIGKILL when the group must end early.
-        placement: of this host, where other hosts run as many ranks of the same group.
+        placement: this host among the hosts of the group, which run as many ranks each.
 
     Returns:
         0, or ``RESUMABLE`` when the ranks saved a checkpoint and want to be started again.
@@ -151,7 +151,7 @@ def agent_command(
     Args:
         command: what each rank runs: a script and its arguments, or ``-m module arguments``.
         ranks: processes on this host.
-        placement: of this host among the hosts of the group.
+        placement: this host among the hosts of the group.
         failures: file to which the agent writes the ranks that failed, as JSON; None: it prints them.
 
     Returns:
@@ -281,7 +281,7 @@ def _outcome(failures: Sequence[RankFailure], log: Path, start: int, stopped: bo
 
     Args:
         failures: the earliest first; none where the agent itself failed or was killed.
-        log: of the ranks.
+        log: output of the ranks.
         start: byte at which the log of this start begins.
         stopped: whether the launcher ended the group because a stop was requested.
     """

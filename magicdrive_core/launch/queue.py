@@ -57,7 +57,7 @@ class Queue(Protocol):
         """Return whether a job neither runs nor waits.
 
         Args:
-            name: of the job in the queue.
+            name: the job's name in the queue.
 
         Returns:
             False, too, where the scheduler does not answer.
@@ -68,7 +68,7 @@ class Queue(Protocol):
         """Remove a job from the queue; the ranks of a running one are requested to stop.
 
         Args:
-            name: of the job in the queue.
+            name: the job's name in the queue.
 
         Raises:
             MagicDriveError: the scheduler refused, with its reason.

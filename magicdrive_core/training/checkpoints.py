@@ -52,7 +52,7 @@ class TrainingProgress:
     Attributes:
         step: finished steps, skipped ones too.
         micro_batches: used by all ranks together: the sampler's position.
-        seconds: of training, over all starts.
+        seconds: duration of all steps, over all starts.
     """
 
     step: int = 0
@@ -64,7 +64,7 @@ def checkpoints(folder: Path) -> list[Path]:
     """List the checkpoints in a folder without verifying them.
 
     Args:
-        folder: of a run's checkpoints; it may be missing.
+        folder: where a run's checkpoints are; it may be missing.
 
     Returns:
         Folders ``step-<step>``, oldest first.
@@ -76,7 +76,7 @@ def newest(folder: Path) -> Path | None:
     """Find the newest checkpoint whose files are unchanged, and warn of damaged ones.
 
     Args:
-        folder: of a run's checkpoints.
+        folder: where a run's checkpoints are.
 
     Returns:
         The checkpoint's folder; None without an intact one.
@@ -93,7 +93,7 @@ def resume(folder: Path, engine: Engine, ema: Ema) -> TrainingProgress | None:
     """Load the newest intact checkpoint, the same on every rank. Collective.
 
     Args:
-        folder: of the run's checkpoints; partial ones are removed.
+        folder: where the run's checkpoints are; partial ones are removed.
         engine: whose network, masters, moments and loss scale are set.
         ema: whose averages are set.
 
@@ -150,10 +150,10 @@ def load(path: Path, engine: Engine, ema: Ema) -> TrainingProgress:
 
 
 def shapes(engine: Engine) -> dict[str, list[int]]:
-    """Return the shapes by which two networks are told apart.
+    """Return the shapes by which a checkpoint of another network is recognised.
 
     Args:
-        engine: of the network.
+        engine: holds the network.
 
     Returns:
         Shapes of all tensors in the network's state dict, by name.
@@ -168,7 +168,7 @@ def _read_shard(files: Sequence[Any], name: str, like: Tensor) -> Tensor:
 
     Args:
         files: opened, by rank.
-        name: of the tensor.
+        name: the tensor's name in the files.
         like: gives the length, dtype and device of the shard.
     """
     begin = dist.get_rank() * like.numel()
@@ -220,9 +220,9 @@ class Saver:
     """Writes and keeps the checkpoints of a run. A context manager; all ranks make every call in the same order.
 
     Args:
-        folder: of the checkpoints.
+        folder: where the checkpoints are written.
         engine: whose state is saved.
-        ema: likewise.
+        ema: whose averages are saved.
         keep: number of newest checkpoints that remain.
         keep_every: steps; the first checkpoint of each interval of this length remains for good. None keeps none.
     """
@@ -245,7 +245,7 @@ class Saver:
         """Copy the present state to host memory and start to write it, after the previous checkpoint is settled.
 
         Args:
-            progress: of the run, its step names the checkpoint.
+            progress: how far the run is; its step names the checkpoint.
         """
         self.finish()
         self._step, self._started = progress.step, time.monotonic()
@@ -283,7 +283,7 @@ class Saver:
         """Rename the checkpoint's folder if all ranks have written it, or remove it if one of them failed.
 
         Args:
-            statuses: of all ranks at one moment, as each of them reported.
+            statuses: what all ranks reported at one moment, by rank.
 
         Raises:
             Exception: this rank's writer failed for another reason than the disk.

@@ -56,7 +56,7 @@ class Engine:
     Attributes:
         network: the bare network in the working precision, on ``device``.
         optimizer: AdamW on this rank's shards of the fp32 master weights.
-        device: of this rank.
+        device: this rank's device.
         fixed: frozen parameters and buffers by name, as they were before the working precision rounded them.
     """
 
@@ -93,7 +93,7 @@ def build_engine(network: nn.Module, training: Training, device: torch.device) -
     Args:
         network: in fp32 and equal on all ranks; parameters that do not require a gradient stay as they are.
         training: precision, AdamW's settings, clipping, overlap of communication.
-        device: of this rank, as ``join_group`` returned it.
+        device: this rank's device, as ``join_group`` returned it.
 
     Returns:
         The engine. Its learning rate is 0 until ``set_learning_rate`` is called.
@@ -180,6 +180,10 @@ class LossScale(MixedPrecisionMixin):
     def pre_backward_by_grad(self, tensor: Tensor, grad: Tensor) -> Tensor:
         """Refuse a backward pass that starts from a gradient; part of ColossalAI's interface.
 
+        Args:
+            tensor: result from which the pass would start.
+            grad: its gradient.
+
         Raises:
             NotImplementedError: always.
         """
@@ -228,7 +232,7 @@ class ZeroOptimizer(LowLevelZeroOptimizer):
 
     Args:
         optimizer: torch's optimizer over the parameters in the working precision.
-        **settings: of ``LowLevelZeroOptimizer``, as ColossalAI's plugin makes them.
+        **settings: arguments of ``LowLevelZeroOptimizer``, as ColossalAI's plugin makes them.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, **settings: Any) -> None:

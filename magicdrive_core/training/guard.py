@@ -31,7 +31,7 @@ class Guard:
     """Finds steps to skip, and counts how many were skipped in a row.
 
     Args:
-        plan: of the stage, whose folder gets the report.
+        plan: the stage, whose folder gets the report.
         max_skipped: skipped steps in a row that end the training.
         scale: fp16's loss scale; None in other precisions.
     """
@@ -46,7 +46,7 @@ class Guard:
         Args:
             step: number of the step, counted from 0.
             ranks: statistics of all ranks, by rank.
-            learning_rate: of the step, for the report.
+            learning_rate: the step's rate, for the report.
 
         Returns:
             Why the step must be skipped, one line for each faulty rank and the same on all ranks; empty for a good

@@ -53,12 +53,12 @@ class Batch:
 
     Attributes:
         bucket: index into ``Loader.buckets``.
-        shape: frames, height and width of the video.
+        shape: frames of the video, height and width in pixels.
         latents: (B, V, C, T, h, w), clean.
-        conditions: of the clips, changed as training changes them.
+        conditions: what the clips are conditioned on, changed as training changes it.
         mask: (B, T) bool, True for noisy frames; None where all are.
-        generator: of the noise level and the noise.
-        flops: of the network, forward and backward.
+        generator: CPU generator that draws the noise levels and the noise.
+        flops: floating-point operations of the network, forward and backward.
     """
 
     bucket: int

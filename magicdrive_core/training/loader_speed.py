@@ -26,7 +26,7 @@ class LoaderSpeed:
         resident: bytes of physical memory of the process at the end.
         limit: bytes that the container may use.
         left: bytes that it may still use.
-        budget: of the loader.
+        budget: what the loader may hold.
     """
 
     clips: int
@@ -63,7 +63,7 @@ def measure_loader(
     """Take micro-batches for some time, and at least one.
 
     Args:
-        config: of the run.
+        config: all settings of the run.
         stage: whose loader is measured.
         seconds: how long.
         ranks: that share the micro-batches; the first one is measured.

@@ -57,13 +57,13 @@ def train(
     """Train a stage from its newest checkpoint to its end, or until any rank is requested to stop.
 
     Args:
-        config: of the run.
-        plan: of the stage.
+        config: all settings of the run.
+        plan: the stage, its folder and its fingerprint.
         network: before its first step, equal on all ranks.
         loader: not yet started.
         preview: on rank 0 and the ranks that share its clips, where the data has a validation clip.
         stop: checked at the end of each step, and during and after a preview.
-        device: of this rank.
+        device: this rank's device.
         project: the project's folder.
 
     Returns:
@@ -208,7 +208,7 @@ def write_result(plan: StagePlan, ema: Ema, progress: TrainingProgress, recorder
     """Write the EMA weights, and then ``run.json``, which marks the stage as finished. Collective; rank 0 writes.
 
     Args:
-        plan: of the stage: its folder, fingerprint and inputs.
+        plan: the stage, with its folder, fingerprint and inputs.
         ema: averages that become the stage's weights.
         progress: finished steps and seconds, for ``run.json``.
         recorder: has the losses of all good steps, and the MLflow run.

@@ -57,7 +57,7 @@ class Preview:
     Args:
         config: guidance, noise levels, caches.
         bucket: size of the clips.
-        clips: of equal length, each with its scene.
+        clips: clips of equal length, each with its scene.
         project: the project's folder.
     """
 
@@ -85,7 +85,7 @@ class Preview:
         """Choose ``training.preview_clips`` validation clips of the stage's smallest videos, else smallest images.
 
         Args:
-            config: of the run.
+            config: all settings of the run.
             stage: whose buckets give size and length.
             project: the project's folder.
 
@@ -139,9 +139,9 @@ class Preview:
         The VAE is in memory only meanwhile.
 
         Args:
-            latents: of ``sample``.
-            step: of the training, for the title.
-            path: of the PNG.
+            latents: (V, C, T, h, w) for each clip, as ``sample`` returned them.
+            step: finished training steps, for the title.
+            path: file to write.
             stop: checked before each clip.
 
         Returns:

@@ -44,13 +44,13 @@ class StepStatistics:
         bucket_losses: mean loss of each bucket that this step saw.
         noise_losses: mean loss by noise level, "000-100" to "900-1000".
         skipped: why the step was skipped; empty for a good step.
-        learning_rate: of this step.
+        learning_rate: the step's rate.
         grad_norm: before clipping; None where the step was skipped.
-        loss_scale: of fp16, at this step; None in other precisions.
-        seconds: of the step.
-        clips_per_second: of all ranks together.
-        tokens_per_second: likewise.
-        tflops: TFLOP/s of the network, likewise.
+        loss_scale: fp16's loss scale at this step; None in other precisions.
+        seconds: duration of the step.
+        clips_per_second: clips of all ranks together, over the duration of the step.
+        tokens_per_second: tokens of all ranks together, over the duration of the step.
+        tflops: TFLOP/s of the network on all ranks together.
         loader_wait: seconds that the slowest loader was waited for.
         memory: the largest of each figure over the devices; None on CPUs.
     """
@@ -86,12 +86,12 @@ class StepStatistics:
 
         Args:
             groups: statistics of each group of ranks that shares clips.
-            progress: of the run after the step.
+            progress: how far the run is after the step.
             seconds: duration of the step.
             rate: the learning rate.
-            norm: of the gradient before clipping; None where the step was skipped.
+            norm: norm of the gradient before clipping; None where the step was skipped.
             loss_scale: fp16's at this step; None in other precisions.
-            buckets: of the loader, in the order of the indices in ``groups``.
+            buckets: the loader's, in the order of the indices in ``groups``.
             skipped: why the step was skipped, a line for each faulty rank; empty for a good step.
 
         Returns:
@@ -150,11 +150,11 @@ class Recorder:
     """Writes a run's metrics, heartbeat and previews. A context manager; on ranks other than 0 it does nothing.
 
     Args:
-        config: of the run.
-        plan: of the stage, in whose folder the files are.
+        config: all settings of the run.
+        plan: the stage, in whose folder the files are.
         progress: where the run resumes; lines of later steps are dropped, as these steps are made again.
         project: the project's folder.
-        device: of this rank.
+        device: this rank's device.
     """
 
     def __init__(
@@ -204,7 +204,7 @@ class Recorder:
         """Write a finished step to metrics.jsonl, and to status.json and MLflow where they are due.
 
         Args:
-            statistics: of the step, good or skipped; on ranks other than 0 they are ignored.
+            statistics: what the step was like, good or skipped; ignored on ranks other than 0.
         """
         if not self._active:
             return
@@ -273,8 +273,8 @@ def peak_tflops(device: torch.device, precision: str, configured: float | None) 
     """Return a device's peak speed for the utilisation of its arithmetic units.
 
     Args:
-        device: of this rank.
-        precision: of training; the table holds the peak of 16-bit formats only.
+        device: this rank's device.
+        precision: "bf16", "fp16" or "fp32"; the table holds the peak of 16-bit formats only.
         configured: TFLOP/s that params.yaml names, which come first; None looks into ``PEAK_TFLOPS``.
 
     Returns:

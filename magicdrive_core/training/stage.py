@@ -30,7 +30,7 @@ def first_network(config: Config, plan: StagePlan, project: Path = Path()) -> Ma
 
     Args:
         config: model, seed, what is frozen.
-        plan: of the stage; its previous stage is finished.
+        plan: the stage; its previous stage is finished.
         project: the project's folder.
 
     Returns:
@@ -56,10 +56,10 @@ def load_previous(network: nn.Module, weights: dict[str, Tensor], stage: Stage, 
     """Load the weights of the previous stage.
 
     Args:
-        network: of this stage.
-        weights: of the previous stage, by name.
+        network: this stage's network; changed in place.
+        weights: the previous stage's EMA weights, by name.
         stage: whose additions may be missing.
-        source: of the weights, for messages.
+        source: file of the weights, for messages.
 
     Returns:
         The names that the stage adds, which stay as initialised.

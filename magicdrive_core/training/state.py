@@ -104,7 +104,7 @@ def set_moments(engine: Engine, shards: dict[str, dict[str, Tensor]], steps: dic
     Args:
         engine: whose optimizer is set.
         shards: for each kind of ``MOMENTS`` the shards (n) of this rank by name.
-        steps: of each parameter that has moments, by name; others keep their state.
+        steps: steps that each parameter has made, by name; parameters without an entry keep their state.
     """
     state = engine.optimizer.optim.state
     for name, master in masters(engine).items():
@@ -120,7 +120,7 @@ class Ema:
 
     Args:
         engine: whose master weights it follows.
-        decay: of the average at each step.
+        decay: share of the average that remains at each step, in [0, 1].
     """
 
     def __init__(self, engine: Engine, decay: float) -> None:

@@ -35,7 +35,7 @@ class DeviceMemory:
 
     Attributes:
         allocated: the allocator's peak since the start.
-        reserved: likewise, with what the allocator keeps for later.
+        reserved: its peak with what the allocator keeps for later.
         used: what the driver counts now, with all that the allocator does not know: contexts, communication buffers,
             other processes.
     """
@@ -54,8 +54,8 @@ class MicroBatchStatistics:
         by_noise: for each sample, the bin of its noise level and its loss.
         bucket: index into ``Loader.buckets``.
         clips: number of samples.
-        tokens: of the network's input, all views and frames together.
-        flops: of the network, forward and backward.
+        tokens: number of tokens of the network's input, all views and frames together.
+        flops: floating-point operations of the network, forward and backward.
     """
 
     loss: float
@@ -95,12 +95,12 @@ class RankStatistics:
     """What one rank tells all others at a step.
 
     Attributes:
-        micro_batches: of this step.
+        micro_batches: statistics of this step's passes.
         gradients: whether they are finite.
         waited: seconds for the loader.
         stop: whether this rank was requested to stop.
-        write_status: of this rank's part of a checkpoint (checkpoints.WriteStatus).
-        memory: of this rank's device; None on a CPU.
+        write_status: how far this rank's part of a checkpoint is (checkpoints.WriteStatus).
+        memory: what this rank's device holds; None on a CPU.
     """
 
     micro_batches: list[MicroBatchStatistics]
@@ -156,7 +156,7 @@ def stop_requested_on_any_rank(stop: StopSource) -> bool:
     """Agree on whether any rank was requested to stop. Collective.
 
     Args:
-        stop: of this rank.
+        stop: says whether this rank was requested to stop.
 
     Returns:
         The same answer on all ranks.
@@ -170,7 +170,7 @@ def stop_requested_in_group(stop: StopSource, group: RankGroup | None) -> bool:
     """Agree on whether any rank of a group was requested to stop. Collective in the group.
 
     Args:
-        stop: of this rank.
+        stop: says whether this rank was requested to stop.
         group: ranks that share a clip; None: only this rank is asked.
 
     Returns:
@@ -185,7 +185,7 @@ def device_memory(device: torch.device) -> DeviceMemory | None:
     """Read the memory of a rank's device.
 
     Args:
-        device: of this rank.
+        device: this rank's device.
 
     Returns:
         Bytes; None on a CPU.

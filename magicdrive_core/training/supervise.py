@@ -38,7 +38,7 @@ class StageResult:
 
     Attributes:
         stage: its name.
-        folder: of the run.
+        folder: the run's folder.
         weights: EMA weights, fp32.
         run: MLflow's run id; None where it was trained without one.
         skipped: whether it was finished before.
