@@ -42,7 +42,10 @@ def generate_shard(shard: str, settings: list[str], log: Path, project: Path, co
         settings: the options that hand the settings to ``magicdrive generate``.
         log: the file for the child's output.
         project: the project's folder, at the same path on every host.
-        cores: share of the host's cores that the child may use.
+        cores: share of the host's cores that the child may use, in (0, 1].
+
+    Raises:
+        MagicDriveError: the child failed, with its own message; finished items stay.
     """
     threads = max(1, int(len(os.sched_getaffinity(0)) * cores))
     command = [tool("magicdrive"), "generate", "--shard", shard, *settings]

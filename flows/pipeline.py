@@ -18,7 +18,11 @@ from magicdrive_core.wcoda.package import ZIP
 
 @flow(name="pipeline", validate_parameters=False)
 def pipeline() -> None:
-    """Runs the flows ``prepare``, ``train`` and ``benchmark`` one after the other."""
+    """Runs the flows ``prepare``, ``train`` and ``benchmark`` one after the other.
+
+    Raises:
+        MagicDriveError: one of them failed; finished work is reused by the next run.
+    """
     prepare()
     train()
     benchmark()

@@ -21,7 +21,11 @@ DATA_VERSION, INFOS = Path("data.dvc"), Path("artifacts/infos")
 
 @task(cache_policy=NO_CACHE, task_run_name="dvc repro")
 def reproduce() -> None:
-    """Runs the stale stages of dvc.yaml; warns if the data is no longer the version that data.dvc names."""
+    """Runs the stale stages of dvc.yaml; warns if the data is no longer the version that data.dvc names.
+
+    Raises:
+        MagicDriveError: the data set is missing or incomplete, or a stage failed.
+    """
     before = _read(DATA_VERSION)
     data = load_config().data
     check_root(data.root, data.version)  # DVC would name the missing folder, but not what to do
@@ -37,7 +41,11 @@ def reproduce() -> None:
 
 @flow(name="prepare", validate_parameters=False)
 def prepare() -> None:
-    """Makes data, infos, conditions, encoders, text features and latents, as params.yaml says."""
+    """Makes data, infos, conditions, encoders, text features and latents, as params.yaml says.
+
+    Raises:
+        MagicDriveError: the data set is missing or incomplete, or a step failed; finished stages are kept.
+    """
     config = load_config()
     if config.synth is not None:
         run_verb("synth")

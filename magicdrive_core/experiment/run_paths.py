@@ -86,7 +86,7 @@ def find_run_paths(config: Config, last: Stage = "stage3", project: Path = Path(
 
     Raises:
         UsageError: Not even stage 1 has a clip, the registry knows no such model, or the edits file is unusable.
-        MagicDriveError: The folder that ``generate.weights`` names holds no network.
+        MagicDriveError: The folder that ``generate.weights`` names holds no network, or the project has no infos.
     """
     notes: list[str] = []
     if config.generate.weights is not None:

@@ -48,7 +48,7 @@ class StagePlan:
 
     @property
     def done(self) -> bool:
-        """Whether the weights exist and are those that the finished run wrote."""
+        """Whether the weights exist and are those that the finished run wrote; reads the whole file for its digest."""
         if not (self.weights.is_file() and self.result.is_file()):
             return False
         return read_json(self.result)["weights_sha256"] == sha256_file(self.weights)
@@ -64,6 +64,9 @@ def plan_stage(config: Config, stage: Stage, project: Path = Path()) -> StagePla
 
     Returns:
         The plan; nothing is created.
+
+    Raises:
+        MagicDriveError: ``dvc.lock`` is not YAML.
     """
     inputs = input_digests(project)
     plan: StagePlan | None = None
@@ -119,6 +122,9 @@ def feasibility(config: Config, stage: Stage, project: Path = Path()) -> Feasibi
 
     Returns:
         Clips by bucket, and whether the stage can be trained.
+
+    Raises:
+        MagicDriveError: The project has no infos.
     """
     scenes = [SceneHeader.of(scene) for scene in read_scenes(project / "artifacts/infos")]
     buckets = config.training.stage(stage).buckets

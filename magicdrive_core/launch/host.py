@@ -32,7 +32,7 @@ def run_host(job: Job, placement: HostPlacement, stop: Callable[[], bool]) -> in
         stop: called twice a second; once it returns True, the ranks are requested to stop.
 
     Returns:
-        The exit status.
+        The exit status: 0, 75 (``RESUMABLE``), or that of the error, which is printed and not raised.
     """
     job.exit_file(placement.host).unlink(missing_ok=True)
     error = MagicDriveError("")

@@ -91,6 +91,9 @@ class Preview:
 
         Returns:
             A preview of the first clip of each chosen scene, spread over all scenes; None without a validation clip.
+
+        Raises:
+            MagicDriveError: the infos, a cache or a picture are missing.
         """
         scenes = read_scenes(project / "artifacts/infos")
         by_token = {scene.token: scene for scene in scenes}
