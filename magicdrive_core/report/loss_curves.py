@@ -102,8 +102,8 @@ class Curve:
         line: dict[str, Any] = {
             "color": ACCENT,
             "solid_capstyle": "round",
-            "clip_on": False,
-        }  # a clip path would be a link by URL
+            "clip_on": False,  # a clip path would be a link by URL
+        }
         with rc_context(STYLE):
             figure = Figure(figsize=SIZE, layout="constrained")
             axes = figure.subplots()
@@ -123,6 +123,7 @@ class Curve:
         svg = buffer.getvalue()
         svg = svg[svg.index("<svg ") :]  # without the headers of a file
         svg = re.sub("<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)  # styles would leak
+        svg = re.sub(' id="[^"]*"', "", svg)  # nothing refers to them, and several curves share a page
         svg = svg.replace("<svg ", f'<svg class="curve" role="img" aria-label="loss of {self.stage}" ', 1)
         for colour, variable in VARIABLES.items():
             svg = svg.replace(colour, variable)

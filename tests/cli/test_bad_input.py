@@ -115,5 +115,5 @@ def test_a_half_written_cache(project: Path) -> None:
     replace(latents, latents.read_bytes()[:-1])
     code, lines = fail(project, "magicdrive", "train", "stage1")
     assert (code, len(lines)) == (1, 2)
-    assert f"{latents.relative_to(project)} is missing or not whole" in lines[0]
+    assert f"{latents.relative_to(project)} is missing or incomplete" in lines[0]
     assert "delete artifacts/latents and run `dvc repro`" in lines[0] + lines[1]

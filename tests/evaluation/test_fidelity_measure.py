@@ -85,7 +85,7 @@ def test_where_a_pixel_lies_does_not_enter(classifier: RegionClassifier, by_day:
 
 def test_another_size_is_refused(classifier: RegionClassifier, by_day: list[list[Frame]]) -> None:
     frame = by_day[1][0]
-    with pytest.raises(ValueError, match="for a truth of"):
+    with pytest.raises(ValueError, match="its truth"):
         measure_fidelity(classifier, [frame.picture[:-8]], [frame])
 
 

@@ -115,10 +115,11 @@ def test_the_page_stands_alone_and_shows_everything(made: tuple[Path, Config], t
     )
     text = path.read_text()
     page = Page(text)
-    assert len(page.sources("img")) == 2 * (1 + 1 + 3 + 1)  # from above, conditions; real and two generations; over time
+    assert len(page.sources("img")) == 2 * (1 + 1 + 3 + 1)  # above, conditions; real, two generations; over time
     assert len(page.sources("video")) == 2 * 4
     assert all(source.startswith("data:") for source in page.sources("img") + page.sources("video"))
-    assert not re.search(r"""(?:src|href)=["'](?!data:)|url\((?!["']?data:)|@import|<script""", text)
+    found = re.search(r"""(?:src|href)=["'](?!data:)|url\((?!["']?data:)|@import|<script""", text)
+    assert not found, text[found.start() - 200 : found.end() + 50]
     assert page.text.count("The package is valid") == 1
     assert "c0ffeec0ff" in page.text
     assert "2024-10-01" in page.text
