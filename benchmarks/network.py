@@ -237,7 +237,7 @@ def timings(parts: list[str], dtype: torch.dtype, compiled: bool, repeat: int, s
     network.requires_grad_(True)
     if "backward" in parts:
         for part, checkpointed in (("forward + backward", 0), ("the same, checkpointed", 1)):
-            parallelize(network, checkpoint_every=checkpointed)
+            parallelize(network, recompute_every=checkpointed)
             flop = count(partial(train, network))
             yield measure(part, partial(train, forward), repeat, dtype, flop, warm=not compiled)
 

@@ -95,7 +95,7 @@ def main() -> None:
     torch.set_num_threads(1)
     config = load_config(PROFILE)
     network = build_network(NETWORK)
-    parallelize(network, checkpoint_every=1)
+    parallelize(network, recompute_every=1)
     buckets = {
         (bucket.resolution, options.whole if bucket.whole else bucket.frames): bucket.name
         for stage in options.stages

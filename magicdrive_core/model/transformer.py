@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 # Without gradients the keys and values of all blocks are kept for a clip, unless they take more bytes than this: each
 # pass then computes them again, at 1 % of its time.
 KEPT_BYTES = 1 << 30
-BASE_PIXELS = 512  # positions are scaled to a square of this many pixels
+BASE_SIDE = 512  # pixels of a side of the square that positions are scaled to
 
 Trunk = Callable[[Tensor, Tensor, Tensor, Context], Tensor]
 
@@ -196,11 +196,11 @@ class MagicDrive(nn.Module):
         Returns:
             (B, V, T, S, C), tokens of the main branch.
         """
-        for base, beside in self.layers():
+        for base, control_block in self.layers():
             x = base(x, modulation, context.of_block(base))
-            if beside is not None:
-                control = beside(control, modulation, context.of_block(beside))
-                x = beside.add_skip(x, control)
+            if control_block is not None:
+                control = control_block(control, modulation, context.of_block(control_block))
+                x = control_block.add_skip(x, control)
         return x
 
     def layers(self) -> Iterator[tuple[Block, ControlBlock | None]]:
@@ -306,7 +306,7 @@ class MagicDrive(nn.Module):
         Returns:
             (B, rows * columns, C) in the dtype of the weights.
         """
-        scale = (conditions.height.float() * conditions.width.float()).sqrt() / BASE_PIXELS
+        scale = (conditions.height.float() * conditions.width.float()).sqrt() / BASE_SIDE
         return position_embedding(grid, scale, round((grid[0] * grid[1]) ** 0.5), self.config.width).to(self.dtype)
 
     def map_tokens(self, conditions: Conditions, latent_shape: tuple[int, int, int], grid: tuple[int, int]) -> Tensor:

@@ -18,7 +18,7 @@ def parallelize(
     *,
     sequence_group: RankGroup | None = None,
     slice_tokens: int | None = None,
-    checkpoint_every: int = 0,
+    recompute_every: int = 0,
     compile_backend: str | None = None,
 ) -> None:
     """Applies techniques to ``network``, in place of those that an earlier call applied.
@@ -28,7 +28,7 @@ def parallelize(
         sequence_group: ranks that share the tokens of every frame; None: this rank has all of them.
         slice_tokens: without gradients a block works on at most so many tokens at a time; None: a number for the
             device; 0: on all.
-        checkpoint_every: every n-th block is computed again in the backward pass instead of keeping its activations;
+        recompute_every: every n-th block is computed again in the backward pass instead of keeping its activations;
             0: none.
         compile_backend: ``torch.compile`` backend for the blocks, one graph for all of a kind; None: not compiled.
     """
@@ -38,8 +38,8 @@ def parallelize(
     if compile_backend:
         for block in network.blocks():
             wrap(block, "forward", partial(torch.compile, backend=compile_backend))
-    if checkpoint_every:
-        checkpoint_blocks(network, checkpoint_every)
+    if recompute_every:
+        checkpoint_blocks(network, recompute_every)
     if slice_tokens != 0:
         slice_network(network, slice_tokens)
 

@@ -158,7 +158,7 @@ class Loader:
         micro_batches: int,
         groups: int,
         group: int,
-        steps: int | None = None,
+        limit: int | None = None,
         sequence_group: RankGroup | None = None,
     ) -> None:
         """Start to prepare micro-batches.
@@ -167,7 +167,7 @@ class Loader:
             micro_batches: how many all groups together have already used.
             groups: number of groups; each takes every ``groups``-th micro-batch.
             group: number of this one.
-            steps: how many this group will ask for, so that no more are prepared; None for no end.
+            limit: number of micro-batches that this group will ask for, so that no more are prepared; None: no limit.
             sequence_group: the ranks that share this group's clips; None where this rank has them alone.
         """
         if sequence_group is not None and isinstance(self._latents, LiveLatents):
@@ -192,7 +192,7 @@ class Loader:
         )
         sizes = [self.budget.batches[bucket.name] for bucket in self.buckets]
         indices = count(micro_batches + group, groups)  # of this group's micro-batches among all groups'
-        drawn = islice(zip(indices, sampler.stream(micro_batches), strict=False), steps)
+        drawn = islice(zip(indices, sampler.stream(micro_batches), strict=False), limit)
         self._prefetcher = Prefetcher(
             ((sizes[bucket], partial(self._prepare, bucket, clips, index)) for index, (bucket, clips) in drawn),
             self.budget.waiting,

@@ -77,7 +77,7 @@ def train(
     parallelize(
         network,
         sequence_group=mesh.sequence_group,
-        checkpoint_every=int(stage.checkpoint_blocks),
+        recompute_every=int(stage.checkpoint_blocks),
         compile_backend=training.compile,
     )
     engine = build_engine(network, training, device)

@@ -215,7 +215,7 @@ def gradients_of(
     frames, latents = (1, 1) if stage1 else (9, 3)
     cond = replace(conditions(batch=2, frames=frames), keep=torch.tensor([True, False]))
     x, mask = noisy(batch=2, latents=latents), torch.ones(2, latents, dtype=torch.bool)
-    parallelize(net, checkpoint_every=every, compile_backend=compile_backend)
+    parallelize(net, recompute_every=every, compile_backend=compile_backend)
     net.zero_grad()
     net(x, T.expand(2), cond, mask).square().mean().backward()
     assert [name for name, p in net.named_parameters() if p.requires_grad and p.grad is None] == []

@@ -12,10 +12,10 @@ SLOTS = 5
 CONTEXT_LENGTH = 2 + 7 + SLOTS
 
 
-def kept_keys_and_values(checkpoint_every: int) -> int:
+def kept_keys_and_values(recompute_every: int) -> int:
     """Tensors shaped like keys and values of a whole context that a forward pass keeps for the backward pass."""
     net = network()
-    parallelize(net, checkpoint_every=checkpoint_every)
+    parallelize(net, recompute_every=recompute_every)
     shapes: list[torch.Size] = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -28,8 +28,8 @@ def kept_keys_and_values(checkpoint_every: int) -> int:
 
 
 def test_a_checkpointed_block_keeps_no_keys_and_values_of_the_context() -> None:
-    assert kept_keys_and_values(checkpoint_every=0) > 0
-    assert kept_keys_and_values(checkpoint_every=1) == 0
+    assert kept_keys_and_values(recompute_every=0) > 0
+    assert kept_keys_and_values(recompute_every=1) == 0
 
 
 def test_gradients_of_keys_and_values_arrive_with_their_block() -> None:

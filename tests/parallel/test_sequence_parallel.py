@@ -111,7 +111,7 @@ def all_cases() -> dict[str, tuple[float, dict[str, Tensor]]]:
     for name, (share, changes) in CASES.items():
         group, _ = dist.new_subgroups(share)
         net = made(changes)
-        parallelize(net, sequence_group=RankGroup(group), checkpoint_every=int("recompute" in changes))
+        parallelize(net, sequence_group=RankGroup(group), recompute_every=int("recompute" in changes))
         loss = loss_of(net, clip=dist.get_rank() // share)
         loss.backward()
         gradients = {}
