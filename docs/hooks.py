@@ -4,6 +4,8 @@
 - ``results/*.md``: from ``benchmarks/results``.
 - ``reference/command-line.md``: from the command line itself.
 - ``reference/api/*.md``: a page for each package of ``magicdrive_core``, filled by mkdocstrings.
+
+Documents link to the files themselves, so that links work in the file tree too. Here they lead to the pages.
 """
 
 from __future__ import annotations
@@ -18,11 +20,13 @@ from typing import Any
 import typer
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 from magicdrive_core.cli.main import app
 
 PROJECT = Path(__file__).resolve().parents[1]
 COPIED = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+COMMANDS = {"magicdrive_core/cli/main.py": "reference/command-line.md"}
 CORE = PROJECT / "magicdrive_core"
 EXAMPLE = re.compile(r"^Example: (.*)$", re.M)
 
@@ -47,6 +51,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for name, summary in _packages().items():
         files.append(File.generated(config, f"reference/api/{name}.md", content=_api_page(name, summary)))
     return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:  # noqa: ARG001
+    """Lead links from documents to files outside docs/ to the pages of these files."""
+    source = f"docs/{page.file.src_uri}"
+    return _relinked(markdown, source, page.file.src_uri) if (PROJECT / source).is_file() else markdown
 
 
 def command_line() -> str:
@@ -109,7 +119,8 @@ def _results() -> dict[str, str]:
 
 def _relinked(text: str, source: str, page: str) -> str:
     """Return the text with links that are relative to ``source`` made relative to ``page``."""
-    pages = COPIED | _results()
+    api = {f"magicdrive_core/{name}/__init__.py": f"reference/api/{name}.md" for name in _packages()}
+    pages = COPIED | COMMANDS | api | _results()
 
     def target(match: re.Match[str]) -> str:
         link, anchor = match[1], match[2] or ""
