@@ -142,7 +142,7 @@ def show_settings(config: Config, section: str | None = None) -> list[str]:
 
 
 def current_value(config: Config, setting: Setting) -> str:
-    """Returns the value of a setting that holds now.
+    """Returns the current value of a setting.
 
     Args:
         config: the settings.

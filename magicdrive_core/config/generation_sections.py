@@ -30,7 +30,7 @@ class Generate(Section):
         float,
         Field(ge=1),
         about(
-            "Scale of classifier-free guidance. 1: no guidance, one pass a step.",
+            "Scale of classifier-free guidance. 1: no guidance, one pass per step.",
             source=PUBLISHED,
             used_in="inference/sampler.py",
         ),

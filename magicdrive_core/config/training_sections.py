@@ -240,7 +240,7 @@ class Training(Section):
     drop_condition: Annotated[
         Probability,
         about(
-            "Share of samples that are trained without text, cameras, ego motion and boxes.",
+            "Share of samples that are trained without text, cameras, ego motion, boxes and, unless published, map.",
             unit="probability",
             source=PUBLISHED,
             used_in="training/loader.py",

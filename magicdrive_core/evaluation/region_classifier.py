@@ -17,7 +17,7 @@ from magicdrive_core.synthetic.regions import Region, Regions
 from magicdrive_core.video.colour import Picture
 
 LIGHTS = (DAY, NIGHT, RAIN)
-SQUARES = (3, 7, 15)  # pixels a side of the squares about a pixel whose mean colours count beside its own
+SQUARES = (3, 7, 15)  # pixels per side of the squares around a pixel whose mean colours count beside its own
 ABOVE_BELOW = (-24, -12, 12, 24)  # rows from it to the middles of others, of the largest side
 WIDTH = 96
 STEPS, BATCH, RATE = 3000, 1024, 3e-3

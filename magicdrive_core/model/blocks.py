@@ -1,8 +1,9 @@
 """The transformer blocks and the head. Golden notes, section 2, "Block" and "Head".
 
-To try another block, change one class here. Tokens are (B, V, T, S, C): B samples, V views, T latent frames, S tokens
-of a frame, C channels. A modulation is (B, T or 1, n, C): n vectors for a whole clip, or for each latent frame where
-some frames are conditioning frames.
+To try another block, write a subclass and name it in the class attribute ``multi_view_block`` of a subclass of
+``MagicDrive`` (docs/tutorials/change-the-network.md). Tokens are (B, V, T, S, C): B samples, V views, T latent frames,
+S tokens of a frame, C channels. A modulation is (B, T or 1, n, C): n vectors for a whole clip, or for each latent frame
+where some frames are conditioning frames.
 """
 
 from __future__ import annotations

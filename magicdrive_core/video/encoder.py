@@ -49,7 +49,7 @@ class EncodedVideo:
         bytes: size of the file.
         mbit_s: average bit rate of the file in Mbit/s: 8 bytes / duration.
         psnr: dB of the decoded RGB frames against the source.
-        quality: x264's constant rate factor that the search ended with: a good start for videos of like content.
+        quality: x264's constant rate factor that the search ended with: a good start for videos of similar content.
     """
 
     path: Path
@@ -76,7 +76,7 @@ def encode_video(
         path: the mp4 file.
         fps: frames per second.
         max_mbit_s: cap on the file's average bit rate in Mbit/s; None leaves the choice to the encoder.
-        start: ``quality`` of a video of like content; saves passes.
+        start: ``quality`` of a video of similar content; saves passes.
         preset: x264's trade of time for size.
 
     Returns:
