@@ -1,4 +1,4 @@
-"""What denoising needs of the conditions: encoded once a clip, used at every noise level."""
+"""What denoising needs of the conditions: encoded once per clip, used at every noise level."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ class BlockContext:
 
     Attributes:
         tokens: the context tokens of the clip.
-        kv: (B, R, 2c), the block's keys and values of ``tokens.rows``, computed once a clip; None: the block computes
+        kv: (B, R, 2c), the block's keys and values of ``tokens.rows``, computed once per clip; None: the block computes
             them, so that a checkpointed block keeps none of them.
         bias: (B, V, T, L), -inf at context tokens that stand for nothing; None: all are attended to.
         angles: (T, d/2, 2), rotary angles of all latent frames.

@@ -1,6 +1,6 @@
 """MagicDrive-V2's diffusion transformer. Formulas: golden notes (README of the reference data), section 2.
 
-``forward`` is ``encode``, which computes once a clip all that does not depend on the noise level, and ``denoise``.
+``forward`` is ``encode``, which computes once per clip all that does not depend on the noise level, and ``denoise``.
 Letters: B samples, V views, T latent frames, H W latents, S tokens of a frame, L context length, C width.
 
 The names of the modules are those of the published state dict. What only released weights need is in
@@ -354,7 +354,7 @@ class MagicDrive(nn.Module):
         return functional.interpolate(features, size=latent_shape, mode="area")
 
     def keys_values(self, rows: Tensor) -> dict[nn.Module, Tensor]:
-        """Computes the keys and values of all blocks once a clip.
+        """Computes the keys and values of all blocks once per clip.
 
         With gradients there are none: a block then computes its own, so that a checkpointed one keeps nothing but its
         tokens, and the gradients of ``kv_linear`` arrive with the others of its block.

@@ -20,7 +20,7 @@ class Mesh:
     """This rank's position among all ranks.
 
     Attributes:
-        groups: number of groups, each of which takes a micro-batch a step.
+        groups: number of groups, each of which takes a micro-batch per step.
         group: index of this rank's group.
         sequence_group: the ranks that share this rank's clips; None: it has its own.
     """
