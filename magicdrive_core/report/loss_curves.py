@@ -12,7 +12,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from matplotlib import rc_context
+from matplotlib import rc_context, style
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -104,7 +104,7 @@ class Curve:
             "solid_capstyle": "round",
             "clip_on": False,  # a clip path would be a link by URL
         }
-        with rc_context(STYLE):
+        with style.context("default"), rc_context(STYLE):  # whatever other libraries have set
             figure = Figure(figsize=SIZE, layout="constrained")
             axes = figure.subplots()
             for values, width, alpha in ((self.losses, 0.8, 0.35), (_running_mean(self.losses), 2.0, 1.0)):

@@ -155,7 +155,7 @@ def test_training_gets_equal_batches_from_caches_and_live_encoding(project, tmp_
     drawn: list[list[Batch]] = []
     for config in (cached, live):
         with Loader(config, "stage2", tmp_path) as loader:
-            loader.start(0, groups=1, group=0, steps=5)
+            loader.start(0, groups=1, group=0, limit=5)
             drawn.append([loader.next() for _ in range(5)])
     assert {batch.shape[0] for batch in drawn[0]} == {1, 9}
     for one, other in zip(*drawn, strict=True):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib import rc_context
 from PIL import Image
 
 from magicdrive_core.config.schema import Config
@@ -250,3 +251,11 @@ def test_a_broken_metrics_file_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "lo')
     with pytest.raises(MagicDriveError, match="a line is not a training step"):
         Curve.read("stage1", tmp_path)
+
+
+def test_a_curve_does_not_depend_on_the_style_that_other_libraries_set() -> None:
+    curve = Curve("stage1", [1, 2, 3], [0.5, 0.4, 0.3])
+    with rc_context({"axes.grid": True, "axes.facecolor": "red", "font.size": 20}):
+        styled = curve.svg()
+    assert styled == curve.svg()
+    assert "url(" not in styled
