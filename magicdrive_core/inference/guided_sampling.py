@@ -52,7 +52,7 @@ def sample_latents(
         guidance: scale in v = v_null + guidance (v_cond - v_null) (Ho and Salimans 2022); with 1 the unconditional pass
             is left out.
         flow: the noise levels that the network was trained on.
-        generator: CPU generators of the start noise, one a sample, so that a sample does not depend on its batch;
+        generator: CPU generators of the start noise, one per sample, so that a sample does not depend on its batch;
             a single one draws for the samples in turn.
         null: the unconditional state; None: ``unconditional``.
         x_0: (B, V, C, T, H, W), conditioning frames; needed with ``x_mask``. None: no conditioning frames.

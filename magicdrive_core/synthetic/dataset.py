@@ -33,7 +33,7 @@ def synthesize(synth: Synth, root: Path, version: str, workers: int | None = Non
         synth: the settings of the data.
         root: the data root.
         version: name of the table folder.
-        workers: number of processes, by default one a core; the bytes do not depend on it.
+        workers: number of processes, by default one per core; the bytes do not depend on it.
 
     Raises:
         MagicDriveError: the root holds other data, or the disk is full or not writable.

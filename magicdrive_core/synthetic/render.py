@@ -220,7 +220,7 @@ def render_missing(root: Path, version: str, workers: int | None = None) -> int:
     Args:
         root: the data root; pictures are written below it.
         version: name of the table folder.
-        workers: number of processes, by default one a core; the bytes do not depend on it.
+        workers: number of processes, by default one per core; the bytes do not depend on it.
 
     Returns:
         The number of rendered pictures.
