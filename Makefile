@@ -17,7 +17,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test docs docs-serve demo learn run up down ui data-dvc clean
+.PHONY: help setup check format test drills docs docs-serve demo learn run up down ui data-dvc clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -43,6 +43,9 @@ format: $(READY)  ## format the code
 
 test: check  ## check, then run all tests (what .ci/run calls)
 	OMP_NUM_THREADS=1 pytest -n 2
+
+drills: $(READY)  ## run the long drills (kills, full disks, servers away, load) and write benchmarks/results/drills.md
+	OMP_NUM_THREADS=1 pytest -m drill tests/drills
 
 docs: $(READY)  ## build the documentation site in site/; a broken link or a faulty docstring stops the build
 	mkdocs build

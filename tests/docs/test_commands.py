@@ -41,6 +41,7 @@ RUN_ELSEWHERE = {
     "make setup": "the environment that this test runs in",
     "make check": "the first part of `make test`",
     "make test": "this test suite",
+    "make drills": "the long part of this test suite",
     "make demo": "its flows: tests/flows, with small settings",
     "python -m flows.pipeline": "its flows: tests/flows, with small settings",
     "python -m flows.prepare": "tests/flows/test_prepare.py",
