@@ -11,10 +11,13 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
+from magicdrive_core.data.limits import check_positions, is_number
 from magicdrive_core.data.nuscenes_files import MAPS
 from magicdrive_core.data.records import MAP_LAYERS
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.utils.files import read_json
+
+Path2D = tuple[int, bool, NDArray[np.float64]]  # index into MAP_LAYERS, whether it is a hole, (n, 2) vertices
 
 LINE_LAYERS = ("road_divider", "lane_divider")
 VERSION = "1.3"
@@ -31,7 +34,7 @@ class VectorMap:
     bounds: NDArray[np.float64]  # R, 4: x_min, y_min, x_max, y_max in metres
 
     @classmethod
-    def of(cls, paths: list[tuple[int, bool, NDArray[np.float64]]]) -> VectorMap:
+    def of(cls, paths: list[Path2D]) -> VectorMap:
         """Build a map from its paths; empty paths are dropped.
 
         Args:
@@ -66,7 +69,8 @@ def load_map(root: Path, location: str) -> VectorMap:
         The map; equal arguments give the same object, so it must not be changed.
 
     Raises:
-        MagicDriveError: the file is missing, not JSON, of another version than 1.3, or a path names a missing node.
+        MagicDriveError: the file is missing, not JSON, of another version than 1.3, or a record is missing or
+            impossible; the message names it.
     """
     path = Path(root) / "maps" / "expansion" / f"{location}.json"
     values = read_json(path, MAPS)
@@ -74,30 +78,110 @@ def load_map(root: Path, location: str) -> VectorMap:
         raise MagicDriveError(f"{path} is not a map expansion file", MAPS)
     if values.get("version") != VERSION:
         raise MagicDriveError(f"{path} has map version {values.get('version')}, expected {VERSION}", MAPS)
-    try:
-        return VectorMap.of(_paths(values))
-    except KeyError as error:
-        raise MagicDriveError(f"{path} has no record or field {error}, which another record names", MAPS) from None
+    return _Expansion(path, values).vector_map()
 
 
-def _paths(values: dict[str, Any]) -> list[tuple[int, bool, NDArray[np.float64]]]:
-    nodes = {node["token"]: (node["x"], node["y"]) for node in values["node"]}
-    polygons = {polygon["token"]: polygon for polygon in values["polygon"]}
-    lines = {line["token"]: line for line in values["line"]}
+class _Expansion:
+    """The records of a map expansion file, checked as they are used.
 
-    def vertices(tokens: list[str]) -> NDArray[np.float64]:
-        return np.array([nodes[token] for token in tokens], np.float64).reshape(-1, 2)
+    Args:
+        path: the file, for messages.
+        values: its decoded content.
+    """
 
-    paths = []
-    for layer, name in enumerate(MAP_LAYERS):
-        for record in values.get(name, []):
-            if name in LINE_LAYERS:
-                paths.append((layer, False, vertices(lines[record["line_token"]]["node_tokens"])))
-                continue
-            for token in record["polygon_tokens"] if "polygon_tokens" in record else [record["polygon_token"]]:
-                outline = vertices(polygons[token]["exterior_node_tokens"])
-                holes = [vertices(hole["node_tokens"]) for hole in polygons[token]["holes"]]
-                holes = [hole for hole in holes if len(hole)]
-                if name == "drivable_area" or shapely.Polygon(outline, holes).is_valid:
-                    paths += [(layer, False, outline), *((layer, True, hole) for hole in holes)]
-    return paths
+    def __init__(self, path: Path, values: dict[str, Any]) -> None:
+        self._path, self._values = path, values
+        self._nodes = self._by_token("node")
+        self._polygons = self._by_token("polygon")
+        self._lines = self._by_token("line")
+
+    def vector_map(self) -> VectorMap:
+        """Collect the paths of the eight layers.
+
+        Returns:
+            The map. A shape that several records of a layer name is there once, at the place of the last of them: in
+            some towns 676 road blocks name one ring, and drawing it again changes nothing.
+        """
+        shapes: dict[tuple[int, str | None], list[Path2D]] = {}
+        for layer, name in enumerate(MAP_LAYERS):
+            for record in self._list(name):
+                if name in LINE_LAYERS:
+                    token = self._field(name, record, "line_token")
+                    shapes[layer, token] = shapes.pop((layer, token), None) or self._line(layer, token)
+                    continue
+                key = "polygon_tokens" if "polygon_tokens" in record else "polygon_token"
+                tokens = self._field(name, record, key)
+                for token in tokens if isinstance(tokens, list) else [tokens]:
+                    shapes[layer, token] = shapes.pop((layer, token), None) or self._polygon(layer, token)
+        return VectorMap.of([path for shape in shapes.values() for path in shape])
+
+    def _line(self, layer: int, token: Any) -> list[Path2D]:
+        vertices = self._vertices(
+            f"line {token}", self._field("line", self._find(self._lines, "line", token), "node_tokens")
+        )
+        if len(vertices) == 1:
+            raise self._fault(f"line {token} has a single node")
+        return [(layer, False, vertices)]
+
+    def _polygon(self, layer: int, token: Any) -> list[Path2D]:
+        """Read the outline and the holes of a polygon; none if it crosses itself and is not a drivable area."""
+        record = self._find(self._polygons, "polygon", token)
+        outline = self._vertices(f"polygon {token}", self._field("polygon", record, "exterior_node_tokens"))
+        holes = [
+            self._vertices(f"a hole of polygon {token}", self._field("hole", hole, "node_tokens"))
+            for hole in self._records_of(self._field("polygon", record, "holes"), f"holes of polygon {token}")
+        ]
+        holes = [hole for hole in holes if len(hole)]
+        if any(0 < len(ring) < 3 for ring in (outline, *holes)) or (holes and not len(outline)):
+            raise self._fault(f"polygon {token} has a ring of fewer than three nodes")
+        if MAP_LAYERS[layer] != "drivable_area" and not shapely.Polygon(outline, holes).is_valid:
+            return []
+        return [(layer, False, outline), *((layer, True, hole) for hole in holes)]
+
+    def _vertices(self, where: str, tokens: Any) -> NDArray[np.float64]:
+        if not isinstance(tokens, list):
+            raise self._fault(f"the nodes of {where} are not a list of tokens")
+        nodes = [self._find(self._nodes, "node", token) for token in tokens]
+        points = [(self._field("node", node, "x"), self._field("node", node, "y")) for node in nodes]
+        for token, point in zip(tokens, points, strict=True):
+            if not all(map(is_number, point)):
+                raise self._fault(f"node {token} is not at two finite numbers")
+        vertices = np.array(points, np.float64).reshape(-1, 2)
+        check_positions(vertices, lambda row: f"{self._path}: node {tokens[row]}")
+        return vertices
+
+    def _list(self, name: str) -> list[dict[str, Any]]:
+        return self._records_of(self._values.get(name, []), f"the layer {name}")
+
+    def _records_of(self, values: Any, where: str) -> list[dict[str, Any]]:
+        if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+            raise self._fault(f"{where} is not a list of records")
+        return values
+
+    def _by_token(self, name: str) -> dict[str | None, dict[str, Any]]:
+        out: dict[str | None, dict[str, Any]] = {}
+        for record in self._list(name):
+            token = self._token(name, self._field(name, record, "token"))
+            if token in out and out[token] != record:
+                raise self._fault(f"two different records of {name} have the token {token!r}")
+            out[token] = record
+        return out
+
+    def _token(self, name: str, token: Any) -> str | None:
+        if not isinstance(token, str | None):  # null is the token of a ring in some towns
+            raise self._fault(f"a token of {name} is {token!r}, expected a text")
+        return token
+
+    def _find(self, records: dict[str | None, dict[str, Any]], name: str, token: Any) -> dict[str, Any]:
+        found = records.get(self._token(name, token))
+        if found is None:
+            raise self._fault(f"{name} has no record {token!r}, which another record names")
+        return found
+
+    def _field(self, name: str, record: dict[str, Any], field: str) -> Any:
+        if field not in record:
+            raise self._fault(f"a record of {name} has no {field}")
+        return record[field]
+
+    def _fault(self, text: str) -> MagicDriveError:
+        return MagicDriveError(f"{self._path}: {text}", MAPS)
