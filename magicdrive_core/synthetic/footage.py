@@ -113,7 +113,8 @@ class Footage:
         Returns:
             The objects that are present, in the order of ``tracks``.
         """
-        found = [(track, around) for track in self.tracks if (around := track.around(time)) is not None]
+        present = [(index, around) for index, track in enumerate(self.tracks) if (around := track.around(time))]
+        found = [(self.tracks[index], around) for index, around in present]
         share = np.array([share for _, (_, _, share) in found])
         (start, end), (turn_start, turn_end) = (
             [np.array([values(track)[around[side]] for track, around in found]).reshape(-1, width) for side in (0, 1)]
@@ -125,6 +126,7 @@ class Footage:
             sizes=np.array([track.size for track, _ in found]).reshape(-1, 3),
             rotations=poses.rotation_matrix(poses.slerp(turn_start, turn_end, np.clip(share, 0, 1))),
             tints=np.array([track.tint for track, _ in found]),
+            ids=np.array([index for index, _ in present], dtype=np.int64),
         )
 
 

@@ -1,26 +1,21 @@
-"""Region labels of rendered pictures: the same drawing in flat colours, one of a few regions for each pixel."""
+"""Region labels of rendered pictures: one of a few kinds of surface for each pixel."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from enum import IntEnum
 from pathlib import Path
 
 import cv2
 import numpy as np
-from einops import repeat
 from numpy.typing import NDArray
 
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.geometry.cameras import PICTURE_HEIGHT, PICTURE_WIDTH, Framing
-from magicdrive_core.synthetic.camera import PosedCamera
+from magicdrive_core.geometry.cameras import Framing
 from magicdrive_core.synthetic.footage import CATEGORY_CLASSES, Footage, Shot, read_footage
-from magicdrive_core.synthetic.ground import MAP_RANGE, Label, paint, read_layers
-from magicdrive_core.synthetic.light import light_of
-from magicdrive_core.synthetic.render import StaticWorld, on_ground, prepare_world
+from magicdrive_core.synthetic.ground import Label, read_layers
+from magicdrive_core.synthetic.render import StaticWorld, prepare_world
 from magicdrive_core.synthetic.scenery import load_scenery
-from magicdrive_core.synthetic.sky import paint_sky
-from magicdrive_core.synthetic.solids import SMOOTH, Solids, faces_of, fill, visible
+from magicdrive_core.synthetic.surfaces import NONE, Surfaces, draw_surfaces
 
 Regions = NDArray[np.uint8]  # (H, W) values of Region
 
@@ -79,14 +74,28 @@ class RegionPainter:
         self._worlds: dict[str, StaticWorld] = {}
 
     def of_frame(self, filename: str, framing: Framing) -> Regions:
-        """Draw the regions of a picture as a video frame.
+        """Draw the regions of a picture as a video frame, see ``regions_of``.
 
         Args:
             filename: path of the picture below the data root.
             framing: size and crop of the video.
 
         Returns:
-            (H, W): for each pixel the region that covers most of it.
+            (H, W) regions.
+
+        Raises:
+            MagicDriveError: the tables hold no picture of this name.
+        """
+        return regions_of(self.surfaces(filename), framing)
+
+    def surfaces(self, filename: str) -> Surfaces:
+        """Draw the surfaces of a picture.
+
+        Args:
+            filename: path of the picture below the data root.
+
+        Returns:
+            The surfaces, of which ``regions_of`` makes regions and ``correspond`` the way to other pictures.
 
         Raises:
             MagicDriveError: the tables hold no picture of this name.
@@ -97,39 +106,28 @@ class RegionPainter:
         if footage.location not in self._worlds:
             layers = read_layers(self._root, footage.location)
             self._worlds[footage.location] = prepare_world(layers, load_scenery(self._root, footage.location))
-        regions = draw_regions(
-            shot.camera, self._worlds[footage.location], footage.solids_at(shot.timestamp), footage.description
-        )
-        size = framing.width, framing.resized_height
-        masks = [cv2.compare(regions, np.full_like(regions, region), cv2.CMP_EQ) for region in Region]  # 0 or 255
-        shares = [cv2.resize(mask, size, interpolation=cv2.INTER_AREA) for mask in masks]
-        out: Regions = np.argmax(shares, axis=0).astype(np.uint8)[framing.crop :]
-        return out
+        return draw_surfaces(shot.camera, self._worlds[footage.location], footage.solids_at(shot.timestamp))
 
 
-def draw_regions(camera: PosedCamera, world: StaticWorld, movers: Solids, description: str) -> Regions:
-    """Draw the regions of a picture: the same ground and solids as ``render.draw``, in the same order.
+def regions_of(surfaces: Surfaces, framing: Framing) -> Regions:
+    """Reduce the surfaces of a picture to the regions of a video frame.
 
     Args:
-        camera: the camera.
-        world: map and scenery.
-        movers: the annotated objects at the time of the picture.
-        description: description of the scene.
+        surfaces: the surfaces of the picture.
+        framing: size and crop of the video.
 
     Returns:
-        (900, 1600) regions.
+        (H, W): for each pixel the region that covers most of it.
     """
-    labels = np.zeros((PICTURE_HEIGHT, PICTURE_WIDTH), np.uint8)
-    paint_sky(labels, camera)
-    paint(labels, world.ground, camera)
-    regions = repeat(_TABLE[labels], "h w -> h w c", c=3)  # as a picture, which ``fill`` expects
-    solids = visible(movers.joined(on_ground(world.scenery, camera)), camera, MAP_RANGE)
-    faces = faces_of(solids, camera, light_of(description), np.empty((0, 2)))
-    region_of = np.array([_of_solid(name) for name in solids.names], dtype=np.int64)
-    colours = repeat(region_of[faces.owners], "f -> f c", c=3)
-    # Move faces beyond SMOOTH, where edges are not anti-aliased: regions cannot be mixed.
-    fill(regions, replace(faces, colours=colours, away=faces.away + SMOOTH), camera)
-    return np.ascontiguousarray(regions[..., 0])
+    regions = _TABLE[surfaces.labels]
+    region_of = np.array([_of_solid(name) for name in surfaces.solids.names], dtype=np.uint8)
+    solid = surfaces.faces != NONE
+    regions[solid] = region_of[surfaces.owners[surfaces.faces[solid]]]
+    size = framing.width, framing.resized_height
+    masks = [cv2.compare(regions, np.full_like(regions, region), cv2.CMP_EQ) for region in Region]  # 0 or 255
+    shares = [cv2.resize(mask, size, interpolation=cv2.INTER_AREA) for mask in masks]
+    out: Regions = np.argmax(shares, axis=0).astype(np.uint8)[framing.crop :]
+    return out
 
 
 def _of_solid(name: str) -> Region:

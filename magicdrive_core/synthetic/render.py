@@ -121,7 +121,8 @@ def prepare_world(layers: MapLayers, scenery: Scenery) -> StaticWorld:
     boxes = scenery.boxes
     c, s, zero = np.cos(boxes[:, 6]), np.sin(boxes[:, 6]), np.zeros(len(boxes))
     rotations = np.stack([c, -s, zero, s, c, zero, zero, zero, zero + 1], axis=1).reshape(-1, 3, 3)
-    solids = Solids(scenery.names, boxes[:, :3], boxes[:, 3:6], rotations, np.ones(len(boxes)))
+    ids = -1 - np.arange(len(boxes))
+    solids = Solids(scenery.names, boxes[:, :3], boxes[:, 3:6], rotations, np.ones(len(boxes)), ids)
     lamps = boxes[[name == "street_lamp" for name in scenery.names], :2]
     return StaticWorld(prepare(layers), solids, lamps.reshape(-1, 2))
 
@@ -188,7 +189,7 @@ def on_ground(scenery: Solids, camera: PosedCamera) -> Solids:
     chosen = scenery.select(near)
     ground = np.column_stack([chosen.centres[:, :2], np.ones(len(near))]) @ camera.lift[2]
     centres = np.column_stack([chosen.centres[:, :2], ground + chosen.sizes[:, 2] / 2])
-    return Solids(chosen.names, centres, chosen.sizes, chosen.rotations, chosen.tints)
+    return replace(chosen, centres=centres)
 
 
 def _shadows(solids: Solids, light: Light) -> Array:

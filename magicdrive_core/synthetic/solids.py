@@ -30,6 +30,7 @@ class Solids:
     sizes: Array  # (N, 3) w, l, h in metres
     rotations: Array  # (N, 3, 3)
     tints: Array  # (N,) brightness factors, about 1
+    ids: NDArray[np.int64]  # (N,) the same at all times: index of the object's track; -1 - index for scenery
 
     def __len__(self) -> int:
         return len(self.names)
@@ -43,8 +44,14 @@ class Solids:
         Returns:
             M solids.
         """
-        names = [self.names[index] for index in chosen]
-        return Solids(names, self.centres[chosen], self.sizes[chosen], self.rotations[chosen], self.tints[chosen])
+        return Solids(
+            [self.names[index] for index in chosen],
+            self.centres[chosen],
+            self.sizes[chosen],
+            self.rotations[chosen],
+            self.tints[chosen],
+            self.ids[chosen],
+        )
 
     def joined(self, other: Solids) -> Solids:
         """Append other solids.
@@ -61,6 +68,7 @@ class Solids:
             np.concatenate([self.sizes, other.sizes]),
             np.concatenate([self.rotations, other.rotations]),
             np.concatenate([self.tints, other.tints]),
+            np.concatenate([self.ids, other.ids]),
         )
 
     @property

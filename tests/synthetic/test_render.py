@@ -35,7 +35,7 @@ def _camera(index: int = 0, ego: np.ndarray | None = None) -> PosedCamera:
 
 def _solid(name: str, centre: tuple[float, float, float], size: tuple[float, float, float], yaw: float) -> Solids:
     rotation = poses.rotation_matrix([np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)])
-    return Solids([name], np.array([centre]), np.array([size]), rotation[None], np.ones(1))
+    return Solids([name], np.array([centre]), np.array([size]), rotation[None], np.ones(1), np.zeros(1, np.int64))
 
 
 def _painted(solids: Solids, camera: PosedCamera) -> np.ndarray:
@@ -100,7 +100,7 @@ def test_map_markings_are_drawn_at_their_map_positions() -> None:
     names = ("drivable_area", "ped_crossing", "walkway", "stop_line", "carpark_area", "road_block")
     layers = MapLayers(dict.fromkeys(names, empty), {"road_divider": [], "lane_divider": []})
     with_line = MapLayers({**layers.polygons, "stop_line": [[square]]}, layers.lines)
-    no_solids = Solids([], np.empty((0, 3)), np.empty((0, 3)), np.empty((0, 3, 3)), np.empty(0))
+    no_solids = Solids([], *np.empty((2, 0, 3)), np.empty((0, 3, 3)), np.empty(0), np.empty(0, np.int64))
     camera = _camera()
     plain, marked = (draw(camera, DAY, prepare_world(s, place_scenery(s)), no_solids) for s in (layers, with_line))
     changed = (plain != marked).any(axis=2).astype(np.uint8)
