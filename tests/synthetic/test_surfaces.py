@@ -59,9 +59,7 @@ def test_the_flow_of_a_static_scene_carries_one_drawing_onto_the_next(
 ) -> None:
     _, world = day
     cameras = [moments(view, number)[0] for number in (3, 2)]
-    pictures = [
-        cv2.resize(draw(camera, DAY, world, _nothing()), (800, 450), interpolation=cv2.INTER_AREA) for camera in cameras
-    ]
+    pictures = [draw(camera, DAY, world, _nothing()) for camera in cameras]
     now, before = (draw_surfaces(camera, world, _nothing()) for camera in cameras)
     found = correspond(now, before, FULL)
     assert found.valid.mean() > 0.85
