@@ -80,6 +80,7 @@ def steps(options: argparse.Namespace, caches: str) -> dict[str, float]:
 
     from magicdrive_core.diffusion.rectified_flow import RectifiedFlow
     from magicdrive_core.model.build import build_stage_network
+    from magicdrive_core.parallel.gradient_order import arrival_order
     from magicdrive_core.parallel.mesh import Mesh
     from magicdrive_core.training import loader as loading
     from magicdrive_core.training.engine import build_engine
@@ -88,7 +89,8 @@ def steps(options: argparse.Namespace, caches: str) -> dict[str, float]:
 
     config, mesh, device = settings(options, CACHES[caches]), Mesh.of(1), options.device
     torch.manual_seed(0)
-    engine = build_engine(build_stage_network(config, options.stage, options.project), config.training, device)
+    network = build_stage_network(config, options.stage, options.project)
+    engine = build_engine(network, config.training, device, arrival_order(network))
     ema, flow, clock = Ema(engine, config.training.ema), RectifiedFlow(config.flow.base_pixels), Clock(device)
     clips = 0
     with (
@@ -132,6 +134,7 @@ def timed(clock: Clock, name: str, function: Callable[..., Any]) -> Callable[...
 def checkpoints(options: argparse.Namespace, width: int) -> dict[str, float]:
     """Measure a checkpoint of a network of some width on a rank; one artificial step creates the moments."""
     from magicdrive_core.model.build import build_stage_network
+    from magicdrive_core.parallel.gradient_order import arrival_order
     from magicdrive_core.training import checkpoints as checkpoint
     from magicdrive_core.training.checkpoints import Saver, TrainingProgress
     from magicdrive_core.training.engine import build_engine
@@ -139,7 +142,7 @@ def checkpoints(options: argparse.Namespace, width: int) -> dict[str, float]:
 
     config = settings(options, [f"model.width={width}"])
     network = build_stage_network(config, options.stage, options.project)
-    engine = build_engine(network, config.training, options.device)
+    engine = build_engine(network, config.training, options.device, arrival_order(network))
     engine.optimizer.backward(sum(p.float().sum() for p in network.parameters() if p.requires_grad))
     engine.optimizer.step()
     engine.optimizer.zero_grad()

@@ -29,7 +29,7 @@ from magicdrive_core.errors import UsageError
 from magicdrive_core.geometry.cameras import VIEWS
 from magicdrive_core.model.build import build_network
 from magicdrive_core.model.config import NetworkConfig
-from magicdrive_core.model.inputs import Conditions
+from magicdrive_core.model.inputs import blank_conditions
 from magicdrive_core.model.published.checkpoint import PUBLISHED_XL
 from magicdrive_core.parallel.parallelize import parallelize
 from magicdrive_core.parallel.sequence_parallel import RankGroup
@@ -214,7 +214,9 @@ class Planner:
         network, vae = self._network, self._vae.model
         other = [] if setting.offload else [network, vae]
         with self._tracked([network, *other]) as memory:
-            conditions = self._conditions(frames, setting)
+            conditions = blank_conditions(
+                network.config, frames, slots=setting.slots, cells=setting.map_cells, device=self._device
+            )
             states = conditions, conditions.dropped()
             conditional, unconditional = (network.encode(state, shape) for state in states)
             encoding, memory.peak = memory.peak, memory.live
@@ -239,31 +241,6 @@ class Planner:
             memory.hold([*model.parameters(), *model.buffers()])
         with torch.no_grad(), FusedAttention(), memory:
             yield memory
-
-    def _conditions(self, frames: int, setting: Setting) -> Conditions:
-        """Returns empty conditions of one clip."""
-        config, cells = self._network.config, setting.map_cells
-        V, N, L = len(VIEWS), setting.slots, config.text_tokens
-
-        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=self._device)
-
-        return Conditions(
-            text=empty(1, L, config.text_width),
-            text_mask=empty(1, L, dtype=torch.bool),
-            cameras=empty(1, V, frames, 3, 7),
-            ego_motion=empty(1, frames, 4, 4),
-            box_corners=empty(1, V, frames, N, 8, 3),
-            box_classes=empty(1, V, frames, N, dtype=torch.int64),
-            box_masks=empty(1, V, frames, N, dtype=torch.int64),
-            bev_map=empty(1, frames, config.map_layers, cells, cells),
-            height=empty(1),
-            width=empty(1),
-            fps=empty(1),
-            keep=empty(1, dtype=torch.bool),
-            keep_frame=empty(1, frames, dtype=torch.bool),
-            box_latent=empty(1, N, config.class_width or config.width),
-        )
 
 
 class _SimulatedGroup(RankGroup):

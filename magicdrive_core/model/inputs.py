@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from magicdrive_core.data.records import ClipConditions
+    from magicdrive_core.model.config import NetworkConfig
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,10 @@ class Conditions:
     keep_frame: Tensor  # B, F bool: False = ego motion and boxes of the frame are dropped
     box_latent: Tensor | None = None  # B, N, C: a standard normal vector an object, shared by frames and views
     pad_patches: int | None = None  # published only: parallel size whose padding rows are added; None: the network's
+    longest_text: int | None = None  # tokens of the longest prompt; None: read from text_mask, which waits for a device
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Conditions:
-        """Applies a function to each tensor; None and ``pad_patches`` are kept.
+        """Applies a function to each tensor; numbers and None are kept.
 
         Args:
             change: maps a tensor to its replacement.
@@ -115,4 +117,44 @@ def collate(
         fps=torch.tensor([float(clip.fps) for clip in clips]),
         keep=torch.ones(len(clips), dtype=torch.bool) if keep is None else keep,
         keep_frame=torch.ones(len(clips), frames, dtype=torch.bool),
+        longest_text=int(lengths.max()),
+    )
+
+
+def blank_conditions(
+    config: NetworkConfig, frames: int, *, slots: int = 1, cells: int = 32, device: torch.device | str = "cpu"
+) -> Conditions:
+    """Makes conditions of one clip that are zeros, for passes whose numbers do not matter.
+
+    Args:
+        config: sizes of the network.
+        frames: F.
+        slots: N.
+        cells: rows and columns of the BEV map.
+        device: where the tensors are.
+
+    Returns:
+        The conditions of a clip with V = ``len(config.neighbours)`` views, with box latents.
+    """
+    V, N, L = len(config.neighbours), slots, config.text_tokens
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    return Conditions(
+        text=zeros(1, L, config.text_width),
+        text_mask=zeros(1, L, dtype=torch.bool),
+        cameras=zeros(1, V, frames, 3, 7),
+        ego_motion=zeros(1, frames, 4, 4),
+        box_corners=zeros(1, V, frames, N, 8, 3),
+        box_classes=zeros(1, V, frames, N, dtype=torch.int64),
+        box_masks=zeros(1, V, frames, N, dtype=torch.int64),
+        bev_map=zeros(1, frames, config.map_layers, cells, cells),
+        height=zeros(1),
+        width=zeros(1),
+        fps=zeros(1),
+        keep=zeros(1, dtype=torch.bool),
+        keep_frame=zeros(1, frames, dtype=torch.bool),
+        box_latent=zeros(1, N, config.class_width or config.width),
+        longest_text=L,
     )

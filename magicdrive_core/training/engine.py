@@ -14,6 +14,7 @@ precision on each. Everything that ColossalAI 0.5.0 is made to do differently is
 | ``_unscale_and_clip_grads`` | refuse an infinite norm; report it unscaled | test_guard: refuses; test_loss_scale |
 | ``LossScale`` | upstream divides by a scale that has grown, and loses its counter | test_loss_scale |
 | ``_copy_masters`` | upstream's masters come from weights rounded to bf16 | test_engine: masters start exact |
+| ``meta_lib._destroy`` | upstream breaks torch's shapes of meta tensors (PyTorch 1.12) | test_engine: shape functions |
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import MethodType
@@ -28,6 +30,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from colossalai._analyzer._subclasses._meta_registration import meta_lib
 from colossalai.accelerator import get_accelerator, set_accelerator
 from colossalai.accelerator.cpu_accelerator import CpuAccelerator
 from colossalai.amp.naive_amp.mixed_precision_mixin import MixedPrecisionMixin
@@ -43,6 +46,8 @@ from magicdrive_core.device import BACKENDS, backend, take_device
 from magicdrive_core.errors import MagicDriveError
 
 logger = logging.getLogger(__name__)
+
+meta_lib._destroy()  # at import ColossalAI registers its own shape functions, which torch.compile would use too
 
 REDUCE_BUCKET_MILLIONS = 20  # elements of one reduce-scatter (golden notes, section 5)
 MIN_LOSS_SCALE, MAX_LOSS_SCALE = 1.0, 2.0**24
@@ -87,13 +92,15 @@ def join_group() -> torch.device:
     return device
 
 
-def build_engine(network: nn.Module, training: Training, device: torch.device) -> Engine:
+def build_engine(network: nn.Module, training: Training, device: torch.device, order: Sequence[str]) -> Engine:
     """Move the network to the device and precision, and shard gradients, masters and moments over all ranks.
 
     Args:
         network: in fp32 and equal on all ranks; parameters that do not require a gradient stay as they are.
         training: precision, AdamW's settings, clipping, overlap of communication.
         device: this rank's device, as ``join_group`` returned it.
+        order: names of the trainable parameters in the order in which their gradients arrive, the same on all ranks
+            (``parallel/gradient_order.py``).
 
     Returns:
         The engine. Its learning rate is 0 until ``set_learning_rate`` is called.
@@ -102,7 +109,7 @@ def build_engine(network: nn.Module, training: Training, device: torch.device) -
     fixed = {name: tensor.clone() for name, tensor in network.state_dict().items() if name not in trained}
     exact = {name: parameter.data for name, parameter in trained.items()}  # the cast to bf16 makes new tensors
     adamw = torch.optim.AdamW(
-        list(trained.values()),
+        [trained[name] for name in order],  # ``ZeroOptimizer`` takes the order of reductions from here
         lr=0.0,  # set before each step
         betas=training.betas,
         eps=training.eps,
@@ -121,8 +128,7 @@ def build_engine(network: nn.Module, training: Training, device: torch.device) -
         cast_inputs=False,  # positions, poses and time lose their meaning in bf16
     )
     model, zero, *_ = Booster(plugin=plugin).boost(network, adamw)
-    names = {id(parameter): name for name, parameter in network.named_parameters()}
-    zero.names = [names[id(parameter)] for parameter, _ in zero._order]
+    zero.names = list(order)
     _copy_masters(zero, [(trained[name], weight) for name, weight in exact.items()])
     return Engine(model.unwrap(), zero, device, fixed)
 
@@ -220,7 +226,8 @@ class ZeroOptimizer(LowLevelZeroOptimizer):
     Upstream puts gradients into reduce-scatter buckets in the order in which the backward pass produces them. That
     order, and which parameters take part at all, can differ between a rank with images and one with videos; their
     buckets would then hold different parameters. Here each rank fills its buckets in one fixed order, with zeros for a
-    parameter that its own clips did not use.
+    parameter that its own clips did not use. A gradient waits until all before it in the order have arrived, so the
+    order has to be close to that of arrival (``parallel/gradient_order.py``).
 
     It also detects ColossalAI #6091, NaN that appear on 64 and more GPUs with communication overlap: every gradient is
     checked before it enters a reduction, and every shard that comes out, so that ``check_gradients`` tells faults of
@@ -231,14 +238,13 @@ class ZeroOptimizer(LowLevelZeroOptimizer):
     Several backward passes before a step add up. Gradients travel in the working precision and are added in fp32.
 
     Args:
-        optimizer: torch's optimizer over the parameters in the working precision.
+        optimizer: torch's optimizer over the parameters in the working precision, in the order of their reductions.
         **settings: arguments of ``LowLevelZeroOptimizer``, as ColossalAI's plugin makes them.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, **settings: Any) -> None:
         super().__init__(optimizer, **settings)
-        # Backward passes reach the last layers first: close to the order of arrival, so that little waits.
-        self._order = [(p, group) for group, ps in self._working_param_groups.items() for p in reversed(ps)]
+        self._order = [(p, group) for group, ps in self._working_param_groups.items() for p in ps]
         self._position = {id(p): index for index, (p, _) in enumerate(self._order)}
         self.names = [""] * len(self._order)  # of the parameters in ``_order``, for messages
         self._own: list[tuple[int, Tensor]] = []  # position in the order and extremes of each own gradient

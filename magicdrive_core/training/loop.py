@@ -20,6 +20,7 @@ from magicdrive_core.diffusion.rectified_flow import RectifiedFlow, restore_cond
 from magicdrive_core.experiment.stages import StagePlan
 from magicdrive_core.launch.process_group import RESUMABLE
 from magicdrive_core.model.transformer import MagicDrive
+from magicdrive_core.parallel.gradient_order import arrival_order
 from magicdrive_core.parallel.mesh import Mesh
 from magicdrive_core.parallel.parallelize import parallelize
 from magicdrive_core.tracking.runs import first_and_last
@@ -74,13 +75,14 @@ def train(
     """
     training, stage = config.training, config.training.stage(plan.stage)
     mesh = Mesh.of(config.cluster.sequence_parallel)
+    order = arrival_order(network)
     parallelize(
         network,
         sequence_group=mesh.sequence_group,
         recompute_every=int(stage.checkpoint_blocks),
         compile_backend=training.compile,
     )
-    engine = build_engine(network, training, device)
+    engine = build_engine(network, training, device, order)
     ema = Ema(engine, training.ema)
     folder = plan.folder / "checkpoints"
     progress = resume(folder, engine, ema) or TrainingProgress()

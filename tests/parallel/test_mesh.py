@@ -34,6 +34,7 @@ def made() -> MagicDrive:
 def shared_steps(precision: str) -> tuple[list[float], list[float], dict[str, Tensor], tuple[int, int, int]]:
     """Two steps of two ranks that share every clip: losses, norms, master weights, position in the mesh."""
     from magicdrive_core.diffusion.rectified_flow import RectifiedFlow
+    from magicdrive_core.parallel.gradient_order import arrival_order
     from magicdrive_core.parallel.mesh import Mesh
     from magicdrive_core.parallel.parallelize import parallelize
     from magicdrive_core.training.engine import build_engine
@@ -41,8 +42,9 @@ def shared_steps(precision: str) -> tuple[list[float], list[float], dict[str, Te
     from magicdrive_core.training.state import gather, masters
 
     net, mesh = made(), Mesh.of(2)
+    order = arrival_order(net)
     parallelize(net, sequence_group=mesh.sequence_group)
-    engine = build_engine(net, training(precision=precision), torch.device("cpu"))
+    engine = build_engine(net, training(precision=precision), torch.device("cpu"), order)
     losses, norms = [], []
     for step in range(2):
         loss = flow_loss(engine, RectifiedFlow(), batch(step))[0].mean()

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
 
 from magicdrive_core.config.schema import Training
+from tests.model.networks import config
+
+if TYPE_CHECKING:
+    from magicdrive_core.training.engine import Engine
 
 
 class TinyNetwork(nn.Module):
@@ -20,6 +26,7 @@ class TinyNetwork(nn.Module):
         self.frozen = nn.Linear(2, 2).requires_grad_(False)
         self.register_buffer("table", torch.arange(5.0))
         self.final_layer = nn.Identity()
+        self.config = config(latent_channels=channels)  # tells the shape of a clip
 
     def blocks(self) -> tuple[nn.Module, ...]:
         """There are none to slice or to checkpoint."""
@@ -43,6 +50,15 @@ class TinyNetwork(nn.Module):
 def tiny_network(seed: int = 0) -> TinyNetwork:
     torch.manual_seed(seed)
     return TinyNetwork()
+
+
+def engine_of(network: nn.Module, settings: Training) -> Engine:
+    """Build the engine of a network on CPU ranks as the training loop does."""
+    from magicdrive_core.parallel.gradient_order import arrival_order
+    from magicdrive_core.training.engine import build_engine
+
+    made: Any = network
+    return build_engine(made, settings, torch.device("cpu"), arrival_order(made))
 
 
 def stage(**changes: object) -> dict[str, object]:

@@ -140,15 +140,13 @@ def test_one_rank_reads_what_two_wrote_and_two_read_what_one_wrote(whole: Path, 
 
 def seen_after_a_slow_rename(folder: Path) -> list[str]:
     """Settle a checkpoint whose rename takes rank 0 a second, then finish; return what each rank sees."""
-    import torch
     import torch.distributed as dist
 
     from magicdrive_core.training.checkpoints import Saver, TrainingProgress, WriteStatus
-    from magicdrive_core.training.engine import build_engine
     from magicdrive_core.training.state import Ema
-    from tests.training.networks import tiny_network, training
+    from tests.training.networks import engine_of, tiny_network, training
 
-    engine = build_engine(tiny_network(), training(), torch.device("cpu"))
+    engine = engine_of(tiny_network(), training())
     publish = Saver._publish
 
     def slowly(saver: Saver, failed: list[int]) -> None:
@@ -173,15 +171,13 @@ def test_finishing_waits_for_the_rename_of_the_last_checkpoint(tmp_path: Path) -
 
 
 def resave(folder: Path) -> dict[str, Any]:
-    import torch
 
     from magicdrive_core.training import checkpoints as checkpoint
     from magicdrive_core.training.checkpoints import Saver
-    from magicdrive_core.training.engine import build_engine
     from magicdrive_core.training.state import Ema
-    from tests.training.networks import TinyNetwork, training
+    from tests.training.networks import TinyNetwork, engine_of, training
 
-    engine = build_engine(TinyNetwork(), training(), torch.device("cpu"))
+    engine = engine_of(TinyNetwork(), training())
     ema = Ema(engine, 0.9)
     progress = checkpoint.resume(folder / "checkpoints", engine, ema)
     assert progress is not None

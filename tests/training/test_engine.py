@@ -38,10 +38,10 @@ def plain_adamw(steps: int) -> dict[str, torch.Tensor]:
 
 
 def zero_steps(steps: int, precision: str, parts: int = 1) -> tuple[dict[str, Any], dict[str, Any], list[float]]:
-    from magicdrive_core.training.engine import build_engine
     from magicdrive_core.training.state import Ema, gather, masters
+    from tests.training.networks import engine_of
 
-    engine = build_engine(tiny_network(), training(precision=precision), torch.device("cpu"))
+    engine = engine_of(tiny_network(), training(precision=precision))
     ema = Ema(engine, 0.5)
     norms = []
     for step in range(steps):
@@ -104,9 +104,9 @@ def test_low_precisions_keep_fp32_masters_near_the_fp32_result(precision: str, a
 
 def summed_in_low_precision() -> tuple[float, set[torch.dtype]]:
     """Return 1 + 64 / 2^12, added one small part at a time: in bf16 each part would be rounded away."""
-    from magicdrive_core.training.engine import build_engine
+    from tests.training.networks import engine_of
 
-    engine = build_engine(tiny_network(), training(precision="bf16", max_grad_norm=1e9), torch.device("cpu"))
+    engine = engine_of(tiny_network(), training(precision="bf16", max_grad_norm=1e9))
     for part in [1.0] + [2**-12] * 64:
         engine.optimizer.backward(part * engine.network.out.bias.float().sum())
     (group,) = engine.optimizer.pg_to_grad_store.values()
@@ -122,12 +122,12 @@ def test_gradients_of_several_passes_are_added_in_fp32() -> None:
 
 def masters_at_the_start(precision: str) -> tuple[bool, bool]:
     """Return whether all masters equal the fp32 weights, and whether the working weights equal the masters."""
-    from magicdrive_core.training.engine import build_engine
     from magicdrive_core.training.state import gather, masters
+    from tests.training.networks import engine_of
 
     network = tiny_network()
     exact = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
-    engine = build_engine(network, training(precision=precision), torch.device("cpu"))
+    engine = engine_of(network, training(precision=precision))
     weights = dict(gather(engine, masters(engine), everywhere=True))
     working = dict(engine.network.named_parameters())
     equal = all(torch.equal(weight, exact[name]) for name, weight in weights.items())
@@ -138,3 +138,16 @@ def masters_at_the_start(precision: str) -> tuple[bool, bool]:
 def test_master_weights_start_exact(precision: str) -> None:
     """They are the network's fp32 weights, not what the working precision left of them."""
     assert run_distributed(masters_at_the_start, 2, precision) == [(True, precision == "fp32")] * 2
+
+
+def shapes_of_a_layer_norm() -> tuple[int, ...]:
+    import magicdrive_core.training.engine  # noqa: F401 - imports ColossalAI
+
+    x = torch.zeros(2, 3, 8, device="meta", requires_grad=True)
+    torch.nn.functional.layer_norm(x, (8,)).sum().backward()
+    return tuple(torch.native_layer_norm(x, (8,), None, None, 1e-5)[1].shape)
+
+
+def test_the_engine_leaves_the_shape_functions_of_torch_alone() -> None:
+    """ColossalAI replaces some by wrong ones, on which compilation and meta tensors then rely."""
+    assert run_distributed(shapes_of_a_layer_norm, 2)[0] == (2, 3, 1)

@@ -70,10 +70,10 @@ def faulty_step(rank: int, where: str, precision: str) -> tuple[list[str], list[
     """Make a step with a NaN on ``rank`` and a good one; return the faults and whether only the second counted."""
     from colossalai.zero.low_level import low_level_optim
 
-    from magicdrive_core.training.engine import build_engine
     from magicdrive_core.training.guard import find_faults
+    from tests.training.networks import engine_of
 
-    engine = build_engine(tiny_network(), training(precision=precision), torch.device("cpu"))
+    engine = engine_of(tiny_network(), training(precision=precision))
     before = {n: p.detach().clone() for n, p in engine.network.named_parameters()}
     poisoned = {rank} & {dist.get_rank()}
     reduce = dist.reduce_scatter_tensor
@@ -132,9 +132,9 @@ def test_a_gradient_that_is_not_finite_is_found_where_it_arises(
 
 
 def step_with_infinite_gradient() -> tuple[str, bool]:
-    from magicdrive_core.training.engine import build_engine
+    from tests.training.networks import engine_of
 
-    engine = build_engine(tiny_network(), training(), torch.device("cpu"))
+    engine = engine_of(tiny_network(), training())
     before = {n: p.detach().clone() for n, p in engine.network.named_parameters()}
     engine.optimizer.backward(loss_of(engine.network, sample(0, dist.get_rank())) * float("inf"))
     engine.set_learning_rate(0.01)

@@ -178,14 +178,12 @@ def test_a_checkpoint_of_another_network_is_refused(whole: Path, tmp_path: Path)
 
 
 def resume_other_network(folder: Path) -> str:
-    import torch
 
     from magicdrive_core.training import checkpoints as checkpoint
-    from magicdrive_core.training.engine import build_engine
     from magicdrive_core.training.state import Ema
-    from tests.training.networks import TinyNetwork
+    from tests.training.networks import TinyNetwork, engine_of
 
-    engine = build_engine(TinyNetwork(width=9), training(), torch.device("cpu"))
+    engine = engine_of(TinyNetwork(width=9), training())
     with pytest.raises(MagicDriveError) as caught:
         checkpoint.resume(folder / "checkpoints", engine, Ema(engine, 0.9))
     return caught.value.message

@@ -139,7 +139,10 @@ class PublishedMagicDrive(MagicDrive):
         text, mask, keep = conditions.text, conditions.text_mask, conditions.keep[:, None, None]
         null = self.y_embedder.y_embedding.to(text.dtype)[: text.shape[1]]
         tokens = self.y_embedder(torch.where(keep, text, null))
-        return tokens[:, : int(mask.sum(dim=1).max()) + 1], None
+        longest = conditions.longest_text
+        if longest is None:
+            longest = int(mask.sum(dim=1).max())
+        return tokens[:, : longest + 1], None
 
     def position(self, conditions: Conditions, grid: tuple[int, int]) -> Tensor:
         """Takes the first sample's size for the whole batch (oddity 8).
