@@ -63,8 +63,9 @@ def held_back(tables: Tables, scenes: Iterable[Record] | None = None) -> HeldBac
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
     annotated = invented = 0
     for scene in tables.scene if scenes is None else scenes:
-        samples = tables.samples(scene)
-        keys = [read_objects(tables, sample) for sample in samples]
+        records = tables.of_scene(scene)
+        samples = records.samples()
+        keys = [read_objects(records, sample) for sample in samples]
         times = [sample["timestamp"] for sample in samples]
         annotated += sum(len(truth.ids) for truth in keys[1:-1:2])
         for kind, estimate, truth in _estimates(keys, times):

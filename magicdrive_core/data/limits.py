@@ -151,7 +151,7 @@ def check_times(values: NDArray[np.int64], where: Where) -> None:
     _refuse(np.append(False, np.diff(values) <= 0), where, "is not later than that of the previous one")
 
 
-def check_offsets(found: NDArray[np.int64], wanted: NDArray[np.generic], what: str, hint: str = "") -> None:
+def check_offsets(found: NDArray[np.int64], wanted: NDArray[np.int64] | Floats, what: str, hint: str = "") -> None:
     """Check that the records which frames show were taken near the time of the frame.
 
     Args:

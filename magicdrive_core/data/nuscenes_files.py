@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.utils.files import read_json
+from magicdrive_core.errors import MagicDriveError, system_error
 
 Record = dict[str, Any]
 Tables = dict[str, list[Record]]
 
+REPAIR = "unpack the nuScenes metadata archive again, or make generated data with `magicdrive synth`"
 MAPS = "unpack the nuScenes map expansion v1.3 into maps/ (nuScenes-map-expansion-v1.3.zip)"
 SPLIT = "generated"  # key in splits.json, the devkit's way to evaluate scenes outside its official splits
 TABLES = (
@@ -64,13 +65,137 @@ def check_root(root: Path | str, version: str) -> None:
         raise MagicDriveError(f"{maps} is missing: no nuScenes maps there", MAPS)
 
 
-def read_tables(root: Path, version: str, names: Sequence[str] = TABLES) -> Tables:
-    """Read tables of ``root/version`` as they are.
+def stream_records(path: Path) -> Iterator[tuple[Record, str]]:
+    """Read a table record by record: those of all of nuScenes do not fit into memory as Python objects.
+
+    Args:
+        path: the JSON file, a list of records.
+
+    Yields:
+        Each record, whose token is a text, and its own JSON text.
+
+    Raises:
+        MagicDriveError: the file is missing, not valid JSON (with line and column) or not a list of records with
+            tokens.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            for row, (record, text) in enumerate(_Window(path, file).records()):
+                if not isinstance(record.get("token"), str) or not record["token"]:
+                    raise MagicDriveError(f"{path}: the record in row {row} has no token", REPAIR)
+                yield record, text
+    except FileNotFoundError:
+        raise MagicDriveError(f"{path} is missing", REPAIR) from None
+    except UnicodeDecodeError as error:
+        raise MagicDriveError(f"{path} is not valid JSON: {error}", REPAIR) from None
+    except OSError as error:
+        raise system_error(error.errno or 0, path) or MagicDriveError(f"{path} cannot be read: {error}") from None
+
+
+_BLOCK = 1 << 22  # characters that are read at once
+_LONGEST = 1 << 26  # characters that a record may have
+_SPACE = re.compile(r"[ \t\n\r]*")
+
+
+class _Window:
+    """A window that moves over the text of a JSON list.
+
+    Args:
+        path: the file, for messages.
+        file: the same file, opened.
+    """
+
+    def __init__(self, path: Path, file: TextIO) -> None:
+        self._path, self._file = path, file
+        self._text, self._at = "", 0  # the window, and the first character that is not decoded yet
+        self._passed, self._line, self._column = 0, 1, 1  # position of the window in the file
+
+    def records(self) -> Iterator[tuple[Record, str]]:
+        """Decode the list.
+
+        Yields:
+            Each record, and its text.
+
+        Raises:
+            MagicDriveError: the text is not a list of records.
+        """
+        if self._next() not in ("[", ""):
+            raise MagicDriveError(f"{self._path} is not a list of records", REPAIR)
+        self._take("[", "Expecting value")
+        if self._next() != "]":
+            yield self._record()
+            while self._next() == ",":
+                self._at += 1
+                yield self._record()
+        self._take("]", "Expecting ',' delimiter")
+        if self._next():
+            raise self._fault("Extra data", self._at)
+
+    def _record(self) -> tuple[Record, str]:
+        if self._next() in ("", "]", "}", ",", ":"):
+            raise self._fault("Expecting value", self._at)
+        if self._next() != "{":
+            raise MagicDriveError(f"{self._path} is not a list of records", REPAIR)
+        while True:
+            start = self._at
+            try:
+                record, self._at = _decode(self._text, start)
+                return record, self._text[start : self._at]
+            except json.JSONDecodeError as error:  # also where the window ends within the record
+                if len(self._text) - start > _LONGEST or not self._move():
+                    raise self._fault(error.msg, error.pos - start + self._at) from None
+            except (RecursionError, ValueError) as error:  # nested too deeply; an integer of thousands of digits
+                raise self._fault(str(error), start) from None
+
+    def _next(self) -> str:
+        """Return the next character that is not a space; "" at the end of the file."""
+        while True:
+            self._at = _SPACE.match(self._text, self._at).end()  # type: ignore[union-attr]  # it matches always
+            if self._at < len(self._text):
+                return self._text[self._at]
+            if not self._move():
+                return ""
+
+    def _take(self, character: str, fault: str) -> None:
+        if self._next() != character:
+            raise self._fault(fault, self._at)
+        self._at += 1
+
+    def _move(self) -> bool:
+        """Drop what is decoded and read another block; return whether there was one."""
+        self._line, self._column = self._position(self._at)
+        self._passed += self._at
+        block = self._file.read(_BLOCK)
+        self._text, self._at = self._text[self._at :] + block, 0
+        return bool(block)
+
+    def _position(self, index: int) -> tuple[int, int]:
+        """Return line and column of a character of the window, both from 1."""
+        lines = self._text.count("\n", 0, index)
+        return self._line + lines, index - self._text.rfind("\n", 0, index) if lines else self._column + index
+
+    def _fault(self, message: str, index: int) -> MagicDriveError:
+        line, column = self._position(index)
+        where = f"line {line} column {column} (char {self._passed + index})"
+        return MagicDriveError(f"{self._path} is not valid JSON: {message}: {where}", REPAIR)
+
+
+_decode: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder().raw_decode
+
+
+def read_tables(
+    root: Path,
+    version: str,
+    names: Sequence[str] = TABLES,
+    keep: Mapping[str, Callable[[Record], bool]] | None = None,
+) -> Tables:
+    """Read tables of ``root/version``, in the given order.
 
     Args:
         root: the data root.
         version: name of the table folder.
         names: the tables to read, by default all 13.
+        keep: says which records of a table to keep, by name of the table; by default all.
 
     Returns:
         The records of each table, by its name.
@@ -78,8 +203,45 @@ def read_tables(root: Path, version: str, names: Sequence[str] = TABLES) -> Tabl
     Raises:
         MagicDriveError: a table is missing or not valid JSON.
     """
-    folder = find_tables(root, version)
-    return {name: read_json(folder / f"{name}.json", "unpack the nuScenes metadata archive again") for name in names}
+    folder, tables = find_tables(root, version), {}
+    for name in names:
+        wanted = (keep or {}).get(name, lambda _: True)
+        tables[name] = [record for record, _ in stream_records(folder / f"{name}.json") if wanted(record)]
+    return tables
+
+
+def read_key_frames(root: Path, version: str, samples: Sequence[str]) -> Tables:
+    """Read all tables, but only those records of the largest ones that belong to some key frames.
+
+    Args:
+        root: the data root.
+        version: name of the table folder.
+        samples: tokens of the key frames.
+
+    Returns:
+        Tables that ``cut_tables`` can cut to these key frames.
+
+    Raises:
+        MagicDriveError: a table is missing or not valid JSON.
+    """
+    wanted, poses = set(samples), set()
+
+    def of_key_frame(record: Record) -> bool:
+        return record.get("sample_token") in wanted
+
+    def sensor_record(record: Record) -> bool:
+        found = bool(record.get("is_key_frame")) and of_key_frame(record)
+        if found:
+            poses.add(record.get("ego_pose_token"))
+        return found
+
+    keep = {
+        "sample_data": sensor_record,
+        "ego_pose": lambda record: record["token"] in poses,
+        "sample_annotation": of_key_frame,
+    }
+    order = ("sample_data", *(name for name in TABLES if name != "sample_data"))  # it says which poses are wanted
+    return read_tables(root, version, order, keep)
 
 
 def cut_tables(tables: Tables, samples: Sequence[str]) -> Tables:

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from magicdrive_core.config.schema import Config
+from magicdrive_core.data.limits import check_intrinsics, check_offsets, check_path, is_number
+from magicdrive_core.data.nuscenes_tables import (
+    LIDAR,
+    Record,
+    SceneTables,
+    Tables,
+    detection_class,
+    load_tables,
+    official_split,
+)
 from magicdrive_core.data.records import CLASSES, Scene
 from magicdrive_core.data.timeline import SUFFIXES, Grid, Objects, SensorTrack, extrapolate, interpolate
 from magicdrive_core.data.vector_maps import VectorMap, load_map
@@ -19,11 +31,9 @@ from magicdrive_core.geometry import poses
 from magicdrive_core.geometry.cameras import PICTURE_HEIGHT, PICTURE_WIDTH, VIEWS
 from magicdrive_core.utils.files import sha256_folder
 
-if TYPE_CHECKING:
-    from magicdrive_core.config.schema import Config
-    from magicdrive_core.data.nuscenes_tables import Record, Tables
-
 Floats = NDArray[np.float64]
+
+_SILENT = "records of the sensor are missing: complete the tables, or leave the scene out with --skip-bad"
 
 
 class NuScenesScenes:
@@ -62,7 +72,7 @@ class NuScenesScenes:
         Raises:
             MagicDriveError: records are incomplete or impossible; the message names them.
         """
-        record, published = self._records[name], self._config.published
+        record, published = self._record(name), self._config.published
         extrapolate_unpaired = self._config.data.unpaired == "carry_on"
         return build_scene(self._tables, record, split, published=published, extrapolate_unpaired=extrapolate_unpaired)
 
@@ -75,11 +85,11 @@ class NuScenesScenes:
         Returns:
             (width, height) in pixels by path below the root.
         """
-        channels = self._tables.sensor_records(self._records[scene.name])
+        records = self._tables.of_scene(self._record(scene.name))
         sizes = {
             record["filename"]: (record.get("width") or PICTURE_WIDTH, record.get("height") or PICTURE_HEIGHT)
             for channel in VIEWS
-            for record in channels[channel]
+            for record in records.sensor_records(channel)
         }
         return {path: sizes[path] for views in scene.pictures for path in views}
 
@@ -113,15 +123,28 @@ class NuScenesScenes:
         """
         return load_map(self.root, scene.location)
 
+    def _record(self, name: str) -> Record:
+        records = self._records[name]
+        if len(records) > 1:
+            tokens = ", ".join(record["token"] for record in records)
+            raise MagicDriveError(
+                f"{self._tables.path('scene')}: {len(records)} scenes have the name {name!r}: {tokens}",
+                "give each scene its own name",
+            )
+        return records[0]
+
     @cached_property
     def _tables(self) -> Tables:
-        from magicdrive_core.data.nuscenes_tables import load_tables  # the devkit takes seconds to import
-
         return load_tables(self.root, self._config.data.version)
 
     @cached_property
-    def _records(self) -> dict[str, Record]:
-        return {str(self._tables.field("scene", record, "name")): record for record in self._tables.scene}
+    def _records(self) -> dict[str, list[Record]]:
+        """The records of scenes by name; a scene without a name is found by its token, and refused when it is read."""
+        out: dict[str, list[Record]] = defaultdict(list)
+        for record in self._tables.scene:
+            name = record.get("name")
+            out[name if isinstance(name, str) and name else record["token"]].append(record)
+        return out
 
 
 def choose_splits(names: Sequence[str], val_scenes: Literal["auto"] | list[str], version: str) -> dict[str, str]:
@@ -139,8 +162,6 @@ def choose_splits(names: Sequence[str], val_scenes: Literal["auto"] | list[str],
     Raises:
         UsageError: ``val_scenes`` names unknown scenes, or leaves none to train on or to validate with.
     """
-    from magicdrive_core.data.nuscenes_tables import official_split  # the devkit takes seconds to import
-
     if len(names) == 1:
         return dict.fromkeys(names, "both")
     if val_scenes == "auto":
@@ -176,10 +197,9 @@ def build_scene(
     Raises:
         MagicDriveError: records are incomplete or impossible; the message names them.
     """
-    from magicdrive_core.data.nuscenes_tables import LIDAR  # the devkit takes seconds to import
-
-    samples = tables.samples(scene)
-    tracks = read_tracks(tables, scene, samples, [LIDAR, *VIEWS])
+    records = tables.of_scene(scene)
+    samples = records.samples()
+    tracks = read_tracks(records, samples, [LIDAR, *VIEWS])
     lidar, cameras = tracks[LIDAR], [tracks[view] for view in VIEWS]
     key_times = lidar.times[lidar.key_indices]
     grid = Grid.between(key_times, published=published)
@@ -190,19 +210,23 @@ def build_scene(
         rows = [grid.following(camera) for camera in cameras]
     else:
         ego_to_global, lidar_to_ego = lidar.pose_at(times), lidar.sensor_to_ego[lidar.key_indices][grid.keys]
-        rows = [camera.nearest(grid.interpolate(camera.times[camera.key_indices])) for camera in cameras]
+        wanted = [grid.interpolate(camera.times[camera.key_indices]) for camera in cameras]
+        rows = [camera.nearest(moments) for camera, moments in zip(cameras, wanted, strict=True)]
+        for camera, moments, row in zip(cameras, wanted, rows, strict=True):
+            check_offsets(camera.times[row], moments, f"{records.path('sample_data')}: {camera.channel}", _SILENT)
+        check_offsets(lidar.times[lidar.nearest(times)], times, f"{records.path('sample_data')}: {LIDAR}", _SILENT)
     lidar_to_global = ego_to_global @ lidar_to_ego
     global_to_lidar = poses.inverse(lidar_to_global)
     camera_to_global = [
         camera.ego_to_global[row] @ camera.sensor_to_ego[row] for camera, row in zip(cameras, rows, strict=True)
     ]
-    objects = _objects(tables, samples, grid, key_times, extrapolate_unpaired=extrapolate_unpaired and not published)
+    objects = _objects(records, samples, grid, key_times, extrapolate_unpaired=extrapolate_unpaired and not published)
     return Scene(
         token=scene["token"],
-        name=tables.field("scene", scene, "name"),
+        name=records.text("scene", scene, "name"),
         split=split,
-        location=tables.location(scene),
-        description=tables.field("scene", scene, "description"),
+        location=records.location(),
+        description=records.text("scene", scene, "description"),
         tokens=[
             samples[key]["token"] + (SUFFIXES[step] if step else "")
             for key, step in zip(grid.keys, grid.steps, strict=True)
@@ -224,10 +248,10 @@ def _pictures(cameras: Sequence[SensorTrack], rows: Sequence[np.ndarray]) -> lis
 
 
 def _objects(
-    tables: Tables, samples: Sequence[Record], grid: Grid, key_times: np.ndarray, *, extrapolate_unpaired: bool
+    records: SceneTables, samples: Sequence[Record], grid: Grid, key_times: np.ndarray, *, extrapolate_unpaired: bool
 ) -> list[Objects]:
     """Interpolate the annotated objects at every frame, in the global frame."""
-    keys = [read_objects(tables, sample) for sample in samples]
+    keys = [read_objects(records, sample) for sample in samples]
     gaps = np.diff(key_times)
     out = []
     for index, (start, end) in enumerate(pairwise(keys)):
@@ -246,14 +270,11 @@ def _objects(
     return [*out, keys[-1]]
 
 
-def read_tracks(
-    tables: Tables, scene: Record, samples: Sequence[Record], channels: Sequence[str]
-) -> dict[str, SensorTrack]:
+def read_tracks(records: SceneTables, samples: Sequence[Record], channels: Sequence[str]) -> dict[str, SensorTrack]:
     """Read the tracks of some sensors in a scene.
 
     Args:
-        tables: tables of the data root.
-        scene: the scene's record.
+        records: the records of the scene.
         samples: its key frames in order of time.
         channels: names of the sensors, such as "LIDAR_TOP".
 
@@ -261,67 +282,80 @@ def read_tracks(
         The track of each sensor, by channel.
 
     Raises:
-        MagicDriveError: a key frame has no record of a sensor, two records have one time stamp, or a pose is not
-            finite numbers.
+        MagicDriveError: a key frame has no or several records of a sensor, two records have one time stamp, or a number
+            or path is impossible.
     """
-    records = tables.sensor_records(scene)
-    return {channel: _track(tables, channel, samples, records.get(channel, [])) for channel in channels}
+    return {channel: _track(records, channel, samples) for channel in channels}
 
 
-def _track(tables: Tables, channel: str, samples: Sequence[Record], records: Sequence[Record]) -> SensorTrack:
-    index = {record["token"]: row for row, record in enumerate(records)}
+def _track(records: SceneTables, channel: str, samples: Sequence[Record]) -> SensorTrack:
+    rows = records.sensor_records(channel)
+    keys: dict[str, list[int]] = defaultdict(list)  # rows of key-frame records, by sample
+    for row, record in enumerate(rows):
+        if record["is_key_frame"]:
+            keys[record["sample_token"]].append(row)
     for sample in samples:
-        if sample["data"].get(channel) not in index:
+        if len(keys[sample["token"]]) != 1:
+            count = "no" if not keys[sample["token"]] else f"{len(keys[sample['token']])} instead of one"
             raise MagicDriveError(
-                f"{tables.path('sample_data')}: sample {sample['token']} has no key-frame record of {channel}",
+                f"{records.path('sample_data')}: sample {sample['token']} has {count} key-frame record of {channel}",
                 "the tables are incomplete: unpack the nuScenes metadata archive again",
             )
-    times = np.array([tables.time("sample_data", record) for record in records], np.int64)
+    times = np.array([records.time("sample_data", record) for record in rows], np.int64)
     if np.any(np.diff(times) <= 0):
         row = int(np.argmin(np.diff(times)))
         raise MagicDriveError(
-            f"{tables.path('sample_data')}: {channel} has two records with the timestamp {times[row]}, one is"
-            f" {records[row + 1]['token']}"
+            f"{records.path('sample_data')}: {channel} has two records with the timestamp {times[row]}, one is"
+            f" {rows[row + 1]['token']}"
         )
-    ego = [tables.follow("sample_data", record, "ego_pose_token", "ego_pose") for record in records]
-    sensor = [
-        tables.follow("sample_data", record, "calibrated_sensor_token", "calibrated_sensor") for record in records
-    ]
+    key_indices = np.array([keys[sample["token"]][0] for sample in samples], np.int64)
+    if np.any(np.diff(key_indices) <= 0):
+        token = samples[int(np.argmin(np.diff(key_indices))) + 1]["token"]
+        raise MagicDriveError(
+            f"{records.path('sample_data')}: the key-frame record of {channel} of sample {token} is not later than that"
+            " of the previous sample"
+        )
+    ego = [records.follow("sample_data", record, "ego_pose_token", "ego_pose") for record in rows]
+    sensor = [records.follow("sample_data", record, "calibrated_sensor_token", "calibrated_sensor") for record in rows]
+    files = [records.text("sample_data", record, "filename") for record in rows]
+    for file in files:
+        check_path(file, f"{records.path('sample_data')}: filename")
     return SensorTrack(
         channel=channel,
         times=times,
-        files=[tables.field("sample_data", record, "filename") for record in records],
-        ego_rotations=tables.vectors("ego_pose", ego, "rotation", 4),
-        ego_translations=tables.vectors("ego_pose", ego, "translation", 3),
+        files=files,
+        ego_rotations=records.vectors("ego_pose", ego, "rotation", 4),
+        ego_translations=records.vectors("ego_pose", ego, "translation", 3),
         sensor_to_ego=poses.pose(
-            tables.vectors("calibrated_sensor", sensor, "rotation", 4),
-            tables.vectors("calibrated_sensor", sensor, "translation", 3),
+            records.vectors("calibrated_sensor", sensor, "rotation", 4),
+            records.vectors("calibrated_sensor", sensor, "translation", 3),
         ),
-        intrinsics=np.array([_intrinsics(tables, record) for record in sensor]),
-        key_indices=np.array([index[sample["data"][channel]] for sample in samples], np.int64),
+        intrinsics=_intrinsics(records, sensor) if channel in VIEWS else np.zeros((len(rows), 3, 3)),
+        key_indices=key_indices,
     )
 
 
-def _intrinsics(tables: Tables, record: Record) -> Floats:
-    """Read the (3, 3) intrinsics of a ``calibrated_sensor`` record; zeros for a lidar."""
-    rows = tables.field("calibrated_sensor", record, "camera_intrinsic") or [[0.0] * 3] * 3
-    try:
-        matrix = np.array(rows, np.float64)
-    except (TypeError, ValueError):
-        matrix = np.zeros(0)
-    if matrix.shape != (3, 3) or not np.isfinite(matrix).all():
-        raise MagicDriveError(
-            f"{tables.path('calibrated_sensor')}: camera_intrinsic of record {record['token']} is not a 3x3 matrix of"
-            " finite numbers"
-        )
-    return matrix
+def _intrinsics(records: SceneTables, sensors: Sequence[Record]) -> Floats:
+    """Read the intrinsics (R, 3, 3) of ``calibrated_sensor`` records of a camera."""
+
+    def where(row: int) -> str:
+        return f"{records.path('calibrated_sensor')}: camera_intrinsic of record {sensors[row]['token']}"
+
+    for row, record in enumerate(sensors):
+        value = records.field("calibrated_sensor", record, "camera_intrinsic")
+        lines = value if isinstance(value, list) and len(value) == 3 else [None]
+        if not all(isinstance(line, list) and len(line) == 3 and all(map(is_number, line)) for line in lines):
+            raise MagicDriveError(f"{where(row)} is not a 3x3 matrix of finite numbers")
+    matrices = np.array([record["camera_intrinsic"] for record in sensors], np.float64)
+    check_intrinsics(matrices, where)
+    return matrices
 
 
-def read_objects(tables: Tables, sample: Record) -> Objects:
+def read_objects(records: SceneTables, sample: Record) -> Objects:
     """Read the annotated objects of the ten classes in a key frame, also those without lidar points.
 
     Args:
-        tables: tables of the data root.
+        records: the records of the scene.
         sample: record of the key frame.
 
     Returns:
@@ -330,20 +364,13 @@ def read_objects(tables: Tables, sample: Record) -> Objects:
     Raises:
         MagicDriveError: a value is not a finite number, or a size is not positive.
     """
-    from magicdrive_core.data.nuscenes_tables import detection_class  # the devkit takes seconds to import
-
-    records = [tables.get("sample_annotation", token) for token in sample["anns"]]
-    named = [(record, detection_class(record["category_name"])) for record in records]
+    named = [(record, detection_class(category)) for record, category in records.objects(sample)]
     kept = [(record, name) for record, name in named if name in CLASSES]
-    records = [record for record, _ in kept]
-    sizes = tables.vectors("sample_annotation", records, "size", 3)
-    if np.any(sizes <= 0):
-        token = records[int(np.argmax((sizes <= 0).any(axis=1)))]["token"]
-        raise MagicDriveError(f"{tables.path('sample_annotation')}: size of record {token} is not positive")
+    found = [record for record, _ in kept]
     return Objects(
-        ids=[record["instance_token"] for record in records],
+        ids=[record["instance_token"] for record in found],
         names=[str(name) for _, name in kept],
-        centres=tables.vectors("sample_annotation", records, "translation", 3),
-        rotations=tables.vectors("sample_annotation", records, "rotation", 4),
-        sizes=sizes,
+        centres=records.vectors("sample_annotation", found, "translation", 3),
+        rotations=records.vectors("sample_annotation", found, "rotation", 4),
+        sizes=records.vectors("sample_annotation", found, "size", 3),
     )

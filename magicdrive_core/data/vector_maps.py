@@ -102,18 +102,27 @@ class _Expansion:
             The map. A shape that several records of a layer name is there once, at the place of the last of them: in
             some towns 676 road blocks name one ring, and drawing it again changes nothing.
         """
-        shapes: dict[tuple[int, str | None], list[Path2D]] = {}
+        shapes: dict[tuple[int, Any], list[Path2D]] = {}
         for layer, name in enumerate(MAP_LAYERS):
             for record in self._list(name):
-                if name in LINE_LAYERS:
-                    token = self._field(name, record, "line_token")
-                    shapes[layer, token] = shapes.pop((layer, token), None) or self._line(layer, token)
-                    continue
-                key = "polygon_tokens" if "polygon_tokens" in record else "polygon_token"
-                tokens = self._field(name, record, key)
-                for token in tokens if isinstance(tokens, list) else [tokens]:
-                    shapes[layer, token] = shapes.pop((layer, token), None) or self._polygon(layer, token)
+                for token in self._shapes_of(name, record):
+                    key = layer, self._token(name, token)
+                    known = key in shapes
+                    shapes[key] = shapes.pop(key) if known else self._shape(layer, token)
         return VectorMap.of([path for shape in shapes.values() for path in shape])
+
+    def _shapes_of(self, name: str, record: dict[str, Any]) -> list[Any]:
+        """List the tokens of the lines or polygons that a record of a layer names."""
+        if name in LINE_LAYERS:
+            return [self._field(name, record, "line_token")]
+        if "polygon_tokens" not in record:
+            return [self._field(name, record, "polygon_token")]
+        if not isinstance(record["polygon_tokens"], list):
+            raise self._fault(f"the polygon_tokens of a record of {name} are not a list")
+        return record["polygon_tokens"]
+
+    def _shape(self, layer: int, token: Any) -> list[Path2D]:
+        return (self._line if MAP_LAYERS[layer] in LINE_LAYERS else self._polygon)(layer, token)
 
     def _line(self, layer: int, token: Any) -> list[Path2D]:
         vertices = self._vertices(

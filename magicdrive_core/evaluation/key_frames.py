@@ -15,7 +15,7 @@ from pathlib import Path
 from PIL import Image
 
 from magicdrive_core.config.schema import Config
-from magicdrive_core.data.nuscenes_files import Tables, cut_tables, link_or_copy, read_tables, write_cut
+from magicdrive_core.data.nuscenes_files import Tables, cut_tables, link_or_copy, read_key_frames, write_cut
 from magicdrive_core.data.records import Scene
 from magicdrive_core.errors import MagicDriveError, UsageError
 from magicdrive_core.evaluation.protocol import FRAMES, KEY_FRAMES
@@ -68,7 +68,7 @@ def cut_to_clips(config: Config, scenes: Sequence[Scene], project: Path = Path()
             f"data.format {config.data.format} has no nuScenes tables", "mAP needs a data set in nuScenes format"
         )
     samples = [token for scene in scenes for token in key_samples(scene)]
-    return cut_tables(read_tables(project / config.data.root, config.data.version), samples)
+    return cut_tables(read_key_frames(project / config.data.root, config.data.version, samples), samples)
 
 
 def export_frames(
