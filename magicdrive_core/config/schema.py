@@ -34,7 +34,7 @@ from magicdrive_core.config.generation_sections import (
     Unconditional,
     Video,
 )
-from magicdrive_core.config.training_sections import STAGES, Bucket, Flow, Model, Stage, StageConfig, Training
+from magicdrive_core.config.training_sections import STAGES, Bucket, Flow, Lora, Model, Stage, StageConfig, Training
 
 # Other packages import the whole schema from here, whatever file defines a part of it.
 __all__ = [
@@ -51,6 +51,7 @@ __all__ = [
     "Kubernetes",
     "Latents",
     "LongSet",
+    "Lora",
     "Model",
     "PositiveFloat",
     "Probability",

@@ -22,6 +22,7 @@ from magicdrive_core.config.base import (
 
 Stage = Literal["stage1", "stage2", "stage3"]
 STAGES: tuple[Stage, ...] = ("stage1", "stage2", "stage3")
+Pattern = Annotated[str, Field(min_length=1)]
 
 
 class Flow(Section):
@@ -199,9 +200,72 @@ class StageConfig(Section):
     ] = []
 
 
+class Lora(Section):
+    """Low-rank adapters: W + alpha / rank * B A, with the weights W as they are (Hu et al. 2021, arXiv 2106.09685)."""
+
+    rank: Annotated[Positive, about("Rank of the adapters.", used_in="training/lora.py")] = 16
+    alpha: Annotated[
+        PositiveFloat,
+        about("Adapters count alpha / rank times. At alpha = rank they count once.", used_in="training/lora.py"),
+    ] = 16.0
+    targets: Annotated[
+        list[Pattern],
+        Field(min_length=1),
+        about(
+            "Patterns of the names of linear maps that get adapters. * stands for any letters, dots too. The default"
+            " is all linear maps of all blocks.",
+            used_in="training/lora.py",
+        ),
+    ] = ["*blocks_?.*"]
+    dropout: Annotated[
+        float,
+        Field(ge=0, lt=1),
+        about(
+            "Share of an adapter's input channels that are left out, drawn for each micro-batch.",
+            unit="probability",
+            used_in="training/lora.py",
+        ),
+    ] = 0.0
+
+
 class Training(Section):
     """What all stages share."""
 
+    start_from: Annotated[
+        str | None,
+        about(
+            "The model that training starts from: a registered model (models:/NAME@ALIAS or models:/NAME/VERSION), the"
+            " folder of a finished stage or of an imported checkpoint, or a bundle. null: training starts from initial"
+            " weights.",
+            used_in="experiment/stages.py",
+        ),
+    ] = None
+    first_stage: Annotated[
+        Stage,
+        about(
+            "The first stage that is trained. Stages before it are left out, with their data; it then needs"
+            " start_from.",
+            used_in="config/training_sections.py",
+        ),
+    ] = "stage1"
+    train_only: Annotated[
+        list[Pattern],
+        about(
+            "Patterns of the names of parameters that are trained; all others keep their values. * stands for any"
+            " letters, dots too. Empty: all are trained. With lora: what is trained in full beside the adapters.",
+            used_in="training/trainable.py",
+        ),
+    ] = []
+    freeze: Annotated[
+        list[Pattern],
+        about(
+            "Patterns of the names of parameters that keep their values, among those that train_only names.",
+            used_in="training/trainable.py",
+        ),
+    ] = []
+    lora: Annotated[
+        Lora | None, about("Train adapters of low rank and keep the weights. null: the weights are trained.")
+    ] = None
     stage1: Annotated[StageConfig, about("Stage 1: single frames.")]
     stage2: Annotated[StageConfig, about("Stage 2: short clips; adds the temporal blocks.")]
     stage3: Annotated[StageConfig, about("Stage 3: long clips of mixed sizes.")]
@@ -358,6 +422,17 @@ class Training(Section):
             used_in="training/recorder.py",
         ),
     ] = None
+
+    @model_validator(mode="after")
+    def _starts_somewhere(self) -> Training:
+        if self.first_stage != "stage1" and self.start_from is None:
+            raise ValueError(f"first_stage {self.first_stage} needs start_from: the model that it starts from")
+        return self
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages that are trained, in order: ``first_stage`` and those after it."""
+        return STAGES[STAGES.index(self.first_stage) :]
 
     def stage(self, name: Stage) -> StageConfig:
         """Returns the settings of one stage."""

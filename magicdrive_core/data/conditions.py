@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from magicdrive_core.config.schema import STAGES, Config, fingerprint, parse_size
+from magicdrive_core.config.schema import Config, fingerprint, parse_size
 from magicdrive_core.config.versions import BEV_MAPS_VERSION
 from magicdrive_core.data.adapters import open_adapter
 from magicdrive_core.data.bev_maps import unpack
@@ -211,7 +211,7 @@ def count_clips(config: Config, scenes: Sequence[SceneHeader]) -> dict[str, dict
         Numbers of clips by split ("train", "val"), video size such as "224x400", and number of frames in digits
         ("whole" for buckets of whole scenes).
     """
-    buckets = [bucket for stage in STAGES for bucket in config.training.stage(stage).buckets]
+    buckets = [bucket for stage in config.training.stages for bucket in config.training.stage(stage).buckets]
     kinds = {(bucket.resolution, bucket.frames, bucket.whole) for bucket in buckets}
     kinds.add((config.generate.resolution, config.generate.frames, False))
     counts: dict[str, dict[str, dict[str, int]]] = {}

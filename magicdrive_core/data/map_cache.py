@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.lib import format as npy_format
 
-from magicdrive_core.config.schema import STAGES, Config
+from magicdrive_core.config.schema import Config
 from magicdrive_core.data.adapters import open_adapter
 from magicdrive_core.data.bev_maps import Bits, rasterise
 from magicdrive_core.data.records import Clip, Scene, SceneHeader
@@ -187,7 +187,7 @@ def used_cells(config: Config) -> list[int]:
     Returns:
         Distinct numbers of cells along a side of a map, rising.
     """
-    sizes = {bucket.resolution for stage in STAGES for bucket in config.training.stage(stage).buckets}
+    sizes = {bucket.resolution for stage in config.training.stages for bucket in config.training.stage(stage).buckets}
     return sorted({config.conditions.map_cells[size] for size in sizes | {config.generate.resolution}})
 
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from magicdrive_core.config.schema import STAGES, Config, bucket_name, fingerprint, parse_size
+from magicdrive_core.config.schema import Config, bucket_name, fingerprint, parse_size
 from magicdrive_core.config.versions import CITY_VERSION, LATENTS_VERSION, VAE_VERSION
 from magicdrive_core.data.clips import caption, weather_groups
 from magicdrive_core.data.infos import infos_digest, read_scenes
@@ -117,7 +117,7 @@ def write_latent_cache(config: Config, infos: Path, encoders: Path, out: Path) -
         MagicDriveError: infos, encoder or a picture are missing or broken, or the disk is too small.
     """
     made = read_json(encoders / "encoders.json", HINT)["vae"]
-    buckets = [bucket for stage in STAGES for bucket in config.training.stage(stage).buckets]
+    buckets = [bucket for stage in config.training.stages for bucket in config.training.stage(stage).buckets]
     works: list[SceneWork] = []
     if not config.latents.live:
         works = plan_scenes(read_scenes(infos), Path(config.data.root), buckets, config.latents.start_stride)

@@ -8,17 +8,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from magicdrive_core.config.schema import STAGES, Config, Stage, fingerprint
+from magicdrive_core.config.schema import Config, Stage, fingerprint
 from magicdrive_core.data.edits import chosen_edits
 from magicdrive_core.errors import MagicDriveError, UsageError
 from magicdrive_core.experiment.stages import StagePlan, feasibility, plan_stage
+from magicdrive_core.tracking.found_model import REGISTERED, find_model
 from magicdrive_core.utils.files import read_json
 
 # Settings of ``generate`` that decide how the work is executed; they change no pixel.
 EXECUTION_SETTINGS = {
     *("workers", "task_runner", "scheduler", "sequence_parallel", "guidance_parallel", "offload", "compile")
 }
-REGISTERED = "models:/"  # prefix of the names of registered models
 
 
 @dataclass(frozen=True)
@@ -103,45 +103,41 @@ def find_run_paths(config: Config, last: Stage = "stage3", project: Path = Path(
 
 
 def pin_registered(config: Config, project: Path = Path()) -> list[str]:
-    """Find out which version of a registered model ``generate.weights`` means now, and pin it for all processes.
+    """Find out which versions of registered models the settings mean now, and pin them for all processes.
 
     An alias may be moved to another version while a flow runs.
 
     Args:
-        config: All settings.
+        config: All settings; ``generate.weights`` and ``training.start_from`` are looked at.
         project: The project's folder.
 
     Returns:
-        One ``key=value`` override that names the version; none where ``generate.weights`` names no registered model.
+        One ``key=value`` override for each of the two that names a registered model; it names the version.
 
     Raises:
         UsageError: The registry knows no such model.
         MagicDriveError: The folder of its weights is missing, or the weights have changed.
     """
-    weights = config.generate.weights
-    if weights is None or not weights.startswith(REGISTERED):
-        return []
-    from magicdrive_core.tracking.registry import find_registered  # seconds to import, needed here alone
-
-    return [f"generate.weights={find_registered(config.tracking, weights, project).uri}"]
+    named = {"generate.weights": config.generate.weights, "training.start_from": config.training.start_from}
+    return [
+        f"{key}={find_model(config.tracking, name, project).name}"
+        for key, name in named.items()
+        if name is not None and name.startswith(REGISTERED)
+    ]
 
 
 def _named(config: Config, weights: str, project: Path) -> StagePlan:
-    """A registered model, or the folder of an imported network."""
-    if weights.startswith(REGISTERED):
-        from magicdrive_core.tracking.registry import find_registered  # seconds to import, needed here alone
-
-        folder = find_registered(config.tracking, weights, project).folder
-    else:
-        folder = project / weights
-    run = read_json(folder / "run.json", "magicdrive import-checkpoint, or set generate.weights to null")
-    return StagePlan(run["stage"], folder, fingerprint(run["weights_sha256"], config.flow), inputs={}, previous=None)
+    """The run of a network that exists."""
+    found = find_model(config.tracking, weights, project)
+    return StagePlan(found.stage, found.folder, fingerprint(found.sha256, config.flow), inputs={}, previous=None)
 
 
 def _last_possible(config: Config, last: Stage, project: Path, notes: list[str]) -> Stage:
     """The last stage with clips; a line is added to ``notes`` where that is not ``last``."""
     names: list[Stage] = []
-    for stage in STAGES[: STAGES.index(last) + 1]:
+    if last not in config.training.stages:
+        raise UsageError(f"{last} comes before training.first_stage, which is {config.training.first_stage}")
+    for stage in config.training.stages[: config.training.stages.index(last) + 1]:
         clips = feasibility(config, stage, project)
         if not clips.possible:
             wanted = ", ".join(clips.empty)

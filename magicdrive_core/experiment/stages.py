@@ -16,6 +16,8 @@ from magicdrive_core.config.versions import training_versions
 from magicdrive_core.data.clips import balance_weather, list_clips
 from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.data.records import Clip, SceneHeader
+from magicdrive_core.errors import UsageError
+from magicdrive_core.tracking.found_model import FoundModel, find_model
 from magicdrive_core.tracking.lineage import input_digests
 from magicdrive_core.utils.files import read_json, sha256_file, write_json
 
@@ -24,17 +26,25 @@ _UNIMPORTANT = {
     *("prefetch_mbytes", "checkpoint_every", "keep_checkpoints", "keep_every", "preview_every", "preview_clips"),
     *("log_every", "skip_empty", "max_skipped", "overlap_communication", "compile", "peak_tflops", *STAGES),
 }
+# Count through what they lead to: the digest of the weights, the chain of stages.
+_START = {"start_from", "first_stage"}
+# Count where they are set, so that a run without them keeps its fingerprint.
+_CHOICES = ("train_only", "freeze", "lora")
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One training run of one stage; equal fingerprints mean equal results."""
+    """One training run of one stage; equal fingerprints mean equal results.
+
+    With ``previous`` and ``start``, the weights are those of ``previous``, and ``start`` has what this stage adds.
+    """
 
     stage: Stage
     folder: Path  # runs/<stage>-<first 12 digits of the fingerprint>, below the project's folder
     fingerprint: str
     inputs: dict[str, str]  # digest of each DVC output that is read
     previous: StagePlan | None  # whose EMA weights this one starts from
+    start: FoundModel | None = None  # the model that the whole training starts from
 
     @property
     def weights(self) -> Path:
@@ -66,12 +76,22 @@ def plan_stage(config: Config, stage: Stage, project: Path = Path()) -> StagePla
         The plan; nothing is created.
 
     Raises:
-        MagicDriveError: ``dvc.lock`` is not YAML.
+        UsageError: The stage comes before ``training.first_stage``, or ``training.start_from`` names no model.
+        MagicDriveError: ``dvc.lock`` is not YAML, or the model to start from is unusable.
     """
+    training = config.training
+    if stage not in training.stages:
+        raise UsageError(
+            f"{stage} comes before training.first_stage, which is {training.first_stage}",
+            f"train {training.first_stage}, which starts from {training.start_from}",
+        )
     inputs = input_digests(project)
+    start = find_model(config.tracking, training.start_from, project) if training.start_from else None
+    values = training.model_dump(mode="json")
+    shared = {k: v for k, v in values.items() if k not in {*_UNIMPORTANT, *_START, *_CHOICES}}
+    choices = {key: values[key] for key in _CHOICES if values[key]}
     plan: StagePlan | None = None
-    for name in STAGES[: STAGES.index(stage) + 1]:
-        shared = {k: v for k, v in config.training.model_dump(mode="json").items() if k not in _UNIMPORTANT}
+    for name in training.stages[: training.stages.index(stage) + 1]:
         print_ = fingerprint(
             *(
                 config.published,
@@ -85,8 +105,10 @@ def plan_stage(config: Config, stage: Stage, project: Path = Path()) -> StagePla
             ),
             *(shared, name, config.training.stage(name), inputs, training_versions()),
             plan.fingerprint if plan else None,
+            *([choices] if choices else []),
+            *([start.sha256] if start else []),
         )
-        plan = StagePlan(name, project / "runs" / f"{name}-{print_[:12]}", print_, inputs, plan)
+        plan = StagePlan(name, project / "runs" / f"{name}-{print_[:12]}", print_, inputs, plan, start)
     assert plan is not None
     return plan
 
@@ -181,9 +203,15 @@ def _plain(plan: StagePlan) -> dict[str, Any]:
     return asdict(plan) | {
         "folder": str(plan.folder),
         "previous": _plain(plan.previous) if plan.previous else None,
+        "start": asdict(plan.start) | {"folder": str(plan.start.folder)} if plan.start else None,
     }
 
 
 def _parse(values: dict[str, Any]) -> StagePlan:
-    previous = values["previous"]
-    return StagePlan(**values | {"folder": Path(values["folder"]), "previous": _parse(previous) if previous else None})
+    previous, start = values["previous"], values["start"]
+    parsed = {
+        "folder": Path(values["folder"]),
+        "previous": _parse(previous) if previous else None,
+        "start": FoundModel(**start | {"folder": Path(start["folder"])}) if start else None,
+    }
+    return StagePlan(**values | parsed)

@@ -266,7 +266,9 @@ class _ModulatedLinear(torch.autograd.Function):
         x, shift, scale, weight = ctx.saved_tensors
         backend = backend_of(x)
         rows = gradient.flatten(0, -2)
-        d_weight = rows.t() @ backend.modulate(x, shift, scale).flatten(0, -2)
+        d_weight = None
+        if ctx.needs_input_grad[3]:  # a frozen weight needs none, which is a third of the work
+            d_weight = rows.t() @ backend.modulate(x, shift, scale).flatten(0, -2)
         dx, d_shift, d_scale = backend.modulate_backward((rows @ weight).view(x.shape), x, shift, scale)
         return dx, d_shift, d_scale, d_weight, rows.sum(0) if ctx.has_bias else None
 
@@ -295,13 +297,16 @@ class _ModulatedMlp(torch.autograd.Function):
         backend = backend_of(x)
         rows = _rows_at_once(x)
         inputs, d_z = backend.modulate(x, shift, scale).flatten(0, -2), x.new_empty(x[..., 0].numel(), x.shape[-1])
+        trains_up, trains_down = ctx.needs_input_grad[3], ctx.needs_input_grad[5]
         d_up, d_down, d_up_bias = torch.zeros_like(up), torch.zeros_like(down), up.new_zeros(len(up))
         for z, some, d_out, result in zip(
             *(tensor.split(rows) for tensor in (inputs, hidden, gradient.flatten(0, -2), d_z)), strict=True
         ):
             value, d_hidden = backend.gelu_backward(some, d_out @ down)
-            d_down.addmm_(d_out.t(), value)
-            d_up.addmm_(d_hidden.t(), z)
+            if trains_down:
+                d_down.addmm_(d_out.t(), value)
+            if trains_up:
+                d_up.addmm_(d_hidden.t(), z)
             d_up_bias.add_(d_hidden.sum(0))
             torch.mm(d_hidden, up, out=result)
         dx, d_shift, d_scale = backend.modulate_backward(d_z.view(x.shape), x, shift, scale)

@@ -28,6 +28,7 @@ from magicdrive_core.training.checkpoints import Saver, TrainingProgress, checkp
 from magicdrive_core.training.engine import Engine, build_engine
 from magicdrive_core.training.guard import Guard
 from magicdrive_core.training.loader import Batch, Loader
+from magicdrive_core.training.lora import draw_dropout, merge, write_adapters
 from magicdrive_core.training.preview import Preview
 from magicdrive_core.training.recorder import Recorder, StepStatistics
 from magicdrive_core.training.state import Ema
@@ -105,6 +106,8 @@ def train(
                 called = time.perf_counter()
                 batch = loader.next()
                 waited += time.perf_counter() - called
+                if training.lora is not None and training.lora.dropout:
+                    draw_dropout(network, training.lora.dropout, batch.generator)
                 losses, t = flow_loss(engine, flow, batch)
                 engine.optimizer.backward(losses.mean() / stage.accumulate)
                 micro_batches.append(MicroBatchStatistics.of(losses, t, batch))  # synchronises with the device
@@ -168,7 +171,7 @@ def train(
             what = f"checkpoint saved at step {saved[-1]}" if saved else "no checkpoint yet"
             logger.info("stop requested: %s; run the same command to resume", what)
             return RESUMABLE
-        write_result(plan, ema, progress, recorder)
+        write_result(config, plan, ema, progress, recorder)
     return 0
 
 
@@ -206,10 +209,13 @@ def learning_rate(stage: StageConfig, step: int) -> float:
     return stage.learning_rate * min(1.0, (step + 1) / max(1, stage.warmup))
 
 
-def write_result(plan: StagePlan, ema: Ema, progress: TrainingProgress, recorder: Recorder) -> None:
+def write_result(config: Config, plan: StagePlan, ema: Ema, progress: TrainingProgress, recorder: Recorder) -> None:
     """Write the EMA weights, and then ``run.json``, which marks the stage as finished. Collective; rank 0 writes.
 
+    Adapters are written by themselves, and merged into the weights.
+
     Args:
+        config: all settings of the run.
         plan: the stage, with its folder, fingerprint and inputs.
         ema: averages that become the stage's weights.
         progress: finished steps and seconds, for ``run.json``.
@@ -217,6 +223,10 @@ def write_result(plan: StagePlan, ema: Ema, progress: TrainingProgress, recorder
     """
     state = ema.gather()
     if dist.get_rank() == 0:
+        lora = config.training.lora
+        if lora is not None:
+            write_adapters(state, list(ema.shards), lora, plan.folder / "adapter")
+            state = merge(state, lora)
         with atomic_file(plan.weights) as partial:
             save_file(state, partial)
         first, last = first_and_last(recorder.losses)

@@ -1,4 +1,7 @@
-"""The network at the first step of a stage: new in stage 1, then with the EMA weights of the previous stage."""
+"""The network at the first step of a stage.
+
+It has the weights of the previous stage, of the model that the training starts from, or initial ones.
+"""
 
 from __future__ import annotations
 
@@ -11,45 +14,71 @@ from torch import Tensor, nn
 
 from magicdrive_core.config.schema import Config, Stage
 from magicdrive_core.encoders.caches import TextCache
-from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.experiment.stages import StagePlan
 from magicdrive_core.model.build import build_stage_network
 from magicdrive_core.model.transformer import MagicDrive
+from magicdrive_core.training.lora import add_adapters
+from magicdrive_core.training.trainable import freeze_parameters
+from magicdrive_core.training.weights_fit import NEW_IN_STAGE, compare, compare_start, shapes_of
 
 logger = logging.getLogger(__name__)
-
-# Prefixes of the names that a stage adds to the network of the previous stage (model card).
-NEW_IN_STAGE: dict[Stage, tuple[str, ...]] = {
-    "stage2": ("base_blocks_t.", "control_blocks_t.", "bbox_embedder.mean_var"),
-    "stage3": (),
-}
 
 
 def first_network(config: Config, plan: StagePlan, project: Path = Path()) -> MagicDrive:
     """Build the network before its first step, equal on all ranks.
 
     Args:
-        config: model, seed, what is frozen.
+        config: model, seed, what is trained.
         plan: the stage; its previous stage is finished.
         project: the project's folder.
 
     Returns:
-        The network in fp32 on the CPU; with ``freeze_text`` its text embedder requires no gradient.
+        The network in fp32 on the CPU, with adapters where the settings want them; what is not trained requires no
+        gradient.
 
     Raises:
-        MagicDriveError: the weights of the previous stage do not fit.
+        UsageError: a pattern of the settings matches nothing, or nothing is trained.
+        MagicDriveError: the weights of the previous stage or of the model to start from do not fit, or have changed.
     """
     stage = config.training.stage(plan.stage)
     torch.manual_seed(stage.seed)  # the same on all ranks: nothing later draws from this generator
     network = build_stage_network(config, plan.stage, project)
-    if plan.previous is None:
+    new = set(network.state_dict())
+    if plan.start is not None:
+        plan.start.verify()
+        new &= set(load_start(network, load_file(plan.start.weights), plan))
+    elif plan.previous is None:
         text = TextCache(project / "artifacts/text")
         network.set_text_buffers(text.class_features, text.base_feature)
-    else:
-        load_previous(network, load_file(plan.previous.weights), plan.stage, plan.previous.weights)
+    if plan.previous is not None:
+        new &= set(load_previous(network, load_file(plan.previous.weights), plan.stage, plan.previous.weights))
+    if plan.start is not None or plan.previous is not None:
+        logger.info("%s: %d new tensors: %s", plan.stage, len(new), ", ".join(sorted(new)) or "none")
     if stage.freeze_text:
         network.y_embedder.requires_grad_(False)
+    freeze_parameters(network, config.training, plan.stage, new)
+    if config.training.lora is not None:
+        add_adapters(network, config.training.lora)
     return network
+
+
+def load_start(network: nn.Module, weights: dict[str, Tensor], plan: StagePlan) -> list[str]:
+    """Load the model that a training starts from.
+
+    Args:
+        network: the stage's network; changed in place.
+        weights: the model's weights, by name.
+        plan: the stage, and the model.
+
+    Returns:
+        The names that the model lacks, which stay as initialised.
+
+    Raises:
+        MagicDriveError: the model belongs to another network.
+    """
+    fit = compare_start(shapes_of(network.state_dict()), shapes_of(weights), plan)
+    network.load_state_dict({name: tensor for name, tensor in weights.items() if name not in fit.left}, strict=False)
+    return fit.new
 
 
 def load_previous(network: nn.Module, weights: dict[str, Tensor], stage: Stage, source: Path) -> list[str]:
@@ -62,23 +91,13 @@ def load_previous(network: nn.Module, weights: dict[str, Tensor], stage: Stage, 
         source: file of the weights, for messages.
 
     Returns:
-        The names that the stage adds, which stay as initialised.
+        The names that the stage adds, which stay as they are.
 
     Raises:
         MagicDriveError: a name is missing or unexpected that the stage does not allow, or a shape differs.
     """
-    own = network.state_dict()
-    new = [name for name in own if name not in weights]
-    missing = [name for name in new if not name.startswith(NEW_IN_STAGE[stage])]
-    unexpected = [name for name in weights if name not in own]
-    reshaped = [name for name in own if name in weights and own[name].shape != weights[name].shape]
-    for fault, names in (("lacks", missing), ("has the unknown", unexpected), ("has another shape for", reshaped)):
-        if names:
-            logger.error("%s %s: %s", source, fault, ", ".join(names))
-            raise MagicDriveError(
-                f"{source} {fault} {names[0]} ({len(names)} in all): it belongs to another network",
-                "train the previous stage with the same model section",
-            )
+    hint = "train the previous stage with the same model section"
+    fit = compare(shapes_of(network.state_dict()), shapes_of(weights), source, hint, new=NEW_IN_STAGE[stage])
     network.load_state_dict(weights, strict=False)
-    logger.info("%s: %d tensors from %s, %d new: %s", stage, len(weights), source, len(new), ", ".join(new) or "none")
-    return new
+    logger.info("%s: %d tensors from %s", stage, len(weights), source)
+    return fit.new

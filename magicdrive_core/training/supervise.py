@@ -6,8 +6,13 @@ No torch in here: the ranks (worker.py) are processes of a group that the launch
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.progress import Progress, TaskID
@@ -16,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from magicdrive_core.config.load import load_config
 from magicdrive_core.config.schema import Config, Model, Stage
 from magicdrive_core.diffusion.frame_masks import check_ratios
-from magicdrive_core.errors import MagicDriveError, UsageError
+from magicdrive_core.errors import ERROR_NOTE, MagicDriveError, UsageError
 from magicdrive_core.experiment.stages import StagePlan, feasibility, plan_stage, write_job
 from magicdrive_core.launch.job import Job
 from magicdrive_core.launch.launcher import check_ranks, run_job, show_job
@@ -123,6 +128,7 @@ def show_launch(config_path: Path | str, overrides: list[str] | None, stage: Sta
 def _check_settings(config: Config, plan: StagePlan, project: Path) -> None:
     check_ranks(config.cluster)
     check_ratios(config.training.stage(plan.stage).mask_ratios, plan.stage)
+    _check_start(config, plan, project)
     clips = feasibility(config, plan.stage, project)
     if not clips.possible:
         raise UsageError(
@@ -144,6 +150,27 @@ def _check_settings(config: Config, plan: StagePlan, project: Path) -> None:
             )
     if clips.warning:
         logger.warning(clips.warning)
+
+
+def _check_start(config: Config, plan: StagePlan, project: Path) -> None:
+    """Check the start and the choice of parameters in a process that may import torch; the ranks check them too.
+
+    Raises:
+        MagicDriveError: what the check found; a UsageError where the settings are at fault.
+    """
+    training = config.training
+    if not (plan.start or training.train_only or training.freeze or training.lora) or not find_spec("torch"):
+        return
+    with TemporaryDirectory(prefix="magicdrive-") as folder:
+        write_job(replace(plan, folder=Path(folder)), config)
+        note = Path(folder) / "error.json"
+        command = [sys.executable, "-m", "magicdrive_core.training.check_start", folder, str(project)]
+        done = subprocess.run(command, env=os.environ | {ERROR_NOTE: str(note)}, stdin=subprocess.DEVNULL, check=False)
+        if note.is_file():
+            message, hint, exit_code = read_json(note)
+            raise (UsageError if exit_code == UsageError.exit_code else MagicDriveError)(message, hint)
+        if done.returncode:
+            raise MagicDriveError("the check of what the training starts from failed", "see the lines above")
 
 
 def _check_previous(config: Config, plan: StagePlan) -> None:
@@ -200,6 +227,8 @@ def _child_run(store: Store, config: Config, plan: StagePlan, parent: str | None
         tags = lineage_tags(config, project) | {"stage": plan.stage, "fingerprint": plan.fingerprint}
         if plan.previous is not None:
             tags["previous.run"] = read_json(plan.previous.result)["run"] or "none"
+        if plan.start is not None:
+            tags |= {"start": plan.start.name, "start.sha256": plan.start.sha256}
         run = store.open(plan.stage, tags, parent)
         write_json(note, {"run": run})
     shared = config.training.model_dump(mode="json", exclude={"stage1", "stage2", "stage3"})
