@@ -85,13 +85,13 @@ def test_names_of_a_later_stage_are_no_fault(project: Path) -> None:
 
 def reduced(settings: Training) -> tuple[set[str], int, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Train one step; return what has a master weight, the gradients' elements in the reductions, state and start."""
-    from magicdrive_core.training.engine import build_engine
     from magicdrive_core.training.state import Ema, masters
+    from tests.training.networks import engine_of
 
     network = tiny_network()
     freeze_parameters(network, settings, "stage1")
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    engine = build_engine(network, settings, torch.device("cpu"))
+    engine = engine_of(network, settings)
     ema = Ema(engine, 0.5)
     x = torch.randn(2, 6, 4, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     engine.optimizer.backward(engine.network(x, torch.full((2,), 300.0)).square().mean())
