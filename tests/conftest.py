@@ -17,6 +17,7 @@ from magicdrive_core.config.schema import Config, Synth
 from magicdrive_core.data.infos import build_infos, read_scenes
 from magicdrive_core.data.records import Scene
 from magicdrive_core.synthetic.dataset import synthesize
+from tests.golden.sets import SETS
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -43,6 +44,12 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("the reference data folder ../shared is not here")
     return folder
+
+
+@pytest.fixture(scope="session", params=SETS.values(), ids=SETS)
+def golden_set(request: pytest.FixtureRequest) -> Path:
+    """A folder of golden files: the compact set of the repository, then the full one where it is here."""
+    return request.param
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,8 @@ from magicdrive_core.errors import MagicDriveError
 
 app = typer.Typer()
 
+GOLDEN_CASES = Path("tests/golden")  # in the project's folder
+
 
 @app.command("import-checkpoint")
 def import_checkpoint(
@@ -38,13 +40,22 @@ def import_checkpoint(
 
 
 @app.command()
-def golden(files: Annotated[list[Path], typer.Argument(help="Files golden_model_*.npz.")]) -> None:
-    """Compare the network with published reference cases. Every intermediate result is compared.
+def golden(
+    files: Annotated[
+        list[Path] | None, typer.Argument(help="Files golden_model_*.npz; default: those of tests/golden.")
+    ] = None,
+) -> None:
+    """Compare the network with published reference cases. Every intermediate result that they hold is compared.
 
-    Example: magicdrive golden golden_model_*.npz
+    Example: magicdrive golden
     """
     from magicdrive_core.model.published.golden import TOLERANCE, check_golden
 
+    files = files or sorted(GOLDEN_CASES.glob("golden_model_*.npz"))
+    if not files:
+        raise MagicDriveError(
+            f"{GOLDEN_CASES} holds no golden_model_*.npz", "run this in the project's folder, or name the files"
+        )
     far = []
     cases = [file for file in files if not file.name.endswith("_weights.npz")]  # a shell's * matches those too
     for file in cases or files:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,11 +17,12 @@ from hypothesis import strategies as st
 from magicdrive_core.data.buckets import BucketSampler, _TorchGenerator, idle_share, relative_cost
 from magicdrive_core.errors import UsageError
 from tests.conftest import PROJECT
+from tests.golden.sets import COMPACT
 
 
 @pytest.fixture(scope="module")
-def golden(shared: Path) -> dict[str, Any]:
-    return json.loads((shared / "golden" / "golden_sampler.json").read_text())
+def golden() -> dict[str, Any]:
+    return json.loads((COMPACT / "golden_sampler.json").read_text())
 
 
 def sampler_of(golden: dict[str, Any], rank: int, *, drop_last: bool = True, buckets: int = 3) -> BucketSampler:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +17,19 @@ from magicdrive_core.data.records import CLASSES, MAP_LAYERS, Clip, FrameBoxes, 
 from magicdrive_core.data.vector_maps import VectorMap
 from magicdrive_core.geometry import poses
 from magicdrive_core.geometry.cameras import VIEWS, Framing
+from tests.golden.sets import COMPACT, read_arrays, settings
 
 CLIPS = [("224x400", 17, 200), ("424x800", 1, 400), ("848x1600", 9, 400)]
 
 
 @pytest.fixture(scope="module")
-def golden(shared: Path) -> dict[str, np.ndarray]:
-    with np.load(shared / "golden" / "golden_condition.npz") as arrays:
-        return dict(arrays)
+def golden() -> dict[str, np.ndarray]:
+    return read_arrays(COMPACT / "golden_condition.npz")
 
 
 @pytest.fixture(scope="module")
 def meta(golden: dict[str, np.ndarray]) -> dict[str, Any]:
-    return json.loads(bytes(golden["__meta_json__"]))
+    return settings(golden)
 
 
 @pytest.fixture(scope="module")

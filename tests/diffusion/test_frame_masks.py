@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -11,13 +9,14 @@ from hypothesis import strategies as st
 
 from magicdrive_core.diffusion.frame_masks import KINDS, check_ratios, draw_masks
 from magicdrive_core.errors import UsageError
+from tests.golden.sets import COMPACT, read_arrays
 
 PUBLISHED_NAMES = {"interpolate": "intepolate"}
 
 
 @pytest.mark.parametrize("kind", sorted(set(KINDS) - {"random"}))
-def test_kinds_draw_the_published_masks(shared: Path, kind: str) -> None:
-    golden = np.load(shared / "golden/golden_scheduler.npz")[f"mask_examples_T9/{PUBLISHED_NAMES.get(kind, kind)}"]
+def test_kinds_draw_the_published_masks(kind: str) -> None:
+    golden = read_arrays(COMPACT / "golden_scheduler.npz")[f"mask_examples_T9/{PUBLISHED_NAMES.get(kind, kind)}"]
     rng = np.random.default_rng(0)
     drawn = {tuple(KINDS[kind](9, rng)) for _ in range(400)}
     assert {tuple(row) for row in golden.astype(bool)} <= drawn

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from magicdrive_core.model.build import build_network
 from magicdrive_core.model.published import checkpoint as importing
 from magicdrive_core.model.published.checkpoint import check_names, fit_text, published_xl, read_weights
 from magicdrive_core.utils.files import read_json, sha256_file
+from tests.golden.sets import model_card
 from tests.model.networks import config, network
 
 CONFIG = config(published=True)
@@ -118,22 +118,13 @@ def test_bad_files_are_named(weights: dict[str, Tensor], tmp_path: Path) -> None
         import_checkpoint(tmp_path, tmp_path / "out")
 
 
-@pytest.fixture(scope="module")
-def card() -> dict[str, Any] | None:
-    path = Path(__file__).resolve().parents[3] / "shared/golden/model_card.json"
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_released_xl_checkpoint_of_each_stage_fits(
-    card: dict[str, Any] | None, tmp_path: Path, stage: Stage
-) -> None:
-    """Names and shapes of the model card where it is here, else our own; one number a tensor, spread by strides."""
+def test_the_released_xl_checkpoint_of_each_stage_fits(tmp_path: Path, stage: Stage) -> None:
+    """Names and shapes of the model card; one number a tensor, spread by strides."""
     with torch.device("meta"):
         wanted = build_network(published_xl(stage)).state_dict()
-    listed = {name: list(tensor.shape) for name, tensor in wanted.items()}
-    if card is not None:
-        listed = {name: shape for name, shape, *_ in card["state_dict"]["stage1" if stage == "stage1" else "stage3"]}
+    rows = model_card()["state_dict"]["stage1" if stage == "stage1" else "stage3"]
+    listed = {name: shape for name, shape, *_ in rows}
     torch.save({name: torch.zeros(1).expand(shape) for name, shape in listed.items()}, tmp_path / "ema.pt")
     weights = read_weights(tmp_path / "ema.pt")
     check_names(weights, wanted, tmp_path)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from magicdrive_core.cli.main import main as cli
 from magicdrive_core.diffusion.rectified_flow import RectifiedFlow, restore_conditioning_frames
@@ -24,13 +26,15 @@ from magicdrive_core.model.published.golden import (
     views_from_channels,
 )
 from magicdrive_core.model.published.transformer import published_null
+from tests.conftest import PROJECT
+from tests.golden.sets import COMPACT, read_arrays, settings
 
 CASES = ["stage1_keep", "stage3_f1", "stage3_f17", "stage3_f17_xmask_drop", "stage3_pad4"]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_output_and_every_intermediate_agree(shared: Path, case: str) -> None:
-    path = shared / "golden" / f"golden_model_{case}.npz"
+def test_output_and_every_intermediate_agree(golden_set: Path, case: str) -> None:
+    path = golden_set / f"golden_model_{case}.npz"
     result = check_golden(path)
     assert result.agrees
     arrays, _ = read_npz(path)
@@ -39,29 +43,43 @@ def test_output_and_every_intermediate_agree(shared: Path, case: str) -> None:
         assert difference <= 2e-5 * max(1.0, spread), name
 
 
-def test_the_verb_takes_what_a_shell_makes_of_a_pattern(shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("named", [False, True])
+def test_the_verb_checks_the_project_s_cases_and_what_a_shell_makes_of_a_pattern(
+    named: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """``golden_model_*.npz`` names the weights too."""
+    monkeypatch.chdir(PROJECT)
     with pytest.raises(SystemExit) as ended:
-        cli(["golden", *map(str, sorted((shared / "golden").glob("golden_model_*.npz")))])
+        cli(["golden", *(map(str, sorted(COMPACT.glob("golden_model_*.npz"))) if named else ())])
     assert ended.value.code == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines if line.split()[1] == "out"] == [f"golden_model_{c}.npz" for c in CASES]
 
 
-def test_a_wrong_weight_is_noticed(shared: Path, tmp_path: Path) -> None:
+def test_the_verb_says_what_to_do_where_no_cases_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        cli(["golden"])
+    assert ended.value.code == 1
+    assert "tests/golden holds no golden_model_*.npz" in capsys.readouterr().err
+
+
+def test_a_wrong_weight_is_noticed(tmp_path: Path) -> None:
     """The check can fail: the same case with one bias moved by a thousandth."""
     case = "golden_model_stage3_f1.npz"
-    (tmp_path / case).write_bytes((shared / "golden" / case).read_bytes())
-    with np.load(shared / "golden" / "golden_model_stage3_weights.npz") as file:
+    (tmp_path / case).write_bytes((COMPACT / case).read_bytes())
+    with np.load(COMPACT / "golden_model_stage3_weights.npz") as file:
         arrays = {name: file[name] for name in file.files}
     arrays["final_layer.linear.bias"] = arrays["final_layer.linear.bias"] + np.float32(1e-3)
     np.savez(tmp_path / "golden_model_stage3_weights.npz", **arrays)
     assert not check_golden(tmp_path / case).agrees
 
 
-def test_other_files_are_refused(shared: Path, tmp_path: Path) -> None:
+def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(MagicDriveError, match="not a golden model file"):
-        check_golden(shared / "golden" / "golden_model_stage3_weights.npz")
+        check_golden(COMPACT / "golden_model_stage3_weights.npz")
     with pytest.raises(MagicDriveError, match="is missing"):
         check_golden(tmp_path / "none.npz")
     (tmp_path / "text.npz").write_text("no archive")
@@ -69,11 +87,17 @@ def test_other_files_are_refused(shared: Path, tmp_path: Path) -> None:
         check_golden(tmp_path / "text.npz")
 
 
-def test_a_training_step_gives_the_published_loss_and_gradients(shared: Path) -> None:
-    folder = shared / "golden"
-    step, meta = read_npz(folder / "golden_train_step.npz")
-    case, case_meta = read_npz(folder / meta["inputs_file"])
-    network = load_golden_network(folder / meta["inputs_file"], case_meta)
+def tensors(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a file that the compact set holds packed; returns its arrays and settings."""
+    arrays = read_arrays(COMPACT / name)
+    meta = settings(arrays)
+    return {key: torch.from_numpy(array) for key, array in arrays.items() if key != "__meta_json__"}, meta
+
+
+def test_a_training_step_gives_the_published_loss_and_gradients() -> None:
+    step, meta = tensors("golden_train_step.npz")
+    case, case_meta = read_npz(COMPACT / meta["inputs_file"])
+    network = load_golden_network(COMPACT / meta["inputs_file"], case_meta)
     conditions, x_mask = read_conditions(case), case["in/x_mask"]
     views = conditions.cameras.shape[1]
     x_0, noise = (views_from_channels(x, views) for x in (case["in/x"], step["in/noise"]))
@@ -98,13 +122,13 @@ def test_a_training_step_gives_the_published_loss_and_gradients(shared: Path) ->
 
 
 @pytest.mark.parametrize(("variant", "zero_map"), [("rflow", False), ("rflow_map0", True), ("rflow_slice", True)])
-def test_guided_sampling_equals_the_published_one(shared: Path, variant: str, zero_map: bool) -> None:
-    folder = shared / "golden"
-    arrays, meta = read_npz(folder / "golden_sample_tiny.npz")
-    weights, weights_meta = read_npz(folder / meta["weights_file"])
+def test_guided_sampling_equals_the_published_one(variant: str, zero_map: bool) -> None:
+    arrays, meta = tensors("golden_sample_tiny.npz")
+    weights, weights_meta = read_npz(COMPACT / meta["weights_file"])
     network = build_network(golden_config(weights_meta)).eval()
     network.load_state_dict(weights)
-    conditions = read_conditions(arrays)
+    case, _ = read_npz(COMPACT / "golden_model_stage3_f17.npz")  # has the same conditions, with some frames dropped
+    conditions = read_conditions({name: array for name, array in case.items() if "/drop_" not in name})
     z = views_from_channels(arrays["in/z"], conditions.cameras.shape[1])
     with torch.no_grad():
         null = published_null(network, conditions, zero_map=zero_map)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,11 +10,12 @@ import torch
 
 from magicdrive_core.model.build import build_network
 from magicdrive_core.model.published.checkpoint import PUBLISHED_XL
+from tests.golden.sets import model_card
 
 
 @pytest.fixture(scope="module")
-def card(shared: Path) -> dict[str, Any]:
-    return json.loads((shared / "golden" / "model_card.json").read_text())
+def card() -> dict[str, Any]:
+    return model_card()
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from magicdrive_core.cli.main import main as cli
 from magicdrive_core.model.build import build_network
 from magicdrive_core.model.published.golden import TOLERANCE, check_golden, golden_config, read_npz
+from tests.golden.sets import COMPACT
 from tests.model.reference import Reference
 
 RING4 = {"0": [3, 1], "1": [0, 2], "2": [1, 3], "3": [2, 0]}
@@ -114,9 +115,9 @@ def test_other_networks_agree_with_the_formulas(tmp_path: Path, case: dict[str, 
 
 @torch.no_grad()
 @pytest.mark.parametrize("case", ["stage1_keep", "stage3_f17_xmask_drop", "stage3_pad4"])
-def test_the_formulas_agree_with_the_published_system(shared: Path, case: str) -> None:
+def test_the_formulas_agree_with_the_published_system(case: str) -> None:
     """So that agreement with them means something."""
-    path = shared / "golden" / f"golden_model_{case}.npz"
+    path = COMPACT / f"golden_model_{case}.npz"
     arrays, meta = read_npz(path)
     weights, _ = read_npz(path.parent / meta["weights_file"])
     out = Reference(weights, meta)(arrays)
