@@ -28,6 +28,15 @@ class Synth(Section):
             used_in="synthetic/traffic.py",
         ),
     ]
+    starts: Annotated[
+        Literal["junction", "spread"],
+        about(
+            "Where drives start. junction: so that half of a drive is before its junction. spread: anywhere from 30 m"
+            " before the junction to 20 m after its beginning, so that a caption does not say where the streets are."
+            " Scenes of one key frame always start 3 to 25 m before it.",
+            used_in="synthetic/traffic.py",
+        ),
+    ] = "junction"
 
 
 class Data(Section):

@@ -38,7 +38,7 @@ def synthesize(synth: Synth, root: Path, version: str, workers: int | None = Non
     Raises:
         MagicDriveError: the root holds other data, or the disk is full or not writable.
     """
-    stamp = {"generator": CITY_VERSION, "version": version, **synth.model_dump(mode="json")}
+    stamp = {"generator": CITY_VERSION, "version": version, **synth.model_dump(mode="json", exclude_defaults=True)}
     found = read_json(root / STAMP) if (root / STAMP).is_file() else None
     if found == {**stamp, "complete": True} and _is_complete(root):
         return

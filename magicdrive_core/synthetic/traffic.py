@@ -48,6 +48,7 @@ WORDS = {
 }
 PREFIX = {"day": "", "night": "Night, ", "rain": "Rain, "}
 FAR, NEAR = 25.0, 3.0  # metres before the junction at which scenes of one frame are: its markings are visible
+SPREAD = (-20.0, 30.0)  # metres before the junction at which drives start, least and most, with spread starts
 FIRST_TIME = 1_700_000_000_000_000  # microseconds: the first scene's first key frame
 SCENE_PITCH = 60_000_000  # microseconds from scene to scene
 
@@ -106,6 +107,8 @@ def plan_scene(synth: Synth, index: int) -> ScenePlan:
     start = max(6.0, turn_at - 0.45 * speed * seconds - 4.0)
     if key_frames == 1:  # one frame of such a drive, at a random distance from the junction
         start = turn_at - float(rng.uniform(NEAR, FAR))
+    elif synth.starts == "spread":
+        start = turn_at - float(rng.uniform(*SPREAD))
     traffic = populate(streets, route, start, speed, seconds, rng)
     words = [WORDS[move][rng.integers(len(WORDS[move]))], *_sights(traffic, rng)]
     text = PREFIX[light] + ", ".join(words)

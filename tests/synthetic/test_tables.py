@@ -126,3 +126,13 @@ def test_no_two_actors_ever_touch(index: int) -> None:
     assert len(discs) > 30
     assert not any(_touch(discs[0], other) for other in discs[1:]), "something hits the ego"
     assert len({actor.category for actor in plan.traffic.actors}) == 10
+
+
+def test_spread_drives_start_before_in_and_after_their_junction_and_stay_on_their_route() -> None:
+    sizes = {"seed": 11, "scenes": 12, "seconds": 1.5}
+    spread, plain = Synth(**sizes, starts="spread"), Synth(**sizes)
+    plans = [plan_scene(spread, index) for index in range(12)]
+    later = [plan.start - plan_scene(plain, plan.index).start for plan in plans]  # than just before the junction
+    assert min(later) < -5
+    assert max(later) > 5
+    assert all(6 <= plan.start < plan.route.length - 1.5 * plan.speed for plan in plans)
