@@ -141,6 +141,8 @@ class Config(Section):
                     )
         if self.generate.pad_patches and not self.published:
             raise ValueError("generate.pad_patches needs published: true; without it padding is never seen")
+        if self.model.rays and self.published:
+            raise ValueError("model.rays needs published: false; the published network has no rays")
         for stage in STAGES:
             if self.training.stage(stage).simulate_sizes and not self.published:
                 raise ValueError(

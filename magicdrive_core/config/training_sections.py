@@ -84,6 +84,16 @@ class Model(Section):
         list[Positive],
         about("Channels of the BEV map's convolutions.", unit="channels", used_in="model/config.py"),
     ]
+    rays: Annotated[
+        Count,
+        about(
+            "Rays along each side of a patch of 16 x 16 pixels. Each looks up which box it meets, and what the BEV map"
+            " holds where it meets the ground: the network need not learn where boxes and lanes appear in a view."
+            " 0: none, as published.",
+            unit="rays",
+            used_in="model/rays.py",
+        ),
+    ] = 0
 
     @model_validator(mode="after")
     def _divisible(self) -> Model:
@@ -147,11 +157,20 @@ class StageConfig(Section):
         ),
     ] = 1
     learning_rate: Annotated[
-        PositiveFloat, about("Learning rate after the warm-up; constant from then on.", used_in="training/loop.py")
+        PositiveFloat, about("Learning rate between warm-up and decay.", used_in="training/loop.py")
     ]
     warmup: Annotated[
         Count, about("Steps in which the learning rate rises linearly.", unit="steps", used_in="training/loop.py")
     ]
+    decay: Annotated[
+        Count,
+        about(
+            "Last steps, in which the learning rate falls linearly to 0. 0: it is constant to the end.",
+            unit="steps",
+            source=f"{PUBLISHED} has 0",
+            used_in="training/loop.py",
+        ),
+    ] = 0
     seed: Annotated[Count, about("Seed of the initial weights and of all random numbers.", used_in="training/stage.py")]
     freeze_text: Annotated[
         bool,

@@ -33,6 +33,7 @@ class NetworkConfig:
         instance_latent: whether each object has a random vector; stage 1 has none.
         mean_over_frames: whether box and ego-motion tokens are means over all frames; else a quarter of the frames
             remains.
+        rays: rays along each side of a patch that look up boxes and map; 0: none.
         published: whether the network is the published one, oddities included (golden notes, section 6);
             ``build_network`` then picks ``PublishedMagicDrive``.
         control_temporal: whether the control branch has temporal blocks too, where there are any.
@@ -59,6 +60,7 @@ class NetworkConfig:
     temporal: bool
     instance_latent: bool
     mean_over_frames: bool
+    rays: int = 0
     published: bool = False
     control_temporal: bool = True
     class_width: int | None = None
@@ -105,5 +107,6 @@ class NetworkConfig:
             temporal=not first,
             instance_latent=not first,
             mean_over_frames=first,
+            rays=model.rays,
             published=published,
         )

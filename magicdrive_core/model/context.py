@@ -191,6 +191,7 @@ class Context:
         kv: keys and values (B, R, 2c) of ``tokens.rows`` for each block; empty: the blocks compute them.
         position: (B or 1, S, C), position embedding of this rank's tokens.
         control: (B, T, S, C), position and map tokens, added to the control branch.
+        rays: (B, V, T, S, C), added to both branches; None for a network without rays.
         fps: (B, C), embedded frame rate.
         angles: (T, d/2, 2), rotary angles of the latent frames.
         bias: (B, V, T, L), -inf at context tokens that stand for nothing; None: all are attended to.
@@ -202,6 +203,7 @@ class Context:
     kv: dict[nn.Module, Tensor]
     position: Tensor
     control: Tensor
+    rays: Tensor | None
     fps: Tensor
     angles: Tensor
     bias: Tensor | None

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from magicdrive_core.model.config import PATCH, NetworkConfig
+from magicdrive_core.model.rays import ray_features
 
 FORWARD_AND_BACKWARD = 3
 
@@ -52,4 +53,5 @@ def training_flops(config: NetworkConfig, batch: int, frames: int, latents: Sequ
     patch = PATCH**2 * config.latent_channels * width  # into the main and the control branch, and out of the head
     map_tokens = batch * t * frame_tokens * (PATCH**2 + 1) * width**2
     boxes = views * batch * frames * slots * (4 + 2 * config.mlp_ratio + 1) * width**2
-    return FORWARD_AND_BACKWARD * 2.0 * (blocks + keys_values + 3 * tokens * patch + map_tokens + boxes)
+    rays = tokens * (config.rays**2 * ray_features(config) * width + width**2) if config.rays else 0
+    return FORWARD_AND_BACKWARD * 2.0 * (blocks + keys_values + 3 * tokens * patch + map_tokens + boxes + rays)

@@ -28,6 +28,7 @@ ZERO_FOR_IDENTITY = (
     "control_blocks_t.*.attn.proj",
     "control_blocks_t.*.cross_attn.proj",
     "control_blocks_t.*.mlp.fc2",
+    "ray_embedder.mlp.fc2",
 )
 SILU_GAIN = 1.676  # 1 / root mean square of silu(z), z standard normal
 SMALL = ("bbox_embedder.mlp.fc?", "frame_embedder.mlp.fc?", "camera_embedder.emb2token")

@@ -42,6 +42,7 @@ from magicdrive_core.model.embedders import (
     position_embedding,
 )
 from magicdrive_core.model.init import initialise
+from magicdrive_core.model.rays import RayEmbedder
 
 if TYPE_CHECKING:
     from magicdrive_core.config.schema import Unconditional
@@ -92,6 +93,8 @@ class MagicDrive(nn.Module):
         self.controlnet_cond_embedder = MapEncoder(config.map_layers, config.map_channels, width)
         self.controlnet_cond_embedder_temp = MapReduction(width)
         self.controlnet_cond_patchifier = PatchEmbedding(width, width, PATCH)
+        if config.rays:
+            self.ray_embedder = RayEmbedder(config)
         self.base_blocks_s = nn.ModuleList(self.multi_view_block(config) for _ in range(config.depth))
         self.before_proj = nn.Linear(width, width)
         self.control_blocks_s = nn.ModuleList(SpatialControlBlock(config) for _ in range(config.control_depth))
@@ -144,6 +147,7 @@ class MagicDrive(nn.Module):
             kv=self.keys_values(tokens.rows),
             position=position,
             control=position[:, None] + self.before_proj(map_tokens),
+            rays=self.ray_tokens(conditions, (frames, height, width), grid),
             fps=self.fps_embedder(conditions.fps),
             angles=self.rope(frames),
             bias=tokens.bias(frames, self.dtype),
@@ -180,6 +184,8 @@ class MagicDrive(nn.Module):
         patches = self.tokens.shard(to_patches(x.to(self.dtype), context.grid[0]))  # (B, V, T, S, channels * p * p)
         main = self.x_embedder(patches) + context.position[:, None, None]  # (B, V, T, S, C)
         control = self.x_control_embedder(patches) + context.control[:, None]  # (B, V, T, S, C)
+        if context.rays is not None:
+            main, control = main + context.rays, control + context.rays
         main = (trunk or self.trunk)(main, control, modulation, context)
         velocities = self.tokens.gather(self.final_layer(main, noisy, clean, x_mask), context.frame_tokens)
         return from_patches(velocities, context.grid, context.latent_shape[1:]).float()
@@ -328,6 +334,21 @@ class MagicDrive(nn.Module):
         if features.shape[2:] != latent_shape:
             features = self.resize_map(features, latent_shape)
         return self.controlnet_cond_patchifier(self.tokens.shard(to_patches(features, grid[0])))
+
+    def ray_tokens(
+        self, conditions: Conditions, latent_shape: tuple[int, int, int], grid: tuple[int, int]
+    ) -> Tensor | None:
+        """Embeds what the rays of each view meet.
+
+        Args:
+            conditions: cameras, boxes, map and size of the video are read.
+            latent_shape: T, H, W of the latents.
+            grid: rows and columns of patches.
+
+        Returns:
+            (B, V, T, S, C), this rank's tokens; None for a network without rays.
+        """
+        return self.ray_embedder(conditions, latent_shape, grid, self.tokens) if self.config.rays else None
 
     def visible_map(self, conditions: Conditions) -> Tensor:
         """Selects the BEV map that the network sees: an empty one where the conditions are dropped.

@@ -200,13 +200,14 @@ def flow_loss(engine: Engine, flow: RectifiedFlow, batch: Batch) -> tuple[Tensor
 
 
 def learning_rate(stage: StageConfig, step: int) -> float:
-    """Return the learning rate of a step: it rises linearly during the warm-up and is then constant.
+    """Return the learning rate of a step: it rises linearly during the warm-up and falls linearly during the decay.
 
     Args:
-        stage: the final rate, and the length of the warm-up in steps; 0 steps: constant from the start.
+        stage: the rate between them, and the lengths of warm-up and decay in steps; 0 steps: there is none.
         step: number of the step, counted from 0.
     """
-    return stage.learning_rate * min(1.0, (step + 1) / max(1, stage.warmup))
+    rise, fall = (step + 1) / max(1, stage.warmup), (stage.steps - step) / max(1, stage.decay)
+    return stage.learning_rate * min(1.0, rise, fall)
 
 
 def write_result(config: Config, plan: StagePlan, ema: Ema, progress: TrainingProgress, recorder: Recorder) -> None:

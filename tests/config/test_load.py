@@ -86,3 +86,8 @@ def test_fingerprint_ignores_key_order() -> None:
 @given(st.integers(1, 200), st.integers(1, 200))
 def test_sizes_round_trip(rows: int, columns: int) -> None:
     assert parse_size(f"{8 * rows}x{8 * columns}") == (8 * rows, 8 * columns)
+
+
+def test_the_published_network_has_no_rays() -> None:
+    with pytest.raises(UsageError, match=r"model\.rays needs published: false"):
+        load_config(DEMO, ["model.rays=8", "published=true"])

@@ -57,6 +57,7 @@ def cond(batch: int, frames: int, slots: int, config: NetworkConfig) -> Conditio
     ("config", "batch", "frames", "latents"),
     [
         (SIZES, 1, 9, (3, 14, 22)),
+        (replace(SIZES, rays=4), 1, 9, (3, 14, 22)),
         (replace(SIZES, temporal=False, instance_latent=False, mean_over_frames=True), 2, 1, (1, 15, 23)),
     ],
 )

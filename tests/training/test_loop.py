@@ -244,19 +244,24 @@ def test_after_a_killed_rank_training_resumes_from_the_last_checkpoint(whole: Pa
     assert_equal_ends(tmp_path, whole)
 
 
-def rates(warmup: int) -> list[float]:
+def rates(warmup: int, decay: int) -> list[float]:
     from magicdrive_core.training.loop import learning_rate
 
     bucket = {"resolution": "16x16", "frames": 1, "batch": 1}
     stage = StageConfig.model_validate(
-        {"buckets": [bucket], "steps": 9, "seed": 0, "learning_rate": 0.4, "warmup": warmup}
+        {"buckets": [bucket], "steps": 9, "seed": 0, "learning_rate": 0.4, "warmup": warmup, "decay": decay}
     )
-    return [learning_rate(stage, step) for step in range(6)]
+    return [learning_rate(stage, step) for step in range(9)]
 
 
 def test_the_learning_rate_warms_up_and_is_then_constant() -> None:
-    assert run_distributed(rates, 2, 4)[0] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
-    assert run_distributed(rates, 2, 0)[0] == [0.4] * 6
+    assert run_distributed(rates, 2, 4, 0)[0] == pytest.approx([0.1, 0.2, 0.3] + [0.4] * 6)
+    assert run_distributed(rates, 2, 0, 0)[0] == [0.4] * 9
+
+
+def test_the_learning_rate_falls_linearly_to_nothing_at_the_end_of_a_stage() -> None:
+    assert run_distributed(rates, 2, 0, 4)[0] == pytest.approx([0.4] * 6 + [0.3, 0.2, 0.1])
+    assert run_distributed(rates, 2, 4, 9)[0][:4] == pytest.approx([0.1, 0.2, 0.3, 0.4 * 6 / 9])
 
 
 def test_jobs_are_read_as_they_were_written(tmp_path: Path) -> None:
