@@ -105,6 +105,7 @@ def golden_config(meta: Mapping[str, Any]) -> NetworkConfig:
         control_temporal=not config.get("control_skip_temporal", False),
         instance_latent=box["sample_id"],
         mean_over_frames="time_downsample_factor" not in box,
+        rays=0,
         published=True,
         class_width=box["class_token_dim"],
         map_layers=config["map_embedder_param"]["conditioning_size"][0],
