@@ -73,7 +73,8 @@ down: $(READY)  ## stop them; a training saves a checkpoint first
 	python -m flows.server down
 
 ui: $(READY)  ## serve MLflow's pages on 127.0.0.1:5000
-	mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///tracking/mlflow.db
+	mlflow ui --host 127.0.0.1 --allowed-hosts '127.0.0.1:*,localhost:*' --cors-allowed-origins http://127.0.0.1:5000 \
+		--backend-store-uri sqlite:///tracking/mlflow.db
 
 data-dvc: $(READY)  ## update data.dvc after a change of the generator or its settings
 	magicdrive synth --params profiles/demo.yaml

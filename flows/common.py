@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import shlex
 import signal
 import subprocess
@@ -22,10 +23,17 @@ from typing import Annotated
 import typer
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from prefect.settings import PREFECT_API_URL
+from prefect.settings import (
+    PREFECT_API_AUTH_STRING,
+    PREFECT_API_URL,
+    PREFECT_HOME,
+    PREFECT_SERVER_API_AUTH_STRING,
+    PREFECT_SERVER_CORS_ALLOWED_ORIGINS,
+    temporary_settings,
+)
 
 from magicdrive_core.errors import ERROR_NOTE, MagicDriveError, UsageError, report_error
-from magicdrive_core.utils.files import read_json
+from magicdrive_core.utils.files import private_folder, read_json
 
 # SIGINT first: on SIGTERM, `dvc repro` leaves its stage running. The sum fits into the 30 s that Prefect allows.
 STOP = ((signal.SIGINT, 10.0), (signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0))
@@ -197,28 +205,61 @@ def main(run: Callable[[], object]) -> None:
         SystemExit: with the exit code of the error, or with 130 after Ctrl-C; other errors keep their traceback.
     """
     _one_line_errors()
-    try:
-        _start_server()
+    with exit_codes(), _flow_server():
         run()
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """Ends the process after an error that the user can fix with one line, a hint and the error's exit code.
+
+    Raises:
+        SystemExit: with the exit code of the error, or with 130 after Ctrl-C; other errors keep their traceback.
+    """
+    try:
+        yield
     except (MagicDriveError, OSError) as error:
         sys.exit(report_error(error, "fix this and run again; finished work is reused").exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def _start_server() -> None:
+def new_password() -> str:
+    """Makes a password for Prefect's API, which can start processes for whoever may use it.
+
+    Returns:
+        ``user:password``, as Prefect wants it, with 256 random bits.
+    """
+    return f"magicdrive:{secrets.token_urlsafe(32)}"
+
+
+@contextmanager
+def _flow_server() -> Iterator[None]:
     """Starts Prefect's temporary server, if none is configured, so that Ctrl-C does not reach it.
 
-    A terminal sends Ctrl-C to the server too, and a flow whose server is gone retries its calls for minutes.
+    A terminal sends Ctrl-C to the server too, and a flow whose server is gone retries its calls for minutes. The server
+    asks for a password that only this process knows: a page in the user's browser could otherwise leave a flow run in
+    the database, for the worker of the next ``make up``.
     """
-    if not PREFECT_API_URL.value():
-        from prefect.server.api.server import SubprocessASGIServer  # takes seconds to import
+    if PREFECT_API_URL.value():
+        yield
+        return
+    from prefect.server.api.server import SubprocessASGIServer  # takes seconds to import
 
+    private_folder(PREFECT_HOME.value())
+    password = new_password()
+    settings = {
+        PREFECT_API_AUTH_STRING: password,
+        PREFECT_SERVER_API_AUTH_STRING: password,
+        PREFECT_SERVER_CORS_ALLOWED_ORIGINS: "http://127.0.0.1",  # of no page
+    }
+    with temporary_settings(settings):
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the server inherits it
         try:
             SubprocessASGIServer().start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        yield
 
 
 def _one_line_errors() -> None:

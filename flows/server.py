@@ -3,9 +3,10 @@
     python -m flows.server up --port 4200
     python -m flows.server down
 
-The server listens on 127.0.0.1. ``.prefect/`` holds the database, logs, process ids, and a profile that points the
-``prefect`` commands typed in this folder at the server. On a cluster the server runs elsewhere: set PREFECT_API_URL,
-then run ``prefect deploy --all`` here and ``prefect worker start --pool magicdrive`` on each training host.
+The server listens on 127.0.0.1, asks for a password, and refuses pages of other origins (``flows/guard.py``): whoever
+may use its API can start processes. ``.prefect/``, which only its owner can read, holds the database, logs, process
+ids, and a profile that gives address and password to the ``prefect`` commands typed in this folder. On a cluster the
+server runs elsewhere: docs/how-to/prefect.md.
 """
 
 from __future__ import annotations
@@ -14,24 +15,32 @@ import json
 import os
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import psutil
 import typer
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.filters import FlowRunFilter, WorkPoolFilter
+from prefect.client.schemas.objects import State, StateType
+from prefect.states import Crashed
 
-from flows.common import main, tool
+from flows.common import exit_codes, new_password, tool
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.utils.files import atomic_file, read_json, write_json
+from magicdrive_core.utils.files import atomic_file, private_folder, read_json, write_json
 
 HOME = Path(".prefect")
 PROFILE = HOME / "profiles.toml"
 PROCESSES = HOME / "processes.json"  # name -> process id and start time, so that no other process is ever signalled
 POOL = "magicdrive"
+TEMPLATE = Path(__file__).with_name("pool.json")  # of the jobs that the pool's workers start
 RUN_SECONDS = 40.0  # for a flow run to stop: more than it allows its children (common.STOP) and ranks
 END_SECONDS = 15.0  # for a worker without flow runs, or a server, to stop: each needs two to four
 START_SECONDS = 180.0  # the first start creates the database
@@ -45,22 +54,24 @@ def up(port: Annotated[int, typer.Option(min=1, max=65535)] = 4200) -> None:
     if _alive():
         raise MagicDriveError("the Prefect server is already running", "`make down` stops it")
     _check_port(port)
-    api = f"http://127.0.0.1:{port}/api"
-    server = _start("server", ["server", "start", "--host", "127.0.0.1", "--port", str(port)], {})
+    address = f"http://127.0.0.1:{port}"
+    api, password = f"{address}/api", new_password()
+    server = start_server(port, password)
     try:
         _wait_for(api, server)
-        with atomic_file(PROFILE) as partial:
-            partial.write_text(f'active = "local"\n\n[profiles.local]\nPREFECT_API_URL = "{api}"\n', encoding="utf-8")
-        _prefect(["work-pool", "create", POOL, "--type", "process", "--overwrite"])
-        # A training uses every device of its host, so flow runs wait for each other.
-        _prefect(["work-pool", "set-concurrency-limit", POOL, "1"])
-        _prefect(["--no-prompt", "deploy", "--all"])
-        _crash_lost_runs(api)
-        _start("worker", ["worker", "start", "--pool", POOL, "--type", "process"], {"PREFECT_API_URL": api})
+        with atomic_file(PROFILE, private=True) as partial:
+            partial.write_text(_profile(api, password), encoding="utf-8")
+        access = {"PREFECT_API_URL": api, "PREFECT_API_AUTH_STRING": password}  # over those of this process
+        with SyncPrefectClient(api, auth_string=password) as client:
+            prepare_pool(client)
+            _deploy(access)
+            _crash_lost_runs(client)
+        _start("worker", [tool("prefect"), "worker", "start", "--pool", POOL, "--type", "process"], access)
     except BaseException:
         down()
         raise
-    print(f"Prefect: http://127.0.0.1:{port}   logs: {HOME}/server.log, {HOME}/worker.log")
+    print(f"Prefect: {address}   logs: {HOME}/server.log, {HOME}/worker.log")
+    print(f"Login:   the pages ask once for the PREFECT_API_AUTH_STRING of {PROFILE}")
     print("Try:     prefect deployment run train/stage3-train   (source .venv/bin/activate first)")
     print("Stop:    make down")
 
@@ -106,13 +117,52 @@ def _check_port(port: int) -> None:
             raise MagicDriveError(f"port {port} cannot be used: {error.strerror}", "make up PORT=4210") from None
 
 
-def _start(name: str, arguments: list[str], environment: dict[str, str]) -> psutil.Popen:
-    """Starts a ``prefect`` command that outlives this process, and notes its id."""
-    HOME.mkdir(exist_ok=True)
+def start_server(port: int, password: str) -> psutil.Popen:
+    """Starts the server behind its check of Host and Origin.
+
+    Args:
+        port: free port of 127.0.0.1.
+        password: what every request to the API must bring, as ``user:password``.
+
+    Returns:
+        The process, which outlives this one and may still be starting.
+    """
+    command = [sys.executable, "-m", "uvicorn", "--factory", "flows.guard:create_app"]
+    settings = {
+        "PREFECT_SERVER_API_AUTH_STRING": password,
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"http://127.0.0.1:{port}",
+        "PREFECT_UI_API_URL": "/api",  # the pages' own origin, by whichever name they were opened
+    }
+    return _start("server", [*command, "--host", "127.0.0.1", "--port", str(port)], settings)
+
+
+def prepare_pool(client: SyncPrefectClient) -> None:
+    """Creates the work pool, or gives it the settings that it has to have.
+
+    Its template has no variable that decides what a worker executes (command, environment, folder).
+
+    Args:
+        client: of the server.
+    """
+    # A training uses every device of its host, so flow runs wait for each other.
+    pool = WorkPoolCreate(name=POOL, type="process", base_job_template=read_json(TEMPLATE), concurrency_limit=1)
+    client.create_work_pool(pool, overwrite=True)
+
+
+def _profile(api: str, password: str) -> str:
+    """Text of the profile that ``prefect`` commands in this folder use."""
+    lines = ['active = "local"', "", "[profiles.local]"]
+    values = {"PREFECT_API_URL": api, "PREFECT_API_AUTH_STRING": password}
+    return "\n".join([*lines, *(f'{name} = "{value}"' for name, value in values.items()), ""])
+
+
+def _start(name: str, command: Sequence[str], environment: dict[str, str]) -> psutil.Popen:
+    """Starts a command that outlives this process, and notes its id."""
+    private_folder(HOME)
     environment = os.environ | {"PREFECT_HOME": str(HOME.absolute())} | environment
     with (HOME / f"{name}.log").open("ab") as log:
         process = psutil.Popen(
-            [tool("prefect"), *arguments],
+            command,
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -149,30 +199,34 @@ def _wait_for(api: str, server: psutil.Popen) -> None:
     raise MagicDriveError("the Prefect server did not start", f"see {HOME}/server.log")
 
 
-def _crash_lost_runs(api: str) -> None:
+def _deploy(access: dict[str, str]) -> None:
+    """Registers the deployments of prefect.yaml."""
+    command = ["prefect", "--no-prompt", "deploy", "--all"]
+    done = subprocess.run(
+        [tool(command[0]), *command[1:]],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env=os.environ | access,
+    )
+    if done.returncode:
+        reason = " ".join((done.stderr or done.stdout).split()[-40:])
+        raise MagicDriveError(f"`{' '.join(command)}` failed: {reason}", f"see {HOME}/server.log")
+
+
+def _crash_lost_runs(client: SyncPrefectClient) -> None:
     """Marks flow runs as crashed whose process ended unnoticed: each would block the pool's only slot for ever.
 
     No worker of this pool runs yet, so nothing that the server calls running is running.
     """
-    states = {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}
-    wanted = {"flow_runs": {"state": states}, "work_pools": {"name": {"any_": [POOL]}}}
-    for run in _post(f"{api}/flow_runs/filter", wanted):
-        state = {"type": "CRASHED", "message": "its worker stopped without reporting it"}
-        _post(f"{api}/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
-
-
-def _post(url: str, body: dict[str, Any]) -> Any:
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        return json.load(answer)
-
-
-def _prefect(arguments: list[str]) -> None:
-    done = subprocess.run([tool("prefect"), *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    if done.returncode:
-        reason = " ".join((done.stderr or done.stdout).split()[-40:])
-        raise MagicDriveError(f"`prefect {' '.join(arguments)}` failed: {reason}", f"see {HOME}/server.log")
+    states = {"type": {"any_": [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]}}
+    lost = FlowRunFilter.model_validate({"state": states})
+    pool = WorkPoolFilter.model_validate({"name": {"any_": [POOL]}})
+    for run in client.read_flow_runs(flow_run_filter=lost, work_pool_filter=pool):
+        state: State[None] = Crashed(message="its worker stopped without reporting it")
+        client.set_flow_run_state(run.id, state, force=True)
 
 
 if __name__ == "__main__":
-    main(app)
+    with exit_codes():
+        app()

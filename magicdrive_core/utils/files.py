@@ -19,7 +19,7 @@ from magicdrive_core.errors import MagicDriveError, system_error
 
 
 @contextmanager
-def atomic_file(path: Path | str) -> Iterator[Path]:
+def atomic_file(path: Path | str, *, private: bool = False) -> Iterator[Path]:
     """Yields a temporary path beside ``path``; on a clean exit it is synced and renamed to ``path``.
 
     At every moment, ``path`` holds either its old content or the complete new content. If the block raises, the
@@ -27,6 +27,7 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
 
     Args:
         path: the file to write; missing parent folders are made.
+        private: whether only the owner may read the file, at every moment; otherwise it gets the process's usual mode.
 
     Yields:
         The temporary path, an empty file with the suffix of ``path``; write the content there.
@@ -42,12 +43,28 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
         partial = Path(name)
         try:
             yield partial
-            partial.chmod(0o666 & ~_umask())  # mkstemp and safetensors create private files; results are shared
+            # mkstemp and safetensors create private files; results are shared
+            partial.chmod(0o600 if private else 0o666 & ~_umask())
             _sync(partial)
             partial.replace(path)
             _sync(path.parent)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def private_folder(path: Path) -> None:
+    """Makes a folder that only its owner can enter, and takes an existing one's rights from all others.
+
+    Args:
+        path: the folder; missing parents are made with the usual rights.
+
+    Raises:
+        MagicDriveError: the folder cannot be made, or it belongs to another user.
+    """
+    with _explained(path):
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if path.stat().st_mode & 0o077:
+            path.chmod(0o700)
 
 
 @contextmanager

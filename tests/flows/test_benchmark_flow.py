@@ -15,6 +15,7 @@ from PIL import Image
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 
+from flows import server
 from magicdrive_core.config.schema import Tracking
 from magicdrive_core.geometry.cameras import VIEWS
 from magicdrive_core.tracking.runs import Store
@@ -65,7 +66,8 @@ def test_a_registered_model_becomes_a_valid_submission_with_scores(prefect_api: 
     """A worker runs the deployment; a Dask cluster that exists as long as the flow makes the items."""
     lay_out(project)
     with get_client(sync_client=True) as client:
-        client.create_work_pool(WorkPoolCreate(name=POOL, type="process"))
+        template = read_json(server.TEMPLATE)
+        client.create_work_pool(WorkPoolCreate(name=POOL, type="process", base_job_template=template))
         prefect(project, prefect_api, "deploy", "--name", "wcoda", "--pool", POOL)
         deployment = client.read_deployment_by_name("benchmark/wcoda")
         overrides = {"overrides": [f"generate.weights={MODEL}"]}

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 
@@ -184,8 +185,10 @@ def test_ctrl_c_in_a_terminal_stops_a_flow_at_once(tmp_path: Path) -> None:
     body = f"""
 from prefect import flow
 from flows.common import main, run_child
+from prefect.server.api.server import SubprocessASGIServer
 @flow
 def work():
+    open("address", "w").write(SubprocessASGIServer().api_url)
     run_child({FAMILY!r} + [{str(called)!r}])
 main(work)
 """
@@ -199,6 +202,8 @@ main(work)
     with (tmp_path / "output").open("wb") as output, subprocess.Popen(command, stderr=output, **options) as flow:
         try:
             pids = family(called, seconds=240)
+            api = (tmp_path / "address").read_text()
+            assert httpx.post(f"{api}/flows/filter", json={}, timeout=60).status_code == 401  # for the flow alone
             os.killpg(flow.pid, signal.SIGINT)
             assert flow.wait(60) == 130
         finally:

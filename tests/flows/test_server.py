@@ -11,7 +11,6 @@ from pathlib import Path
 import psutil
 import pytest
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.objects import StateType
 from prefect.states import Running
 
@@ -114,15 +113,14 @@ def test_down_leaves_nothing_and_stops_the_worker_before_its_server(
     assert (tmp_path / "ended").read_text().split() == ["worker", "server"]
 
 
-def test_a_lost_run_frees_the_slot_of_the_pool(prefect_api: str) -> None:
+@pytest.mark.usefixtures("prefect_api")
+def test_a_lost_run_frees_the_slot_of_the_pool() -> None:
     """The pool has one slot: a run that never ends would block all others."""
-    pool = WorkPoolCreate(name=server.POOL, type="process")
     with get_client(sync_client=True) as client:
-        client.create_work_pool(pool)
         flow_id = client.create_flow_from_name("dead")
         deployment = client.create_deployment(flow_id, "dead", work_pool_name=server.POOL)
         dead, waiting = (client.create_flow_run_from_deployment(deployment) for _ in range(2))
         client.set_flow_run_state(dead.id, Running(), force=True)
-        server._crash_lost_runs(prefect_api)
+        server._crash_lost_runs(client)
         states = [client.read_flow_run(run.id).state for run in (dead, waiting)]
     assert [state.type for state in states if state] == [StateType.CRASHED, StateType.SCHEDULED]
