@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -25,9 +25,8 @@ from magicdrive_core.config.load import load_config
 from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.errors import UsageError
 from magicdrive_core.experiment.run_paths import find_run_paths, pin_registered
-from magicdrive_core.inference.items import input_digests, is_done, item_fingerprint, list_items
+from magicdrive_core.inference.items import Item, input_digests, list_items, unfinished
 from magicdrive_core.utils.progress import progress_bar
-from magicdrive_core.video.item_record import RECORD
 
 # Prefect's task runners for many hosts: module and class. Ray is an extra: pip install 'magicdrive[ray]'.
 RUNNERS = {"dask": ("prefect_dask", "DaskTaskRunner"), "ray": ("prefect_ray", "RayTaskRunner")}
@@ -71,13 +70,11 @@ def generate(params: str = "params.yaml", overrides: list[str] | None = None) ->
     paths = find_run_paths(config)
     items = list_items(config, read_scenes(Path("artifacts/infos")))
     digests = input_digests(config, paths.model.folder)
-    missing = [
-        item for item in items if not is_done(paths.generated / item.name, item_fingerprint(config, item, digests))
-    ]
+    missing = unfinished(config, items, paths.generated, digests)
     shards = min(config.generate.workers, len(missing))
     settings = setting_words(params, overrides)
     kind, arguments = config.generate.task_runner, (shards, settings, paths.generated)
-    with no_orphans(), _progress(paths.generated, len(items)):
+    with no_orphans(), _progress(paths.generated, items):
         scheduler = config.generate.scheduler
         cores = 1.0 if scheduler else 1 / max(1, shards)
         if kind == "threads":
@@ -120,17 +117,19 @@ def _task_runner(kind: str, scheduler: str | None) -> TaskRunner[Any]:
 
 
 @contextmanager
-def _progress(folder: Path, items: int) -> Iterator[None]:
-    """Shows one progress bar for all shards, which counts the finished items once a second."""
+def _progress(folder: Path, items: Sequence[Item]) -> Iterator[None]:
+    """Shows one progress bar for all shards, which counts the items' folders once a second: they appear complete."""
     finished = threading.Event()
+    names = {item.name for item in items}
     with progress_bar() as bar:
-        row = bar.add_task("generate", total=items)
+        row = bar.add_task("generate", total=len(items))
 
         def count() -> None:
             running = True
             while running:
                 running = not finished.wait(1.0)
-                bar.update(row, completed=sum(1 for _ in folder.glob(f"*/{RECORD}")))
+                present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+                bar.update(row, completed=len(names & present))
 
         counter = threading.Thread(target=count, daemon=True)
         counter.start()

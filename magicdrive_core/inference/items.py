@@ -21,6 +21,7 @@ from magicdrive_core.data.records import Clip, Scene
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.experiment.run_paths import EXECUTION_SETTINGS
 from magicdrive_core.geometry.cameras import PICTURE_HEIGHT, PICTURE_WIDTH
+from magicdrive_core.inference.checked import note_checked, stamps, was_checked
 from magicdrive_core.tracking import lineage
 from magicdrive_core.utils.files import read_json
 from magicdrive_core.video.decoder import probe
@@ -28,6 +29,7 @@ from magicdrive_core.video.frames import frame_files, read_frame
 from magicdrive_core.video.item_record import RECORD, ItemRecord, item_name
 
 REAL = "real"  # value of generate.initial_frames: the scene's own pictures
+LOOKS_AT_ONCE = 8  # items whose files are looked at side by side
 TIME_STRIDE = 4  # frames of a latent frame, except the first: equal to encoders.vae.TIME_STRIDE, which needs torch
 
 
@@ -256,7 +258,8 @@ def is_done(folder: Path, wanted: str) -> bool:
     """Tells whether an item's folder holds the files of a fingerprint, as they were written and decodable.
 
     Every video was decoded completely when it was written, for its PSNR, and its digest taken then; equal bytes decode
-    equally. Opening each file as well catches records with wrong digests and decoders of other hosts.
+    equally. Opening each file as well catches records with wrong digests and decoders of other hosts. Files whose sizes
+    and times are those of an earlier check are not read again.
 
     Args:
         folder: folder of the item; it may be missing.
@@ -265,13 +268,42 @@ def is_done(folder: Path, wanted: str) -> bool:
     Returns:
         False, too, where the record or a file cannot be read.
     """
-    if not (folder / RECORD).is_file():
+    try:
+        found = stamps(folder)
+    except OSError:
         return False
+    if RECORD not in found:
+        return False
+    if was_checked(folder, wanted, found):
+        return True
     try:
         record = ItemRecord.read(folder)
-        return record.fingerprint == wanted and not record.faults(folder) and _all_views_open(record, folder)
+        done = record.fingerprint == wanted and not record.faults(folder) and _all_views_open(record, folder)
     except MagicDriveError:
         return False
+    if done:
+        note_checked(folder, wanted, found)
+    return done
+
+
+def unfinished(config: Config, items: Sequence[Item], out: Path, digests: Mapping[str, str]) -> list[Item]:
+    """Picks the items that are not finished with these settings and inputs.
+
+    Args:
+        config: settings, for the fingerprints.
+        items: the items.
+        out: folder of the items' folders.
+        digests: what ``input_digests`` returned.
+
+    Returns:
+        Those that ``is_done`` does not find finished, in their order.
+    """
+
+    def done(item: Item) -> bool:
+        return is_done(out / item.name, item_fingerprint(config, item, digests))
+
+    with ThreadPoolExecutor(LOOKS_AT_ONCE) as pool:  # a network file system answers many questions at once
+        return [item for item, finished in zip(items, pool.map(done, items), strict=True) if not finished]
 
 
 def _all_views_open(record: ItemRecord, folder: Path) -> bool:

@@ -24,6 +24,7 @@ from magicdrive_core.config.schema import Config, parse_size
 from magicdrive_core.data.records import Scene
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.geometry.cameras import VIEWS
+from magicdrive_core.inference.checked import note_checked, stamps
 from magicdrive_core.inference.items import Item, item_seed
 from magicdrive_core.utils.files import atomic_folder, sha256_file
 from magicdrive_core.video.colour import Picture
@@ -185,6 +186,8 @@ class ItemWriter:
                     f"{self.item.name} was taken over by another worker",
                     "this worker was suspended for too long; run again to finish the others",
                 )
+            found = stamps(partial)
+        note_checked(folder, self.fingerprint, found)
 
     def _write_view(
         self, v: int, frames: Iterator[Picture], folder: Path, thumbnails: list[Picture], quality: float

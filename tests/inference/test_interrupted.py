@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from magicdrive_core.inference import checked
 from magicdrive_core.inference.claims import FOLDER
 from tests.inference.generating import all_items, generate, interrupted
 from tests.inference.project import make_project, small_config, small_scene
@@ -19,7 +20,7 @@ def content(folder: Path) -> dict[str, Any]:
     files: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        if path.is_file() and name.parts[0] != FOLDER:
+        if path.is_file() and name.parts[0] not in {FOLDER, checked.FOLDER}:
             files[str(name)] = path.read_bytes()
             if path.name == "item.json":
                 files[str(name)] = json.loads(path.read_text()) | {"seconds": None}

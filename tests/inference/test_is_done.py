@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from magicdrive_core.geometry.cameras import PICTURE_HEIGHT, PICTURE_WIDTH
+from magicdrive_core.inference import checked
 from magicdrive_core.inference.items import is_done
 from magicdrive_core.utils.files import sha256_file
 from magicdrive_core.video.encoder import encode_video
@@ -101,6 +103,31 @@ def test_files_are_opened_even_if_the_record_agrees_with_their_bytes(
 ) -> None:
     recorded(item, make(item))
     assert done(item) is right
+
+
+def test_unchanged_files_are_read_once_and_changed_ones_again(item: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = []
+    read = ItemRecord.read
+    monkeypatch.setattr(ItemRecord, "read", lambda folder: reads.append(folder) or read(folder))
+    assert all(done(item) for _ in range(3))
+    assert len(reads) == 1
+    assert not is_done(item, "another")
+    os.utime(back(item))
+    assert done(item)
+    assert done(item)
+    assert len(reads) == 3
+    (item.parent / checked.FOLDER / f"{item.name}.json").write_text("[" * 100_000)
+    assert done(item)
+    truncated(item)
+    assert not done(item)
+
+
+def test_a_folder_that_cannot_be_written_is_checked_each_time(item: Path) -> None:
+    (item.parent / checked.FOLDER).touch()  # no folder can be made there
+    assert done(item)
+    assert done(item)
+    truncated(item)
+    assert not done(item)
 
 
 def test_png_frames_are_counted_and_opened(item: Path) -> None:
