@@ -89,7 +89,11 @@ class RayEmbedder(nn.Module):
                     up = functional.normalize(-camera[:, :, 4].mean(0), dim=0)
                     origin, rays = camera_rays(camera[view], pixels[sample])
                     at = sample, view, frame
-                    boxes = conditions.box_corners[at].float(), conditions.box_classes[at], shown[at]
+                    corners, kinds = conditions.box_corners[at].float(), conditions.box_classes[at]
+                    seen = shown[at] & in_view(camera[view], corners)
+                    boxes = corners, kinds, seen
+                    if not seen.is_meta:  # a fifth of all boxes: the rest of the time would go into the others
+                        boxes = corners[seen], kinds[seen], seen[seen]
                     ground = ground_features(origin, rays, up, conditions.bev_map[sample, frame].float())
                     met = box_features(origin, rays, *boxes, self.classes)
                     rows.append(torch.cat([functional.normalize(rays, dim=-1), ground, met], dim=-1))
@@ -144,6 +148,25 @@ def camera_rays(camera: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
     return camera[:, 6], inside @ camera[:, 3:6].T
 
 
+def in_view(camera: Tensor, corners: Tensor) -> Tensor:
+    """Tells which boxes a picture may show: those whose sphere reaches into its left and right edge.
+
+    Args:
+        camera: (3, 7), [K | R | t] as in ``camera_rays``.
+        corners: (N, 8, 3) of the boxes, in the lidar frame.
+
+    Returns:
+        (N) bool; True for every box that a ray of the picture can meet.
+    """
+    centres = corners.mean(1)
+    radii = (corners[:, 0] - centres).norm(dim=-1)
+    inside = (centres - camera[:, 6]) @ camera[:, 3:6]  # camera frame: x right, z forward
+    focal, middle = camera[0, 0], camera[0, 2]
+    left = inside[:, 0] * focal + inside[:, 2] * middle
+    right = -inside[:, 0] * focal + inside[:, 2] * (PICTURE_WIDTH - middle)
+    return (left > -radii * focal.hypot(middle)) & (right > -radii * focal.hypot(PICTURE_WIDTH - middle))
+
+
 def ground_features(origin: Tensor, rays: Tensor, up: Tensor, bev_map: Tensor) -> Tensor:
     """Looks up the BEV map where rays meet the ground, a plane ``LIDAR_HEIGHT`` below the lidar.
 
@@ -183,6 +206,8 @@ def box_features(origin: Tensor, rays: Tensor, corners: Tensor, kinds: Tensor, s
         (R, 1 + K + 3): nearness as in ``ground_features``, class (one-hot), and the place on the box, from -1 to 1
         along its width, length and height; all 0 where no box is met.
     """
+    if not len(corners):
+        return rays.new_zeros(len(rays), 1 + classes + 3)
     halves = (corners[:, [4, 3, 1]] - corners[:, :1]).transpose(0, 1) / 2  # (3 axes, N, 3)
     to_unit = halves / halves.square().sum(-1, keepdim=True).clamp(min=PARALLEL)
     start = torch.einsum("anx,nx->an", to_unit, origin - corners.mean(1))[..., None]  # in units of each box

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from magicdrive_core.geometry.boxes import corners
-from magicdrive_core.model.rays import HALF_DEPTH, LIDAR_HEIGHT, box_features, camera_rays, ground_features
+from magicdrive_core.model.rays import HALF_DEPTH, LIDAR_HEIGHT, box_features, camera_rays, ground_features, in_view
 from magicdrive_core.parallel.gradient_order import arrival_order
 from tests.model.networks import conditions, network, noisy
 
@@ -67,6 +67,18 @@ def test_a_ray_to_a_point_of_a_box_finds_its_place(x: float, y: float, turn: flo
     place = centre + torch.tensor([width, length, height]) @ axes
     torch.testing.assert_close(place, inner / inner.norm() * depth, atol=1e-3, rtol=0)
     assert max(abs(width), abs(length), abs(height)) == pytest.approx(1, abs=1e-4)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.floats(-30, 30), st.floats(-30, 30), st.floats(-math.pi, math.pi), st.floats(200, 1300), st.floats(700, 900))
+def test_every_box_that_a_ray_meets_is_in_view(x: float, y: float, turn: float, focal: float, middle: float) -> None:
+    looking_along_y = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, -1.0, 0.0]])  # columns: right, down, ahead
+    intrinsics = torch.tensor([[focal, 0.0, middle], [0.0, focal, 450.0], [0.0, 0.0, 1.0]])
+    camera = torch.cat([intrinsics, looking_along_y, torch.zeros(3, 1)], dim=1)
+    pixels = torch.cartesian_prod(torch.arange(2.0, 1600, 4), torch.arange(200.0, 700, 20))
+    own = box(x, y, 0.2, turn)
+    assert in_view(camera, own) or not met(camera_rays(camera, pixels)[1], own).any()
+    assert not in_view(camera, box(0, -8 - abs(y), 0))
 
 
 def test_the_ground_is_looked_up_where_a_ray_meets_it() -> None:
