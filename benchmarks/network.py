@@ -33,7 +33,7 @@ from magicdrive_core.diffusion.rectified_flow import RectifiedFlow
 from magicdrive_core.inference.guided_sampling import sample_latents
 from magicdrive_core.model.build import build_network
 from magicdrive_core.model.config import NetworkConfig
-from magicdrive_core.model.inputs import Conditions
+from magicdrive_core.model.inputs import Conditions, pack_map
 from magicdrive_core.parallel.parallelize import parallelize
 from magicdrive_core.utils.memory import keep_freed
 
@@ -139,7 +139,7 @@ def workload(seed: int = 0) -> Conditions:
         box_corners=20 * normal(1, 6, FRAMES, SLOTS, 8, 3),
         box_classes=whole(0, 10, 1, 6, FRAMES, SLOTS),
         box_masks=whole(-1, 2, 1, 6, FRAMES, SLOTS),
-        bev_map=whole(0, 2, 1, FRAMES, 8, 200, 200).float(),
+        bev_map=pack_map(whole(0, 2, 1, FRAMES, 8, 200, 200)),
         height=torch.tensor([224.0]),
         width=torch.tensor([400.0]),
         fps=torch.tensor([12.0]),

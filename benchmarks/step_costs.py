@@ -64,7 +64,7 @@ def conditions(size: str, frames: int, cells: int) -> Conditions:
         box_corners=20 * normal(1, 6, frames, SLOTS, 8, 3),
         box_classes=torch.zeros(1, 6, frames, SLOTS, dtype=torch.int64),
         box_masks=torch.ones(1, 6, frames, SLOTS, dtype=torch.int64),
-        bev_map=torch.ones(1, frames, 8, cells // 2, cells // 2),
+        bev_map=torch.full((1, frames, cells // 2, cells // 2), 255, dtype=torch.uint8),
         height=torch.tensor([float(height)]),
         width=torch.tensor([float(width)]),
         fps=torch.tensor([12.0]),

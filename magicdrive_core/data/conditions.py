@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from magicdrive_core.config.schema import Config, fingerprint, parse_size
 from magicdrive_core.config.versions import BEV_MAPS_VERSION
 from magicdrive_core.data.adapters import open_adapter
-from magicdrive_core.data.bev_maps import unpack
 from magicdrive_core.data.clips import caption, list_clips
 from magicdrive_core.data.infos import infos_digest, read_scenes
 from magicdrive_core.data.map_cache import draw_maps, used_cells
@@ -60,7 +59,7 @@ def clip_conditions(scene: Scene, clip: Clip, size: str, bits: NDArray[np.uint8]
         box_classes=box_classes,
         box_masks=box_masks,
         box_ids=ids,
-        bev_map=unpack(bits),
+        bev_map=bits,
         height=height,
         width=width,
         fps=FPS if clip.frames > 1 else FPS_OF_STILLS,

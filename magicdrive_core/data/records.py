@@ -121,7 +121,7 @@ class ClipConditions:
     box_classes: NDArray[np.int64]  # F, N; -1 where the slot's object is absent
     box_masks: NDArray[np.int64]  # F, V, N: 1 shown, 0 no box in this view, -1 hidden
     box_ids: list[str]  # N instance tokens
-    bev_map: NDArray[np.uint8]  # F, 8, h, w of 0 and 1; [c, i, j]: i along the lidar's x, j along its y
+    bev_map: NDArray[np.uint8]  # F, h, w; bit c of [i, j] is layer c: i along the lidar's x, j along its y
     height: int  # of the video, pixels
     width: int
     fps: int  # 12, or 120 for single frames

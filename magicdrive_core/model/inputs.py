@@ -28,7 +28,7 @@ class Conditions:
     box_corners: Tensor  # B, V, F, N, 8, 3 metres
     box_classes: Tensor  # B, V, F, N int64, -1 where absent
     box_masks: Tensor  # B, V, F, N int64: 1 shown, 0 no box, -1 hidden
-    bev_map: Tensor  # B, F, 8, h, w of 0 and 1
+    bev_map: Tensor  # B, F, h, w uint8: bit k of a cell is layer k
     height: Tensor  # B pixels of the video
     width: Tensor  # B
     fps: Tensor  # B: 12, or 120 for single frames
@@ -111,7 +111,7 @@ def collate(
         box_corners=torch.stack(corners)[:, None].expand(-1, views, -1, -1, -1, -1),
         box_classes=torch.stack(classes)[:, None].expand(-1, views, -1, -1),
         box_masks=torch.stack(masks),
-        bev_map=torch.stack([torch.from_numpy(clip.bev_map) for clip in clips]).float(),
+        bev_map=torch.stack([torch.from_numpy(clip.bev_map) for clip in clips]),
         height=torch.tensor([float(clip.height) for clip in clips]),
         width=torch.tensor([float(clip.width) for clip in clips]),
         fps=torch.tensor([float(clip.fps) for clip in clips]),
@@ -119,6 +119,36 @@ def collate(
         keep_frame=torch.ones(len(clips), frames, dtype=torch.bool),
         longest_text=int(lengths.max()),
     )
+
+
+def pack_map(layers: Tensor) -> Tensor:
+    """Packs the layers of a BEV map into bits, an eighth of a byte for each layer of a cell.
+
+    Args:
+        layers: (..., layers, h, w) of 0 and 1, eight layers at most.
+
+    Returns:
+        (..., h, w) uint8; bit k of a cell is layer k.
+    """
+    bits = torch.zeros_like(layers.select(-3, 0), dtype=torch.uint8)
+    for index, layer in enumerate(layers.unbind(-3)):
+        bits |= layer.to(torch.uint8) << index
+    return bits
+
+
+def unpack_map(bits: Tensor, layers: int, dtype: torch.dtype) -> Tensor:
+    """Unpacks the bits of a BEV map.
+
+    Args:
+        bits: (..., h, w) uint8; bit k of a cell is layer k.
+        layers: number of layers.
+        dtype: data type of the result.
+
+    Returns:
+        (..., layers, h, w) of 0 and 1.
+    """
+    masks = 2 ** torch.arange(layers, device=bits.device, dtype=torch.uint8)
+    return (bits.unsqueeze(-3) & masks[:, None, None]).ne_(0).to(dtype)
 
 
 def blank_conditions(
@@ -149,7 +179,7 @@ def blank_conditions(
         box_corners=zeros(1, V, frames, N, 8, 3),
         box_classes=zeros(1, V, frames, N, dtype=torch.int64),
         box_masks=zeros(1, V, frames, N, dtype=torch.int64),
-        bev_map=zeros(1, frames, config.map_layers, cells, cells),
+        bev_map=zeros(1, frames, cells, cells, dtype=torch.uint8),
         height=zeros(1),
         width=zeros(1),
         fps=zeros(1),

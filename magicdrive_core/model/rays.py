@@ -21,7 +21,7 @@ from magicdrive_core.geometry.cameras import PICTURE_HEIGHT, PICTURE_WIDTH
 from magicdrive_core.model.blocks import Mlp
 from magicdrive_core.model.config import PATCH, NetworkConfig
 from magicdrive_core.model.context import TokenShard
-from magicdrive_core.model.inputs import Conditions
+from magicdrive_core.model.inputs import Conditions, unpack_map
 
 LIDAR_HEIGHT = 1.84  # metres above the ground, of nuScenes' LIDAR_TOP
 HALF_DEPTH = 5.0  # metres at which the feature of the depth is a half
@@ -38,7 +38,7 @@ class RayEmbedder(nn.Module):
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
-        self.rays, self.classes = config.rays, config.classes
+        self.rays, self.classes, self.layers = config.rays, config.classes, config.map_layers
         self.mlp = Mlp(config.rays**2 * ray_features(config), config.width, config.width)
 
     def forward(
@@ -92,9 +92,10 @@ class RayEmbedder(nn.Module):
                     corners, kinds = conditions.box_corners[at].float(), conditions.box_classes[at]
                     seen = shown[at] & in_view(camera[view], corners)
                     boxes = corners, kinds, seen
-                    if not seen.is_meta:  # a fifth of all boxes: the rest of the time would go into the others
+                    if seen.device.type == "cpu":  # a fifth of all boxes; a device would have to be waited for
                         boxes = corners[seen], kinds[seen], seen[seen]
-                    ground = ground_features(origin, rays, up, conditions.bev_map[sample, frame].float())
+                    layers = unpack_map(conditions.bev_map[sample, frame], self.layers, torch.float32)
+                    ground = ground_features(origin, rays, up, layers)
                     met = box_features(origin, rays, *boxes, self.classes)
                     rows.append(torch.cat([functional.normalize(rays, dim=-1), ground, met], dim=-1))
             samples.append(torch.stack(rows) * conditions.keep[sample])

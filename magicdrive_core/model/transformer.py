@@ -42,6 +42,7 @@ from magicdrive_core.model.embedders import (
     position_embedding,
 )
 from magicdrive_core.model.init import initialise
+from magicdrive_core.model.inputs import unpack_map
 from magicdrive_core.model.rays import RayEmbedder
 
 if TYPE_CHECKING:
@@ -359,8 +360,8 @@ class MagicDrive(nn.Module):
         Returns:
             (B, F, layers, rows, columns) in the dtype of the weights.
         """
-        keep = conditions.keep[:, None, None, None, None]
-        return conditions.bev_map.to(self.dtype, copy=True).mul_(keep)  # in one copy: a long clip's map takes 1 GB
+        bits = conditions.bev_map * conditions.keep[:, None, None, None]  # before they are unpacked to 1 GB
+        return unpack_map(bits, self.config.map_layers, self.dtype)
 
     def resize_map(self, features: Tensor, latent_shape: tuple[int, int, int]) -> Tensor:
         """Resizes map features to the latents' grid by means over what a latent covers (decision 0009).

@@ -89,8 +89,8 @@ def batch_bytes(config: Config, bucket: Bucket, latent_channels: int, text_width
     height, width = (side // 8 for side in parse_size(bucket.resolution))
     latent_frames = bucket.frames // 4 + bucket.frames % 2
     cells, views = config.conditions.map_cells[bucket.resolution], len(VIEWS)
-    latents = 4 * views * latent_channels * latent_frames * height * width
-    maps = 4 * bucket.frames * 8 * cells * cells
+    latents = 2 * 4 * views * latent_channels * latent_frames * height * width  # clean ones and noise
+    maps = bucket.frames * cells * cells  # a bit for each of eight layers
     text = 4 * config.text.max_tokens * text_width
     # Corners and classes are one for all views; masks are for each.
     boxes = bucket.frames * SLOTS * (4 * 8 * 3 + 8 + 8 * views) + 4 * SLOTS * config.model.width

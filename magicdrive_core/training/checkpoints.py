@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.parallel import control
 from magicdrive_core.training.engine import Engine
 from magicdrive_core.training.state import MOMENTS, Ema, masters, moment_steps, moments, set_masters, set_moments
 from magicdrive_core.utils.files import atomic_file, read_json, sha256_file, sync_folder, write_json
@@ -103,14 +104,14 @@ def resume(folder: Path, engine: Engine, ema: Ema) -> TrainingProgress | None:
     Raises:
         MagicDriveError: the checkpoint belongs to another network.
     """
-    chosen: list[str | None] = [None]
+    chosen = None
     if dist.get_rank() == 0:
         for partial in folder.glob(".step-*"):  # left by a process that was killed while it wrote
             shutil.rmtree(partial)
         path = newest(folder)
-        chosen = [path.name if path else None]
-    dist.broadcast_object_list(chosen, src=0)
-    return load(folder / chosen[0], engine, ema) if chosen[0] else None
+        chosen = path.name if path else None
+    chosen = control.from_leader(chosen)
+    return load(folder / chosen, engine, ema) if chosen else None
 
 
 def load(path: Path, engine: Engine, ema: Ema) -> TrainingProgress:
@@ -252,7 +253,7 @@ class Saver:
         rank, ranks = dist.get_rank(), dist.get_world_size()
         if rank == 0:
             self._create_folder()
-        dist.barrier()
+        control.barrier()
         kinds = {MASTER: masters(self._engine), AVERAGE: self._ema.shards, **moments(self._engine)}
         tensors = {f"{kind}/{name}": shard for kind, shards in kinds.items() for name, shard in shards.items()}
         parts = {f"shard-{rank:05d}-of-{ranks:05d}.safetensors": tensors}
@@ -303,12 +304,10 @@ class Saver:
         """Wait until the last started checkpoint is settled on all ranks."""
         if self._written is not None:  # on all ranks
             self._written.exception()  # waits
-            statuses: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(statuses, int(self.status))
-            self.settle(statuses)
+            self.settle(control.gather(int(self.status)))
         # Rank 0 may still rename what was settled here or at the last step: other ranks would not find the folder yet,
         # and a rank that exits before would end rank 0 too.
-        dist.barrier()
+        control.barrier()
 
     @property
     def _partial(self) -> Path:

@@ -11,6 +11,7 @@ precision on each. Everything that ColossalAI 0.5.0 is made to do differently is
 | ``_add_to_bucket``, ``_reduce_grad`` | one order of buckets for all kinds of clips | test_engine: different layers |
 | ``_update_partitoned_grad`` | passes add up in fp32; reductions are checked (#6091) | test_engine: fp32; test_guard |
 | ``step`` | no weight decay on what no rank used | test_engine: unused parameters |
+| ``_compute_grad_norm`` | upstream waits for the device twice in a step | test_accelerator: one synchronisation |
 | ``_unscale_and_clip_grads`` | refuse an infinite norm; report it unscaled | test_guard: refuses; test_loss_scale |
 | ``LossScale`` | upstream divides by a scale that has grown, and loses its counter | test_loss_scale |
 | ``_copy_masters`` | upstream's masters come from weights rounded to bf16 | test_engine: masters start exact |
@@ -25,6 +26,7 @@ import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from types import MethodType
 from typing import Any
 
@@ -42,8 +44,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from magicdrive_core.config.schema import Training
-from magicdrive_core.device import BACKENDS, backend, take_device
+from magicdrive_core.device import BACKENDS, take_device
 from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.parallel import control
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +79,11 @@ class Engine:
             group["lr"] = rate
 
 
-def join_group() -> torch.device:
-    """Enter the process group that the launcher described in the environment (``LOCAL_RANK``, ``MASTER_ADDR``, ...).
+def join_group(stall_seconds: float) -> torch.device:
+    """Enter the process groups that the launcher described in the environment (``LOCAL_RANK``, ``MASTER_ADDR``, ...).
+
+    Args:
+        stall_seconds: time without a finished step after which the launcher ends all ranks.
 
     Returns:
         This rank's device; the CPU where there are no devices.
@@ -88,7 +94,7 @@ def join_group() -> torch.device:
     device = take_device(int(os.environ["LOCAL_RANK"]))
     if device.type == "cpu" and not isinstance(get_accelerator(), _GlooAccelerator):
         set_accelerator(_GlooAccelerator())
-    dist.init_process_group(backend())
+    control.join(stall_seconds)
     return device
 
 
@@ -209,15 +215,17 @@ class LossScale(MixedPrecisionMixin):
 
 @dataclass(frozen=True)
 class GradientCheck:
-    """Whether the gradients of a step are finite, as one rank saw them.
+    """The gradients of a step, as one rank saw them.
 
     Attributes:
         faulty: names of parameters whose gradient from this rank's own clips is not finite, in reduction order.
         received_finite: whether all sums that this rank received from the reductions are finite.
+        norm: of the gradient of all ranks, before clipping; with fp16's loss scale in it.
     """
 
     faulty: list[str]
     received_finite: bool
+    norm: float
 
 
 class ZeroOptimizer(LowLevelZeroOptimizer):
@@ -230,10 +238,10 @@ class ZeroOptimizer(LowLevelZeroOptimizer):
     order has to be close to that of arrival (``parallel/gradient_order.py``).
 
     It also detects ColossalAI #6091, NaN that appear on 64 and more GPUs with communication overlap: every gradient is
-    checked before it enters a reduction, and every shard that comes out, so that ``check_gradients`` tells faults of
-    this rank from faults that it received. The cause of #6091 is not known. With overlap, the host waits for each
-    bucket's result as the known workaround does, which takes back most of what overlap gains; without, which is the
-    default, there is one wait at the end of a pass.
+    checked before it enters a reduction, and every shard that comes out, so that ``read_passes`` tells faults of this
+    rank from faults that it received. The cause of #6091 is not known. With overlap, the host waits for each bucket's
+    result as the known workaround does, which takes back most of what overlap gains; without, which is the default,
+    the host waits once in a step: in ``read_passes``.
 
     Several backward passes before a step add up. Gradients travel in the working precision and are added in fp32.
 
@@ -250,6 +258,7 @@ class ZeroOptimizer(LowLevelZeroOptimizer):
         self._own: list[tuple[int, Tensor]] = []  # position in the order and extremes of each own gradient
         self._received: list[Tensor] = []  # extremes of each shard that came out of a reduction
         self._used = [False] * len(self._order)  # by this rank's clips since ``zero_grad``
+        self._norm: float | None = None  # of the gradients since ``zero_grad``, once it was read
         self.loss_scale = LossScale() if self._dtype is torch.float16 else None
         if self.loss_scale is not None:
             self.mixed_precision_mixin = self.loss_scale
@@ -304,10 +313,10 @@ class ZeroOptimizer(LowLevelZeroOptimizer):
         Raises:
             MagicDriveError: the norm of the gradient is not finite; no weight was changed.
         """
-        used = torch.tensor(self._used, dtype=torch.uint8, device=get_accelerator().get_current_device())
-        dist.all_reduce(used, op=dist.ReduceOp.MAX)
-        for (parameter, group), by_any in zip(self._order, used.tolist(), strict=True):  # synchronises
-            if not by_any:
+        if self._norm is None:
+            self.read_passes([])
+        for (parameter, group), used in zip(self._order, control.any_rank(self._used), strict=True):
+            if not used:
                 store = self.pid_to_grad_store[id(parameter)]
                 store._grads_of_params[group].pop(id(parameter))
         super().step(closure)
@@ -324,26 +333,53 @@ class ZeroOptimizer(LowLevelZeroOptimizer):
         self._own.clear()
         self._received.clear()
         self._used = [False] * len(self._order)
+        self._norm = None
 
-    def check_gradients(self) -> GradientCheck:
-        """Check the gradients since ``zero_grad`` as this rank saw them. Synchronises with the device.
+    def read_passes(self, losses: Sequence[Tensor]) -> tuple[list[list[float]], GradientCheck]:
+        """Read from the device what the host needs of a step's passes: its one synchronisation. Collective.
+
+        Called after the last backward pass of a step and before ``step``.
+
+        Args:
+            losses: (B) of each pass.
 
         Returns:
-            The parameters whose own gradients are faulty, and whether all received sums are finite; called after the
-            last backward pass of a step and before ``step``.
+            For each pass the mean of its losses, then the losses; and the check of the gradients since ``zero_grad``.
         """
-        finite = torch.stack([extremes for _, extremes in self._own]).isfinite().all(dim=1).tolist()
-        faulty = {index for (index, _), good in zip(self._own, finite, strict=True) if not good}
-        received = bool(torch.stack(self._received).isfinite().all())
-        return GradientCheck([self.names[index] for index in sorted(faulty)], received)
+        shards = [shard for store in self.pg_to_grad_store.values() for shard in store.get_working_grads_by_group_id(0)]
+        squares = torch.stack(torch._foreach_norm(shards, 2, dtype=torch.float64)).square().sum()[None]
+        dist.all_reduce(squares)
+        finite = torch.stack([extremes for _, extremes in self._own]).isfinite().all(dim=1)
+        received = torch.stack(self._received).isfinite().all()[None]
+        passes = [torch.cat([each.detach().mean()[None], each.detach()]) for each in losses]
+        parts = [squares, received, finite, *passes]
+        values = iter(read_from_device(torch.cat([part.double() for part in parts])))
+        (square,), (received_finite,), own, *read = (list(islice(values, len(part))) for part in parts)
+        faulty = {index for (index, _), good in zip(self._own, own, strict=True) if not good}
+        self._norm = math.sqrt(square)
+        return read, GradientCheck([self.names[index] for index in sorted(faulty)], bool(received_finite), self._norm)
+
+    def _compute_grad_norm(self, *_: Any, **__: Any) -> float:
+        assert self._norm is not None  # ``step`` has read it
+        return self._norm
 
     def _unscale_and_clip_grads(self, grad_groups_flat: list[Tensor], total_norm: float) -> None:
-        # Not finite: ``check_gradients`` was ignored, or finite gradients overflow in their norm.
+        # Not finite: ``read_passes`` was ignored, or finite gradients overflow in their norm.
         if not math.isfinite(total_norm):
             raise MagicDriveError("the norm of the gradient is not finite", "lower the learning rate")
-        if self.loss_scale is not None:
-            self._current_grad_norm = total_norm / self.loss_scale.scale
-        super()._unscale_and_clip_grads(grad_groups_flat, total_norm)
+        scale = 1.0 if self.loss_scale is None else self.loss_scale.scale
+        self._current_grad_norm = total_norm / scale
+        divisor = scale * max(1.0, (self._current_grad_norm + 1e-6) / self._clip_grad_norm)
+        torch._foreach_mul_(grad_groups_flat, 1.0 / divisor)
+
+
+def read_from_device(values: Tensor) -> list[float]:
+    """Read numbers from the device; the host waits until it has computed them.
+
+    Args:
+        values: (n).
+    """
+    return values.tolist()
 
 
 def _extremes(gradient: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.experiment.stages import StagePlan
+from magicdrive_core.parallel import control
 from magicdrive_core.training.checkpoints import checkpoints
 from magicdrive_core.training.engine import LossScale
 from magicdrive_core.training.statistics import RankStatistics
@@ -86,18 +87,17 @@ class Guard:
         """
         first, last = self._skipped[0], self._skipped[-1]
         report = self._plan.folder / "nonfinite.json"
-        newest: list[str | None] = [None]
+        newest = None
         if dist.get_rank() == 0:
             saved = checkpoints(self._plan.folder / "checkpoints")
-            newest = [saved[-1].name if saved else None]
-            write_json(report, {"stage": self._plan.stage, "skipped": self._skipped, "resumes_from": newest[0]})
+            newest = saved[-1].name if saved else None
+            write_json(report, {"stage": self._plan.stage, "skipped": self._skipped, "resumes_from": newest})
         # Other hosts may not see the newest folder yet, and a rank that exits early would end the rank that writes.
-        dist.broadcast_object_list(newest, src=0)
+        newest = control.from_leader(newest)
         return MagicDriveError(
             f"no finite loss and gradient from step {first['step']} to {last['step']}"
             f" (step {first['step']}: {first['faults'][0]}); report: {report}",
-            f"run the same command to resume from {newest[0] or 'the start'};"
-            " if it fails again, lower the learning rate",
+            f"run the same command to resume from {newest or 'the start'}; if it fails again, lower the learning rate",
         )
 
 

@@ -33,6 +33,7 @@ from magicdrive_core.data.records import Clip, ClipConditions, SceneHeader
 from magicdrive_core.data.scene_store import ScenesByToken
 from magicdrive_core.device import this_device
 from magicdrive_core.diffusion.frame_masks import draw_masks
+from magicdrive_core.diffusion.rectified_flow import RectifiedFlow
 from magicdrive_core.encoders.caches import LatentCache, LiveLatents, open_text
 from magicdrive_core.encoders.vae import sample_moments
 from magicdrive_core.experiment.stages import bucket_clips
@@ -57,7 +58,9 @@ class Batch:
         latents: (B, V, C, T, h, w), clean.
         conditions: what the clips are conditioned on, changed as training changes it.
         mask: (B, T) bool, True for noisy frames; None where all are.
-        generator: CPU generator that draws the noise levels and the noise.
+        t: (B) noise levels in [0, 1000], fp32.
+        noise: shaped like ``latents``, the end of the path.
+        generator: CPU generator that drew the noise levels, then the noise; it draws what a pass needs beyond them.
         flops: floating-point operations of the network, forward and backward.
     """
 
@@ -66,6 +69,8 @@ class Batch:
     latents: Tensor
     conditions: Conditions
     mask: Tensor | None
+    t: Tensor
+    noise: Tensor
     generator: torch.Generator
     flops: float
 
@@ -81,7 +86,7 @@ class Batch:
         """Return the batch on a device; the copy may still be running, and the device waits for it by itself.
 
         Args:
-            device: where latents, conditions and mask go; the generator stays on the CPU.
+            device: where all tensors go; the generator stays on the CPU.
 
         Returns:
             A batch of the same shapes. The copies of tensors that were expanded over the views are expanded again.
@@ -90,7 +95,14 @@ class Batch:
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         mask = None if self.mask is None else change(self.mask)
-        return replace(self, latents=change(self.latents), conditions=self.conditions.map(change), mask=mask)
+        return replace(
+            self,
+            latents=change(self.latents),
+            conditions=self.conditions.map(change),
+            mask=mask,
+            t=change(self.t),
+            noise=change(self.noise),
+        )
 
 
 def _pin(tensor: Tensor) -> Tensor:
@@ -149,6 +161,7 @@ class Loader:
             stage=stage,
             published=config.published,
         )
+        self._flow = RectifiedFlow(config.flow.base_pixels)
         self._pin = this_device().type != "cpu"
         self._prefetcher: Prefetcher[Batch] | None = None
         self._shared: SharedEncoding | None = None
@@ -240,13 +253,18 @@ class Loader:
         latents = self._scale * sample_moments(moments.float(), generator)
         mask = draw_masks(self._settings.mask_ratios, len(clips), latents.shape[3], rng)
         conditions = self._conditions(clips, size, rng, generator)
+        shape = (clips[0].frames, *parse_size(size))
+        t = self._flow.draw_timesteps(generator, len(clips), shape)  # on the CPU: the same on every device
+        noise = torch.randn(latents.shape, generator=generator)
         simulated = [n for n in self._settings.simulate_sizes if n >= self._config.cluster.sequence_parallel]
         batch = Batch(
             bucket,
-            (clips[0].frames, *parse_size(size)),
+            shape,
             latents,
             replace(conditions, pad_patches=int(rng.choice(simulated)) if simulated else None),
             None if mask.all() else torch.from_numpy(mask),
+            t,
+            noise,
             generator,
             training_flops(
                 self._sizes, len(clips), clips[0].frames, latents.shape[3:], conditions.box_classes.shape[-1]

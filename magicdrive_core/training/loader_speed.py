@@ -93,13 +93,17 @@ def batch_nbytes(batch: Batch) -> int:
     """Return the memory that the tensors of a micro-batch occupy.
 
     Args:
-        batch: whose latents, mask and conditions count.
+        batch: whose latents, mask, noise and conditions count.
 
     Returns:
         Bytes; a tensor that is expanded over the views counts once.
     """
     conditions = (getattr(batch.conditions, field.name) for field in fields(batch.conditions))
-    tensors = [tensor for tensor in (batch.latents, batch.mask, *conditions) if isinstance(tensor, Tensor)]
+    tensors = [
+        tensor
+        for tensor in (batch.latents, batch.mask, batch.t, batch.noise, *conditions)
+        if isinstance(tensor, Tensor)
+    ]
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 

@@ -20,6 +20,7 @@ from magicdrive_core.diffusion.rectified_flow import RectifiedFlow, restore_cond
 from magicdrive_core.experiment.stages import StagePlan
 from magicdrive_core.launch.process_group import RESUMABLE
 from magicdrive_core.model.transformer import MagicDrive
+from magicdrive_core.parallel import control
 from magicdrive_core.parallel.gradient_order import arrival_order
 from magicdrive_core.parallel.mesh import Mesh
 from magicdrive_core.parallel.parallelize import parallelize
@@ -76,7 +77,7 @@ def train(
     """
     training, stage = config.training, config.training.stage(plan.stage)
     mesh = Mesh.of(config.cluster.sequence_parallel)
-    order = arrival_order(network)
+    order = control.from_leader(arrival_order(network))
     parallelize(
         network,
         sequence_group=mesh.sequence_group,
@@ -90,7 +91,6 @@ def train(
     logger.info("%s: from step %d of %d, %d ranks", plan.stage, progress.step, stage.steps, dist.get_world_size())
     left = stage.accumulate * (stage.steps - progress.step)
     loader.start(progress.micro_batches, mesh.groups, mesh.group, left, mesh.sequence_group)
-    flow = RectifiedFlow(config.flow.base_pixels)
     guard = Guard(plan, training.max_skipped, engine.optimizer.loss_scale)
     saver = Saver(folder, engine, ema, training.keep_checkpoints, training.keep_every)
     checkpoint_due = False
@@ -101,25 +101,27 @@ def train(
             started = time.perf_counter()
 
             # Forward and backward passes. The gradient is that of the mean loss of the micro-batches.
-            micro_batches, waited = [], 0.0
+            batches, losses, waited = [], [], 0.0
             for _ in range(stage.accumulate):
                 called = time.perf_counter()
                 batch = loader.next()
                 waited += time.perf_counter() - called
                 if training.lora is not None and training.lora.dropout:
                     draw_dropout(network, training.lora.dropout, batch.generator)
-                losses, t = flow_loss(engine, flow, batch)
-                engine.optimizer.backward(losses.mean() / stage.accumulate)
-                micro_batches.append(MicroBatchStatistics.of(losses, t, batch))  # synchronises with the device
+                batches.append(batch)
+                losses.append(flow_loss(engine, batch))
+                engine.optimizer.backward(losses[-1].mean() / stage.accumulate)
+            read, gradients = engine.optimizer.read_passes(losses)  # the step's one synchronisation with the device
 
             # Every rank learns what all ranks know of this step: from here on all of them decide the same.
+            logs = recorder.logs(progress.step + 1)
             own = RankStatistics(
-                micro_batches,
-                gradients=engine.optimizer.check_gradients(),
+                [MicroBatchStatistics.of(*each) for each in zip(read, batches, strict=True)],
+                gradients=gradients,
                 waited=waited,
                 stop=stop.requested,
                 write_status=saver.status,
-                memory=device_memory(device),
+                memory=device_memory(device) if logs else None,
             )
             ranks = gather_statistics(own)
             saver.settle([each.write_status for each in ranks])
@@ -175,7 +177,7 @@ def train(
     return 0
 
 
-def flow_loss(engine: Engine, flow: RectifiedFlow, batch: Batch) -> tuple[Tensor, Tensor]:
+def flow_loss(engine: Engine, batch: Batch) -> Tensor:
     """Compute the squared error of the velocity on the noisy frames of a micro-batch.
 
     Noise level, noisy latents, target and error are fp32, whatever precision the network computes in: the published
@@ -183,20 +185,16 @@ def flow_loss(engine: Engine, flow: RectifiedFlow, batch: Batch) -> tuple[Tensor
 
     Args:
         engine: the network, and the device to which the batch is copied.
-        flow: draws the noise levels and defines the target.
-        batch: with clean latents (B, V, C, T, h, w); its generator draws the noise levels, then the noise.
+        batch: with clean latents (B, V, C, T, h, w), noise levels and noise.
 
     Returns:
-        For each sample the loss (B), 0 where no frame is noisy, and the noise level (B) in [0, 1000], on the device.
+        For each sample the loss (B) on the device, 0 where no frame is noisy.
     """
-    generator, device = batch.generator, engine.device
-    batch = batch.to(device)
-    x_0 = batch.latents
-    t = flow.draw_timesteps(generator, len(x_0), batch.shape).to(device)
-    noise = torch.randn(x_0.shape, generator=generator).to(device)  # drawn on the CPU: the same on every device
-    x_t = restore_conditioning_frames(flow.add_noise(x_0, noise, t), x_0, batch.mask)
-    prediction = engine.network(x_t, t, batch.conditions, batch.mask)
-    return flow.loss(prediction, x_0, noise, batch.mask), t
+    batch = batch.to(engine.device)
+    x_0, noise = batch.latents, batch.noise
+    x_t = restore_conditioning_frames(RectifiedFlow.add_noise(x_0, noise, batch.t), x_0, batch.mask)
+    prediction = engine.network(x_t, batch.t, batch.conditions, batch.mask)
+    return RectifiedFlow.loss(prediction, x_0, noise, batch.mask)
 
 
 def learning_rate(stage: StageConfig, step: int) -> float:
@@ -246,4 +244,4 @@ def write_result(config: Config, plan: StagePlan, ema: Ema, progress: TrainingPr
         }
         write_json(plan.result, result)
         logger.info("finished: loss %.4f -> %.4f, %s", first, last, plan.weights)
-    dist.barrier()
+    control.barrier()

@@ -52,7 +52,7 @@ class StepStatistics:
         tokens_per_second: tokens of all ranks together, over the duration of the step.
         tflops: TFLOP/s of the network on all ranks together.
         loader_wait: seconds that the slowest loader was waited for.
-        memory: the largest of each figure over the devices; None on CPUs.
+        memory: the largest of each figure over the devices; None on CPUs, and at steps that do not log.
     """
 
     step: int
@@ -227,11 +227,19 @@ class Recorder:
                 },
             )
 
+    def logs(self, step: int) -> bool:
+        """Whether a step's metrics are logged; the same answer on all ranks.
+
+        Args:
+            step: number of finished steps, counted from 1.
+        """
+        return step % self._log_every == 0 or step == self._steps
+
     def _log_metrics(self, log: MetricLog, statistics: StepStatistics) -> None:
         """Log every ``log_every`` steps the means since the last time: not every step has every bucket and level."""
         for name, value in statistics.metrics().items():
             self._window[name].append(value)
-        if statistics.step % self._log_every and statistics.step != self._steps:
+        if not self.logs(statistics.step):
             return
         values = {name: mean(those) for name, those in self._window.items()}
         values["skipped_steps"] = sum(self._window["skipped_steps"])

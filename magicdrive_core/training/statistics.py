@@ -6,13 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from statistics import fmean
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from magicdrive_core.device import this_device
+from magicdrive_core.parallel import control
 from magicdrive_core.parallel.sequence_parallel import RankGroup
 from magicdrive_core.training.engine import GradientCheck
 from magicdrive_core.training.loader import Batch
@@ -34,7 +33,7 @@ class DeviceMemory:
     """Bytes of a device's memory.
 
     Attributes:
-        allocated: the allocator's peak since the start.
+        allocated: the allocator's peak since it was last read.
         reserved: its peak with what the allocator keeps for later.
         used: what the driver counts now, with all that the allocator does not know: contexts, communication buffers,
             other processes.
@@ -66,23 +65,22 @@ class MicroBatchStatistics:
     flops: float
 
     @classmethod
-    def of(cls, losses: Tensor, t: Tensor, batch: Batch) -> MicroBatchStatistics:
-        """Summarise this rank's pass over a micro-batch. Synchronises with the device once.
+    def of(cls, losses: Sequence[float], batch: Batch) -> MicroBatchStatistics:
+        """Summarise this rank's pass over a micro-batch.
 
         Args:
-            losses: (B), of each sample.
-            t: (B), noise levels in [0, 1000].
-            batch: the micro-batch, whose latents are (B, V, C, T, h, w).
+            losses: their mean, then that of each of B samples, as ``read_passes`` returned them.
+            batch: the micro-batch on the host, whose latents are (B, V, C, T, h, w).
 
         Returns:
             The statistics. A token is a patch of 2 x 2 latents, so that a frame of a view has ceil(h / 2) ceil(w / 2).
         """
         clips, views, _, frames, height, width = batch.latents.shape
-        loss, *values = torch.cat([losses.mean()[None], losses, t]).tolist()
-        bins = [min(NOISE_BINS - 1, int(level * NOISE_BINS / 1000)) for level in values[clips:]]
+        loss, *of_samples = losses
+        bins = [min(NOISE_BINS - 1, int(level * NOISE_BINS / 1000)) for level in batch.t.tolist()]
         return cls(
             loss=loss,
-            by_noise=list(zip(bins, values[:clips], strict=True)),
+            by_noise=list(zip(bins, of_samples, strict=True)),
             bucket=batch.bucket,
             clips=clips,
             tokens=clips * views * frames * math.ceil(height / 2) * math.ceil(width / 2),
@@ -100,7 +98,7 @@ class RankStatistics:
         waited: seconds for the loader.
         stop: whether this rank was requested to stop.
         write_status: how far this rank's part of a checkpoint is (checkpoints.WriteStatus).
-        memory: what this rank's device holds; None on a CPU.
+        memory: what this rank's device holds; None on a CPU, and at steps that do not log.
     """
 
     micro_batches: list[MicroBatchStatistics]
@@ -125,9 +123,7 @@ def gather_statistics(own: RankStatistics) -> list[RankStatistics]:
     Returns:
         Statistics of all ranks, by rank.
     """
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
-    return everyone
+    return control.gather(own)
 
 
 def merge_groups(ranks: Sequence[RankStatistics], size: int) -> list[RankStatistics]:
@@ -161,9 +157,7 @@ def stop_requested_on_any_rank(stop: StopSource) -> bool:
     Returns:
         The same answer on all ranks.
     """
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, stop.requested)
-    return any(everyone)
+    return control.any_rank([stop.requested])[0]
 
 
 def stop_requested_in_group(stop: StopSource, group: RankGroup | None) -> bool:
@@ -182,7 +176,7 @@ def stop_requested_in_group(stop: StopSource, group: RankGroup | None) -> bool:
 
 
 def device_memory(device: torch.device) -> DeviceMemory | None:
-    """Read the memory of a rank's device.
+    """Read the memory of a rank's device, and count its peak anew from here.
 
     Args:
         device: this rank's device.
@@ -194,6 +188,7 @@ def device_memory(device: torch.device) -> DeviceMemory | None:
         return None
     free, total = torch.accelerator.get_memory_info(device)
     allocated, reserved = torch.accelerator.max_memory_allocated(device), torch.accelerator.max_memory_reserved(device)
+    torch.accelerator.reset_peak_memory_stats(device)
     return DeviceMemory(allocated, reserved, total - free)
 
 

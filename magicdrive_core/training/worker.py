@@ -71,7 +71,7 @@ def main() -> None:
     stop = StopRequest()
     folder = Path(sys.argv[1])
     config, plan = read_job(folder)
-    device = join_group()
+    device = join_group(config.cluster.stall_seconds)
     rank = dist.get_rank()
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format=f"[rank {rank}] %(message)s")
     with _locked(folder) if rank == 0 else nullcontext():

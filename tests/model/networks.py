@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from magicdrive_core.model.build import build_network
 from magicdrive_core.model.config import NetworkConfig
-from magicdrive_core.model.inputs import Conditions
+from magicdrive_core.model.inputs import Conditions, pack_map
 from magicdrive_core.model.transformer import MagicDrive
 
 
@@ -64,7 +64,7 @@ def conditions(batch: int = 1, frames: int = 9, slots: int = 3, views: int = 6, 
         box_corners=normal(batch, views, frames, slots, 8, 3),
         box_classes=whole(0, 10, batch, views, frames, slots),
         box_masks=whole(-1, 2, batch, views, frames, slots),
-        bev_map=whole(0, 2, batch, frames, 8, 20, 20).float(),
+        bev_map=pack_map(whole(0, 2, batch, frames, 8, 20, 20)),
         height=torch.full((batch,), 48.0),
         width=torch.full((batch,), 80.0),
         fps=torch.full((batch,), 12.0),

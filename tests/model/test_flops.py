@@ -43,7 +43,7 @@ def cond(batch: int, frames: int, slots: int, config: NetworkConfig) -> Conditio
         box_corners=torch.randn(batch, views, frames, slots, 8, 3),
         box_classes=torch.zeros(batch, views, frames, slots, dtype=torch.long),
         box_masks=torch.ones(batch, views, frames, slots, dtype=torch.long),
-        bev_map=torch.zeros(batch, frames, 8, 16, 16),
+        bev_map=torch.zeros(batch, frames, 16, 16, dtype=torch.uint8),
         height=torch.full((batch,), 224.0),
         width=torch.full((batch,), 400.0),
         fps=torch.full((batch,), 12.0),

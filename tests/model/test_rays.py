@@ -135,7 +135,7 @@ def test_a_network_with_fresh_rays_equals_the_one_without() -> None:
 
 def test_rays_change_the_velocity_and_dropped_conditions_hide_what_they_meet() -> None:
     net, given_now, x, t = network(rays=2), conditions(), noisy(), torch.tensor([300.0])
-    other = replace(given_now, bev_map=1 - given_now.bev_map)
+    other = replace(given_now, bev_map=~given_now.bev_map)
     features = net.ray_embedder.features(given_now, (3, 5, 8), (3, 4), net.tokens)
     assert features.shape == (1, 6, 3, 12, 4, 3 + 1 + 8 + 1 + 10 + 3)
     assert not net.ray_embedder.features(given_now.dropped(), (3, 5, 8), (3, 4), net.tokens).any()

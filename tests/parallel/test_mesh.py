@@ -20,11 +20,15 @@ SHAPE = (9, 48, 80)  # frames, height, width: 3 x 5 tokens, of which two ranks h
 
 
 def batch(step: int) -> Any:
+    from magicdrive_core.diffusion.rectified_flow import RectifiedFlow
     from magicdrive_core.training.loader import Batch
 
     draw = torch.Generator().manual_seed(step)
     mask = torch.tensor([[step == 0, True, True]])
-    return Batch(0, SHAPE, noisy(size=(6, 10), seed=step), conditions(seed=step), mask, draw, 0.0)
+    latents = noisy(size=(6, 10), seed=step)
+    t = RectifiedFlow().draw_timesteps(draw, 1, SHAPE)
+    noise = torch.randn(latents.shape, generator=draw)
+    return Batch(0, SHAPE, latents, conditions(seed=step), mask, t, noise, draw, 0.0)
 
 
 def made() -> MagicDrive:
@@ -33,7 +37,6 @@ def made() -> MagicDrive:
 
 def shared_steps(precision: str) -> tuple[list[float], list[float], dict[str, Tensor], tuple[int, int, int]]:
     """Two steps of two ranks that share every clip: losses, norms, master weights, position in the mesh."""
-    from magicdrive_core.diffusion.rectified_flow import RectifiedFlow
     from magicdrive_core.parallel.gradient_order import arrival_order
     from magicdrive_core.parallel.mesh import Mesh
     from magicdrive_core.parallel.parallelize import parallelize
@@ -47,7 +50,7 @@ def shared_steps(precision: str) -> tuple[list[float], list[float], dict[str, Te
     engine = build_engine(net, training(precision=precision), torch.device("cpu"), order)
     losses, norms = [], []
     for step in range(2):
-        loss = flow_loss(engine, RectifiedFlow(), batch(step))[0].mean()
+        loss = flow_loss(engine, batch(step)).mean()
         engine.optimizer.backward(loss)
         engine.set_learning_rate(0.01)
         engine.optimizer.step()
@@ -59,7 +62,6 @@ def shared_steps(precision: str) -> tuple[list[float], list[float], dict[str, Te
 
 
 def single_process() -> tuple[list[float], list[float], dict[str, Tensor]]:
-    from magicdrive_core.diffusion.rectified_flow import RectifiedFlow
     from magicdrive_core.training.loop import flow_loss
 
     net, shared = made(), training()
@@ -70,7 +72,7 @@ def single_process() -> tuple[list[float], list[float], dict[str, Tensor]]:
     losses, norms = [], []
     for step in range(2):
         optimizer.zero_grad()
-        loss = flow_loss(engine, RectifiedFlow(), batch(step))[0].mean()
+        loss = flow_loss(engine, batch(step)).mean()
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(net.parameters(), shared.max_grad_norm)))
         optimizer.step()

@@ -27,7 +27,7 @@ def join_training() -> None:
     """Join the group as a rank of a training does."""
     from magicdrive_core.training.engine import join_group
 
-    join_group()
+    join_group(stall_seconds=1800)
 
 
 def join_gloo() -> None:

@@ -70,6 +70,7 @@ def faulty_step(rank: int, where: str, precision: str) -> tuple[list[str], list[
     """Make a step with a NaN on ``rank`` and a good one; return the faults and whether only the second counted."""
     from colossalai.zero.low_level import low_level_optim
 
+    from magicdrive_core.parallel import control
     from magicdrive_core.training.guard import find_faults
     from tests.training.networks import engine_of
 
@@ -92,8 +93,7 @@ def faulty_step(rank: int, where: str, precision: str) -> tuple[list[str], list[
 
     def found() -> list[str]:
         engine.optimizer.backward(loss_of(engine.network, sample(0, dist.get_rank())))
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, engine.optimizer.check_gradients())
+        everyone = control.gather(engine.optimizer.read_passes([])[1])
         facts: list[Any] = [mock.Mock(loss=0.5, gradients=check) for check in everyone]
         return find_faults(facts)
 
@@ -157,23 +157,19 @@ class Still(torch.nn.Module):
 
 def test_loss_target_and_noise_level_are_fp32() -> None:
     from magicdrive_core.diffusion.rectified_flow import RectifiedFlow
-    from magicdrive_core.training.loader import Batch
     from magicdrive_core.training.loop import flow_loss
-    from tests.training.tiny_rank import NoConditions
+    from tests.training.tiny_rank import made_up_batch
 
-    def batch() -> Batch:
-        conditions: Any = NoConditions()
-        latents = torch.randn(2, 6, 4, 3, 2, 2, generator=torch.Generator().manual_seed(1))
-        return Batch(0, (9, 16, 16), latents, conditions, None, torch.Generator().manual_seed(2), 0.0)
-
+    latents = torch.randn(2, 6, 4, 3, 2, 2, generator=torch.Generator().manual_seed(1))
+    batch = made_up_batch(0, (9, 16, 16), latents, torch.Generator().manual_seed(2))
     engine: Any = mock.Mock(network=Still(), device=torch.device("cpu"))
-    losses, t = flow_loss(engine, RectifiedFlow(), batch())
-    x_t, given_t = engine.network.inputs
-    assert (losses.dtype, t.dtype, x_t.dtype, given_t.dtype) == (torch.float32,) * 4
-    again = batch()
-    level = RectifiedFlow().draw_timesteps(again.generator, 2, again.shape)
-    assert torch.equal(given_t, level)
+    losses = flow_loss(engine, batch)
+    x_t, t = engine.network.inputs
+    assert (losses.dtype, x_t.dtype, t.dtype) == (torch.float32,) * 3
+    generator = torch.Generator().manual_seed(2)  # draws the noise levels, then the noise
+    level = RectifiedFlow().draw_timesteps(generator, 2, batch.shape)
+    assert torch.equal(t, level)
     assert not torch.equal(level, level.bfloat16().float())
-    noise = torch.randn(again.latents.shape, generator=again.generator)
-    expected = (again.latents.double() - noise.double()).square().flatten(1).mean(1)
+    noise = torch.randn(latents.shape, generator=generator)
+    expected = (latents.double() - noise.double()).square().flatten(1).mean(1)
     torch.testing.assert_close(losses.double(), expected, rtol=1e-6, atol=0)

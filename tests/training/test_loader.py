@@ -64,7 +64,7 @@ def plain(batch: Any) -> dict[str, Any]:
         "latents": batch.latents.numpy(),
         "x_mask": None if batch.mask is None else batch.mask.numpy(),
         "pad_patches": batch.conditions.pad_patches,
-        "state": batch.generator.get_state().numpy(),
+        "noise": batch.noise.numpy(),
     }
 
 
@@ -99,8 +99,8 @@ def test_a_later_start_resumes_with_the_same_batches(cached: Path, drawn: list[l
 
 
 def test_no_two_micro_batches_draw_the_same(drawn: list[list[dict[str, Any]]]) -> None:
-    states = [batch["state"].tobytes() for rank in drawn for batch in rank]
-    assert len(set(states)) == len(states)
+    noise = [batch["noise"].tobytes() for rank in drawn for batch in rank]
+    assert len(set(noise)) == len(noise)
 
 
 def test_ranks_that_share_a_clip_draw_the_same(cached: Path, drawn: list[list[dict[str, Any]]]) -> None:
@@ -129,7 +129,7 @@ def test_batches_have_the_shapes_and_the_scale_of_latents(drawn: list[list[dict[
         starts = batch["latents"].mean(axis=(1, 2, 3, 4, 5)) / 2  # the fake's mean is the clip's start
         assert (abs(starts - starts.round()) < 0.4).all()
         assert batch["latents"].std(axis=(1, 2, 3, 4, 5)) == pytest.approx([2.0] * B, abs=0.3)
-        assert batch["bev_map"].shape == (B, batch["shape"][0], 8, 4, 4)
+        assert batch["bev_map"].shape == (B, batch["shape"][0], 4, 4)
         assert batch["text_mask"].sum(1).tolist() == [4] * B
         assert batch["box_latent"].shape == (B, batch["box_classes"].shape[-1], 128)
 
@@ -151,4 +151,4 @@ def test_conditions_are_dropped_and_masked_as_configured(drawn: list[list[dict[s
 def test_stage_1_has_no_box_latents_and_other_draws(cached: Path, drawn: list[list[dict[str, Any]]]) -> None:
     first = run_distributed(batches, 2, cached, "stage1", 0, 1)
     assert first[0][0]["box_latent"] is None
-    assert first[0][0]["state"].tobytes() != drawn[0][0]["state"].tobytes()
+    assert first[0][0]["noise"].tobytes() != drawn[0][0]["noise"].tobytes()

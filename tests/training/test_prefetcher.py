@@ -88,6 +88,8 @@ def test_pinning_and_moving_keep_values_and_copy_the_boxes_of_all_views_once(mon
         latents=torch.randn(1, 6, 4, 3, 6, 10),
         conditions=replace(read, box_corners=corners),
         mask=torch.tensor([[True, False, True]]),
+        t=torch.tensor([400.0]),
+        noise=torch.randn(1, 6, 4, 3, 6, 10),
         generator=torch.Generator(),
         flops=0.0,
     )
@@ -101,6 +103,8 @@ def test_pinning_and_moving_keep_values_and_copy_the_boxes_of_all_views_once(mon
     monkeypatch.setattr(Tensor, "to", copy)
     for after in (batch.pinned(), batch.to(torch.device("cpu"))):
         assert after.generator is batch.generator
+        assert torch.equal(after.t, batch.t)
+        assert torch.equal(after.noise, batch.noise)
         assert torch.equal(after.latents, batch.latents)
         assert after.mask is not None
         assert torch.equal(after.mask, torch.tensor([[True, False, True]]))

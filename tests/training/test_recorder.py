@@ -32,7 +32,7 @@ def statistics(
 ) -> RankStatistics:
     return RankStatistics(
         micro_batches=[MicroBatchStatistics(loss, noise, bucket, clips=len(noise), tokens=100, flops=3e12)],
-        gradients=GradientCheck([], True),
+        gradients=GradientCheck([], True, 1.0),
         waited=0.25 * (bucket + 1),
         stop=False,
         write_status=0,

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from magicdrive_core.config.schema import Bucket
 from magicdrive_core.data.buckets import BucketSampler
+from magicdrive_core.diffusion.rectified_flow import RectifiedFlow
 from magicdrive_core.experiment.stages import read_job
 from magicdrive_core.training.loader import Batch
 from tests.training.networks import tiny_network
@@ -27,6 +28,14 @@ from tests.training.networks import tiny_network
 class NoConditions:
     def map(self, _change: object) -> NoConditions:
         return self
+
+
+def made_up_batch(bucket: int, shape: tuple[int, int, int], latents: torch.Tensor, generator: torch.Generator) -> Batch:
+    """Draw noise levels and noise as the real loader does, and leave the conditions out."""
+    conditions: Any = NoConditions()
+    t = RectifiedFlow().draw_timesteps(generator, len(latents), shape)
+    noise = torch.randn(latents.shape, generator=generator)
+    return Batch(bucket, shape, latents, conditions, None, t, noise, generator, 1e9)
 
 
 class MadeUpLoader:
@@ -64,8 +73,7 @@ class MadeUpLoader:
         fixed = [torch.randn(shape, generator=torch.Generator().manual_seed(100 * bucket + clip)) for clip in clips]
         latents = torch.stack(fixed) + 0.1 * torch.randn(len(clips), *shape, generator=generator)
         self._index += self._groups
-        conditions: Any = NoConditions()
-        return Batch(bucket, (frames, 16, 16), scale * latents, conditions, None, generator, 1e9)
+        return made_up_batch(bucket, (frames, 16, 16), scale * latents, generator)
 
     def __enter__(self) -> MadeUpLoader:
         return self

@@ -23,7 +23,7 @@ from magicdrive_core.model.attention import CrossViewAttention
 from magicdrive_core.model.blocks import ControlBlock
 from magicdrive_core.model.build import build_network
 from magicdrive_core.model.config import NetworkConfig
-from magicdrive_core.model.inputs import Conditions
+from magicdrive_core.model.inputs import Conditions, pack_map
 from magicdrive_core.model.transformer import MagicDrive
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def read_conditions(arrays: Mapping[str, Tensor]) -> Conditions:
         box_corners=rows["bbox_bboxes"],
         box_classes=rows["bbox_classes"].long(),
         box_masks=rows["bbox_masks"].long(),
-        bev_map=maps,
+        bev_map=pack_map(maps),
         height=arrays["in/height"],
         width=arrays["in/width"],
         fps=arrays["in/fps"],

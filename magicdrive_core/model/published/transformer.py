@@ -17,6 +17,7 @@ from magicdrive_core.model.attention import Rotary
 from magicdrive_core.model.blocks import Head, MultiViewBlock
 from magicdrive_core.model.embedders import CameraEmbedder
 from magicdrive_core.model.init import ZERO, initialise
+from magicdrive_core.model.inputs import unpack_map
 from magicdrive_core.model.transformer import MagicDrive
 
 if TYPE_CHECKING:
@@ -163,9 +164,9 @@ class PublishedMagicDrive(MagicDrive):
             conditions: ``bev_map`` is read.
 
         Returns:
-            (B, F, layers, rows, columns).
+            (B, F, layers, rows, columns) in the dtype of the weights.
         """
-        return conditions.bev_map
+        return unpack_map(conditions.bev_map, self.config.map_layers, self.dtype)
 
     def resize_map(self, features: Tensor, latent_shape: tuple[int, int, int]) -> Tensor:
         """Resizes map features by the nearest feature instead of a mean.
