@@ -89,7 +89,7 @@ def machine() -> str:
     load = os.getloadavg()[0]
     return (
         f"Measured on {models[0] if models else platform.machine()}, {os.cpu_count()} cores, Python"
-        f" {platform.python_version()}; load average at the end {load:.1f}. Scale of the counts: {SCALE:g}."
+        f" {platform.python_version()}; load average at the end {load:.1f}."
     )
 
 
