@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import shorten
 
@@ -21,11 +21,12 @@ from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.data.map_cache import BevMaps
 from magicdrive_core.data.pictures import read_picture
 from magicdrive_core.data.records import Clip, Scene
+from magicdrive_core.device import this_device
 from magicdrive_core.diffusion.rectified_flow import RectifiedFlow
 from magicdrive_core.encoders.caches import open_text
 from magicdrive_core.encoders.vae import Vae, latent_shape
 from magicdrive_core.geometry.cameras import Framing
-from magicdrive_core.inference.guided_sampling import sample_latents
+from magicdrive_core.inference.guided_sampling import sample_latents, unconditional
 from magicdrive_core.model.inputs import Conditions, collate
 from magicdrive_core.model.transformer import MagicDrive
 from magicdrive_core.parallel.parallelize import sequence_group_of
@@ -55,7 +56,7 @@ class Preview:
     """Draws validation clips of a stage, one after the other, on rank 0 and the ranks that share its clips.
 
     Args:
-        config: guidance, noise levels, caches.
+        config: how generation samples and decodes, noise levels, caches.
         bucket: size of the clips.
         clips: clips of equal length, each with its scene.
         project: the project's folder.
@@ -65,9 +66,10 @@ class Preview:
         size, frames = parse_size(bucket.resolution), clips[0][1].frames
         self._middle = frames // 2
         self._latent_shape = latent_shape(frames, *size)
-        self._guidance = config.generate.guidance
+        self._settings = config.generate
         self._flow = RectifiedFlow(config.flow.base_pixels)
         self._chunk_frames = config.vae.chunk_frames
+        self._low_precision = config.training.precision == "bf16" and this_device().type != "cpu"
         self._project = project
         maps, text = BevMaps(config, project), open_text(config, project)
         self._clips = []
@@ -118,19 +120,22 @@ class Preview:
         Returns:
             Scaled latents (V, C, T, h, w) in fp32 of each clip; None where a stop was requested meanwhile.
         """
-        device = network.before_proj.weight.device
+        device, settings = network.before_proj.weight.device, self._settings
         latents = []
         for clip in self._clips:
             if stop_requested_in_group(stop, sequence_group_of(network)):
                 return None
+            conditions = replace(clip.conditions.to(device), pad_patches=settings.pad_patches)
             sampled = sample_latents(
                 network,
-                clip.conditions.to(device),
+                conditions,
                 self._latent_shape,
                 steps=STEPS,
-                guidance=self._guidance,
+                guidance=settings.guidance,
                 flow=self._flow,
                 generator=torch.Generator().manual_seed(SEED),
+                null=unconditional(network, conditions, settings.unconditional, zero_map=settings.use_map0),
+                step_cache=settings.step_cache,
             )
             latents.append(sampled[0])
         return latents
@@ -156,12 +161,15 @@ class Preview:
             scaling_factor=encoder["scaling_factor"],
             chunk_frames=self._chunk_frames,
             device=latents[0].device,
+            dtype=torch.bfloat16 if self._low_precision else torch.float32,
+            stripe_rows=self._settings.stripe_rows,
         )
         generated = []
         for each in latents:
             if stop.requested:
                 return False
-            generated.append(six_views(self._middle_frame(vae, each), SHEET_WIDTH))
+            views = [self._middle_frame(vae, view) for view in each]  # one at a time, as generation decodes
+            generated.append(six_views(np.stack(views), SHEET_WIDTH))
         sheet = contact_sheet(
             [[clip.real for clip in self._clips], generated],
             ["real", "generated"],
@@ -173,10 +181,10 @@ class Preview:
         return True
 
     def _middle_frame(self, vae: Vae, latents: Tensor) -> NDArray[np.uint8]:
-        """Decode the middle frame of latents (V, C, T, h, w): (V, H, W, 3)."""
+        """Decode the middle frame (H, W, 3) of a view's latents (C, T, h, w)."""
         frames = 0
-        for chunk in vae.decode(latents):
+        for chunk in vae.decode(latents[None]):
             if self._middle < frames + chunk.shape[1]:
-                return chunk[:, self._middle - frames]
+                return chunk[0, self._middle - frames]
             frames += chunk.shape[1]
         raise AssertionError("the VAE decoded fewer frames than the clip has")

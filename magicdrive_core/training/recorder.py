@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -28,6 +30,8 @@ from magicdrive_core.utils.memory import memory_left, memory_limit
 
 if TYPE_CHECKING:
     from magicdrive_core.tracking.runs import MetricLog
+
+logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 1.0
 # Dense TFLOP/s in bf16 from the vendors' data sheets, the same in fp16; the longest name that fits counts.
@@ -252,18 +256,24 @@ class Recorder:
     def draw_preview(self, preview: Preview | None, network: MagicDrive, step: int, stop: StopSource) -> None:
         """Draw a preview on the ranks that have one, unless one of them is requested to stop meanwhile.
 
+        What goes wrong costs the preview only.
+
         Args:
             preview: None on ranks that take no part.
             network: with the weights to show; sampled by all ranks that share its work.
             step: finished steps, for the title and the file's name.
             stop: checked between clips.
         """
-        latents = preview.sample(network, stop) if preview is not None else None
-        if preview is None or latents is None or not self._active:
+        if preview is None:
             return
         path = self._plan.folder / f"previews/step-{step:08d}.png"
-        if preview.write(latents, step, path, stop) and self._log:
-            self._log.picture(path)
+        try:
+            latents = preview.sample(network, stop)
+            if latents is not None and self._active and preview.write(latents, step, path, stop) and self._log:
+                self._log.picture(path)
+        except Exception as error:  # noqa: BLE001 - a picture is never worth a training
+            what = "".join(traceback.format_exception_only(error)).strip()
+            logger.warning("no preview of step %d: %s; training continues", step, what)
 
 
 def host_memory() -> dict[str, int]:

@@ -43,9 +43,23 @@ def set_masters(engine: Engine, shards: dict[str, Tensor]) -> None:
     """
     for name, master in masters(engine).items():
         master.copy_(shards[name])
-    parameters = dict(engine.network.named_parameters())
-    for name, whole in gather(engine, masters(engine), everywhere=True):
-        parameters[name].copy_(whole)
+    set_working(engine, shards)
+
+
+@torch.no_grad()
+def set_working(engine: Engine, shards: dict[str, Tensor]) -> None:
+    """Set the network's weights from the shards of all ranks, on the device and in its precision. Collective.
+
+    Args:
+        engine: whose network is set.
+        shards: (n) of this rank by name, in fp32.
+    """
+    for name, parameter in engine.network.named_parameters():
+        if name in shards:
+            shard = shards[name].to(parameter.dtype)  # the same numbers as rounding the whole
+            whole = shard.new_empty(shard.numel() * dist.get_world_size())
+            dist.all_gather_into_tensor(whole, shard)
+            parameter.copy_(whole[: parameter.numel()].view_as(parameter))
 
 
 def gather(engine: Engine, shards: dict[str, Tensor], *, everywhere: bool = False) -> Iterator[tuple[str, Tensor]]:
@@ -149,15 +163,12 @@ class Ema:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Give the network the averages as its weights inside the block, and its own back, bit for bit. Collective."""
-        parameters = dict(self._engine.network.named_parameters())
-        own = {name: parameters[name].detach().clone() for name in self.shards}
-        with torch.no_grad():
-            for name, average in gather(self._engine, self.shards, everywhere=True):
-                parameters[name].copy_(average)
+        """Give the network the averages as its weights inside the block, and its own back, bit for bit. Collective.
+
+        Its own are the rounded masters at any time between two steps: no copy of them is kept.
+        """
+        set_working(self._engine, self.shards)
         try:
             yield
         finally:
-            with torch.no_grad():
-                for name, weight in own.items():
-                    parameters[name].copy_(weight)
+            set_working(self._engine, self._masters)

@@ -43,29 +43,35 @@ def test_clips_are_spread_over_the_validation_scenes(
 
 
 def test_one_sheet_shows_all_clips_real_and_generated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    found = made(monkeypatch, SCENES)
+    found = made(monkeypatch, SCENES, "generate.stripe_rows=48", "generate.unconditional=rflow")
     assert found is not None
     sampled: list[Any] = []
+    nulls: list[Any] = []
+    monkeypatch.setattr(preview, "unconditional", lambda *given, **_: nulls.append(given[2]))
 
     def sample(_network: Any, conditions: Any, shape: Any, **_: Any) -> torch.Tensor:
         sampled.append(conditions)
         return torch.zeros(1, 6, 4, *shape)
 
     monkeypatch.setattr(preview, "sample_latents", sample)
-    network: Any = mock.Mock(before_proj=torch.nn.Linear(1, 1))
+    network: Any = mock.Mock(before_proj=torch.nn.Linear(1, 1), unconditional="consistent")
     latents = found.sample(network, NeverStop())
     assert latents is not None
     assert [len(sampled), latents[0].shape] == [3, (6, 4, 3, 10, 18)]
-    colours = iter([(250, 0, 0), (0, 250, 0), (0, 0, 250)])
+    colours = iter([colour for colour in ((250, 0, 0), (0, 250, 0), (0, 0, 250)) for _ in range(6)])
 
-    def decode(_: torch.Tensor) -> Any:
-        yield np.broadcast_to(np.array(next(colours), np.uint8), (6, 9, 112, 200, 3))
+    def decode(view: torch.Tensor) -> Any:
+        assert view.shape[:2] == (1, 4)  # one view at a time: six take 34 GiB at 224x400
+        yield np.broadcast_to(np.array(next(colours), np.uint8), (1, 9, 112, 200, 3))
 
     vae = mock.Mock(decode=decode)
     monkeypatch.setattr(preview, "read_json", lambda _: {"vae": {"path": "", "scaling_factor": 1.0}})
-    monkeypatch.setattr(preview.Vae, "load", lambda *_, **__: vae)
+    load = mock.Mock(return_value=vae)
+    monkeypatch.setattr(preview.Vae, "load", load)
     path = tmp_path / "sheet.png"
     assert found.write(latents, 7, path, NeverStop())
+    assert load.call_args.kwargs["stripe_rows"] == 48
+    assert nulls == ["rflow"] * 3
     sheet = np.asarray(Image.open(path).convert("RGB")).astype(int)
     lower = sheet[len(sheet) * 3 // 4]
     columns = [np.flatnonzero((lower[:, index] > 200) & (lower.sum(1) < 300)).mean() for index in range(3)]
@@ -82,5 +88,5 @@ def test_a_preview_ends_when_a_stop_is_requested(monkeypatch: pytest.MonkeyPatch
         return torch.zeros(1, 6, 4, *shape)
 
     monkeypatch.setattr(preview, "sample_latents", sample)
-    network: Any = mock.Mock(before_proj=torch.nn.Linear(1, 1))
+    network: Any = mock.Mock(before_proj=torch.nn.Linear(1, 1), unconditional="consistent")
     assert found.sample(network, stop) is None

@@ -97,6 +97,24 @@ def test_mlflow_gets_the_means_between_two_entries(tmp_path: Path, monkeypatch: 
     assert recorder.losses == [1.0, 3.0]
 
 
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), OSError(28, "No space left"), KeyError("vae")]
+)
+@pytest.mark.parametrize("where", ["sample", "write"])
+def test_a_preview_that_fails_costs_the_preview_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: str, error: Exception
+) -> None:
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    plan = StagePlan("stage1", tmp_path, "f" * 64, {}, None)
+    drawn: Any = mock.Mock(**{f"{where}.side_effect": error})
+    with Recorder(load_config(PROFILE), plan, TrainingProgress(), tmp_path, torch.device("cpu")) as recorder:
+        recorder.draw_preview(drawn, mock.Mock(), 7, mock.Mock())
+    (line,) = [record.message for record in caplog.records]
+    assert line.startswith("no preview of step 7: ")
+    assert line.endswith("; training continues")
+
+
 def test_host_memory_is_that_of_this_process() -> None:
     before = host_memory()
     with mmap.mmap(-1, 256 << 20) as taken:  # pages of its own: the heap may give a tensor what it had got before
