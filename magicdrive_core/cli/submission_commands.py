@@ -80,16 +80,29 @@ def fidelity(
     overrides: Set = None,
     scenes: Annotated[
         list[int] | None,
-        typer.Option("--scene", metavar="N", help="Show the N-th validation scene, from 0, on the contact sheet."),
+        typer.Option("--scene", metavar="N", min=0, help="Show the N-th measured scene, from 0, on the contact sheet."),
     ] = None,
+    every: Annotated[
+        int,
+        typer.Option(metavar="N", min=1, help="Measure one frame in N; odd is best, as four share a latent frame."),
+    ] = 3,
+    clips: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Measure N validation scenes only, of all lights in turn."),
+    ] = None,
+    swaps: Annotated[bool, typer.Option(help="Measure condition swaps: three more generations.")] = True,
+    edits: Annotated[bool, typer.Option(help="Measure the response to edits: up to three more generations.")] = True,
 ) -> None:
-    """Measure control fidelity on the generated city. Do pictures show what their conditions say, where they say it?
+    """Measure control fidelity on the generated city. Do videos show what their conditions say, where they say it?
 
-    Example: magicdrive fidelity --scene 0 --scene 3
+    Three tables: regions, consistency in time and between cameras, and response to edits.
+
+    Example: magicdrive fidelity --clips 6 --every 5 --no-swaps
     """
     from magicdrive_core.evaluation.fidelity_run import measure_fidelity
 
-    lines, folder = measure_fidelity(read_config(params, overrides), scenes)
+    config = read_config(params, overrides)
+    lines, folder = measure_fidelity(config, scenes, every=every, clips=clips, swaps=swaps, edits=edits)
     for line in lines:
         print(line)
     print(folder)

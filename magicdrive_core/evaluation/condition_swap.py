@@ -1,24 +1,27 @@
-"""Condition swaps: clips are generated again from the same noise with one condition of another clip.
+"""Clips under changed conditions: generated again from the same noise with one condition of another clip, or edited.
 
 What changes in the pictures shows what the network takes from that condition.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from magicdrive_core.config.schema import Config
-from magicdrive_core.data.edits import Edits
+from magicdrive_core.data.edits import Edits, edit_scene
 from magicdrive_core.data.map_cache import BevMaps
 from magicdrive_core.data.records import ClipConditions, Scene
-from magicdrive_core.inference.items import Window, list_items
+from magicdrive_core.inference.items import Item, Window
 from magicdrive_core.inference.models import Models
 from magicdrive_core.inference.processes import SingleProcess
 from magicdrive_core.inference.sampler import Sampler
-from magicdrive_core.utils.progress import track
-from magicdrive_core.video.colour import Picture
+
+Video = NDArray[np.uint8]  # (V, F, H, W, 3) RGB
 
 # Fields of ``ClipConditions`` that belong to each condition.
 FIELDS = {
@@ -58,37 +61,61 @@ class _SwappedSampler(Sampler):
         return replace(super().conditions(window), **{name: getattr(theirs, name) for name in self.fields})
 
 
-def draw_swapped(
-    config: Config,
-    stage_folder: Path,
-    scenes: Sequence[Scene],
-    others: Sequence[Scene],
-    what: str,
-    project: Path = Path(),
-) -> list[Picture]:
-    """Generate validation scenes, each with one condition of another scene and all its other conditions unchanged.
+@dataclass(frozen=True)
+class ClipPainter:
+    """Generates clips in memory with the weights of a training run, which are loaded for the first clip.
 
-    Args:
+    Attributes:
         config: All settings.
         stage_folder: A finished training run.
-        scenes: The validation scenes.
-        others: For each of them, a scene of the same length whose condition it gets.
-        what: The swapped condition, a key of ``FIELDS``.
         project: The project's folder.
-
-    Returns:
-        The first frame (H, W, 3) of each scene, view by view: V pictures of the first scene, then V of the second.
 
     Raises:
         MagicDriveError: The stage is not finished, or its weights do not fit the settings (``Models.load``).
     """
-    models, maps = Models.load(config, stage_folder, project), BevMaps(config, project)
-    items = {item.clip.scene: item for item in list_items(config, scenes, project) if item.generation == 0}
-    pictures: list[Picture] = []
-    for scene, other in zip(track(scenes, f"condition swap: {what}"), others, strict=True):
-        theirs = Sampler(config, models, items[other.token], other, Edits(), maps)
-        sampler = _SwappedSampler(
-            config, models, items[scene.token], scene, Edits(), maps, other=theirs, fields=FIELDS[what]
-        )
-        pictures += [next(frames) for frames in sampler.decode_views(sampler.sample(SingleProcess()))]
-    return pictures
+
+    config: Config
+    stage_folder: Path
+    project: Path = Path()
+
+    def edited(self, item: Item, scene: Scene, edits: Edits) -> Video:
+        """Generate a clip of an edited scene.
+
+        Args:
+            item: The clip.
+            scene: Its scene, without edits.
+            edits: The edits; those that change nothing give the clip that generation writes.
+
+        Returns:
+            The frames that are written (V, F, H, W, 3).
+        """
+        return self._video(Sampler(self.config, self._models, item, edit_scene(scene, edits), edits, self._maps))
+
+    def swapped(self, item: Item, scene: Scene, other: Scene, what: str) -> Video:
+        """Generate a clip with one condition of another scene and all its other conditions unchanged.
+
+        Args:
+            item: The clip.
+            scene: Its scene.
+            other: A scene of the same length, at least, whose condition it gets.
+            what: The swapped condition, a key of ``FIELDS``.
+
+        Returns:
+            The frames that are written (V, F, H, W, 3).
+        """
+        common = self.config, self._models, item
+        theirs = Sampler(*common, other, Edits(), self._maps)
+        return self._video(_SwappedSampler(*common, scene, Edits(), self._maps, other=theirs, fields=FIELDS[what]))
+
+    @staticmethod
+    def _video(sampler: Sampler) -> Video:
+        latents = sampler.sample(SingleProcess())
+        return np.stack([np.stack(list(frames)) for frames in sampler.decode_views(latents)])
+
+    @cached_property
+    def _models(self) -> Models:
+        return Models.load(self.config, self.stage_folder, self.project)
+
+    @cached_property
+    def _maps(self) -> BevMaps:
+        return BevMaps(self.config, self.project)

@@ -1,37 +1,44 @@
-"""Control fidelity: whether generated pictures show roads, marks and vehicles where their conditions put them.
+"""Control fidelity: whether generated videos show roads, marks and vehicles where their conditions put them.
 
-Only a generated city can be measured, because its regions are known exactly. A small classifier finds the regions of
-rendered and of generated pictures by their colours, and these are compared with the exact ones. A figure means nothing
-alone. Its upper bounds are rendered pictures (the classifier's limit) and pictures that passed through the VAE (the
-limit of any network on its latents); its lower bounds are an untrained network and the regions of another clip of the
-same light. Condition swaps show which condition the network takes a region from: the clips are generated again with the
-map, the boxes or the text of another clip. The first frame of each clip counts.
+Only a generated city can be measured, because its regions and its geometry are known exactly. A small classifier finds
+the regions of rendered and of generated pictures by their colours, and these are compared with the exact ones. A figure
+means nothing alone. Its upper bounds are rendered videos (the classifier's limit) and videos that passed through the
+VAE (the limit of any network on its latents); its lower bounds are an untrained network and the regions of another clip
+of the same light. Condition swaps show which condition the network takes a region from: the clips are generated again
+with the map, the boxes or the text of another clip. The same videos are compared with themselves, in time and between
+cameras, by the exact correspondence of their pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice, zip_longest
 from pathlib import Path
 
-import cv2
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from magicdrive_core.config.schema import Config, parse_size
+from magicdrive_core.data.edits import Edits
 from magicdrive_core.data.infos import read_scenes
 from magicdrive_core.data.map_cache import BevMaps
-from magicdrive_core.data.pictures import read_picture
-from magicdrive_core.data.records import Scene
+from magicdrive_core.data.pictures import read_clip, read_picture
+from magicdrive_core.data.records import Clip, Scene
 from magicdrive_core.data.scene_store import Scenes
 from magicdrive_core.encoders.vae import Vae, to_video
 from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.evaluation.condition_swap import Video
+from magicdrive_core.evaluation.consistency import Agreement, AgreementTally
+from magicdrive_core.evaluation.edit_response import EditPlanner, Response, ResponseTally
 from magicdrive_core.evaluation.region_classifier import Frame, RegionClassifier
-from magicdrive_core.geometry.cameras import VIEWS, Framing
-from magicdrive_core.synthetic.light import Light, light_of
-from magicdrive_core.synthetic.regions import Region, RegionPainter
+from magicdrive_core.evaluation.region_fidelity import Fidelity, FidelityTally
+from magicdrive_core.geometry.cameras import VIEWS, Framing, ring_neighbours
+from magicdrive_core.inference.items import Item, list_items
+from magicdrive_core.synthetic.light import light_of
+from magicdrive_core.synthetic.regions import RegionPainter, regions_of
+from magicdrive_core.synthetic.surfaces import Correspondence, Surfaces, correspond
 from magicdrive_core.utils.files import atomic_file, read_json
 from magicdrive_core.utils.progress import track
 from magicdrive_core.video.colour import Picture
@@ -40,83 +47,56 @@ from magicdrive_core.video.item_record import ItemRecord
 from magicdrive_core.video.scene_views import SceneViews
 from magicdrive_core.video.sheets import contact_sheet, six_views
 
-CLASSIFIER_SCENES = 24  # training scenes from which the colours of regions are learned
-SHEET_SCENES, SHEET_VIEW = 3, 200  # scenes of the contact sheet, and pixels of a view in it
-STANDS_OUT = (Region.MARK, Region.VEHICLE)  # regions that differ from what is around them wherever they are
-RING = 5  # pixels along each side of the kernel that widens a region to its surroundings
+CLASSIFIER_CLIPS, CLASSIFIER_FRAMES = 24, 9  # training clips from which the colours of regions are learned
+GOLDEN = 0.618  # spreads their starts over the scenes
+EVERY = 3  # a frame is measured in so many; an odd number, as four frames share a latent one
+SHEET_SCENES, SHEET_FRAMES, SHEET_VIEW = 3, 3, 200  # of the contact sheet: scenes, frames, and pixels of a view
+RENDERED, RECONSTRUCTED, GENERATED, UNTRAINED = "rendered", "through the VAE", "generated", "untrained"
+
+Draw = Callable[[Scene], Video]  # the written frames of a scene's clip
 
 
 @dataclass(frozen=True)
-class Fidelity:
-    """Agreement of pictures with the exact regions of their scenes.
+class Comparison:
+    """Figures of videos by the label of their row.
 
     Attributes:
-        iou: Intersection over union by region, 0 to 1, both summed over all pictures; NaN where neither side has the
-            region.
-        contrast: For marks and vehicles: the classifier's mean probability of the region inside it, less that in the
-            ring around it. 1 at best, 0 where pictures ignore the positions, NaN without any. Faint marks count, which
-            IoU leaves out.
-        psnr: dB against the rendered pictures; infinite for equal pictures.
+        regions: Agreement with the exact regions.
+        time: Agreement of each frame with the one before, along the exact flow.
+        views: Agreement of each view with its right neighbour at the same time.
     """
 
-    iou: dict[Region, float]
-    contrast: dict[Region, float]
-    psnr: float
+    regions: dict[str, Fidelity]
+    time: dict[str, Agreement]
+    views: dict[str, Agreement]
 
-    def row(self) -> dict[str, float]:
-        """Collect all figures by name, in the order of the table's columns.
+    def consistency(self, label: str) -> dict[str, float]:
+        """Collect the consistency of a row by name.
+
+        Args:
+            label: The row.
 
         Returns:
-            IoUs by the region's name in lower case ("road"), contrasts by that name with "_contrast", and "psnr" in dB.
+            For "time" and "views": "_error" in grey levels, "_ratio" of it to that of the rendered videos, and
+            "_structure".
         """
-        values = {region.name.lower(): value for region, value in self.iou.items()}
-        contrasts = {f"{region.name.lower()}_contrast": value for region, value in self.contrast.items()}
-        return {**values, **contrasts, "psnr": self.psnr}
+        out = {}
+        for name, rows in (("time", self.time), ("views", self.views)):
+            agreement, real = rows[label], rows[RENDERED].error
+            out[f"{name}_error"] = agreement.error
+            out[f"{name}_ratio"] = agreement.error / real if real else float("nan")
+            out[f"{name}_structure"] = agreement.structure
+        return out
 
 
-def measure_fidelity(classifier: RegionClassifier, pictures: Sequence[Picture], truth: Sequence[Frame]) -> Fidelity:
-    """Compare pictures with the exact regions of their scenes.
+@dataclass(frozen=True)
+class _Moment:
+    """The exact truth of one frame: regions of its views, and where their pixels are in other pictures."""
 
-    Args:
-        classifier: Finds regions by colour.
-        pictures: RGB pictures (H, W, 3).
-        truth: The exact regions of each picture, in the same order.
-
-    Returns:
-        The figures over all pictures together.
-
-    Raises:
-        ValueError: Numbers or sizes of pictures and truth differ.
-    """
-    hits, either = np.zeros(len(Region)), np.zeros(len(Region))
-    inside: dict[Region, list[NDArray[np.float32]]] = {region: [] for region in STANDS_OUT}
-    around: dict[Region, list[NDArray[np.float32]]] = {region: [] for region in STANDS_OUT}
-    squares = 0.0
-    for picture, frame in zip(pictures, truth, strict=True):
-        if picture.shape != frame.picture.shape:
-            raise ValueError(f"the picture has shape {picture.shape}, its truth {frame.picture.shape}")
-        shares = classifier.shares(frame.light, picture)
-        found = shares.argmax(axis=-1)
-        for region in Region:
-            mine, true = found == region, frame.regions == region
-            hits[region] += (mine & true).sum()
-            either[region] += (mine | true).sum()
-        for region in STANDS_OUT:
-            place = frame.regions == region
-            widened = cv2.dilate(place.astype(np.uint8), np.ones((RING, RING), np.uint8)) > 0
-            inside[region].append(shares[place, region])
-            around[region].append(shares[widened & ~place, region])
-        squares += float(np.square(picture.astype(np.float64) - frame.picture).mean())
-    with np.errstate(invalid="ignore", divide="ignore"):
-        iou = hits / either
-        psnr = 10 * np.log10(255**2 * len(pictures) / squares) if squares else np.inf
-    contrast = {region: _mean(inside[region]) - _mean(around[region]) for region in STANDS_OUT}
-    return Fidelity({region: float(iou[region]) for region in Region}, contrast, float(psnr))
-
-
-def _mean(shares: Sequence[NDArray[np.float32]]) -> float:
-    joined = np.concatenate(shares)
-    return float(joined.mean()) if len(joined) else float("nan")
+    frame: int  # of the scene
+    truth: list[Frame]  # by view
+    before: list[Correspondence]  # by view, in the frame before; empty for the first frame of the clip
+    beside: list[Correspondence]  # by view, in its right neighbour
 
 
 @dataclass(frozen=True)
@@ -126,6 +106,8 @@ class ControlFidelity:
     Attributes:
         config: All settings.
         project: The project's folder.
+        every: One frame in so many is measured, from the first one on.
+        clips: Number of validation scenes that are measured, of all lights in turn; None: all.
 
     Raises:
         MagicDriveError: Infos, pictures or tables are missing or do not fit together.
@@ -133,6 +115,8 @@ class ControlFidelity:
 
     config: Config
     project: Path = Path()
+    every: int = EVERY
+    clips: int | None = None
 
     @property
     def framing(self) -> Framing:
@@ -141,121 +125,188 @@ class ControlFidelity:
 
     @cached_property
     def scenes(self) -> list[Scene]:
-        """The validation scenes: those whose split is "val" or "both", in the order of the infos."""
-        return [scene for scene in self._all if scene.split in ("val", "both")]
+        """The measured validation scenes (split "val" or "both"): all, or the first ``clips`` with lights in turn."""
+        chosen = [scene for scene in self._all if scene.split in ("val", "both")]
+        if self.clips is None:
+            return chosen
+        by_light: dict[Hashable, list[Scene]] = {}
+        for scene in chosen:
+            by_light.setdefault(light_of(scene.description), []).append(scene)
+        in_turn = (scene for scenes in zip_longest(*by_light.values()) for scene in scenes if scene is not None)
+        return list(islice(in_turn, self.clips))
 
     @cached_property
-    def truth(self) -> list[list[Frame]]:
-        """For each validation scene, picture and exact regions of its first frame, one ``Frame`` for each view."""
-        return [self._frames(scene) for scene in track(self.scenes, "exact regions")]
+    def items(self) -> dict[str, Item]:
+        """The first generation of each measured scene's clip, by the scene's token."""
+        listed = list_items(self.config, self.scenes, self.project)
+        return {item.clip.scene: item for item in listed if item.generation == 0}
 
     @cached_property
     def classifier(self) -> RegionClassifier:
-        """The classifier, trained on first frames of training scenes, as rendered and as reconstructed by the VAE."""
+        """The classifier, trained on frames of training scenes, as rendered and as reconstructed by the VAE."""
         train = [scene for scene in self._all if scene.split in ("train", "both")]
-        chosen = np.linspace(0, len(train) - 1, min(CLASSIFIER_SCENES, len(train))).round().astype(int)
-        frames = [frame for index in track(chosen, "colours of regions") for frame in self._frames(train[index])]
-        softened = self.reconstructed([frame.picture for frame in frames])
-        both = frames + [replace(frame, picture=soft) for frame, soft in zip(frames, softened, strict=True)]
-        return RegionClassifier.learn(both)
+        chosen: dict[tuple[int, int, int], None] = {}  # scene, first frame and frame of a clip
+        for number, index in enumerate(np.linspace(0, len(train) - 1, CLASSIFIER_CLIPS).round().astype(int)):
+            frames = min(CLASSIFIER_FRAMES, (len(train[index]) - 1) // 8 * 8 + 1)
+            start = int(number * GOLDEN % 1 * (len(train[index]) - frames + 1))
+            chosen[int(index), start, start + number % 2 * (frames - 1)] = None
+        learned: list[Frame] = []
+        for index, start, frame in track(chosen, "colours of regions"):
+            scene, frames = train[index], min(CLASSIFIER_FRAMES, (len(train[index]) - 1) // 8 * 8 + 1)
+            clip = self._clip(scene, start, frames)
+            truth = self._truth(scene, frame, clip[:, frame - start])
+            softened = self.reconstructed(clip)[:, frame - start]
+            learned += truth + [replace(one, picture=soft) for one, soft in zip(truth, softened, strict=True)]
+        return RegionClassifier.learn(learned)
 
     @cached_property
-    def others(self) -> list[int]:
-        """For each validation scene, the index in ``scenes`` of the one that serves as "another clip".
+    def others(self) -> dict[str, Scene]:
+        """For each measured scene, by its token, the one that serves as "another clip".
 
-        It is the next validation scene of the same light (``next_of_light``).
+        It is the next validation scene of the same light whose clip is as long (``next_alike``).
 
         Raises:
             MagicDriveError: Only one validation scene has a certain light.
         """
+        scenes = [scene for scene in self._all if scene.split in ("val", "both")]
+        frames = {item.clip.scene: item.clip.frames for item in list_items(self.config, scenes, self.project)}
         try:
-            return next_of_light([light_of(scene.description) for scene in self.scenes])
-        except ValueError as error:
-            raise MagicDriveError(f"{error}", "add scenes to data.val_scenes, or run: magicdrive use learn") from None
+            following = next_alike([(light_of(scene.description), frames[scene.token]) for scene in scenes])
+        except ValueError:
+            raise MagicDriveError(
+                "each light needs two validation scenes of one length, so that their conditions can be swapped",
+                "add scenes to data.val_scenes, or run: magicdrive use learn",
+            ) from None
+        return {scene.token: scenes[other] for scene, other in zip(scenes, following, strict=True)}
 
-    def compare(
-        self, generated: Path, untrained: Path, swapped: Mapping[str, Sequence[Picture]]
-    ) -> dict[str, Fidelity]:
-        """Measure generated pictures, their upper and lower bounds, and condition swaps.
+    def compare(self, drawn: Mapping[str, Draw]) -> Comparison:
+        """Measure videos, and their upper and lower bounds.
 
         Args:
-            generated: Folder of the trained network's items.
-            untrained: Folder of the items of the network's initial weights.
-            swapped: By condition, pictures (H, W, 3) of the same clips with that condition of another clip, in the
-                order of ``items`` (``draw_swapped``).
+            drawn: By the label of the row, what makes the video of a scene; ``GENERATED`` is one of them.
 
         Returns:
-            The rows of the table by label, in the order in which they are printed.
+            The figures of "rendered", "through the VAE", the drawn ones in their order, and of the generated and
+            rendered ones with the regions of another clip.
 
         Raises:
             MagicDriveError: An item is missing, or only one validation scene has a certain light.
         """
-        others = [frame for other in self.others for frame in self.truth[other]]
-        truth = [frame for frames in self.truth for frame in frames]
-        rendered = [frame.picture for frame in truth]
-        drawn = self.items(generated)
-        return {
-            "rendered": measure_fidelity(self.classifier, rendered, truth),
-            "through the VAE": measure_fidelity(self.classifier, self.reconstructed(rendered), truth),
-            "generated": measure_fidelity(self.classifier, drawn, truth),
-            **{
-                f"condition swap: {what} of another clip": measure_fidelity(self.classifier, pictures, truth)
-                for what, pictures in swapped.items()
-            },
-            "generated, compared with another clip": measure_fidelity(self.classifier, drawn, others),
-            "rendered, compared with another clip": measure_fidelity(self.classifier, rendered, others),
-            "untrained": measure_fidelity(self.classifier, self.items(untrained), truth),
-        }
+        labels = [RENDERED, RECONSTRUCTED, *drawn]
+        regions = {label: FidelityTally(self.classifier) for label in labels}
+        elsewhere = {label: FidelityTally(self.classifier) for label in (GENERATED, RENDERED)}
+        time, views = ({label: AgreementTally() for label in labels} for _ in range(2))
+        for scene in track(self.scenes, "control fidelity"):
+            real = self.rendered(scene)
+            videos = {RENDERED: real, RECONSTRUCTED: self.reconstructed(real)}
+            videos |= {label: draw(scene) for label, draw in drawn.items()}
+            other = self.others[scene.token]
+            for moment in self._moments(scene, real):
+                now, neighbours = moment.frame, ring_neighbours(len(VIEWS))
+                for view, truth in enumerate(moment.truth):
+                    for label, video in videos.items():
+                        regions[label].add(video[view, now], truth)
+                        views[label].add(video[view, now], video[neighbours[view][1], now], moment.beside[view])
+                        if moment.before:
+                            time[label].add(video[view, now], video[view, now - 1], moment.before[view])
+                for view, truth in enumerate(self._truth(other, now, self._clip(other, now, 1)[:, 0])):
+                    for label, tally in elsewhere.items():
+                        tally.add(videos[label][view, now], truth)
+        figures = {label: tally.figures() for label, tally in regions.items()}
+        figures |= {f"{label}, compared with another clip": tally.figures() for label, tally in elsewhere.items()}
+        return Comparison(
+            figures,
+            {label: tally.figures() for label, tally in time.items()},
+            {label: tally.figures() for label, tally in views.items()},
+        )
 
-    def items(self, folder: Path) -> list[Picture]:
-        """Read the first frame of each validation scene's first generation.
+    def respond(self, generated: Draw, edited: Callable[[Scene, Edits], Video]) -> dict[str, Response]:
+        """Measure what edits of the scenes change.
 
         Args:
-            folder: Folder of items.
+            generated: Makes the video of a scene without edits.
+            edited: Makes the video of a scene with edits from the same noise.
 
         Returns:
-            RGB pictures (H, W, 3) at the network's size, view by view: V of the first scene, then V of the second.
+            The response by kind of edit; a kind that no scene allows is missing.
 
         Raises:
-            MagicDriveError: An item or one of its files is missing.
+            MagicDriveError: An item is missing.
         """
-        records = {path.parent: ItemRecord.read(path.parent) for path in sorted(folder.glob("*/item.json"))}
-        by_scene = {record.scene: (path, record) for path, record in records.items() if record.generation == 0}
-        missing = [scene.name for scene in self.scenes if scene.token not in by_scene]
-        if missing:
-            raise MagicDriveError(
-                f"{folder}: {len(missing)} of {len(self.scenes)} scenes are missing, the first is {missing[0]}",
-                "python -m flows.generate",
-            )
-        found = [by_scene[scene.token] for scene in self.scenes]
-        return [self._first(path / record.views[view].file) for path, record in found for view in VIEWS]
+        planner, tally = EditPlanner(self.painter, self.framing), ResponseTally(self.classifier)
+        for scene in track(self.scenes, "response to edits"):
+            frames, before = self.measured_frames(scene), generated(scene)
+            for case in planner.cases(scene, frames):
+                after = edited(scene, case.edits)
+                tally.add(case, light_of(scene.description), before[:, list(frames)], after[:, list(frames)])
+        return tally.figures()
 
-    def reconstructed(self, pictures: Sequence[Picture]) -> list[Picture]:
-        """Pass pictures through the VAE: no network on its latents can do better.
+    def measured_frames(self, scene: Scene) -> range:
+        """List the measured frames of a scene.
 
         Args:
-            pictures: uint8 RGB pictures (H, W, 3); each is a video of one frame.
+            scene: A measured scene.
 
         Returns:
-            The decoded pictures (H, W, 3), in the same order.
+            Indices of frames of the scene's clip.
+        """
+        return range(0, self.items[scene.token].kept, self.every)
+
+    def rendered(self, scene: Scene) -> Video:
+        """Read the rendered pictures of a scene's clip, with the frames that are generated and not written.
+
+        Args:
+            scene: A measured scene.
+
+        Returns:
+            The frames (V, F, H, W, 3) at the network's size.
+        """
+        clip = self.items[scene.token].clip
+        return self._clip(scene, clip.start, clip.frames)
+
+    def reconstructed(self, video: Video) -> Video:
+        """Pass a video through the VAE: no network on its latents can do better.
+
+        Args:
+            video: Frames (V, F, H, W, 3), uint8; F is 8n+1.
+
+        Returns:
+            The decoded frames (V, F, H, W, 3).
 
         Raises:
             MagicDriveError: ``artifacts/encoders`` is missing.
         """
-        facts = read_json(self.project / "artifacts/encoders/encoders.json")["vae"]
-        vae = Vae.load(
-            self.project / facts["path"],
-            scaling_factor=facts["scaling_factor"],
-            chunk_frames=self.config.vae.chunk_frames,
-        )
-        out: list[Picture] = []
-        for picture in pictures:
-            latents = vae.latents(vae.moments(to_video(np.array(picture)[None, None])))
-            out += [chunk[0, 0] for chunk in vae.decode(latents)]
-        return out
+        out = []
+        for view in video:
+            latents = self._vae.latents(self._vae.moments(to_video(view[None])))
+            out.append(np.concatenate([group[0] for group in self._vae.decode(latents)]))
+        return np.stack(out)
+
+    def read_item(self, folder: Path, scene: Scene) -> Video:
+        """Read the first generation of a scene's clip.
+
+        Args:
+            folder: Folder of items.
+            scene: A measured scene.
+
+        Returns:
+            The written frames (V, F, H, W, 3) at the network's size.
+
+        Raises:
+            MagicDriveError: The item or one of its files is missing, or has other frames.
+        """
+        item = self.items[scene.token]
+        if not (folder / item.name / "item.json").is_file():
+            raise MagicDriveError(f"{folder}: {scene.name} is missing", "python -m flows.generate")
+        record = ItemRecord.read(folder / item.name)
+        if record.frames != item.kept:
+            raise MagicDriveError(
+                f"{folder / item.name} has {record.frames} frames, not {item.kept}", "python -m flows.generate"
+            )
+        return np.stack([list(self._frames(folder / item.name / record.views[view].file)) for view in VIEWS])
 
     def write_sheet(self, generated: Path, untrained: Path, path: Path, chosen: Sequence[int] | None = None) -> None:
-        """Write a contact sheet: a row for each scene; rendered, conditions, generated, untrained.
+        """Write a contact sheet: rows of scenes over time; rendered, conditions, generated, untrained.
 
         Args:
             generated: Folder of the trained network's items.
@@ -267,82 +318,145 @@ class ControlFidelity:
             MagicDriveError: An item is missing, or the cached map of a scene is missing or broken.
         """
         if chosen is None:
-            lights = [frames[0].light for frames in self.truth]
+            lights = [light_of(scene.description) for scene in self.scenes]
             chosen = sorted({light: lights.index(light) for light in lights}.values())[:SHEET_SCENES]
-        drawn, noise = self.items(generated), self.items(untrained)
-        views, rows = len(VIEWS), []
-        for index in chosen:
-            scene = self.scenes[index]
+        rows, labels = [], []
+        for scene in (self.scenes[index] for index in chosen):
             bits = BevMaps(self.config, self.project).of_scene(scene, self.config.generate.resolution, draw=False)
             scene_views = SceneViews(scene, bits, self.project / self.config.data.root, SHEET_VIEW)
-            conditions = scene_views.conditions(0)[:, scene_views.framing.crop :]
-            some = slice(index * views, (index + 1) * views)
-            real = [frame.picture for frame in self.truth[index]]
-            columns = [np.stack(real), conditions, np.stack(drawn[some]), np.stack(noise[some])]
-            rows.append([six_views(column, SHEET_VIEW, captions=False) for column in columns])
-        labels = [self.scenes[index].name for index in chosen]
-        sheet = contact_sheet(rows, labels, ["rendered", "conditions", "generated", "untrained"])
+            videos = self.rendered(scene), self.read_item(generated, scene), self.read_item(untrained, scene)
+            frames = self.measured_frames(scene)
+            for at in sorted({int(at) for at in np.linspace(0, len(frames) - 1, SHEET_FRAMES).round()}):
+                frame = frames[at]
+                real, drawn, noise = (video[:, frame] for video in videos)
+                conditions = scene_views.conditions(frame)[:, scene_views.framing.crop :]
+                columns = real, conditions, drawn, noise
+                rows.append([six_views(column, SHEET_VIEW, captions=False) for column in columns])
+                seconds = (scene.timestamps[frame] - scene.timestamps[0]) / 1e6
+                labels.append(f"{scene.name}, {seconds:.1f} s")
+        sheet = contact_sheet(rows, labels, [RENDERED, "conditions", GENERATED, UNTRAINED])
         with atomic_file(path) as partial:
             Image.fromarray(sheet).save(partial, format="PNG")
+
+    @cached_property
+    def painter(self) -> RegionPainter:
+        """Draws the exact truth of the data root's pictures."""
+        return RegionPainter(self.project / self.config.data.root, self.config.data.version)
 
     @cached_property
     def _all(self) -> Scenes:
         return read_scenes(self.project / "artifacts/infos")
 
     @cached_property
-    def _painter(self) -> RegionPainter:
-        return RegionPainter(self.project / self.config.data.root, self.config.data.version)
+    def _vae(self) -> Vae:
+        facts = read_json(self.project / "artifacts/encoders/encoders.json")["vae"]
+        return Vae.load(
+            self.project / facts["path"],
+            scaling_factor=facts["scaling_factor"],
+            chunk_frames=self.config.vae.chunk_frames,
+        )
 
-    def _frames(self, scene: Scene) -> list[Frame]:
-        root, light = self.project / self.config.data.root, light_of(scene.description)
+    def _clip(self, scene: Scene, start: int, frames: int) -> Video:
+        clip = Clip(scene.token, start, frames)
+        return read_clip(self.project / self.config.data.root, scene, clip, self.config.generate.resolution)
+
+    def _surfaces(self, scene: Scene, frame: int) -> list[Surfaces]:
+        return [self.painter.surfaces(path) for path in scene.pictures[frame]]
+
+    def _truth(
+        self, scene: Scene, frame: int, pictures: Sequence[Picture], surfaces: Sequence[Surfaces] | None = None
+    ) -> list[Frame]:
+        """Return picture and exact regions of each view of a frame."""
+        light = light_of(scene.description)
         return [
-            Frame(light, read_picture(root / path, self.framing), self._painter.of_frame(path, self.framing))
-            for path in scene.pictures[0]
+            Frame(light, picture, regions_of(drawn, self.framing))
+            for picture, drawn in zip(pictures, surfaces or self._surfaces(scene, frame), strict=True)
         ]
 
-    def _first(self, path: Path) -> Picture:
-        """Read the first frame of a view's file at the network's size."""
+    def _moments(self, scene: Scene, real: Video) -> Iterator[_Moment]:
+        """Yield the truth of each measured frame of a scene with the rendered video ``real``."""
+        last: tuple[int, list[Surfaces]] = -1, []
+        for frame in self.measured_frames(scene):
+            now = self._surfaces(scene, frame)
+            before = last[1] if last[0] == frame - 1 else self._surfaces(scene, frame - 1) if frame else []
+            yield _Moment(
+                frame,
+                self._truth(scene, frame, real[:, frame], now),
+                [correspond(one, other, self.framing) for one, other in zip(now, before, strict=False)],
+                [
+                    correspond(one, now[right], self.framing)
+                    for one, (_, right) in zip(now, ring_neighbours(len(VIEWS)), strict=True)
+                ],
+            )
+            last = frame, now
+
+    def _frames(self, path: Path) -> Iterator[Picture]:
+        """Yield the frames of a view's file at the network's size."""
         if path.suffix == ".png":
-            return read_picture(path, self.framing)
-        size = self.framing.resized_height, self.framing.width
-        return next(read_view(path, size))[self.framing.crop :]
+            yield read_picture(path, self.framing)
+            return
+        for frame in read_view(path, (self.framing.resized_height, self.framing.width)):
+            yield frame[self.framing.crop :]
 
 
-def next_of_light(lights: Sequence[Light]) -> list[int]:
-    """Pair each scene with the next one of the same light, so that light alone does not give a swap away.
+def next_alike(kinds: Sequence[Hashable]) -> list[int]:
+    """Pair each scene with the next one of the same kind, so that its light alone does not give a swap away.
 
     Args:
-        lights: The light of each scene.
+        kinds: The kind of each scene: its light and length.
 
     Returns:
         For each scene, the index of its partner.
 
     Raises:
-        ValueError: Only one scene has a certain light.
+        ValueError: Only one scene is of a certain kind.
     """
-    by_light: dict[Light, list[int]] = {}
-    for index, light in enumerate(lights):
-        by_light.setdefault(light, []).append(index)
-    if any(len(members) < 2 for members in by_light.values()):
-        raise ValueError("each light needs two scenes, so that their conditions can be swapped")
-    following = {m: members[(i + 1) % len(members)] for members in by_light.values() for i, m in enumerate(members)}
-    return [following[index] for index in range(len(lights))]
+    by_kind: dict[Hashable, list[int]] = {}
+    for index, kind in enumerate(kinds):
+        by_kind.setdefault(kind, []).append(index)
+    if any(len(members) < 2 for members in by_kind.values()):
+        raise ValueError("each kind needs two scenes")
+    following = {m: members[(i + 1) % len(members)] for members in by_kind.values() for i, m in enumerate(members)}
+    return [following[index] for index in range(len(kinds))]
 
 
-def table_lines(rows: dict[str, Fidelity]) -> list[str]:
-    """Format the table: IoU and contrast of regions in percent, PSNR in dB.
+def region_lines(rows: Mapping[str, Fidelity]) -> list[str]:
+    """Format the table of regions: IoU and contrast in percent, PSNR in dB.
 
     Args:
-        rows: Figures by label (``ControlFidelity.compare``); at least one.
+        rows: Figures by label (``Comparison.regions``); at least one.
+
+    Returns:
+        The heading, a line for each label, and the generated videos' shares of what the VAE leaves, if both are there.
+    """
+    values = {
+        label: {name: value * (1 if name == "psnr" else 100) for name, value in row.row().items()}
+        for label, row in rows.items()
+    }
+    if GENERATED in rows and RECONSTRUCTED in rows:
+        shares = rows[GENERATED].shares_of(rows[RECONSTRUCTED])
+        values["share of the VAE's"] = {name: 100 * value for name, value in shares.items()}
+    return table_lines(values)
+
+
+def table_lines(rows: Mapping[str, Mapping[str, float]], digits: int = 1) -> list[str]:
+    """Format a table of numbers.
+
+    Args:
+        rows: Numbers by column by label; the first row has all columns. What a row lacks, or is no number, is a dash.
+        digits: Decimal places.
 
     Returns:
         The heading, then a line for each label.
     """
-    names = list(next(iter(rows.values())).row())
+    names = list(next(iter(rows.values())))
     label_width, widths = max(map(len, rows)), {name: max(10, len(name) + 2) for name in names}
     lines = [" " * label_width + "".join(f"{name:>{widths[name]}}" for name in names)]
-    for label, fidelity in rows.items():
-        values = fidelity.row()
-        cells = (f"{values[name] * (1 if name == 'psnr' else 100):>{widths[name]}.1f}" for name in names)
-        lines.append(f"{label:{label_width}}" + "".join(cells))
+    for label, values in rows.items():
+        numbers = {name: values.get(name, float("nan")) for name in names}
+        cells = ("-" if np.isnan(value) else f"{value:.{digits}f}" for value in numbers.values())
+        lines.append(
+            f"{label:{label_width}}"
+            + "".join(f"{cell:>{widths[name]}}" for name, cell in zip(names, cells, strict=True))
+        )
     return lines

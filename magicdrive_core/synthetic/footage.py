@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from magicdrive_core.data.nuscenes_files import read_tables
+from magicdrive_core.data.records import Scene
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.geometry import poses
 from magicdrive_core.synthetic.camera import PosedCamera
@@ -68,6 +69,7 @@ class ObjectTrack:
     Centres are metres and rotations quaternions, box to global, both in the global frame. ``tint`` is one of ``TINTS``.
     """
 
+    token: str  # of the instance
     name: str  # of meshes.mesh_of
     tint: float
     size: Array  # (3,) w, l, h in metres
@@ -182,8 +184,9 @@ def _footage(tables: dict[str, dict[str, dict[str, Any]]]) -> list[Footage]:
         timed = sorted(((tables["sample"][row["sample_token"]]["timestamp"], row) for row in rows), key=lambda t: t[0])
         tracks[scene_of[rows[0]["sample_token"]]].append(
             ObjectTrack(
+                token=instance,
                 name=_mesh_name(category),
-                tint=TINTS[hashlib.md5(instance.encode(), usedforsecurity=False).digest()[0] % len(TINTS)],
+                tint=_tint(instance),
                 size=np.array(timed[0][1]["size"], dtype=np.float64),
                 times=np.array([time for time, _ in timed]),
                 centres=np.array([row["translation"] for _, row in timed], dtype=np.float64),
@@ -199,6 +202,71 @@ def _footage(tables: dict[str, dict[str, dict[str, Any]]]) -> list[Footage]:
         )
         for token, scene in tables["scene"].items()
     ]
+
+
+def edited_footage(footage: Footage, before: Scene, after: Scene) -> Footage:
+    """Apply the edits of a scene to its footage, so that the edited scene can be rendered.
+
+    Args:
+        footage: the footage of the scene.
+        before: the scene.
+        after: the scene with new boxes or a new description; its ego poses are those of ``before``.
+
+    Returns:
+        The footage with the description of ``after``. Objects whose boxes are equal in both keep their tracks; others
+        follow the boxes of ``after``, or are gone.
+    """
+    old, new = _tracks_of(before), _tracks_of(after)
+    kept = [track for track in footage.tracks if _equal(old.get(track.token), new.get(track.token))]
+    same = {track.token for track in kept}
+    changed = [track for token, track in new.items() if token not in same]
+    return replace(footage, description=after.description, tracks=kept + changed)
+
+
+def _tracks_of(scene: Scene) -> dict[str, ObjectTrack]:
+    """Collect the boxes of a scene as tracks, by instance token."""
+    lidar_to_global = scene.ego_to_global @ scene.lidar_to_ego
+    rows: dict[str, list[tuple[int, Array]]] = defaultdict(list)
+    names: dict[str, str] = {}
+    for frame, listed in enumerate(scene.boxes):
+        for token, name, box in zip(listed.ids, listed.names, listed.boxes, strict=True):
+            rows[token].append((frame, box))
+            names[token] = name
+    tracks = {}
+    for token, timed in rows.items():
+        frames, boxes = [frame for frame, _ in timed], np.array([box for _, box in timed])
+        headings = -boxes[:, 6] - np.pi / 2
+        zero = np.zeros_like(headings)
+        turns = poses.rotation_matrix(np.stack([np.cos(headings / 2), zero, zero, np.sin(headings / 2)], axis=1))
+        moved = lidar_to_global[frames] @ poses.pose(turns, boxes[:, :3])
+        tracks[token] = ObjectTrack(
+            token=token,
+            name=names[token],
+            tint=_tint(token),
+            size=boxes[0, 3:6],
+            times=scene.timestamps[frames],
+            centres=moved[:, :3, 3],
+            rotations=poses.quaternion(moved[:, :3, :3]),
+        )
+    return tracks
+
+
+def _equal(one: ObjectTrack | None, other: ObjectTrack | None) -> bool:
+    """Tell whether two tracks are the same; two missing ones are: the scene does not list the object."""
+    if one is None or other is None:
+        return one is other
+    return (
+        one.name == other.name
+        and np.array_equal(one.times, other.times)
+        and np.allclose(one.centres, other.centres, atol=1e-6)
+        and np.allclose(one.size, other.size, atol=1e-6)
+        and np.allclose(one.rotations, other.rotations, atol=1e-6)
+    )
+
+
+def _tint(instance: str) -> float:
+    """Choose the brightness factor of an object by its instance token."""
+    return TINTS[hashlib.md5(instance.encode(), usedforsecurity=False).digest()[0] % len(TINTS)]
 
 
 def _mesh_name(category: str) -> str:

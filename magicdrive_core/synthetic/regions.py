@@ -13,7 +13,8 @@ from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.geometry.cameras import Framing
 from magicdrive_core.synthetic.footage import CATEGORY_CLASSES, Footage, Shot, read_footage
 from magicdrive_core.synthetic.ground import Label, read_layers
-from magicdrive_core.synthetic.render import StaticWorld, prepare_world
+from magicdrive_core.synthetic.light import Picture, light_of
+from magicdrive_core.synthetic.render import StaticWorld, draw, prepare_world
 from magicdrive_core.synthetic.scenery import load_scenery
 from magicdrive_core.synthetic.surfaces import NONE, Surfaces, draw_surfaces
 
@@ -88,11 +89,26 @@ class RegionPainter:
         """
         return regions_of(self.surfaces(filename), framing)
 
-    def surfaces(self, filename: str) -> Surfaces:
+    def footage(self, filename: str) -> Footage:
+        """Look up the footage that a picture belongs to.
+
+        Args:
+            filename: path of the picture below the data root.
+
+        Returns:
+            The footage of its scene.
+
+        Raises:
+            MagicDriveError: the tables hold no picture of this name.
+        """
+        return self._find(filename)[0]
+
+    def surfaces(self, filename: str, footage: Footage | None = None) -> Surfaces:
         """Draw the surfaces of a picture.
 
         Args:
             filename: path of the picture below the data root.
+            footage: edited footage of its scene; None: the tables'.
 
         Returns:
             The surfaces, of which ``regions_of`` makes regions and ``correspond`` the way to other pictures.
@@ -100,13 +116,37 @@ class RegionPainter:
         Raises:
             MagicDriveError: the tables hold no picture of this name.
         """
+        own, shot = self._find(filename)
+        return draw_surfaces(shot.camera, self._world(own.location), (footage or own).solids_at(shot.timestamp))
+
+    def render(self, filename: str, footage: Footage) -> Picture:
+        """Render a picture of edited footage.
+
+        Args:
+            filename: path of the picture below the data root.
+            footage: edited footage of its scene.
+
+        Returns:
+            (900, 1600, 3) red, green, blue.
+
+        Raises:
+            MagicDriveError: the tables hold no picture of this name.
+        """
+        own, shot = self._find(filename)
+        movers = footage.solids_at(shot.timestamp)
+        picture = draw(shot.camera, light_of(footage.description), self._world(own.location), movers)
+        return np.ascontiguousarray(picture[..., ::-1])
+
+    def _find(self, filename: str) -> tuple[Footage, Shot]:
         if filename not in self._shots:
             raise MagicDriveError(f"{filename} is in no table", "run `dvc repro infos`: the data has changed")
-        footage, shot = self._shots[filename]
-        if footage.location not in self._worlds:
-            layers = read_layers(self._root, footage.location)
-            self._worlds[footage.location] = prepare_world(layers, load_scenery(self._root, footage.location))
-        return draw_surfaces(shot.camera, self._worlds[footage.location], footage.solids_at(shot.timestamp))
+        return self._shots[filename]
+
+    def _world(self, location: str) -> StaticWorld:
+        if location not in self._worlds:
+            layers = read_layers(self._root, location)
+            self._worlds[location] = prepare_world(layers, load_scenery(self._root, location))
+        return self._worlds[location]
 
 
 def regions_of(surfaces: Surfaces, framing: Framing) -> Regions:

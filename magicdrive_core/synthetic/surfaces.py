@@ -138,10 +138,7 @@ def correspond(source: Surfaces, target: Surfaces, framing: Framing) -> Correspo
     Returns:
         The correspondence of each pixel of a video frame (H, W).
     """
-    scale = np.array([framing.width / PICTURE_WIDTH, framing.resized_height / PICTURE_HEIGHT])
-    top = np.array([0, framing.crop])
-    rows, columns = np.mgrid[: framing.height, : framing.width]
-    pixels = (np.stack([columns, rows], axis=-1) + 0.5 + top) / scale
+    pixels, scale, top = middles(framing), _scale(framing), np.array([0, framing.crop])
     ids = source.seen_at(pixels)
     points = _in_target(source, target, pixels, ids)
     there, depth = project(points, target.camera.intrinsics)
@@ -158,6 +155,24 @@ def correspond(source: Surfaces, target: Surfaces, framing: Framing) -> Correspo
     at = there * scale - 0.5 - top
     valid &= (at >= 0).all(axis=-1) & (at[..., 0] <= framing.width - 1) & (at[..., 1] <= framing.height - 1)
     return Correspondence(at.astype(np.float32), valid)
+
+
+def middles(framing: Framing) -> Array:
+    """Return the middle of each pixel of a video frame in its picture.
+
+    Args:
+        framing: size and crop of the video.
+
+    Returns:
+        (H, W, 2) column and row of the picture of 1600x900 pixels; its pixel centres are at integer + 0.5.
+    """
+    rows, columns = np.mgrid[: framing.height, : framing.width]
+    return (np.stack([columns, rows], axis=-1) + 0.5 + np.array([0, framing.crop])) / _scale(framing)
+
+
+def _scale(framing: Framing) -> Array:
+    """Return the video's pixels for each pixel of the picture, along columns and rows: (2,)."""
+    return np.array([framing.width / PICTURE_WIDTH, framing.resized_height / PICTURE_HEIGHT])
 
 
 def _indices(pixels: Array) -> tuple[Ids, Ids, NDArray[np.bool_]]:

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from magicdrive_core.config.schema import Config
+from magicdrive_core.data.edits import Edits
 from magicdrive_core.data.map_cache import write_map
 from magicdrive_core.data.records import FrameBoxes, Scene
-from magicdrive_core.evaluation.condition_swap import FIELDS, draw_swapped
+from magicdrive_core.evaluation.condition_swap import FIELDS, ClipPainter
+from magicdrive_core.inference.items import list_items
 from tests.inference.project import STAGE, make_project, small_config, small_scene
 
 
@@ -30,12 +32,12 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config, Sce
 
 
 def draw(project: tuple[Path, Config, Scene, Scene], what: str, *, swap: bool) -> np.ndarray:
-    """The first scene's six pictures."""
-    folder, config, *scenes = project
-    others = scenes[::-1] if swap else scenes
-    pictures = draw_swapped(config, folder / STAGE, scenes, others, what, folder)
-    assert len(pictures) == 12
-    return np.stack(pictures[:6])
+    """The first scene's clip."""
+    folder, config, scene, other = project
+    item = list_items(config, [scene], folder)[0]
+    video = ClipPainter(config, folder / STAGE, folder).swapped(item, scene, other if swap else scene, what)
+    assert video.shape == (6, item.kept, 32, 64, 3)
+    return video
 
 
 def test_only_the_named_condition_changes_the_picture(project: tuple[Path, Config, Scene, Scene]) -> None:
@@ -47,3 +49,13 @@ def test_only_the_named_condition_changes_the_picture(project: tuple[Path, Confi
     assert (swapped["map"] != own[0]).any()
     assert (swapped["boxes"] != own[0]).any()
     assert (swapped["boxes"] != swapped["map"]).any()
+
+
+def test_an_edit_that_changes_nothing_gives_the_clip_and_a_removal_another_one(
+    project: tuple[Path, Config, Scene, Scene],
+) -> None:
+    folder, config, scene, _ = project
+    item, painter = list_items(config, [scene], folder)[0], ClipPainter(config, folder / STAGE, folder)
+    own = draw(project, "map", swap=False)
+    np.testing.assert_array_equal(painter.edited(item, scene, Edits()), own)
+    assert (painter.edited(item, scene, Edits(drop_nearest_cars=1)) != own).any()

@@ -10,12 +10,12 @@ import pytest
 
 from magicdrive_core.data.pictures import read_picture
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.evaluation.control_fidelity import Fidelity, measure_fidelity, next_of_light, table_lines
 from magicdrive_core.evaluation.region_classifier import Frame, RegionClassifier
+from magicdrive_core.evaluation.region_fidelity import measure_fidelity
 from magicdrive_core.geometry.cameras import Framing, project
 from magicdrive_core.geometry.poses import inverse, transform
 from magicdrive_core.synthetic.footage import read_footage
-from magicdrive_core.synthetic.light import DAY, NIGHT, RAIN, light_of
+from magicdrive_core.synthetic.light import DAY, light_of
 from magicdrive_core.synthetic.regions import Region, RegionPainter
 
 FRAMING = Framing(80, 144)
@@ -115,19 +115,3 @@ def test_vehicles_lie_within_their_projected_boxes(synthetic_root: Path, painter
 def test_an_unknown_picture_is_named(painter: RegionPainter) -> None:
     with pytest.raises(MagicDriveError, match=r"nowhere\.jpg"):
         painter.of_frame("nowhere.jpg", FRAMING)
-
-
-def test_conditions_are_exchanged_within_a_light() -> None:
-    lights = [DAY, NIGHT, DAY, RAIN, NIGHT, DAY, RAIN]
-    others = next_of_light(lights)
-    for own, other in enumerate(others):
-        assert other != own
-        assert lights[other] == lights[own]
-    assert set(others) == set(range(len(lights)))
-    with pytest.raises(ValueError, match="two scenes"):
-        next_of_light(lights[:2])
-
-
-def test_the_table_shows_percent_and_decibel() -> None:
-    lines = table_lines({"drawn": Fidelity(dict.fromkeys(Region, 0.5), {Region.MARK: 0.25}, 20.0)})
-    assert lines[1].split() == ["drawn", *["50.0"] * len(Region), "25.0", "20.0"]
