@@ -26,6 +26,7 @@ from nuscenes.map_expansion.map_api import NuScenesMap, NuScenesMapExplorer
 from magicdrive_core.data.bev_maps import rasterise
 from magicdrive_core.data.infos import InfosWriter
 from magicdrive_core.data.map_cache import write_map
+from magicdrive_core.data.nuscenes_files import stream_records
 from magicdrive_core.data.nuscenes_scenes import build_scene
 from magicdrive_core.data.nuscenes_tables import load_tables
 from magicdrive_core.data.pictures import check_pictures
@@ -77,7 +78,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         keep, _ = seconds(lambda: write_scene(Path(folder), scene))
         join, _ = seconds(lambda: join_scene(Path(folder), scene))
-    print(f"tables {load:.2f} s for {len(tables.sample_data) + len(tables.sample_annotation)} records")
+    count = sum(
+        1
+        for name in ("sample_data", "sample_annotation")
+        for _ in stream_records(root / arguments.version / f"{name}.json")
+    )
+    print(f"tables {load:.2f} s for {count} records")
     print(
         f"infos {1e3 * build / F:.2f} ms a frame ({F} frames), {1e3 * keep / F:.2f} ms to write,"
         f" {1e3 * join / F:.2f} ms to add to frames.parquet"
@@ -113,7 +119,7 @@ def main() -> None:
         check = spent / len(files)
         print(f"checking a picture {1e3 * check:.3f} ms ({len(files)} pictures, {len(faults)} faults)")
     frames = SCENES * FRAMES
-    read = load * TRAINVAL_RECORDS / (len(tables.sample_data) + len(tables.sample_annotation))
+    read = load * TRAINVAL_RECORDS / count
     single = read + frames * join / F
     parallel = frames * ((build + keep) / F + VIEWS * check + drawing) / CORES
     print(

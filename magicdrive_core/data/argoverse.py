@@ -1,9 +1,10 @@
 """The Argoverse 2 adapter: sensor logs in ``root/version/<log id>/``.
 
-Sweeps are annotated at 10 Hz. Every fifth is a key frame; the half second between two key frames is cut into six, boxes
-are interpolated between neighbouring sweeps, and a camera's picture is the one nearest in time. The ring has seven
-cameras for six views: the rear left one is not used (``CAMERAS``). Pictures are not 16:9: views show their largest
-central 16:9 window (``cameras.full_window``). Maps hold drivable areas, crossings and painted lane boundaries.
+Sweeps are annotated at 10 Hz. The one nearest to every half second is a key frame; the half second between two key
+frames is cut into six, boxes are interpolated between neighbouring sweeps, and a camera's picture is the one nearest in
+time. The ring has seven cameras for six views: the rear left one is not used (``CAMERAS``). Pictures are not 16:9:
+views show their largest central 16:9 window (``cameras.full_window``). Maps hold drivable areas, crossings and painted
+lane boundaries.
 """
 
 from __future__ import annotations
@@ -18,6 +19,16 @@ import pyarrow.feather as feather
 from numpy.typing import NDArray
 
 from magicdrive_core.config.schema import fingerprint
+from magicdrive_core.data.limits import (
+    check_intrinsics,
+    check_offsets,
+    check_positions,
+    check_quaternions,
+    check_sizes,
+    check_times,
+    is_number,
+    is_time,
+)
 from magicdrive_core.data.records import MAP_LAYERS, Scene
 from magicdrive_core.data.timeline import SUFFIXES, Grid, Objects, SensorTrack, interpolate
 from magicdrive_core.data.vector_maps import VectorMap
@@ -32,6 +43,8 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 
 KEY_EVERY = 5  # sweeps from key frame to key frame: 2 Hz
+KEY_PERIOD, KEY_WITHIN = 500_000_000, 60_000_000  # nanoseconds between key frames, and how far their sweeps may be off
+POSE_WITHIN = 0.05e6  # microseconds that a sensor may work before the first or after the last ego pose
 LIDAR = "up_lidar"
 CAMERAS = (  # in the order of cameras.VIEWS
     "ring_front_left",
@@ -59,6 +72,7 @@ CATEGORY_CLASSES = {  # classes of the annotated categories; other categories ar
     "CONSTRUCTION_CONE": "traffic_cone",
     "CONSTRUCTION_BARREL": "traffic_cone",
 }
+_TEXTS = ("sensor_name", "track_uuid", "category")
 _QUATERNION, _TRANSLATION = ("qw", "qx", "qy", "qz"), ("tx_m", "ty_m", "tz_m")
 
 
@@ -176,16 +190,17 @@ class _Log:
             The scene. Its lidar frame is at the upper lidar, with the axes of nuScenes (x right, y forward).
 
         Raises:
-            MagicDriveError: the log has fewer than six annotated sweeps, or a file, column, sensor or picture is
-                missing.
+            MagicDriveError: the log has fewer than six annotated sweeps, a file, column, sensor or picture is missing,
+                a number is impossible, or no record of a sensor is near a frame.
         """
         sweeps = np.unique(self._annotations["timestamp_ns"])
         if len(sweeps) <= KEY_EVERY:
             raise MagicDriveError(f"{self.folder}/annotations.feather has {len(sweeps)} sweeps, expected at least 6")
-        key_times = sweeps[::KEY_EVERY] // 1000
+        key_sweeps = self._key_sweeps(sweeps)
+        key_times = key_sweeps // 1000
         grid = Grid.between(key_times, published=False)
         times = np.rint(grid.interpolate(key_times)).astype(np.int64)
-        ego_to_global = self._ego.pose_at(times)
+        ego_to_global = self._ego_at(times)
         # A lidar frame with the axes of nuScenes (x right, y forward) at the position of the upper lidar.
         lidar_to_ego = poses.pose([np.sqrt(0.5), 0, 0, -np.sqrt(0.5)], self._sensor_to_ego(LIDAR)[:3, 3])
         lidar_to_ego = np.broadcast_to(lidar_to_ego, (len(times), 4, 4)).copy()
@@ -195,11 +210,12 @@ class _Log:
             files = self._pictures(camera)
             taken = np.array([int(file.stem) // 1000 for file in files], np.int64)
             nearest = np.abs(taken[None] - times[:, None]).argmin(1)
+            check_offsets(taken[nearest], times, f"{self.folder}/sensors/cameras/{camera}", "complete the download")
             pictures.append([files[index].relative_to(root).as_posix() for index in nearest])
-            camera_to_global.append(self._ego.pose_at(taken[nearest]) @ self._sensor_to_ego(camera))
+            camera_to_global.append(self._ego_at(taken[nearest]) @ self._sensor_to_ego(camera))
         objects = self._objects(sweeps, times)
         name, intrinsics = self.folder.name, np.stack([self._matrix(camera) for camera in CAMERAS])
-        keys = [str(sweep) for sweep in sweeps[::KEY_EVERY]]
+        keys = [str(sweep) for sweep in key_sweeps]
         return Scene(
             token=name,
             name=name,
@@ -219,6 +235,33 @@ class _Log:
             boxes=[found.in_lidar(matrix) for found, matrix in zip(objects, global_to_lidar, strict=True)],
         )
 
+    def _key_sweeps(self, sweeps: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Choose a sweep for every half second; times decide, since a lost sweep must not shift those after it."""
+        keys = [sweeps[0]]
+        while (wanted := keys[-1] + KEY_PERIOD) <= sweeps[-1] + KEY_WITHIN:
+            nearest = sweeps[np.abs(sweeps - wanted).argmin()]
+            if abs(nearest - wanted) > KEY_WITHIN:
+                raise MagicDriveError(
+                    f"{self.folder}/annotations.feather has no sweep near {wanted}: the nearest is"
+                    f" {abs(nearest - wanted) / 1e9:.2f} s away",
+                    "sweeps are missing: complete the download, or leave the log out with --skip-bad",
+                )
+            keys.append(nearest)
+        return np.array(keys, np.int64)
+
+    def _ego_at(self, times: NDArray[np.int64]) -> Floats:
+        """Interpolate ego to city (T, 4, 4) at times (T,) in microseconds, all within the logged poses."""
+        ego = self._ego
+        before, after = ego.times[0] - times.min(), times.max() - ego.times[-1]
+        file = f"{self.folder}/city_SE3_egovehicle.feather"
+        if max(before, after) > POSE_WITHIN:
+            side = "begins" if before > after else "ends"
+            raise MagicDriveError(
+                f"{file} {side} {max(before, after) / 1e6:.2f} s from a sweep or picture", "complete the download"
+            )
+        check_offsets(ego.times[ego.nearest(times)], times, file, "complete the download")
+        return ego.pose_at(times)
+
     def vector_map(self) -> VectorMap:
         """Read rings and lines from ``map/log_map_archive_*.json``.
 
@@ -232,20 +275,46 @@ class _Log:
         drivable, crossing, divider, lane = (
             MAP_LAYERS.index(layer) for layer in ("drivable_area", "ped_crossing", "road_divider", "lane_divider")
         )
-        try:
-            paths = [(drivable, False, _points(area["area_boundary"])) for area in values["drivable_areas"].values()]
-            for area in values["pedestrian_crossings"].values():
-                paths.append((crossing, False, np.concatenate([_points(area["edge1"]), _points(area["edge2"])[::-1]])))
-            for segment in values["lane_segments"].values():
-                for side in ("left", "right"):
-                    mark = segment[f"{side}_lane_mark_type"]
-                    if mark in ("NONE", "UNKNOWN"):
-                        continue
-                    layer = divider if "YELLOW" in mark else lane  # yellow paint divides opposite directions
-                    paths.append((layer, False, _points(segment[f"{side}_lane_boundary"])))
-        except KeyError as error:
-            raise MagicDriveError(f"{self._map_file} lacks {error}, which an Argoverse 2 map must hold") from None
+        paths = [
+            (drivable, False, self._points(area, "area_boundary")) for area in self._areas(values, "drivable_areas")
+        ]
+        for area in self._areas(values, "pedestrian_crossings"):
+            paths.append(
+                (crossing, False, np.concatenate([self._points(area, "edge1"), self._points(area, "edge2")[::-1]]))
+            )
+        for segment in self._areas(values, "lane_segments"):
+            for side in ("left", "right"):
+                mark = self._map_field(segment, f"{side}_lane_mark_type")
+                if mark in ("NONE", "UNKNOWN"):
+                    continue
+                layer = divider if "YELLOW" in str(mark) else lane  # yellow paint divides opposite directions
+                paths.append((layer, False, self._points(segment, f"{side}_lane_boundary")))
         return VectorMap.of(sorted(paths, key=lambda path: path[0]))
+
+    def _areas(self, values: Any, name: str) -> list[Any]:
+        found = self._map_field(values, name)
+        if not isinstance(found, dict):
+            raise MagicDriveError(f"{self._map_file}: {name} does not hold shapes by their ids")
+        return list(found.values())
+
+    def _points(self, shape: Any, name: str) -> Floats:
+        """Read the vertices (n, 2) of a shape, in metres."""
+        vertices = self._map_field(shape, name)
+        points = (
+            [(self._map_field(v, "x"), self._map_field(v, "y")) for v in vertices] if isinstance(vertices, list) else []
+        )
+        if len(points) < 2 or not all(is_number(value) for point in points for value in point):
+            raise MagicDriveError(
+                f"{self._map_file}: {name} of the shape {shape.get('id')} is not two or more points of finite numbers"
+            )
+        out = np.array(points, np.float64)
+        check_positions(out, lambda row: f"{self._map_file}: point {row} of {name} of the shape {shape.get('id')}")
+        return out
+
+    def _map_field(self, values: Any, name: str) -> Any:
+        if not isinstance(values, dict) or name not in values:
+            raise MagicDriveError(f"{self._map_file} lacks {name!r}, which an Argoverse 2 map must hold")
+        return values[name]
 
     @cached_property
     def picture_sizes(self) -> dict[str, tuple[int, int]]:
@@ -255,6 +324,9 @@ class _Log:
             (width, height) in pixels by name of the camera.
         """
         table = self._intrinsics
+        sizes = np.stack([table["width_px"], table["height_px"]])
+        if not ((sizes >= 1) & (sizes <= 1e5)).all():
+            raise MagicDriveError(f"{self.folder}/calibration/intrinsics.feather: a picture has an impossible size")
         return {
             name: (int(width), int(height))
             for name, width, height in zip(table["sensor_name"], table["width_px"], table["height_px"], strict=True)
@@ -281,10 +353,10 @@ class _Log:
         table = self._annotations
         rows = np.flatnonzero((table["timestamp_ns"] == sweep) & np.isin(table["category"], list(CATEGORY_CLASSES)))
         sizes = np.stack([table[name][rows] for name in ("width_m", "length_m", "height_m")], axis=1)
-        if len(rows) and not np.all(sizes > 0):
-            row = rows[int(np.argmin((sizes > 0).all(1)))]
-            raise MagicDriveError(f"{self.folder}/annotations.feather: the size in row {row} is not positive")
-        ego_to_global = self._ego.pose_at(np.array([sweep // 1000]))[0]
+        check_sizes(sizes, lambda row: f"{self.folder}/annotations.feather: the size in row {rows[row]}")
+        if len(np.unique(table["track_uuid"][rows])) < len(rows):
+            raise MagicDriveError(f"{self.folder}/annotations.feather: an object is twice in the sweep {sweep}")
+        ego_to_global = self._ego_at(np.array([sweep // 1000]))[0]
         object_to_ego = self._poses(table, rows, "annotations.feather")
         rotations = poses.multiply(poses.quaternion(ego_to_global[:3, :3]), object_to_ego[0])
         return Objects(
@@ -308,13 +380,19 @@ class _Log:
         left, top, right, _ = full_window(*self.picture_sizes[camera])
         scale = PICTURE_WIDTH / (right - left)
         fx, fy, cx, cy = (table[name][row] for name in ("fx_px", "fy_px", "cx_px", "cy_px"))
-        return np.array([[scale * fx, 0, scale * (cx - left)], [0, scale * fy, scale * (cy - top)], [0, 0, 1]])
+        matrix = np.array([[scale * fx, 0, scale * (cx - left)], [0, scale * fy, scale * (cy - top)], [0, 0, 1]])
+        check_intrinsics(matrix[None], lambda _: f"{self.folder}/calibration/intrinsics.feather: {camera}")
+        return matrix
 
     def _pictures(self, camera: str) -> list[Path]:
-        files = sorted((self.folder / "sensors/cameras" / camera).glob("*.jpg"), key=lambda file: int(file.stem))
+        folder = self.folder / "sensors/cameras" / camera
+        files = [file for file in folder.glob("*.jpg") if not file.name.startswith(".")]  # as ._1.jpg of a Mac
         if not files:
-            raise MagicDriveError(f"{self.folder}/sensors/cameras/{camera} holds no pictures", "complete the download")
-        return files
+            raise MagicDriveError(f"{folder} holds no pictures", "complete the download")
+        for file in files:
+            if not (file.stem.isascii() and file.stem.isdigit() and is_time(int(file.stem[:30]) // 1000)):
+                raise MagicDriveError(f"{file} is not named by a time in nanoseconds", "remove it")
+        return sorted(files, key=lambda file: int(file.stem))
 
     @cached_property
     def _ego(self) -> SensorTrack:
@@ -322,6 +400,7 @@ class _Log:
         rows = np.argsort(table["timestamp_ns"], kind="stable")
         rotations, translations = self._poses(table, rows, "city_SE3_egovehicle.feather")
         times = table["timestamp_ns"][rows] // 1000
+        check_times(times, lambda row: f"{self.folder}/city_SE3_egovehicle.feather: timestamp_ns in row {rows[row]}")
         empty = np.zeros((len(rows), 0))
         return SensorTrack("ego", times, [], rotations, translations, empty, empty, np.zeros(0, np.int64))
 
@@ -356,9 +435,8 @@ class _Log:
         rotations, translations = (
             np.stack([table[name][rows] for name in names], axis=1) for names in (_QUATERNION, _TRANSLATION)
         )
-        wrong = ~(np.isfinite(rotations).all(1) & np.isfinite(translations).all(1) & rotations.any(1))
-        if wrong.any():
-            raise MagicDriveError(f"{self.folder / file}: row {rows[int(np.argmax(wrong))]} is not a pose")
+        check_quaternions(rotations, lambda row: f"{self.folder / file}: the rotation in row {rows[row]}")
+        check_positions(translations, lambda row: f"{self.folder / file}: the translation in row {rows[row]}")
         return rotations, translations
 
     def _row(self, table: dict[str, NDArray[Any]], sensor: str, file: str) -> NDArray[np.int64]:
@@ -378,8 +456,23 @@ class _Log:
         absent = [name for name in columns if name not in table.column_names]
         if absent:
             raise MagicDriveError(f"{path} has no column {absent[0]}")
-        return {name: table.column(name).to_numpy() for name in columns}
+        return {name: self._column(path, name, table.column(name)) for name in columns}
 
-
-def _points(vertices: list[dict[str, float]]) -> Floats:
-    return np.array([[point["x"], point["y"]] for point in vertices], np.float64).reshape(-1, 2)
+    def _column(self, path: Path, name: str, column: pa.ChunkedArray) -> NDArray[Any]:
+        """Convert a column: texts, integer times and sizes, or float64."""
+        if pa.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
+        is_text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+        is_whole, is_real = pa.types.is_integer(column.type), pa.types.is_floating(column.type)
+        if name in _TEXTS:
+            fits, wanted = is_text, "texts"
+        elif name.endswith("_ns"):
+            fits, wanted = is_whole, "integers"
+        else:
+            fits, wanted = is_whole or is_real, "numbers"
+        if not fits or column.null_count:
+            raise MagicDriveError(
+                f"{path}: column {name} holds {column.type} with {column.null_count} nulls, not {wanted}"
+            )
+        values: NDArray[Any] = column.to_numpy()
+        return values if name in _TEXTS else values.astype(np.int64 if name.endswith("_ns") else np.float64)

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from magicdrive_core.config.schema import Config, fingerprint
 from magicdrive_core.data.adapters import Adapter, open_adapter
+from magicdrive_core.data.limits import check_scene
 from magicdrive_core.data.nuscenes_scenes import choose_splits
 from magicdrive_core.data.pictures import PictureInventory, check_pictures
 from magicdrive_core.data.published_infos import read_published, write_published
@@ -86,6 +87,7 @@ def _make_scene(name: str, adapter: Adapter, splits: Mapping[str, str], folder: 
         return _Fault()
     try:
         scene = adapter.read(name, splits[name])
+        check_scene(scene)
         adapter.vector_map(scene)  # a broken map would end the next stage for all scenes
         broken = check_pictures(adapter.root, adapter.pictures(scene))
     except MagicDriveError as error:
@@ -156,10 +158,18 @@ def write_infos(scenes: Iterable[Scene], facts: Mapping[str, str], folder: Path)
         folder: the infos folder, which must exist.
 
     Raises:
-        MagicDriveError: the disk is full or not writable.
+        MagicDriveError: a scene is impossible, two have one name or token, or the disk is full or not writable.
     """
+    scenes = list(scenes)
+    for field in ("name", "token"):
+        counts = Counter(getattr(scene, field) for scene in scenes)
+        if scenes and counts.most_common(1)[0][1] > 1:
+            raise MagicDriveError(
+                f"{counts.most_common(1)[0][1]} scenes have the {field} {counts.most_common(1)[0][0]!r}"
+            )
     with InfosWriter(folder, facts) as writer:
         for scene in sorted(scenes, key=lambda scene: scene.name):
+            check_scene(scene)
             write_scene(folder, scene)
             writer.add(scene)
 

@@ -16,6 +16,7 @@ LOG = "0a1b2c3d"
 PARKED, WALKER = np.array([1020.0, 2004.0, 1.0]), np.array([1010.0, 1995.0, 1.0])
 WALK = np.array([0.0, 1.5, 0.0])  # metres per second
 SWEEPS = 31  # at 10 Hz
+START = 315_966_000_000_000_000  # nanoseconds
 YAWS = {
     "ring_front_center": 0,
     "ring_front_left": 45,
@@ -61,7 +62,7 @@ def _write(path: Path, columns: dict[str, object]) -> None:
 def write_log(root: Path, version: str = "val", log: str = LOG) -> Path:
     """Write ``root/version/log`` and return it."""
     folder = root / version / log
-    start = 315_966_000_000_000_000  # nanoseconds
+    start = START
     fine = np.arange(0, SWEEPS / 10, 0.01)
     moments = start + np.rint(fine * 1e9).astype(np.int64)
     _write(

@@ -28,7 +28,7 @@ from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.geometry import poses
 from magicdrive_core.geometry.cameras import full_window, project
 from tests.conftest import PROJECT
-from tests.data.argoverse_log import FOCAL, LOG, PARKED, WALK, WALKER, camera_pose, ego_pose, size_of, write_log
+from tests.data.argoverse_log import FOCAL, LOG, PARKED, START, WALK, WALKER, camera_pose, ego_pose, size_of, write_log
 
 
 @pytest.fixture
@@ -168,6 +168,28 @@ def with_value(file: str, column: str, value: Any) -> Change:
     return change
 
 
+def cut(file: str, column: str, first: int, last: int) -> Change:
+    """Remove the rows whose value is from first up to last."""
+
+    def change(folder: Path) -> None:
+        table = feather.read_table(folder / file, memory_map=False)
+        values = np.array(table.column(column))
+        feather.write_feather(table.filter((values < first) | (values >= last)), folder / file)
+
+    return change
+
+
+def silent(camera: str) -> Change:
+    """Remove the pictures of one second."""
+
+    def change(folder: Path) -> None:
+        for path in (folder / "sensors/cameras" / camera).iterdir():
+            if START + 1_000_000_000 <= int(path.stem) < START + 2_000_000_000:
+                path.unlink()
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -177,8 +199,36 @@ def with_value(file: str, column: str, value: Any) -> Change:
         (with_value("annotations.feather", "length_m", 0.0), "annotations.feather: the size in row 4 is not positive"),
         (
             with_value("city_SE3_egovehicle.feather", "tx_m", float("nan")),
-            "city_SE3_egovehicle.feather: row 4 is not a pose",
+            "city_SE3_egovehicle.feather: the translation in row 4 is not finite",
         ),
+        (
+            with_value("city_SE3_egovehicle.feather", "qw", 1e300),
+            "city_SE3_egovehicle.feather: the rotation in row 4 is not a quaternion of length 1",
+        ),
+        (
+            with_value("city_SE3_egovehicle.feather", "timestamp_ns", 315_966_000_030_000_000),
+            r"city_SE3_egovehicle.feather: timestamp_ns in row \d is not later than that of the previous one",
+        ),
+        (
+            with_value("annotations.feather", "track_uuid", "parked"),
+            "annotations.feather: an object is twice in the sweep",
+        ),
+        (with_value("annotations.feather", "category", None), "column category holds string with 1 nulls, not texts"),
+        (with_value("calibration/intrinsics.feather", "fx_px", 0.0), "is not a matrix .* of a pinhole camera"),
+        (with_value("calibration/intrinsics.feather", "width_px", 0), "a picture has an impossible size"),
+        (
+            cut("city_SE3_egovehicle.feather", "timestamp_ns", START + 2_000_000_000, START * 2),
+            r"city_SE3_egovehicle.feather ends 1\.\d\d s from a sweep or picture",
+        ),
+        (
+            cut("city_SE3_egovehicle.feather", "timestamp_ns", START + 1_000_000_000, START + 2_000_000_000),
+            r"city_SE3_egovehicle.feather has no record near .* the nearest is 0\.\d\d s away",
+        ),
+        (
+            cut("annotations.feather", "timestamp_ns", START + 1_000_000_000, START + 1_000_000_001),
+            r"annotations.feather has no sweep near 315966001000000000: the nearest is 0\.10 s away",
+        ),
+        (silent("ring_side_left"), r"ring_side_left has no record near \d+: the nearest is 0\.\d\d s away"),
         (lambda log: next((log / "map").iterdir()).unlink(), "holds no log_map_archive"),
     ],
 )
@@ -186,3 +236,27 @@ def test_unusable_logs_are_named(config: Config, log: Path, change: Change, mess
     change(log)
     with pytest.raises(MagicDriveError, match=message):
         read(config)
+
+
+def test_a_lost_sweep_between_key_frames_shifts_nothing(config: Config, log: Path) -> None:
+    whole = read(config)
+    cut("annotations.feather", "timestamp_ns", START + 700_000_000, START + 700_000_001)(log)
+    lost = read(config)
+    np.testing.assert_array_equal(lost.timestamps, whole.timestamps)
+    assert lost.tokens == whole.tokens
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e300, "5", None])
+def test_a_map_with_an_impossible_point_is_refused(config: Config, log: Path, value: Any) -> None:
+    path = next((log / "map").iterdir())
+    values = json.loads(path.read_text())
+    values["drivable_areas"]["1"]["area_boundary"][2]["x"] = value
+    path.write_text(json.dumps(values))
+    with pytest.raises(MagicDriveError, match=rf"{path.name}.*(area_boundary of the shape 1)"):
+        open_adapter(config).vector_map(read(config))
+
+
+def test_files_that_a_mac_leaves_beside_pictures_are_no_pictures(config: Config, log: Path) -> None:
+    whole = read(config)
+    (log / "sensors/cameras/ring_side_left/._315966000003000000.jpg").write_bytes(b"\0\5\x16\7")
+    assert read(config).pictures == whole.pictures
