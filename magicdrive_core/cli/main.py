@@ -15,6 +15,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from magicdrive_core.cli import (
+    bundle_commands,
     config_commands,
     data_commands,
     generation_commands,
@@ -37,6 +38,7 @@ for group in (
 ):
     app.add_typer(group.app)
 app.add_typer(video_commands.app, name="video")
+app.add_typer(bundle_commands.app, name="bundle")
 
 _debug = False
 

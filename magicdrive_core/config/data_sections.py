@@ -194,14 +194,20 @@ class Vae(Section):
         ),
     ] = 8
     scaling_factor: Annotated[
-        PositiveFloat | Literal["measure"],
+        PositiveFloat | Literal["measure", "stored"],
         about(
             "Factor between the VAE's samples and the network's latents. measure: one over the standard deviation of"
-            " the data's samples.",
+            " the data's samples. stored: the one in the VAE's own config.json, such as a bundle's.",
             source="CogVideoX-2b",
-            used_in="encoders/vae.py",
+            used_in="encoders/build_encoders.py",
         ),
     ] = 1.15258426
+
+    @model_validator(mode="after")
+    def _has_a_factor(self) -> Vae:
+        if self.build is not None and self.scaling_factor == "stored":
+            raise ValueError("scaling_factor stored needs build: null; a VAE that is built here has none yet")
+        return self
 
 
 class TextBuild(Section):

@@ -75,6 +75,10 @@ def _prepare_vae(config: Config, scenes: Sequence[Scene], folder: Path, out: Pat
         if clips is None:
             clips = draw_clips(train, root, SPREAD_SIZE, length, SPREAD_CLIPS, seed=0)
         factor = round(1 / latent_spread(loaded, clips[:SPREAD_CLIPS]), 6)
+    elif factor == "stored":
+        factor = read_json(model_folder / "config.json").get("scaling_factor")
+        if not isinstance(factor, int | float) or not factor > 0:
+            raise MagicDriveError(f"{model_folder / 'config.json'} stores no scaling_factor", "set vae.scaling_factor")
     return {
         **facts,
         "path": path,

@@ -19,6 +19,7 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from magicdrive_core.config.schema import TextBuild
 from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.tracking.bundle import verify_encoder
 
 BUILD_HINT = "`dvc repro encoders` builds the demo's; or put t5-v1_1-xxl there and set text.build to null"
 WORD_START = "▁"  # T5's mark of the start of a word
@@ -53,10 +54,11 @@ class TextEncoder:
             The frozen encoder in float32.
 
         Raises:
-            MagicDriveError: the folder holds no readable T5 encoder.
+            MagicDriveError: the folder holds no readable T5 encoder, or differs from the bundle that it belongs to.
         """
         from transformers import AutoTokenizer, T5EncoderModel  # takes seconds to import
 
+        verify_encoder(Path(folder))
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
             model: Any = T5EncoderModel.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True)

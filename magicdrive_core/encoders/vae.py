@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.tracking.bundle import verify_encoder
 from magicdrive_core.utils.memory import keep_freed
 
 TIME_STRIDE, SPACE_STRIDE = 4, 8  # frames and pixels for one latent frame, row or column
@@ -137,13 +138,14 @@ class Vae:
             The frozen VAE; on a CPU its causal convolutions are computed as 2D ones.
 
         Raises:
-            MagicDriveError: the folder holds no readable CogVideoX VAE.
+            MagicDriveError: the folder holds no readable CogVideoX VAE, or differs from the bundle that it belongs to.
         """
         # Imported here because diffusers takes seconds to import, and readers of cached latents do not need it.
         from diffusers import AutoencoderKLCogVideoX
 
         from magicdrive_core.encoders.vae_layers import use_plane_convolutions
 
+        verify_encoder(Path(folder))
         try:
             model = AutoencoderKLCogVideoX.from_pretrained(
                 str(folder), torch_dtype=dtype, local_files_only=True, low_cpu_mem_usage=False
