@@ -250,6 +250,9 @@ class Lora(Section):
 class Training(Section):
     """What all stages share."""
 
+    stage1: Annotated[StageConfig, about("Stage 1: single frames.")]
+    stage2: Annotated[StageConfig, about("Stage 2: short clips; adds the temporal blocks.")]
+    stage3: Annotated[StageConfig, about("Stage 3: long clips of mixed sizes.")]
     start_from: Annotated[
         str | None,
         about(
@@ -285,9 +288,6 @@ class Training(Section):
     lora: Annotated[
         Lora | None, about("Train adapters of low rank and keep the weights. null: the weights are trained.")
     ] = None
-    stage1: Annotated[StageConfig, about("Stage 1: single frames.")]
-    stage2: Annotated[StageConfig, about("Stage 2: short clips; adds the temporal blocks.")]
-    stage3: Annotated[StageConfig, about("Stage 3: long clips of mixed sizes.")]
     precision: Annotated[
         Literal["fp32", "bf16", "fp16"],
         about(
