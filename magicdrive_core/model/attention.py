@@ -49,7 +49,7 @@ class Rotary(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width = width
-        self.freqs = nn.Parameter(self.frequencies(torch.device("cpu")), requires_grad=False)
+        self.freqs = nn.Parameter(self.frequencies(torch.get_default_device()), requires_grad=False)
 
     def frequencies(self, device: torch.device) -> Tensor:
         """Computes the rotary frequencies 10000^(-2k/d), k < d/2 (Su et al. 2021, section 3.4).
