@@ -18,19 +18,20 @@ from flows.common import main
 from magicdrive_core.config.load import load_config
 from magicdrive_core.config.schema import Config, Stage
 from magicdrive_core.experiment.run_paths import RunPaths, find_run_paths
-from magicdrive_core.tracking.runs import Status, close_parent, open_parent
+from magicdrive_core.tracking.runs import Status, best_effort, close_parent, open_parent
+from magicdrive_core.training.delivery import CANCEL_SECONDS, deliver_late
 from magicdrive_core.training.supervise import StageResult, train_stage
 
 
 @task(cache_policy=NO_CACHE, task_run_name="{stage}")
-def run_stage(stage: Stage, params: str, overrides: list[str], parent: str) -> StageResult:
+def run_stage(stage: Stage, params: str, overrides: list[str], parent: str | None) -> StageResult:
     """Trains one stage. Call it, do not submit it: a cancellation reaches only the flow's own thread.
 
     Args:
         stage: "stage1", "stage2" or "stage3".
         params: the file of settings.
         overrides: ``key.key=value`` texts.
-        parent: MLflow run of the whole training.
+        parent: MLflow run of the whole training; None where MLflow did not answer.
 
     Returns:
         The finished stage.
@@ -64,6 +65,8 @@ def train(stage: Stage = "stage3", params: str = "params.yaml", overrides: list[
         logger.warning(note)
     if paths.model.done:
         logger.info("%s is finished: %s", paths.model.stage, paths.model.folder)
+        for plan in paths.stages:
+            deliver_late(config, plan, None)
     else:
         _train(config, paths, params, overrides)
     return str(paths.model.folder)
@@ -71,7 +74,7 @@ def train(stage: Stage = "stage3", params: str = "params.yaml", overrides: list[
 
 def _train(config: Config, paths: RunPaths, params: str, overrides: list[str]) -> None:
     os.environ.setdefault("PREFECT__FLOW_RUN_ID", str(runtime.flow_run.id))  # for lineage; a worker sets it itself
-    parent = open_parent(config, f"train-{config.profile}")
+    parent = best_effort("the stages get no parent run", lambda: open_parent(config, f"train-{config.profile}"))
     status: Status = "KILLED"
     try:
         for plan in paths.stages:
@@ -81,7 +84,8 @@ def _train(config: Config, paths: RunPaths, params: str, overrides: list[str]) -
         status = "FAILED"
         raise
     finally:
-        close_parent(config, parent, status)
+        if parent:
+            best_effort("the parent run stays open", lambda: close_parent(config, parent, status), CANCEL_SECONDS)
 
 
 def _command(

@@ -27,8 +27,9 @@ from magicdrive_core.evaluation.edit_response import Response
 from magicdrive_core.experiment.run_paths import find_run_paths
 from magicdrive_core.inference.generate import generate_items
 from magicdrive_core.inference.models import write_untrained
-from magicdrive_core.tracking.runs import log_results
-from magicdrive_core.utils.files import read_json, write_json
+from magicdrive_core.tracking.lineage import read_run_note
+from magicdrive_core.tracking.runs import best_effort, log_results
+from magicdrive_core.utils.files import write_json
 
 
 def measure_fidelity(
@@ -96,9 +97,11 @@ def measure_fidelity(
         )
     write_json(out / "fidelity.json", _finite(_figures(comparison, responses, control)))
     control.write_sheet(paths.generated, out / "untrained/items", out / "fidelity.png", sheet_scenes)
-    run = read_json(model.result).get("run")
+    run = read_run_note(model.folder).get("run")
     if run:
-        log_results(config, run, _metrics(comparison, responses), out / "fidelity.png")
+        what = f"{out / 'fidelity.json'} is not logged to the training's run"
+        metrics = _metrics(comparison, responses)
+        best_effort(what, lambda: log_results(config, run, metrics, out / "fidelity.png"))
     return _tables(comparison, responses), out
 
 

@@ -13,6 +13,7 @@ from magicdrive_core.data.edits import chosen_edits
 from magicdrive_core.errors import MagicDriveError, UsageError
 from magicdrive_core.experiment.stages import StagePlan, feasibility, plan_stage
 from magicdrive_core.tracking.found_model import REGISTERED, find_model
+from magicdrive_core.tracking.lineage import read_run_note
 from magicdrive_core.utils.files import read_json
 
 # Settings of ``generate`` that decide how the work is executed; they change no pixel.
@@ -67,7 +68,8 @@ class RunPaths:
         """
         facts = read_json(self.model.result)
         tags = {"model": config.generate.weights or self.model.folder.name, "model.sha256": facts["weights_sha256"]}
-        return tags | ({"model.run": facts["run"]} if facts.get("run") else {})
+        run = read_run_note(self.model.folder).get("run")
+        return tags | ({"model.run": run} if run else {})
 
 
 def find_run_paths(config: Config, last: Stage = "stage3", project: Path = Path()) -> RunPaths:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +15,8 @@ from matplotlib import rc_context, style
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.tracking.runs import first_and_last
+from magicdrive_core.training.metrics_file import METRICS, read_metrics
 
 SIZE = (5.4, 2.7)  # inches, width and height
 WINDOW = 1 / 20  # share of the steps on either side that the running mean covers
@@ -59,7 +58,7 @@ class Curve:
 
     @classmethod
     def read(cls, stage: str, run_folder: Path) -> Curve | None:
-        """Read the losses of a training stage from ``metrics.jsonl``; steps whose loss is not finite are left out.
+        """Read the losses of a training stage from ``metrics.jsonl``; skipped steps are left out.
 
         Args:
             stage: Name of the stage.
@@ -67,19 +66,9 @@ class Curve:
 
         Returns:
             The curve; None if the file is missing or holds no such step.
-
-        Raises:
-            MagicDriveError: A line of the file is not a step.
         """
-        path = run_folder / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        try:
-            rows = [json.loads(line) for line in lines]
-            points = [(int(row["step"]), float(row["loss"])) for row in rows if isfinite(row["loss"])]
-        except (ValueError, KeyError, TypeError) as error:
-            raise MagicDriveError(
-                f"{path}: a line is not a training step: {error}", "delete the run's folder"
-            ) from None
+        rows = read_metrics(run_folder / METRICS)
+        points = [(row["step"], row["loss"]) for row in rows if row["loss"] is not None and isfinite(row["loss"])]
         return cls(stage, [s for s, _ in points], [v for _, v in points]) if points else None
 
     @property

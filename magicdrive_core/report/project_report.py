@@ -10,7 +10,7 @@ from magicdrive_core.evaluation.score_sheet import SHEET, Sheet
 from magicdrive_core.experiment.run_paths import find_run_paths
 from magicdrive_core.report.page import write_report
 from magicdrive_core.tracking.lineage import lineage_tags
-from magicdrive_core.tracking.runs import log_submission
+from magicdrive_core.tracking.runs import best_effort, log_submission
 from magicdrive_core.wcoda.package import MANIFEST, ZIP, read_package
 from magicdrive_core.wcoda.validator import VERDICT, judge
 from magicdrive_core.wcoda.workflow import expected_package
@@ -49,5 +49,7 @@ def report_project(config: Config, now: datetime) -> Path:
         sheet=sheet if package and sheet and sheet.package == package.sha256 else None,
     )
     files = [page, folder / SHEET, folder / MANIFEST, folder / VERDICT]
-    log_submission(config, folder, sheet.figures if sheet else {}, files, lineage)
+    figures = sheet.figures if sheet else {}
+    what = f"{folder} is not logged: run the same command again later"
+    best_effort(what, lambda: log_submission(config, folder, figures, files, lineage))
     return page

@@ -10,7 +10,7 @@ import yaml
 
 from magicdrive_core.config.schema import Config, fingerprint
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.utils.files import sha256_file
+from magicdrive_core.utils.files import read_json, sha256_file
 
 # Inputs of a run, and in each the index file whose digest stands for it where DVC has none.
 INPUTS = {
@@ -20,6 +20,27 @@ INPUTS = {
     "artifacts/text": "index.json",
     "artifacts/latents": "index.json",
 }
+
+
+RUN_NOTE = "mlflow.json"  # file in a folder of results: the MLflow run that describes them
+
+
+def read_run_note(folder: Path) -> dict[str, str]:
+    """Read what is known of the MLflow run that describes a folder of results.
+
+    Args:
+        folder: The folder of a training run or of a submission.
+
+    Returns:
+        ``run``, its id; for a stage that MLflow has completely also ``model_version``. Empty where MLflow does not know
+        the folder yet, or the note is damaged.
+    """
+    note = folder / RUN_NOTE
+    try:
+        content = read_json(note) if note.is_file() else {}
+    except MagicDriveError:  # a run that is opened again repairs it
+        return {}
+    return {str(key): str(value) for key, value in content.items()} if isinstance(content, dict) else {}
 
 
 def input_digests(project: Path) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """MLflow runs: a parent for all stages of a training, a child for each stage, one for each submission; models.
 
-The launcher opens and closes runs; only rank 0 logs metrics (``MetricLog``). MLflow's database is a file, and its first
-use creates the tables. A lock keeps two processes from doing that at once.
+Only launchers and flows write to MLflow, never the ranks of a training, so that a database file has writers on one
+host. Its first use creates the tables; a lock keeps two processes from doing that at once.
 """
 
 from __future__ import annotations
@@ -9,36 +9,59 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from filelock import FileLock, Timeout
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunStatus, RunTag
+from mlflow.entities import LifecycleStage, Metric, Param, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from magicdrive_core.config.schema import Config, Tracking
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.tracking.lineage import lineage_tags
-from magicdrive_core.utils.files import read_json, write_json
+from magicdrive_core.tracking.lineage import RUN_NOTE, lineage_tags, read_run_note
+from magicdrive_core.utils.files import write_json
 
 logger = logging.getLogger(__name__)
 for _name in ("mlflow", "alembic"):
     logging.getLogger(_name).setLevel(logging.ERROR)  # its migrations report every table
 
 PARENT = "mlflow.parentRunId"
+PREVIEWS = "previews"  # folder of a run's artifacts
 LOCK_SECONDS = 120
-FLUSH_SECONDS = 10.0  # a write to the database costs tens of milliseconds
+PATIENCE_SECONDS = 20.0  # for a server that does not answer, where MLflow itself would wait for a quarter of an hour
 MOST = 1000  # metrics in one call to MLflow
 LONGEST = 6000  # characters of a param's value
 STEADY = 8  # losses: the mean of fewer says more about the noise levels that were drawn than about the network
-SUBMISSION_RUN = "mlflow.json"  # file in a submission's folder that names its run
 SHA256 = "weights_sha256"  # tag of runs and of versions of models
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
+T = TypeVar("T")
+
+# MLflow's own limits are 120 s and 7 tries.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Metrics of one moment.
+
+    Attributes:
+        step: Training step that they belong to.
+        time: Seconds since 1970. Equal entries are one entry in the database, so it is that of the step.
+        values: By name.
+    """
+
+    step: int
+    time: float
+    values: Mapping[str, float]
 
 
 class Store:
@@ -103,12 +126,17 @@ class Store:
             parent: Id of the run that becomes its parent; None: the parent stays as it is.
 
         Returns:
-            Whether the database has the run; if not, nothing is changed.
+            Whether the database has the run and it was not deleted; if not, nothing is changed.
         """
         try:
-            self.client.update_run(run, status=RunStatus.to_string(RunStatus.RUNNING))
-        except MlflowException:
+            known = self.client.get_run(run)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # such as a server that is away
+                raise
             return False
+        if known.info.lifecycle_stage != LifecycleStage.ACTIVE:
+            return False
+        self.client.update_run(run, status=RunStatus.to_string(RunStatus.RUNNING))
         if parent:
             self.client.set_tag(run, PARENT, parent)
         return True
@@ -128,6 +156,46 @@ class Store:
         changed = [RunTag(f"resumed.{key}", v) for key, v in flat.items() if key in known and known[key] != v]
         self.client.log_batch(run, params=new, tags=changed)
 
+    def log_entries(self, run: str, entries: Sequence[Entry]) -> None:
+        """Log metrics of some steps in one call: the database has all of them then, or none.
+
+        Args:
+            run: Id of the run.
+            entries: At most ``MOST`` values in all; those that are there already, time included, are not doubled.
+        """
+        metrics = [
+            Metric(name, value, round(entry.time * 1000), entry.step)
+            for entry in entries
+            for name, value in entry.values.items()
+        ]
+        self.client.log_batch(run, metrics=metrics)
+
+    def steps_of(self, run: str, metric: str) -> set[int]:
+        """Return the steps for which a run has a metric.
+
+        Args:
+            run: Id of the run.
+            metric: Its name.
+        """
+        return {each.step for each in self.client.get_metric_history(run, metric)}
+
+    def log_preview(self, run: str, picture: Path) -> None:
+        """Copy a picture into a run's ``previews``.
+
+        Args:
+            run: Id of the run.
+            picture: The image file.
+        """
+        self.client.log_artifact(run, str(picture), PREVIEWS)
+
+    def previews_of(self, run: str) -> set[str]:
+        """Return the names of the pictures in a run's ``previews``.
+
+        Args:
+            run: Id of the run.
+        """
+        return {Path(file.path).name for file in self.client.list_artifacts(run, PREVIEWS)}
+
     def close(self, run: str, status: Status, **tags: str) -> None:
         """End a run.
 
@@ -141,7 +209,7 @@ class Store:
         self.client.set_terminated(run, status)
 
     def register(self, model: str, alias: str, weights: Path, digest: str, run: str) -> str:
-        """Register weights as a new version of a model and move an alias to it.
+        """Register weights as a new version of a model and move an alias to it; once for each run.
 
         The file stays in its folder; the registry keeps its path and its SHA-256.
 
@@ -153,13 +221,16 @@ class Store:
             run: Id of the run that trained it.
 
         Returns:
-            The number of the version, as text.
+            The number of the version, as text: the one that the run has already, if its weights are the same.
         """
         try:
             self.client.create_registered_model(model)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
+        for known in self.client.search_model_versions(f"run_id = '{run}'"):
+            if known.name == model and known.tags.get(SHA256) == digest:
+                return str(known.version)
         uri, tags = weights.resolve().as_uri(), {SHA256: digest}
         version = self.client.create_model_version(model, uri, run, tags=tags).version
         self.client.set_registered_model_alias(model, alias, version)
@@ -214,10 +285,10 @@ def log_results(config: Config, run: str, metrics: Mapping[str, float], picture:
     Raises:
         MagicDriveError: MLflow's database cannot be used.
     """
-    log = MetricLog(Store(config.tracking, project), run)
-    log.metrics({name: value for name, value in metrics.items() if math.isfinite(value)}, step=0)
-    log.picture(picture)
-    log.flush()
+    store = Store(config.tracking, project)
+    values = {name: value for name, value in metrics.items() if math.isfinite(value)}
+    store.log_entries(run, [Entry(0, time.time(), values)])
+    store.log_preview(run, picture)
 
 
 def log_submission(
@@ -244,11 +315,11 @@ def log_submission(
     Raises:
         MagicDriveError: MLflow's database cannot be used.
     """
-    store, note = Store(config.tracking, project), folder / SUBMISSION_RUN
-    run = str(read_json(note)["run"]) if note.is_file() else ""
+    store = Store(config.tracking, project)
+    run = read_run_note(folder).get("run", "")
     if not run or not store.reopen(run, None):
         run = store.open("submission", {})
-        write_json(note, {"run": run})
+        write_json(folder / RUN_NOTE, {"run": run})
     for name, text in tags.items():
         store.client.set_tag(run, name, text)
     store.params(run, config.model_dump(mode="json"))
@@ -293,52 +364,42 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-class MetricLog:
-    """Logs metrics and pictures of one run from the rank that logs, in batches.
+def one_line(error: BaseException) -> str:
+    """Return the message of an error in one line of at most 200 characters.
 
-    Metrics are best effort: logging never ends a training run.
+    Args:
+        error: Of MLflow, a driver or an artifact store, whose messages may be pages long.
     """
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
-    def __init__(self, store: Store, run: str) -> None:
-        """Log to a run that exists; nothing is written before the first flush.
 
-        Args:
-            store: The tracking database.
-            run: Id of the run.
-        """
-        self._store, self._run = store, run
-        self._waiting: list[Metric] = []
-        self._flushed = time.monotonic()
+def best_effort(what: str, work: Callable[[], T], seconds: float = PATIENCE_SECONDS) -> T | None:
+    """Do something with MLflow that must neither fail nor delay the work that it describes.
 
-    def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Queue metrics; they are written every few seconds.
+    Args:
+        what: What is not done in the case of a failure, for the warning.
+        work: Runs in a thread of its own.
+        seconds: Longest wait.
 
-        Args:
-            values: Values by name.
-            step: Step of all these values.
-        """
-        now = int(time.time() * 1000)
-        self._waiting += [Metric(name, value, now, step) for name, value in values.items()]
-        if time.monotonic() - self._flushed > FLUSH_SECONDS:
-            self.flush()
+    Returns:
+        The result; None, with a warning, where MLflow refused or did not answer in time.
+    """
+    results: list[T] = []
+    faults = ["it does not answer"]
 
-    def picture(self, path: Path) -> None:
-        """Copy a picture into the run's ``previews`` at once.
-
-        Args:
-            path: The image file.
-        """
-        self._store.client.log_artifact(self._run, str(path), "previews")
-
-    def flush(self) -> None:
-        """Write the queued metrics; on an error they stay queued."""
-        self._flushed = time.monotonic()
+    def attempt() -> None:
         try:
-            while self._waiting:
-                self._store.client.log_batch(self._run, metrics=self._waiting[:MOST])
-                del self._waiting[:MOST]
-        except MlflowException as error:  # metrics are best effort
-            logger.warning("MLflow is not reachable, metrics stay queued: %s", " ".join(str(error).split())[:200])
+            results.append(work())
+        except Exception as error:  # noqa: BLE001 - drivers and artifact stores raise anything
+            faults.append(one_line(error))
+
+    thread = threading.Thread(target=attempt, name="mlflow", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if results:
+        return results[0]
+    logger.warning("MLflow: %s: %s", what, faults[-1])
+    return None
 
 
 def _absolute(uri: str, project: Path) -> str:

@@ -13,12 +13,13 @@ checkpoint and not the training.
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +27,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -40,9 +42,11 @@ from magicdrive_core.utils.files import atomic_file, read_json, sha256_file, syn
 logger = logging.getLogger(__name__)
 
 FIXED, STATE, MANIFEST = "fixed.safetensors", "state.json", "manifest.json"
+SHARD = "shard-{:05d}-of-{:05d}.safetensors"  # rank, ranks
 DIGESTS = "digests-{:05d}.json"  # of one rank's files, until rank 0 merges them into the manifest
 MASTER, AVERAGE = "master", "ema"  # kinds of shards, beside MOMENTS; a shard's name is <kind>/<parameter>
 HASHING_THREADS = 8
+_NAME = re.compile(r"step-[0-9]{8,}")
 _DISK_ERRORS = (OSError, SafetensorError, MagicDriveError)  # what a disk can do to a writer
 
 
@@ -61,6 +65,34 @@ class TrainingProgress:
     seconds: float = 0.0
 
 
+@dataclass
+class LossScaleState:
+    """fp16's loss scale (engine.py): its factor, and the good steps since it changed."""
+
+    scale: float
+    good: int
+
+
+class CheckpointState(BaseModel):
+    """What ``state.json`` holds: all state that is not a tensor.
+
+    Attributes:
+        progress: how far the run is.
+        loss_scale: None in other precisions than fp16.
+        ranks: number of ranks that wrote the checkpoint, a file of shards each.
+        moment_steps: steps of Adam by parameter; one without a step has no moments.
+        shapes: of all tensors in the network's state dict, by which another network is recognised.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    progress: TrainingProgress
+    loss_scale: LossScaleState | None
+    ranks: int
+    moment_steps: dict[str, int]
+    shapes: dict[str, list[int]]
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """List the checkpoints in a folder without verifying them.
 
@@ -68,13 +100,26 @@ def checkpoints(folder: Path) -> list[Path]:
         folder: where a run's checkpoints are; it may be missing.
 
     Returns:
-        Folders ``step-<step>``, oldest first.
+        Folders ``step-<step>``, oldest first; other files and folders are left out.
     """
-    return sorted(folder.glob("step-*"))
+    return [path for path in _named_like_checkpoints(folder) if path.is_dir()]
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the number of finished steps that a checkpoint's name tells.
+
+    Args:
+        checkpoint: a path ``step-<step>``.
+    """
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _named_like_checkpoints(folder: Path) -> list[Path]:
+    return sorted((path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)), key=step_of)
 
 
 def newest(folder: Path) -> Path | None:
-    """Find the newest checkpoint whose files are unchanged, and warn of damaged ones.
+    """Find the newest checkpoint that is complete and unchanged, and warn of damaged ones.
 
     Args:
         folder: where a run's checkpoints are.
@@ -82,7 +127,7 @@ def newest(folder: Path) -> Path | None:
     Returns:
         The checkpoint's folder; None without an intact one.
     """
-    for path in reversed(checkpoints(folder)):
+    for path in reversed(_named_like_checkpoints(folder)):
         fault = _fault(path)
         if fault is None:
             return path
@@ -106,8 +151,8 @@ def resume(folder: Path, engine: Engine, ema: Ema) -> TrainingProgress | None:
     """
     chosen = None
     if dist.get_rank() == 0:
-        for partial in folder.glob(".step-*"):  # left by a process that was killed while it wrote
-            shutil.rmtree(partial)
+        for partial in folder.glob(".step-*.partial"):  # left by a process that was killed while it wrote
+            _remove(partial)
         path = newest(folder)
         chosen = path.name if path else None
     chosen = control.from_leader(chosen)
@@ -128,26 +173,27 @@ def load(path: Path, engine: Engine, ema: Ema) -> TrainingProgress:
     Raises:
         MagicDriveError: the checkpoint belongs to another network.
     """
-    state = read_json(path / STATE)
-    _check_same(path, shapes(engine), state["shapes"])
+    state = _read_state(path)
+    _check_same(path, shapes(engine), state.shapes)
     fixed = load_file(path / FIXED)
     engine.network.load_state_dict(fixed, strict=False)
     engine.fixed = {name: fixed[name] for name in engine.fixed}
     own = masters(engine)
     with ExitStack() as stack:
-        files = [stack.enter_context(safe_open(file, "pt")) for file in sorted(path.glob("shard-*.safetensors"))]
+        names = (SHARD.format(rank, state.ranks) for rank in range(state.ranks))
+        files = [stack.enter_context(safe_open(path / name, "pt")) for name in names]
 
         def read(kind: str, names: Sequence[str]) -> dict[str, Tensor]:
             return {name: _read_shard(files, f"{kind}/{name}", own[name]) for name in names}
 
         set_masters(engine, read(MASTER, list(own)))
         ema.shards = read(AVERAGE, list(own))
-        steps = state["moment_steps"]
+        steps = state.moment_steps
         set_moments(engine, {kind: read(kind, list(steps)) for kind in MOMENTS}, steps)
     scale = engine.optimizer.loss_scale
-    if scale is not None:
-        scale.scale, scale.good = state["loss_scale"]["scale"], state["loss_scale"]["good"]
-    return TrainingProgress(**state["progress"])
+    if scale is not None and state.loss_scale is not None:
+        scale.scale, scale.good = state.loss_scale.scale, state.loss_scale.good
+    return state.progress
 
 
 def shapes(engine: Engine) -> dict[str, list[int]]:
@@ -185,18 +231,57 @@ def _read_shard(files: Sequence[Any], name: str, like: Tensor) -> Tensor:
 
 
 def _fault(path: Path) -> str | None:
-    """Return what is wrong with a checkpoint's files; None if nothing is."""
+    """Return what is wrong with a checkpoint; None if it holds what was written into it, all of it and nothing else."""
+    if not path.is_dir():
+        return "it is not a folder"
     try:
-        manifest = read_json(path / MANIFEST)
+        manifest = TypeAdapter(dict[str, str]).validate_python(read_json(path / MANIFEST))
     except MagicDriveError as error:
         return error.message
+    except ValidationError:
+        return f"{MANIFEST} is not a list of files with their digests"
+    ranks = len(manifest.keys() - {FIXED, STATE})
+    if not ranks or manifest.keys() != {FIXED, STATE, *(SHARD.format(rank, ranks) for rank in range(ranks))}:
+        return f"{MANIFEST} does not list {FIXED}, {STATE} and the shards of all ranks"
+    unknown = sorted(file.name for file in path.glob("shard-*") if file.name not in manifest)
+    if unknown:
+        return f"{unknown[0]} is not in {MANIFEST}"
     missing = [name for name in manifest if not (path / name).is_file()]
     if missing:
         return f"{missing[0]} is missing"
-    with ThreadPoolExecutor(HASHING_THREADS) as threads:  # hashing tens of GB takes a minute on one core
-        digests = threads.map(lambda name: sha256_file(path / name), manifest)
-        changed = [name for name, digest in zip(manifest, digests, strict=True) if digest != manifest[name]]
-    return f"{changed[0]} has changed since it was written" if changed else None
+    try:
+        with ThreadPoolExecutor(HASHING_THREADS) as threads:  # hashing tens of GB takes a minute on one core
+            digests = dict(zip(manifest, threads.map(lambda name: sha256_file(path / name), manifest), strict=True))
+        changed = [name for name in manifest if digests[name] != manifest[name]]
+        if changed:
+            return f"{changed[0]} has changed since it was written"
+        state = _read_state(path)
+    except (OSError, MagicDriveError) as error:  # such as a block of the disk that cannot be read
+        return str(error)
+    if (state.ranks, state.progress.step) != (ranks, step_of(path)):
+        return f"{STATE} is that of step {state.progress.step} of {state.ranks} ranks"
+    return None
+
+
+def _read_state(path: Path) -> CheckpointState:
+    """Read a checkpoint's ``state.json``.
+
+    Raises:
+        MagicDriveError: the file is missing or broken, or another version of the program wrote it.
+    """
+    try:
+        return CheckpointState.model_validate(read_json(path / STATE))
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise MagicDriveError(f"{path / STATE}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _check_same(path: Path, own: dict[str, list[int]], read: dict[str, list[int]]) -> None:
@@ -256,18 +341,18 @@ class Saver:
         control.barrier()
         kinds = {MASTER: masters(self._engine), AVERAGE: self._ema.shards, **moments(self._engine)}
         tensors = {f"{kind}/{name}": shard for kind, shards in kinds.items() for name, shard in shards.items()}
-        parts = {f"shard-{rank:05d}-of-{ranks:05d}.safetensors": tensors}
+        parts = {SHARD.format(rank, ranks): tensors}
         state = None
         if rank == 0:
             parts[FIXED] = self._engine.fixed
             scale = self._engine.optimizer.loss_scale
-            state = {
-                "progress": asdict(progress),
-                "loss_scale": scale and asdict(scale),
-                "ranks": ranks,
-                "moment_steps": moment_steps(self._engine),
-                "shapes": shapes(self._engine),
-            }
+            state = CheckpointState(
+                progress=replace(progress),
+                loss_scale=scale and LossScaleState(scale.scale, scale.good),
+                ranks=ranks,
+                moment_steps=moment_steps(self._engine),
+                shapes=shapes(self._engine),
+            )
         copies = {file: {name: _host_copy(tensor) for name, tensor in part.items()} for file, part in parts.items()}
         self._written = self._thread.submit(_write, self._partial, copies, state, rank)
 
@@ -332,34 +417,42 @@ class Saver:
                 manifest |= read_json(digests, "runs/ must be one shared folder for all hosts")
                 digests.unlink()
             write_json(self._partial / MANIFEST, manifest)
-            shutil.rmtree(path, ignore_errors=True)  # of an earlier start; damaged, or it would have been used
+            _remove(path)  # of an earlier start; damaged, or it would have been used
             self._partial.replace(path)
             sync_folder(self._folder)
-            self._remove_old()
         except _DISK_ERRORS as error:
             logger.warning("checkpoint of step %d was not saved: %s; training continues", self._step, error)
             shutil.rmtree(self._partial, ignore_errors=True)
         else:
             logger.info("checkpoint of step %d saved in %.1f s", self._step, time.monotonic() - self._started)
+            self._remove_old()
 
     def _remove_old(self) -> None:
-        """Keep the newest ``keep`` checkpoints and the first of each ``keep_every`` steps."""
+        """Keep the newest ``keep`` checkpoints and the first of each ``keep_every`` steps.
+
+        Checkpoints of later steps are damaged, or the run would have resumed from them. They count for nothing here
+        and are replaced when the run comes to their steps.
+        """
+        saved = [path for path in checkpoints(self._folder) if step_of(path) <= self._step]
         first: dict[int, Path] = {0: self._folder}  # the first interval keeps none
         if self._keep_every:
-            for path in checkpoints(self._folder):
-                first.setdefault(int(path.name.removeprefix("step-")) // self._keep_every, path)
-        for old in checkpoints(self._folder)[: -self._keep]:
+            for path in saved:
+                first.setdefault(step_of(path) // self._keep_every, path)
+        for old in saved[: -self._keep]:
             if old not in first.values():
-                shutil.rmtree(old)
+                try:
+                    shutil.rmtree(old)
+                except OSError as error:
+                    logger.warning("the old checkpoint %s cannot be removed: %s", old, error)
 
 
-def _write(folder: Path, parts: dict[str, dict[str, Tensor]], state: dict[str, Any] | None, rank: int) -> None:
+def _write(folder: Path, parts: dict[str, dict[str, Tensor]], state: CheckpointState | None, rank: int) -> None:
     """Write and sync the files of this rank, then their digests; in the thread."""
     for name, tensors in parts.items():
         with atomic_file(folder / name) as file:
             save_file(tensors, file)
     if state is not None:
-        write_json(folder / STATE, state)
+        write_json(folder / STATE, state.model_dump())
     names = [*parts, *([STATE] if state is not None else [])]
     write_json(folder / DIGESTS.format(rank), {name: sha256_file(folder / name) for name in names})
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.experiment.stages import StagePlan
 from magicdrive_core.parallel import control
-from magicdrive_core.training.checkpoints import checkpoints
+from magicdrive_core.training.checkpoints import checkpoints, step_of
 from magicdrive_core.training.engine import LossScale
 from magicdrive_core.training.statistics import RankStatistics
 from magicdrive_core.utils.files import write_json
@@ -89,7 +89,8 @@ class Guard:
         report = self._plan.folder / "nonfinite.json"
         newest = None
         if dist.get_rank() == 0:
-            saved = checkpoints(self._plan.folder / "checkpoints")
+            folder = self._plan.folder / "checkpoints"
+            saved = [path for path in checkpoints(folder) if step_of(path) <= last["step"]]
             newest = saved[-1].name if saved else None
             write_json(report, {"stage": self._plan.stage, "skipped": self._skipped, "resumes_from": newest})
         # Other hosts may not see the newest folder yet, and a rank that exits early would end the rank that writes.

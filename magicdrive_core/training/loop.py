@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -25,7 +24,7 @@ from magicdrive_core.parallel.gradient_order import arrival_order
 from magicdrive_core.parallel.mesh import Mesh
 from magicdrive_core.parallel.parallelize import parallelize
 from magicdrive_core.tracking.runs import first_and_last
-from magicdrive_core.training.checkpoints import Saver, TrainingProgress, checkpoints, resume
+from magicdrive_core.training.checkpoints import Saver, TrainingProgress, checkpoints, resume, step_of
 from magicdrive_core.training.engine import Engine, build_engine
 from magicdrive_core.training.guard import Guard
 from magicdrive_core.training.loader import Batch, Loader
@@ -55,7 +54,6 @@ def train(
     preview: Preview | None,
     stop: StopSource,
     device: torch.device,
-    project: Path = Path(),
 ) -> int:
     """Train a stage from its newest checkpoint to its end, or until any rank is requested to stop.
 
@@ -67,7 +65,6 @@ def train(
         preview: on rank 0 and the ranks that share its clips, where the data has a validation clip.
         stop: checked at the end of each step, and during and after a preview.
         device: this rank's device.
-        project: the project's folder.
 
     Returns:
         0, with the EMA weights and ``run.json`` in the plan's folder; or 75 (``RESUMABLE``), with a checkpoint.
@@ -95,7 +92,7 @@ def train(
     saver = Saver(folder, engine, ema, training.keep_checkpoints, training.keep_every)
     checkpoint_due = False
 
-    with loader, saver, Recorder(config, plan, progress, project, device) as recorder:
+    with loader, saver, Recorder(config, plan, progress, device) as recorder:
         stopping = stop_requested_on_any_rank(stop)  # while all of the above was made
         while progress.step < stage.steps and not stopping:
             started = time.perf_counter()
@@ -169,7 +166,7 @@ def train(
                     saver.finish()
 
         if progress.step < stage.steps:
-            saved = [int(path.name.removeprefix("step-")) for path in checkpoints(folder)]
+            saved = [step for step in map(step_of, checkpoints(folder)) if step <= progress.step]
             what = f"checkpoint saved at step {saved[-1]}" if saved else "no checkpoint yet"
             logger.info("stop requested: %s; run the same command to resume", what)
             return RESUMABLE
@@ -218,7 +215,7 @@ def write_result(config: Config, plan: StagePlan, ema: Ema, progress: TrainingPr
         plan: the stage, with its folder, fingerprint and inputs.
         ema: averages that become the stage's weights.
         progress: finished steps and seconds, for ``run.json``.
-        recorder: has the losses of all good steps, and the MLflow run.
+        recorder: has the losses of all good steps.
     """
     state = ema.gather()
     if dist.get_rank() == 0:
@@ -240,7 +237,6 @@ def write_result(config: Config, plan: StagePlan, ema: Ema, progress: TrainingPr
             "seconds": round(progress.seconds, 1),
             "loss_first": first,
             "loss_last": last,
-            "run": recorder.run,
         }
         write_json(plan.result, result)
         logger.info("finished: loss %.4f -> %.4f, %s", first, last, plan.weights)

@@ -1,4 +1,8 @@
-"""What rank 0 writes about a run: metrics.jsonl (every step), status.json (heartbeat), previews, MLflow."""
+"""What rank 0 writes about a run: metrics.jsonl (every step), status.json (heartbeat), previews.
+
+The launcher sends them to MLflow (delivery.py): no rank waits for a server, and none needs the network for it. No disk
+ends a training here: what it refuses is written later.
+"""
 
 from __future__ import annotations
 
@@ -9,27 +13,24 @@ import time
 import traceback
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import fmean as mean
-from types import TracebackType
-from typing import TYPE_CHECKING
 
 import psutil
 import torch
 import torch.distributed as dist
 
 from magicdrive_core.config.schema import Bucket, Config
+from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.experiment.stages import StagePlan
 from magicdrive_core.model.transformer import MagicDrive
 from magicdrive_core.training.checkpoints import TrainingProgress
+from magicdrive_core.training.metrics_file import METRICS, MetricsFile
 from magicdrive_core.training.preview import Preview
 from magicdrive_core.training.statistics import NOISE_BINS, DeviceMemory, RankStatistics, StopSource, largest
-from magicdrive_core.utils.files import atomic_file, write_json
+from magicdrive_core.utils.files import write_unsynced
 from magicdrive_core.utils.memory import memory_left, memory_limit
-
-if TYPE_CHECKING:
-    from magicdrive_core.tracking.runs import MetricLog
 
 logger = logging.getLogger(__name__)
 
@@ -124,31 +125,6 @@ class StepStatistics:
             memory=largest([group.memory for group in groups if group.memory]),
         )
 
-    def metrics(self) -> dict[str, float]:
-        """Return the figures to log.
-
-        Returns:
-            Values by their name in MLflow; figures that this step does not have are left out. Memory is in GB (10^9
-            bytes).
-        """
-        values = {
-            "loss": self.loss,
-            "learning_rate": self.learning_rate,
-            "grad_norm": self.grad_norm,
-            "loss_scale": self.loss_scale,
-            "skipped_steps": float(bool(self.skipped)),
-            "step_seconds": self.seconds,
-            "clips_per_second": self.clips_per_second,
-            "tokens_per_second": self.tokens_per_second,
-            "model_tflops": self.tflops,
-            "loader_wait_seconds": self.loader_wait,
-        }
-        values |= {f"loss/{name}": loss for name, loss in self.bucket_losses.items()}
-        values |= {f"loss_at_noise/{name}": loss for name, loss in self.noise_losses.items()}
-        if self.memory:
-            values |= {f"device_memory/{name}_gb": size / 1e9 for name, size in asdict(self.memory).items()}
-        return {name: value for name, value in values.items() if value is not None}
-
 
 class Recorder:
     """Writes a run's metrics, heartbeat and previews. A context manager; on ranks other than 0 it does nothing.
@@ -157,79 +133,52 @@ class Recorder:
         config: all settings of the run.
         plan: the stage, in whose folder the files are.
         progress: where the run resumes; lines of later steps are dropped, as these steps are made again.
-        project: the project's folder.
         device: this rank's device.
+
+    Attributes:
+        losses: of all good steps so far, those before a resumption too.
     """
 
-    def __init__(
-        self, config: Config, plan: StagePlan, progress: TrainingProgress, project: Path, device: torch.device
-    ) -> None:
-        self.run = os.environ.get("MLFLOW_RUN_ID")
-        self._active = dist.get_rank() == 0
+    def __init__(self, config: Config, plan: StagePlan, progress: TrainingProgress, device: torch.device) -> None:
         self._plan = plan
         self._steps = config.training.stage(plan.stage).steps
         self._log_every = config.training.log_every
         training = config.training
         peak = peak_tflops(device, training.precision, training.peak_tflops)
         self._peak = peak and peak * dist.get_world_size()  # TFLOP/s of all devices
-        self._window: dict[str, list[float]] = defaultdict(list)  # metrics since they were last logged
-        self.losses: list[float] = []  # of all good steps so far, those before a resumption too
+        self._status = plan.folder / "status.json"
         self._last_heartbeat = 0.0
-        self._log: MetricLog | None = None
-        if self._active:
-            if self.run:
-                from magicdrive_core.tracking.runs import MetricLog, Store  # seconds to import, needed by one rank
-
-                self._log = MetricLog(Store(config.tracking, project), self.run)
-            self._metrics = plan.folder / "metrics.jsonl"
-            self._resume(progress.step)
-
-    def _resume(self, step: int) -> None:
-        """Drop the lines of steps after the checkpoint, and read the losses of those before."""
-        lines = self._metrics.read_text(encoding="utf-8").splitlines(keepends=True) if self._metrics.is_file() else []
-        kept = [line for line in lines[:step] if line.endswith("\n")]
-        losses = (json.loads(line)["loss"] for line in kept)
-        self.losses = [loss for loss in losses if loss is not None]
-        with atomic_file(self._metrics) as partial:
-            partial.write_text("".join(kept), encoding="utf-8")
+        self._metrics = MetricsFile(plan.folder / METRICS, progress.step) if dist.get_rank() == 0 else None
+        lines = self._metrics.lines if self._metrics else []
+        self.losses: list[float] = [line["loss"] for line in lines if line["loss"] is not None]
 
     def __enter__(self) -> Recorder:
-        if self._active:
-            self._file = self._metrics.open("a", encoding="utf-8", buffering=1)  # a line survives a kill
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if self._active:
-            self._file.close()
-            if self._log:
-                self._log.flush()
+    def __exit__(self, *_: object) -> None:
+        if self._metrics:
+            self._metrics.close()
 
     def record(self, statistics: StepStatistics) -> None:
-        """Write a finished step to metrics.jsonl, and to status.json and MLflow where they are due.
+        """Write a finished step to metrics.jsonl, and to status.json where it is due.
 
         Args:
             statistics: what the step was like, good or skipped; ignored on ranks other than 0.
         """
-        if not self._active:
+        if self._metrics is None:
             return
         if statistics.loss is not None:
             self.losses.append(statistics.loss)
-        self._file.write(json.dumps(asdict(statistics)) + "\n")
-        if self._log:
-            self._log_metrics(self._log, statistics)
-        if time.monotonic() - self._last_heartbeat > HEARTBEAT_SECONDS or statistics.step == self._steps:
+        is_last = statistics.step == self._steps
+        extra = {
+            "time": time.time(),  # s since 1970
+            "model_flops_utilisation": statistics.tflops / self._peak if self._peak else None,
+            "host_memory": host_memory() if self.logs(statistics.step) else None,  # takes milliseconds
+        }
+        self._metrics.append(asdict(statistics) | extra)
+        if is_last or time.monotonic() - self._last_heartbeat > HEARTBEAT_SECONDS:
             self._last_heartbeat = time.monotonic()
-            write_json(
-                self._plan.folder / "status.json",
-                {
-                    "stage": self._plan.stage,
-                    "step": statistics.step,
-                    "steps": self._steps,
-                    "loss": self.losses[-1] if self.losses else None,
-                    "clips_per_second": statistics.clips_per_second,
-                    "seconds_left": round((self._steps - statistics.step) * statistics.seconds, 1),
-                },
-            )
+            self._beat(statistics)
 
     def logs(self, step: int) -> bool:
         """Whether a step's metrics are logged; the same answer on all ranks.
@@ -239,19 +188,21 @@ class Recorder:
         """
         return step % self._log_every == 0 or step == self._steps
 
-    def _log_metrics(self, log: MetricLog, statistics: StepStatistics) -> None:
-        """Log every ``log_every`` steps the means since the last time: not every step has every bucket and level."""
-        for name, value in statistics.metrics().items():
-            self._window[name].append(value)
-        if not self.logs(statistics.step):
-            return
-        values = {name: mean(those) for name, those in self._window.items()}
-        values["skipped_steps"] = sum(self._window["skipped_steps"])
-        if self._peak:
-            values["model_flops_utilisation"] = values["model_tflops"] / self._peak
-        values |= {f"host_memory/{name}_gb": size / 1e9 for name, size in host_memory().items()}
-        log.metrics(values, statistics.step)
-        self._window.clear()
+    def _beat(self, statistics: StepStatistics) -> None:
+        """Write status.json; on a full disk only its time changes, so that the launcher sees the progress."""
+        status = {
+            "stage": self._plan.stage,
+            "step": statistics.step,
+            "steps": self._steps,
+            "loss": self.losses[-1] if self.losses else None,
+            "clips_per_second": statistics.clips_per_second,
+            "seconds_left": round((self._steps - statistics.step) * statistics.seconds, 1),
+        }
+        try:
+            write_unsynced(self._status, json.dumps(status, indent=1).encode())
+        except (OSError, MagicDriveError):  # metrics.jsonl, beside it, has told of it
+            with suppress(OSError):
+                os.utime(self._status)
 
     def draw_preview(self, preview: Preview | None, network: MagicDrive, step: int, stop: StopSource) -> None:
         """Draw a preview on the ranks that have one, unless one of them is requested to stop meanwhile.
@@ -269,8 +220,8 @@ class Recorder:
         path = self._plan.folder / f"previews/step-{step:08d}.png"
         try:
             latents = preview.sample(network, stop)
-            if latents is not None and self._active and preview.write(latents, step, path, stop) and self._log:
-                self._log.picture(path)
+            if latents is not None and self._metrics is not None:
+                preview.write(latents, step, path, stop)
         except Exception as error:  # noqa: BLE001 - a picture is never worth a training
             what = "".join(traceback.format_exception_only(error)).strip()
             logger.warning("no preview of step %d: %s; training continues", step, what)

@@ -1,4 +1,4 @@
-"""Trains one stage from outside the ranks: skips a finished stage, keeps the MLflow run, starts and restarts the ranks.
+"""Trains one stage from outside the ranks: skips a finished stage, starts and restarts the ranks, reports to MLflow.
 
 No torch in here: the ranks (worker.py) are processes of a group that the launcher starts.
 """
@@ -26,10 +26,11 @@ from magicdrive_core.experiment.stages import StagePlan, feasibility, plan_stage
 from magicdrive_core.launch.job import Job
 from magicdrive_core.launch.launcher import check_ranks, run_job, show_job
 from magicdrive_core.launch.process_group import RESUMABLE, RESUME_HINT
-from magicdrive_core.tracking.lineage import lineage_tags
-from magicdrive_core.tracking.runs import SHA256, Store
+from magicdrive_core.tracking.lineage import read_run_note
+from magicdrive_core.tracking.runs import Store, best_effort
 from magicdrive_core.training.budget import plan_budget
-from magicdrive_core.utils.files import read_json, write_json
+from magicdrive_core.training.delivery import CANCEL_SECONDS, END_SECONDS, Delivery, deliver_late
+from magicdrive_core.utils.files import read_json
 from magicdrive_core.utils.progress import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class StageResult:
         stage: its name.
         folder: the run's folder.
         weights: EMA weights, fp32.
-        run: MLflow's run id; None where it was trained without one.
+        run: MLflow's run id; None as long as MLflow did not answer.
         skipped: whether it was finished before.
         facts: the content of run.json.
     """
@@ -81,27 +82,31 @@ def train_stage(
     plan = plan_stage(config, stage, project)
     if plan.done:
         logger.info("%s is finished: %s", stage, plan.folder)
-        facts = read_json(plan.result)
+        deliver_late(config, plan, parent_run, project)
+        run = read_run_note(plan.folder).get("run")
         if parent_run:
-            Store(config.tracking, project).client.set_tag(parent_run, f"reused.{stage}", facts["run"] or plan.folder)
-        return StageResult(stage, plan.folder, plan.weights, facts["run"], True, facts)
+            what, tag = f"the parent run is not told of {plan.folder}", f"reused.{stage}"
+            best_effort(
+                what, lambda: Store(config.tracking, project).client.set_tag(parent_run, tag, run or plan.folder)
+            )
+        return StageResult(stage, plan.folder, plan.weights, run, True, read_json(plan.result))
     _check_settings(config, plan, project)
     _check_previous(config, plan)
     if config.cluster.launcher == "local":  # elsewhere the ranks measure their own host
         plan_budget(config, stage, project)
     write_job(plan, config)
-    store = Store(config.tracking, project)
-    run = _child_run(store, config, plan, parent_run, project)
+    delivery = Delivery(config, plan, parent_run, project)
+    delivery.start()
     try:
-        _run_until_done(config, plan, run)
-    except BaseException as error:  # an orchestrator's cancellation is no Exception
-        store.close(run, "FAILED" if isinstance(error, Exception) else "KILLED")
+        _run_until_done(config, plan)
+    except Exception:
+        delivery.end("FAILED", END_SECONDS)
         raise
-    facts = read_json(plan.result)
-    digest = facts["weights_sha256"]
-    version = store.register(f"magicdrive-{config.profile}", stage, plan.weights, digest, run)
-    store.close(run, "FINISHED", model_version=version, **{SHA256: digest})
-    return StageResult(stage, plan.folder, plan.weights, run, False, facts)
+    except BaseException:  # an orchestrator's cancellation, a signal
+        delivery.end("KILLED", CANCEL_SECONDS)
+        raise
+    delivery.end("FINISHED", END_SECONDS)
+    return StageResult(stage, plan.folder, plan.weights, delivery.run, False, read_json(plan.result))
 
 
 def show_launch(config_path: Path | str, overrides: list[str] | None, stage: Stage, project: Path = Path()) -> str:
@@ -122,7 +127,7 @@ def show_launch(config_path: Path | str, overrides: list[str] | None, stage: Sta
     config = load_config(config_path, overrides)
     plan = plan_stage(config, stage, project)
     _check_settings(config, plan, project)
-    return show_job(config.cluster, _job(config, plan, {}))
+    return show_job(config.cluster, _job(config, plan))
 
 
 def _check_settings(config: Config, plan: StagePlan, project: Path) -> None:
@@ -219,28 +224,8 @@ def _blocks(shapes: dict[str, tuple[int, ...]], group: str) -> int:
     return len({name.split(".")[1] for name in shapes if name.startswith(f"{group}.")})
 
 
-def _child_run(store: Store, config: Config, plan: StagePlan, parent: str | None, project: Path) -> str:
-    """Open the MLflow run of this folder, or reopen it after an interruption."""
-    note = plan.folder / "mlflow.json"
-    run = read_json(note)["run"] if note.is_file() else None
-    if run is None or not store.reopen(run, parent):
-        tags = lineage_tags(config, project) | {"stage": plan.stage, "fingerprint": plan.fingerprint}
-        if plan.previous is not None:
-            tags["previous.run"] = read_json(plan.previous.result)["run"] or "none"
-        if plan.start is not None:
-            tags |= {"start": plan.start.name, "start.sha256": plan.start.sha256}
-        run = store.open(plan.stage, tags, parent)
-        write_json(note, {"run": run})
-    shared = config.training.model_dump(mode="json", exclude={"stage1", "stage2", "stage3"})
-    own = config.training.stage(plan.stage).model_dump(mode="json")
-    model = config.model.model_dump(mode="json")
-    cluster = config.cluster.model_dump(mode="json", exclude={"environment"})  # it may hold secrets
-    store.params(run, {"training": shared | own, "model": model, "cluster": cluster, "vae": {"path": config.vae.path}})
-    return run
-
-
-def _run_until_done(config: Config, plan: StagePlan, run: str) -> None:
-    job = _job(config, plan, {"MLFLOW_RUN_ID": run})
+def _run_until_done(config: Config, plan: StagePlan) -> None:
+    job = _job(config, plan)
     for starts in range(1, RESTARTS + 1):  # noqa: B007 - the message has it
         with progress_bar() as bar:
             watch = _Bar(bar, plan.stage, config.training.stage(plan.stage).steps, job.status)
@@ -256,7 +241,7 @@ def _run_until_done(config: Config, plan: StagePlan, run: str) -> None:
         )
 
 
-def _job(config: Config, plan: StagePlan, environment: dict[str, str]) -> Job:
+def _job(config: Config, plan: StagePlan) -> Job:
     return Job.of(
         config.cluster,
         f"magicdrive-{plan.folder.name}",
@@ -264,7 +249,7 @@ def _job(config: Config, plan: StagePlan, environment: dict[str, str]) -> Job:
         folder=plan.folder / "launch",
         log=plan.folder / "log.txt",
         status=plan.folder / "status.json",
-        environment=environment | {"PYTHONWARNINGS": "ignore"},  # ColossalAI warns of each optional package
+        environment={"PYTHONWARNINGS": "ignore"},  # ColossalAI warns of each optional package
     )
 
 

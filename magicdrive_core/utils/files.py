@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -200,15 +201,35 @@ def read_json(path: Path | str, hint: str = "") -> Any:
         The decoded value.
 
     Raises:
-        MagicDriveError: the file is missing or is not JSON.
+        MagicDriveError: the file is missing, cannot be read, or is not JSON.
     """
     path = Path(path)
     try:
+        check_regular(path)
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise MagicDriveError(f"{path} is missing", hint) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise MagicDriveError(f"{path} cannot be read: {error.strerror}", hint) from None
+    except RecursionError:
+        raise MagicDriveError(f"{path} is not valid JSON: nested too deeply", hint) from None
+    except ValueError as error:
         raise MagicDriveError(f"{path} is not valid JSON: {error}", hint) from None
+
+
+def check_regular(path: Path | str) -> None:
+    """Checks that opening a file cannot wait for ever, as a pipe or a device would.
+
+    Args:
+        path: an existing path; links are followed.
+
+    Raises:
+        MagicDriveError: it is neither a file nor a folder.
+        OSError: there is nothing, or it cannot be looked at.
+    """
+    mode = Path(path).stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise MagicDriveError(f"{path} is not a regular file but a pipe or a device", "put a regular file there")
 
 
 def sha256_file(path: Path | str) -> str:
@@ -219,7 +240,12 @@ def sha256_file(path: Path | str) -> str:
 
     Returns:
         64 hex digits.
+
+    Raises:
+        MagicDriveError: the path is a pipe or a device.
+        OSError: the file is missing or cannot be read.
     """
+    check_regular(path)
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -246,11 +246,16 @@ def test_curves_bring_no_styles_or_colours_of_their_own() -> None:
     assert "loss</text>" in svg  # text, not outlines of letters
 
 
-def test_a_broken_metrics_file_is_a_clear_error(tmp_path: Path) -> None:
+def test_skipped_steps_and_damaged_lines_are_left_out_of_a_curve(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     assert Curve.read("stage1", tmp_path) is None
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "lo')
-    with pytest.raises(MagicDriveError, match="a line is not a training step"):
-        Curve.read("stage1", tmp_path)
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "loss": 0.5}\n{"step": 2, "loss": null}\n{"step": 3, "lo\n{"step": 4, "loss": 0.25}\n'
+    )
+    curve = Curve.read("stage1", tmp_path)
+    assert curve == Curve("stage1", [1, 4], [0.5, 0.25])
+    assert "line 3 is damaged and left out" in caplog.text
 
 
 def test_a_curve_does_not_depend_on_the_style_that_other_libraries_set() -> None:

@@ -23,7 +23,8 @@ def trained(project: Path, name: str, content: bytes) -> tuple[Path, str]:
     folder.mkdir(parents=True)
     weights = folder / "ema.safetensors"
     weights.write_bytes(content)
-    write_json(folder / "run.json", {"stage": "stage2", "weights_sha256": sha256_file(weights), "run": f"run-{name}"})
+    write_json(folder / "run.json", {"stage": "stage2", "weights_sha256": sha256_file(weights)})
+    write_json(folder / "mlflow.json", {"run": f"run-{name}", "model_version": "1"})
     return weights, sha256_file(weights)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,9 @@ from magicdrive_core.config.schema import Config, Tracking
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.tracking.runs import (
     PARENT,
-    MetricLog,
+    Entry,
     Store,
+    best_effort,
     close_parent,
     first_and_last,
     flatten,
@@ -66,36 +69,39 @@ def test_a_resume_with_another_value_tags_it(project: Path) -> None:
 
 
 def test_a_run_that_the_database_does_not_know_is_not_resumed(project: Path) -> None:
-    assert not Store(Tracking(), project).reopen("f" * 32, None)
+    store = Store(Tracking(), project)
+    assert not store.reopen("f" * 32, None)
+    deleted = store.open("stage1", {})
+    store.client.delete_run(deleted)
+    assert not store.reopen(deleted, None)
 
 
-def test_metrics_are_written_in_batches(project: Path) -> None:
+def test_entries_that_are_there_already_are_not_doubled(project: Path) -> None:
     store = Store(Tracking(), project)
     run = store.open("stage1", {})
-    log = MetricLog(store, run)
-    for step in range(1, 701):
-        log.metrics({"loss": 1 / step, "loss/112x200-9": 2.0}, step)
-    assert store.client.get_metric_history(run, "loss") == []
-    log.flush()
+    entries = [Entry(step, 1e9 + step, {"loss": 1 / step, "loss/112x200-9": 2.0}) for step in range(1, 401)]
+    store.log_entries(run, entries[:300])
+    store.log_entries(run, entries[200:])
     history = store.client.get_metric_history(run, "loss")
-    assert [metric.step for metric in history] == list(range(1, 701))
-    assert history[-1].value == 1 / 700
+    assert [metric.step for metric in history] == list(range(1, 401))
+    assert (history[-1].value, history[-1].timestamp) == (1 / 400, 1_000_000_400_000)
+    assert store.steps_of(run, "loss") == set(range(1, 401))
+    assert store.steps_of(run, "none") == set()
 
 
-def test_a_database_that_cannot_be_written_does_not_end_training(
-    project: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    store = Store(Tracking(), project)
-    run = store.open("stage1", {})
-    log = MetricLog(store, run)
-    log.metrics({"loss": 1.0}, 1)
-    right = log._run
-    log._run = "f" * 32
-    log.flush()
-    assert "metrics stay queued" in caplog.text
-    log._run = right
-    log.flush()
-    assert [metric.step for metric in store.client.get_metric_history(run, "loss")] == [1]
+def test_best_effort_returns_the_result_or_warns_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    def fail() -> str:
+        raise ValueError("a driver's message\nof two lines")
+
+    assert best_effort("this is not logged", lambda: "ab") == "ab"
+    assert best_effort("this is not logged", fail) is None
+    started = time.monotonic()
+    assert best_effort("this is not logged", threading.Event().wait, seconds=0.05) is None
+    assert time.monotonic() - started < 5
+    assert caplog.messages == [
+        "MLflow: this is not logged: a driver's message of two lines",
+        "MLflow: this is not logged: it does not answer",
+    ]
 
 
 def test_pictures_are_logged_below_previews(project: Path) -> None:
@@ -103,8 +109,9 @@ def test_pictures_are_logged_below_previews(project: Path) -> None:
     run = store.open("stage1", {})
     picture = project / "step-1.png"
     picture.write_bytes(b"png")
-    MetricLog(store, run).picture(picture)
-    assert [file.path for file in store.client.list_artifacts(run, "previews")] == ["previews/step-1.png"]
+    assert store.previews_of(run) == set()
+    store.log_preview(run, picture)
+    assert store.previews_of(run) == {"step-1.png"}
     assert list((project / "tracking/artifacts").rglob("step-1.png"))
 
 
@@ -112,8 +119,9 @@ def test_models_have_the_stage_as_alias(project: Path) -> None:
     store = Store(Tracking(), project)
     run = store.open("stage1", {})
     weights = project / "runs/stage1/ema.safetensors"
-    assert store.register("magicdrive-demo", "stage1", weights, "ab" * 32, run) == "1"
+    assert store.register("magicdrive-demo", "stage1", weights, "cd" * 32, run) == "1"
     assert store.register("magicdrive-demo", "stage1", weights, "ab" * 32, run) == "2"
+    assert store.register("magicdrive-demo", "stage1", weights, "ab" * 32, run) == "2"  # once for each run
     version = store.client.get_model_version_by_alias("magicdrive-demo", "stage1")
     assert version.version in (2, "2")
     assert version.run_id == run

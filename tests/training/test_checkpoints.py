@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,6 +18,8 @@ from safetensors.torch import load_file
 
 from magicdrive_core.data.buckets import BucketSampler
 from magicdrive_core.launch.process_group import RESUMABLE
+from magicdrive_core.training.checkpoints import checkpoints, newest, step_of
+from magicdrive_core.utils.files import sha256_file
 from tests.training.gloo_ranks import RankError, run_distributed
 from tests.training.test_loop import assert_equal_ends, job, losses, train_once, train_until_signal, whole
 
@@ -185,6 +188,110 @@ def resave(folder: Path) -> dict[str, Any]:
         saver.start(progress)
         saver.finish()
     return {name: tensor.tolist() for name, tensor in engine.network.state_dict().items()}
+
+
+def listed(path: Path, change: Callable[[dict[str, str]], Any]) -> None:
+    """Change the list of files in a checkpoint's manifest."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    change(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def forged(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change a checkpoint's state, and its digest with it."""
+    state = json.loads((path / "state.json").read_text())
+    change(state)
+    (path / "state.json").write_text(json.dumps(state))
+    listed(path, lambda manifest: manifest.update({"state.json": sha256_file(path / "state.json")}))
+
+
+def one_more_shard(path: Path, name: str, *, with_digest: bool) -> None:
+    shutil.copy(path / "shard-00000-of-00002.safetensors", path / name)
+    if with_digest:
+        listed(path, lambda manifest: manifest.update({name: sha256_file(path / name)}))
+
+
+def in_its_place(path: Path, create: Callable[[Path], Any]) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+    create(path)
+
+
+FIRST = "shard-00000-of-00002.safetensors"
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "manifest {}": lambda path: (path / "manifest.json").write_text("{}"),
+    "manifest []": lambda path: (path / "manifest.json").write_text("[]"),
+    "manifest null": lambda path: (path / "manifest.json").write_text("null"),
+    "manifest a number": lambda path: (path / "manifest.json").write_text("7"),
+    "manifest a text": lambda path: (path / "manifest.json").write_text('"step"'),
+    "manifest without digests": lambda path: listed(path, lambda m: m.update(dict.fromkeys(m))),
+    "manifest empty": lambda path: (path / "manifest.json").write_bytes(b""),
+    "manifest of NUL": lambda path: (path / "manifest.json").write_bytes(bytes(100)),
+    "manifest too deep": lambda path: (path / "manifest.json").write_text("[" * 100_000),
+    "manifest a number too long": lambda path: (path / "manifest.json").write_text("1" * 10_000),
+    "manifest a folder": lambda path: in_its_place(path / "manifest.json", Path.mkdir),
+    "manifest a pipe": lambda path: in_its_place(path / "manifest.json", os.mkfifo),
+    "one entry": lambda path: (path / "manifest.json").write_text(
+        json.dumps({"state.json": sha256_file(path / "state.json")})
+    ),
+    "a shard not listed": lambda path: listed(path, lambda manifest: manifest.pop(FIRST)),
+    "an extra shard": lambda path: one_more_shard(path, "shard-00002-of-00003.safetensors", with_digest=False),
+    "an extra shard with its digest": lambda path: one_more_shard(
+        path, "shard-00002-of-00002.safetensors", with_digest=True
+    ),
+    "a file of elsewhere": lambda path: listed(path, lambda manifest: manifest.update({"../../run.json": "0" * 64})),
+    "a shard a pipe": lambda path: in_its_place(path / FIRST, os.mkfifo),
+    "a shard a folder": lambda path: in_its_place(path / FIRST, Path.mkdir),
+    "no folder but a file": lambda path: in_its_place(path, lambda it: it.write_text("{}")),
+    "no folder but a pipe": lambda path: in_its_place(path, os.mkfifo),
+    "an empty folder": lambda path: in_its_place(path, Path.mkdir),
+    "of another step": lambda path: forged(path, lambda state: state["progress"].update(step=5)),
+    "of other ranks": lambda path: forged(path, lambda state: state.update(ranks=3)),
+    "state {}": lambda path: forged(path, dict.clear),
+    "state of a wrong type": lambda path: forged(path, lambda state: state.update(moment_steps=[1])),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_whatever_is_wrong_with_a_checkpoint_the_sound_one_before_it_is_used(
+    whole: Path, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(whole / "checkpoints", tmp_path / "checkpoints")
+    assert newest(tmp_path / "checkpoints") == tmp_path / "checkpoints/step-00000006"
+    assert not caplog.records
+    DAMAGES[damage](tmp_path / "checkpoints/step-00000006")
+    assert newest(tmp_path / "checkpoints") == tmp_path / "checkpoints/step-00000003"
+    (line,) = caplog.messages
+    assert line.startswith(f"checkpoint {tmp_path}/checkpoints/step-00000006 is damaged (")
+
+
+def test_other_names_are_no_checkpoints_and_stay(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(whole / "checkpoints", folder)
+    others = ["step-00000006.bak", "step-final", "step-00000009 (copy)", "step-", "step-9", ".step-note"]
+    for name in others:
+        shutil.copytree(folder / "step-00000003", folder / name)
+    assert newest(folder) == folder / "step-00000006"
+    assert [step_of(path) for path in checkpoints(folder)] == [3, 6]
+    job(tmp_path, checkpoint_every=1, keep_checkpoints=1)
+    assert run_distributed(train_once, 2, tmp_path) == [0, 0]
+    assert set(names(tmp_path)) == {"step-00000007", *others}
+
+
+def test_damaged_checkpoints_of_later_steps_do_not_push_out_sound_ones(whole: Path, tmp_path: Path) -> None:
+    """Two are kept, and two damaged ones lie ahead: the one that is saved must remain."""
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(whole / "checkpoints/step-00000003", folder / "step-00000003")
+    shutil.copy(whole / "metrics.jsonl", tmp_path)
+    for name in ("step-00000008", "step-00000009"):
+        (folder / name).mkdir()
+    job(tmp_path, keep_checkpoints=2)
+    assert run_distributed(train_once, 2, tmp_path) == [0, 0]
+    assert names(tmp_path) == ["step-00000003", "step-00000006", "step-00000008", "step-00000009"]
+    assert newest(folder) == folder / "step-00000006"
+    assert_equal_ends(tmp_path, whole)
 
 
 def load_state(path: Path) -> dict[str, Any]:

@@ -114,6 +114,21 @@ def test_training_resumes_from_the_newest_intact_checkpoint(whole: Path, tmp_pat
     assert not list((folder / "checkpoints").glob(".*"))
 
 
+def test_a_damaged_line_of_the_history_costs_the_line_and_not_the_training(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    job(folder)
+    for name in ("ema.safetensors", "run.json"):
+        (folder / name).unlink()
+    lines = (folder / "metrics.jsonl").read_bytes().splitlines()
+    lines[3] = bytes(len(lines[3]))
+    (folder / "metrics.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    assert run_distributed(train_once, 2, folder) == [0, 0]
+    assert losses(folder) == [loss for step, loss in enumerate(losses(whole)) if step != 3]
+    for name in ("ema.safetensors", "checkpoints/step-00000006/manifest.json"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes()
+
+
 def test_bf16_resumes_exactly(tmp_path: Path) -> None:
     job(tmp_path / "whole", precision="bf16")
     assert run_distributed(train_once, 2, tmp_path / "whole") == [0, 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from magicdrive_core.utils.files import (
     atomic_folder,
     read_json,
     resumable_folder,
+    sha256_file,
     sha256_folder,
     write_json,
 )
@@ -153,3 +155,19 @@ def test_an_interrupted_resumable_folder_is_found_again_by_its_key(tmp_path: Pat
         assert sorted(file.name for file in folder.iterdir()) == ["d.json"]
     assert [file.name for file in path.iterdir()] == ["d.json"]
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 50, b"[" * 100_000, b"1" * 10_000, b"\xff\xfe", b'{"a": 1'])
+def test_any_bytes_that_are_no_json_are_a_clear_error(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "bad.json").write_bytes(content)
+    with pytest.raises(MagicDriveError, match=r"bad\.json is not valid JSON: "):
+        read_json(tmp_path / "bad.json")
+
+
+@pytest.mark.parametrize("read", [read_json, sha256_file])
+def test_a_pipe_is_refused_instead_of_waited_for(tmp_path: Path, read: Callable[[Path], object]) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(MagicDriveError, match="pipe is not a regular file"):
+        read(tmp_path / "pipe")
+    with pytest.raises(MagicDriveError, match=r"/dev/zero is not a regular file"):
+        read(Path("/dev/zero"))
