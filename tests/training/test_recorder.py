@@ -214,7 +214,7 @@ def test_a_preview_that_fails_costs_the_preview_only(
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
     plan = StagePlan("stage1", tmp_path, "f" * 64, {}, None)
     drawn: Any = mock.Mock(**{f"{where}.side_effect": error})
-    with Recorder(load_config(PROFILE), plan, TrainingProgress(), tmp_path, torch.device("cpu")) as recorder:
+    with Recorder(load_config(PROFILE), plan, TrainingProgress(), torch.device("cpu")) as recorder:
         recorder.draw_preview(drawn, mock.Mock(), 7, mock.Mock())
     (line,) = [record.message for record in caplog.records]
     assert line.startswith("no preview of step 7: ")
