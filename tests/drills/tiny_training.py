@@ -29,7 +29,7 @@ def launch(folder: Path) -> int:
     code = RESUMABLE
     try:
         while code == RESUMABLE:
-            code = run_group(command, 2, **files, stall_seconds=60, threads=1, grace_seconds=20)
+            code = run_group(command, 2, **files, stall_seconds=600, threads=1, grace_seconds=20)
     except MagicDriveError as error:
         report_error(error, "")
         return 1
