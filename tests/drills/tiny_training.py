@@ -45,7 +45,7 @@ def rank(folder: Path) -> int:
     from tests.training.tiny_rank import MadeUpLoader, train_tiny
 
     stop = StopRequest()
-    join_group()
+    join_group(stall_seconds=600)
     following = MadeUpLoader.next
 
     def unhurried(loader: MadeUpLoader) -> object:
