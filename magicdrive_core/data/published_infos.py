@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from magicdrive_core.data.limits import check_quaternions, is_time
 from magicdrive_core.data.plain_pickle import read_plain_pickle
 from magicdrive_core.data.records import CLASSES, FrameBoxes, Scene
 from magicdrive_core.errors import MagicDriveError
@@ -48,11 +49,18 @@ def read_published(path: Path | str, split: str, names: Mapping[str, tuple[str, 
     values = read_plain_pickle(path)
     if not isinstance(values, dict) or not {"infos", "scene_tokens"} <= set(values):
         raise MagicDriveError(f"{path} is not a published info file: it lacks infos or scene_tokens")
-    try:
-        records = {record["token"]: record for record in values["infos"]}
-        scenes = [[records[token] for token in tokens] for tokens in values["scene_tokens"] if len(tokens)]
-    except (KeyError, TypeError) as error:
-        raise MagicDriveError(f"{path}: scene_tokens names the frame {error}, which infos does not hold") from None
+    if not isinstance(values["infos"], list) or not all(isinstance(record, dict) for record in values["infos"]):
+        raise MagicDriveError(f"{path}: infos is not a list of records")
+    records: dict[str, Record] = {}
+    for record in values["infos"]:
+        token = record.get("token")
+        if not isinstance(token, str) or not token:
+            raise MagicDriveError(f"{path}: a frame has the token {token!r}, expected a text")
+        if token in records:
+            raise MagicDriveError(f"{path}: two frames have the token {token!r}")
+        records[token] = record
+    scenes = [_frames_of(Path(path), records, tokens) for tokens in _as_list(values["scene_tokens"])]
+    scenes = [frames for frames in scenes if frames]
     return [_read_scene(Path(path), frames, split, names or {}) for frames in scenes]
 
 
@@ -78,9 +86,29 @@ def write_published(scenes: Sequence[Scene], path: Path | str, version: str) -> 
         pickle.dump(values, file, protocol=PROTOCOL)
 
 
+def _as_list(value: Any) -> list[Any]:
+    """Return a list, tuple or one-dimensional array as a list; anything else as a list of None."""
+    if isinstance(value, np.ndarray) and value.ndim == 1:
+        return list(value.tolist())
+    return list(value) if isinstance(value, list | tuple) else [None]
+
+
+def _frames_of(path: Path, records: Mapping[str, Record], tokens: Any) -> list[Record]:
+    """Look up the frames of a scene by their tokens."""
+    out = []
+    for token in _as_list(tokens):
+        if not isinstance(token, str):
+            raise MagicDriveError(f"{path}: scene_tokens is not a list of lists of tokens")
+        if token not in records:
+            raise MagicDriveError(f"{path}: scene_tokens names the frame {token!r}, which infos does not hold")
+        out.append(records[token])
+    return out
+
+
 def _read_scene(path: Path, records: Sequence[Record], split: str, names: Mapping[str, tuple[str, str]]) -> Scene:
     frames = [_Frame(path, record) for record in records]
-    tokens = [str(frame.field("token")) for frame in frames]
+    tokens = [frame.text("token") for frame in frames]
+    descriptions = [frame.text("description") for frame in frames]
     known = set(tokens)
     between = [token[:-1] in known for token in tokens]  # the last key frame's token and one character
     token, name = names.get(tokens[0]) or names.get(tokens[0][:-1]) or (tokens[0], tokens[0])
@@ -88,11 +116,11 @@ def _read_scene(path: Path, records: Sequence[Record], split: str, names: Mappin
         token=token,
         name=name,
         split=split,
-        location=str(frames[0].field("location")),
-        description=str(frames[0].field("description")),
+        location=frames[0].text("location"),
+        description=descriptions[0],
         tokens=tokens,
         key_frames=~np.array(between),
-        timestamps=np.array([int(frame.field("timestamp")) for frame in frames], np.int64),
+        timestamps=np.array([frame.time() for frame in frames], np.int64),
         lidar_to_ego=np.stack([frame.pose("lidar2ego") for frame in frames]),
         ego_to_global=np.stack([frame.pose("ego2global") for frame in frames]),
         pictures=[[frame.camera(view).picture() for view in VIEWS] for frame in frames],
@@ -135,6 +163,39 @@ class _Frame:
             raise MagicDriveError(f"{self._path}: {self._where} has no {name}")
         return self._record[name]
 
+    def text(self, name: str) -> str:
+        """Return a field that must be a text.
+
+        Args:
+            name: name of the field.
+
+        Returns:
+            The text.
+
+        Raises:
+            MagicDriveError: the field is missing or no text.
+        """
+        value = self.field(name)
+        if not isinstance(value, str):
+            raise MagicDriveError(f"{self._path}: {name} of {self._where} is {value!r}, expected a text")
+        return str(value)
+
+    def time(self) -> int:
+        """Return the time stamp.
+
+        Returns:
+            Microseconds.
+
+        Raises:
+            MagicDriveError: the field is missing or no possible time.
+        """
+        value = self.field("timestamp")
+        if not is_time(int(value) if isinstance(value, float | np.number) and value == value // 1 else value):
+            raise MagicDriveError(
+                f"{self._path}: timestamp of {self._where} is {value!r}, expected integer microseconds"
+            )
+        return int(value)
+
     def numbers(self, name: str, *shape: int) -> Floats:
         """Return a field of finite numbers.
 
@@ -171,8 +232,11 @@ class _Frame:
         Raises:
             MagicDriveError: a field is missing, or of another shape, or not finite.
         """
-        rotation = np.asarray(self.field(f"{name}_rotation"), dtype=object)
-        rotation = self.numbers(f"{name}_rotation", *((3, 3) if rotation.ndim == 2 else (4,)))
+        given = self.field(f"{name}_rotation")
+        is_matrix = isinstance(given, list | tuple | np.ndarray) and len(np.shape(given)) == 2
+        rotation = self.numbers(f"{name}_rotation", *((3, 3) if is_matrix else (4,)))
+        if rotation.shape == (4,):
+            check_quaternions(rotation[None], lambda _: f"{self._path}: {name}_rotation of {self._where}")
         return poses.pose(rotation, self.numbers(f"{name}_translation", 3))
 
     def camera(self, view: str) -> _Frame:
@@ -199,11 +263,28 @@ class _Frame:
         Raises:
             MagicDriveError: the path is missing, or in neither samples/ nor sweeps/.
         """
-        path = str(self.field("data_path"))
+        path = self.text("data_path")
         start = max(path.rfind("samples/"), path.rfind("sweeps/"))
         if start < 0:
             raise MagicDriveError(f"{self._path}: data_path of {self._where} is in neither samples/ nor sweeps/")
         return path[start:]
+
+    def words(self, name: str) -> list[str]:
+        """Return a field that holds texts.
+
+        Args:
+            name: name of the field.
+
+        Returns:
+            The texts.
+
+        Raises:
+            MagicDriveError: the field is missing, or holds anything else.
+        """
+        words = _as_list(self.field(name))
+        if not all(isinstance(word, str) for word in words):
+            raise MagicDriveError(f"{self._path}: {name} of {self._where} does not hold texts")
+        return [str(word) for word in words]
 
     def boxes(self) -> FrameBoxes:
         """Return the boxes of the ten classes; others are left out.
@@ -215,7 +296,7 @@ class _Frame:
             MagicDriveError: a field is missing, fields differ in length, or a size is not positive.
         """
         boxes = self.numbers("gt_boxes", -1, 7)
-        ids, names = ([str(word) for word in self.field(name)] for name in ("gt_box_ids", "gt_names"))
+        ids, names = (self.words(name) for name in ("gt_box_ids", "gt_names"))
         if not len(boxes) == len(ids) == len(names):
             raise MagicDriveError(f"{self._path}: gt_boxes, gt_box_ids and gt_names of {self._where} differ in length")
         rows = [row for row, name in enumerate(names) if name in CLASSES]

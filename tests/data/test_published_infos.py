@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from nuscenes.nuscenes import NuScenes
 from typer.testing import CliRunner
 
@@ -130,15 +134,64 @@ def test_data_of_every_protocol_is_read(tmp_path: Path, protocol: int) -> None:
 def test_broken_files_are_named(tmp_path: Path) -> None:
     path = tmp_path / "a.pkl"
     whole = pickle.dumps({"a": np.arange(100)})
-    for broken in (b"", whole[: len(whole) // 2], b"not a pickle", b"\x80\x04\x8c\x05numpy\x8c\x05dtype\x93."):
+    for broken in (b"", whole[: len(whole) // 2], b"not a pickle"):
         path.write_bytes(broken)
-        if broken.endswith(b"\x93."):
-            assert read_plain_pickle(path) is np.dtype  # a bare type is harmless
-            continue
         with pytest.raises(MagicDriveError, match=r"a.pkl is not a complete pickle"):
             read_plain_pickle(path)
     with pytest.raises(MagicDriveError, match="is missing"):
         read_plain_pickle(tmp_path / "b.pkl")
+
+
+def proto(body: bytes) -> bytes:
+    return b"\x80\x04" + body + b"."
+
+
+def integer(value: int) -> bytes:
+    return b"J" + value.to_bytes(4, "little", signed=True)
+
+
+HOSTILE = {
+    "bytearray of 8 GB": proto(b"cbuiltins\nbytearray\n\x8a\x05\x00\x00\x00\x00\x02\x85R"),
+    "memo of 64 GB": proto(b"Nr\xff\xff\xff\xff"),
+    "ndarray called": proto(b"cnumpy\nndarray\n" + integer(2**31 - 1) + b"\x85R"),
+    "dtype with pointers to names": proto(
+        b"cnumpy\ndtype\n\x8c\x02O8K\x00K\x01\x87R(K\x03\x8c\x01|N\x8c\x01a\x85}\x8c\x01aK\x05sJ\x08\x00\x00\x00K\x08K\x3ftb"
+    ),
+    "array of file bytes as objects": proto(
+        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85C\x01btR"
+        b"(K\x01K\x01\x85cnumpy\ndtype\n\x8c\x02O8K\x00K\x01\x87R\x89C\x08AAAAAAAAtb"
+    ),
+    "array larger than its bytes": proto(
+        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85C\x01btR"
+        b"(K\x01" + integer(2**30) + b"\x85cnumpy\ndtype\n\x8c\x02f8K\x00K\x01\x87R\x89C\x08AAAAAAAAtb"
+    ),
+    "dtype of fields": proto(b"cnumpy\ndtype\n\x8c\x05f8,O8\x85R"),
+    "text of a billion letters": proto(b"cnumpy\ndtype\n\x8c\x0bU1000000000\x85R"),
+}
+
+
+@pytest.mark.parametrize("data", HOSTILE.values(), ids=list(HOSTILE))
+def test_a_few_bytes_neither_crash_nor_take_the_memory(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "a.pkl"
+    path.write_bytes(data)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(MagicDriveError, match=r"a.pkl is not a complete pickle"):
+        read_plain_pickle(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 500_000  # kB
+    assert resource.getrlimit(resource.RLIMIT_AS) == limits
+
+
+@given(st.data())
+def test_a_changed_pickle_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    values = {"a": np.arange(6.0).reshape(2, 3), "b": np.array(["car", None], object), "c": np.float32(1), "d": {1}}
+    whole = bytearray(pickle.dumps(values, protocol=data.draw(st.integers(0, 5))))
+    for _ in range(data.draw(st.integers(1, 4))):
+        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.mktemp("pickle") / "a.pkl"
+    path.write_bytes(whole)
+    with contextlib.suppress(MagicDriveError):
+        read_plain_pickle(path)
 
 
 def drop(*keys: Any) -> Callable[[dict[str, Any]], None]:
@@ -163,6 +216,30 @@ def drop(*keys: Any) -> Callable[[dict[str, Any]], None]:
         (lambda v: v["infos"][1].update(lidar2ego_rotation=[0, float("nan"), 0, 1]), "lidar2ego_rotation of frame"),
         (lambda v: v["infos"][1]["gt_boxes"].__setitem__((0, 4), 0.0), "a size that is not positive"),
         (lambda v: v["infos"][1].update(gt_boxes=np.zeros((2, 9))), "gt_boxes of frame"),
+        (lambda v: v.update(infos=None), "is not a list of records"),
+        (lambda v: v["infos"].__setitem__(0, None), "is not a list of records"),
+        (lambda v: v["infos"][0].update(token=[]), "has the token"),
+        (lambda v: v["infos"].append(v["infos"][0]), "two frames have the token"),
+        (lambda v: v.update(scene_tokens=[3]), "scene_tokens is not a list of lists of tokens"),
+        (lambda v: v["infos"][1].update(timestamp="noon"), "timestamp of frame .* is 'noon'"),
+        (
+            lambda v: v["infos"][1].update(timestamp=v["infos"][0]["timestamp"]),
+            "is not later than that of the prev",
+        ),
+        (
+            lambda v: v["infos"][1].update(timestamp=v["infos"][3]["timestamp"]),
+            "is not later than that of the prev",
+        ),
+        (lambda v: v["infos"][1].update(ego2global_rotation=[1e-200, 0, 0, 0]), "ego2global_rotation of frame"),
+        (lambda v: v["infos"][1].update(ego2global_translation=[1e300, 0, 0]), "is not finite or farther"),
+        (lambda v: v["infos"][1].update(description=None), "description of frame .* is None, expected a text"),
+        (lambda v: v["infos"][1].update(gt_names=3, gt_box_ids=None), "gt_box_ids of frame"),
+        (lambda v: v["infos"][1]["cams"]["CAM_BACK"].update(camera_intrinsics=np.zeros((3, 3))), "a pinhole camera"),
+        (lambda v: v["infos"][1]["cams"]["CAM_BACK"].update(camera_intrinsics=[]), "camera_intrinsics of CAM_BACK"),
+        (
+            lambda v: v["infos"][1]["cams"]["CAM_BACK"].update(data_path="samples/../../a"),
+            "not a path below the data",
+        ),
     ],
 )
 def test_broken_records_are_named(scenes: list[Scene], tmp_path: Path, change: Any, message: str) -> None:
@@ -172,7 +249,8 @@ def test_broken_records_are_named(scenes: list[Scene], tmp_path: Path, change: A
     change(values)
     path.write_bytes(pickle.dumps(values))
     with pytest.raises(MagicDriveError, match=message):
-        read_published(path, "val")
+        import_infos({"val": path}, tmp_path, "v1.0-demo", tmp_path / "infos")
+    assert not (tmp_path / "infos").exists()
 
 
 def test_commands_export_and_import_infos(
