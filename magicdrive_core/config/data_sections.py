@@ -37,6 +37,14 @@ class Synth(Section):
             used_in="synthetic/traffic.py",
         ),
     ] = "junction"
+    town: Annotated[
+        Literal["first", "second"],
+        about(
+            "Which of two towns is generated. The second has other streets (longer blocks, narrower lanes, wider"
+            " walkways), other colours and smaller cars, to fine-tune a model of the first on.",
+            used_in="synthetic/traffic.py",
+        ),
+    ] = "first"
 
 
 class Data(Section):

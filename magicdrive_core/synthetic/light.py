@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from magicdrive_core.geometry import poses
 from magicdrive_core.geometry.cameras import PICTURE_HEIGHT, PICTURE_WIDTH
 from magicdrive_core.synthetic.camera import PosedCamera
+from magicdrive_core.synthetic.city import TOWNS
 from magicdrive_core.synthetic.ground import SHADOW, WET, Label
 
 Array = NDArray[np.float64]
@@ -35,6 +36,16 @@ GROUND = {
     Label.LANE_DIVIDER: (226, 226, 222),
     Label.KERB: (206, 200, 188),
 }
+# What is different in the second town.
+SECOND_GROUND = {
+    Label.LAND: (170, 150, 108),
+    Label.WALKWAY: (182, 132, 112),
+    Label.ROAD: (122, 110, 100),
+    Label.ROAD_BLOCK: (130, 118, 108),
+    Label.CARPARK: (128, 112, 96),
+    Label.ROAD_DIVIDER: (240, 240, 236),
+    Label.KERB: (120, 120, 124),
+}
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,7 @@ class Light:
     shining: bool = False  # whether lamps and windows are lit
     wet: bool = False  # whether roads mirror the scene
     dark: bool = False  # whether only lamps light the ground
+    second_town: bool = False  # whether ground and surfaces have the colours of the second town
 
     @property
     def shadow_step(self) -> Array:
@@ -87,15 +99,21 @@ LAMP_COLOUR = np.array([1.0, 0.93, 0.78])  # red, green and blue factors of lamp
 NIGHT_FLOOR = 0.15  # brightness factor where no lamp shines
 
 
-def light_of(description: str) -> Light:
+def light_of(description: str, location: str = "") -> Light:
     """Choose the lighting from words of a scene's description.
 
     Args:
         description: description of the scene, such as "Night, rain, turn left".
+        location: name of the map; those of the second town have its colours.
 
     Returns:
         ``NIGHT`` for a word of night, otherwise ``RAIN`` for a word of rain, otherwise ``DAY``.
     """
+    light = _light_in(description)
+    return replace(light, second_town=True) if location in TOWNS["second"] else light
+
+
+def _light_in(description: str) -> Light:
     words = set(re.findall(r"[a-z]+", description.lower()))
     if words & {"night", "nighttime", "dark"}:
         return NIGHT
@@ -145,7 +163,7 @@ def _palettes(rows: Array, camera: PosedCamera, light: Light) -> NDArray[np.uint
         out[:, label] = horizon + (np.array(cloud) - horizon) * np.minimum(1, 0.35 + 1.6 * high)
     out[:, Label.FAR] = horizon + (np.array(light.skyline) - horizon) * 0.55
     out[:, Label.TREES] = horizon + (np.array(light.skyline) - horizon) * 0.95
-    for label, daylight in GROUND.items():
+    for label, daylight in (GROUND | SECOND_GROUND if light.second_town else GROUND).items():
         colour = np.array(daylight) * light.ground * (LAMP_COLOUR if light.dark else 1)
         if light.wet and label in WET:
             colour = colour * 0.82 + horizon * 0.14  # the sky in the water

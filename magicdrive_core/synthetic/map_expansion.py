@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.synthetic.city import LANE, Array, City, Lane
+from magicdrive_core.synthetic.city import Array, City, Lane
 from magicdrive_core.synthetic.rig import rounded, token
 from magicdrive_core.utils.files import atomic_file, write_json
 
@@ -129,7 +129,7 @@ class _Expansion:
         Returns:
             The record; that of a connector has no lines.
         """
-        left, right = (lane.curve.points(CURVE_SPACING, side * LANE / 2) for side in (-1, 1))
+        left, right = (lane.curve.points(CURVE_SPACING, side * self.city.layout.lane / 2) for side in (-1, 1))
         record: Record = {
             "token": self.token(layer, lane.name),
             "polygon_token": self.add_polygon(layer, lane.name, [np.concatenate([left, right[::-1]])]),

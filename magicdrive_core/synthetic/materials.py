@@ -95,6 +95,24 @@ _COLOURS = {
     Material.POLE: (110, 114, 118),
     Material.LANTERN: (222, 220, 206),
 }
+# What is different in the second town.
+_SECOND_COLOURS = {
+    Material.CAR: (176, 52, 46),
+    Material.TRUCK_CAB: (44, 74, 120),
+    Material.TRUCK_CARGO: (224, 216, 196),
+    Material.BUS: (232, 190, 60),
+    Material.BUS_BAND: (70, 72, 78),
+    Material.TRAILER: (92, 120, 84),
+    Material.TRAILER_STRIPE: (232, 228, 216),
+    Material.MOTORCYCLE: (38, 96, 72),
+    Material.BICYCLE: (196, 110, 40),
+    Material.SHIRT: (232, 168, 44),
+    Material.BRICK: (216, 206, 188),
+    Material.PLASTER: (132, 156, 168),
+    Material.CONCRETE: (178, 134, 104),
+    Material.ROOF: (146, 74, 58),
+    Material.LEAVES: (124, 132, 48),
+}
 # Red, green and blue of materials that shine when lights are on.
 _SHINING = {
     Material.HEAD_LAMP: (255, 250, 224),
@@ -104,5 +122,8 @@ _SHINING = {
     Material.LANTERN: (255, 234, 178),
 }
 
-COLOURS = np.array([_COLOURS[material] for material in Material], dtype=np.float64)
+COLOURS, SECOND_COLOURS = (
+    np.array([colours[material] for material in Material], dtype=np.float64)
+    for colours in (_COLOURS, _COLOURS | _SECOND_COLOURS)
+)
 SHINING = np.array([_SHINING.get(material, (-1, -1, -1)) for material in Material], dtype=np.float64)

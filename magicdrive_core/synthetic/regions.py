@@ -134,7 +134,7 @@ class RegionPainter:
         """
         own, shot = self._find(filename)
         movers = footage.solids_at(shot.timestamp)
-        picture = draw(shot.camera, light_of(footage.description), self._world(own.location), movers)
+        picture = draw(shot.camera, light_of(footage.description, own.location), self._world(own.location), movers)
         return np.ascontiguousarray(picture[..., ::-1])
 
     def _find(self, filename: str) -> tuple[Footage, Shot]:

@@ -292,7 +292,7 @@ def _world(root: Path, location: str) -> StaticWorld:
 
 
 def _draw_task(root: Path, scene: Footage) -> int:
-    world, light = _world(root, scene.location), light_of(scene.description)
+    world, light = _world(root, scene.location), light_of(scene.description, scene.location)
     for shot in scene.shots:
         picture = draw(shot.camera, light, world, scene.solids_at(shot.timestamp))
         write_unsynced(root / shot.filename, encode(picture))

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from magicdrive_core.synthetic.camera import SHIFT, Pixels, PosedCamera
 from magicdrive_core.synthetic.light import LAMP_COLOUR, Light, Picture, lamp_light
-from magicdrive_core.synthetic.materials import COLOURS, SHINING
+from magicdrive_core.synthetic.materials import COLOURS, SECOND_COLOURS, SHINING
 from magicdrive_core.synthetic.meshes import POINTS, mesh_of
 
 Array = NDArray[np.float64]
@@ -191,7 +191,8 @@ def faces_of(solids: Solids, camera: PosedCamera, light: Light, lamps: Array) ->
         normal /= np.linalg.norm(normal, axis=1, keepdims=True)
         owner = members[which]
         material = mesh.materials[face]
-        colour = COLOURS[material] * solids.tints[owner, None] * _shading(normal, light)[:, None] * bright[owner]
+        colours = SECOND_COLOURS if light.second_town else COLOURS
+        colour = colours[material] * solids.tints[owner, None] * _shading(normal, light)[:, None] * bright[owner]
         glows = (SHINING[material, 0] >= 0) & light.shining
         colour[glows] = SHINING[material[glows]]
         parts.append((points, colour, glows, owner, rank[which, face]))

@@ -6,14 +6,14 @@ The same settings and scene index give the same plan.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from magicdrive_core.config.schema import Synth
-from magicdrive_core.synthetic.city import CITIES, HALF, LANE, WALKWAY, City, Lane, city
+from magicdrive_core.synthetic.city import TOWNS, City, Lane, Layout, city
 from magicdrive_core.synthetic.curves import Curve
 from magicdrive_core.synthetic.rig import KEY_PERIOD
 
@@ -32,6 +32,7 @@ SIZES = {
     "movable_object.trafficcone": (0.42, 0.42, 0.85),
     "movable_object.barrier": (2.4, 0.55, 1.0),
 }
+SMALL = 0.88  # scale of the second town's cars
 REACH = 50.0  # metres from the ego trajectory within which traffic starts
 CHECKS = 4.0  # collision checks for each second of a scene
 GAP = 0.35  # smallest distance between two objects in metres
@@ -57,7 +58,7 @@ SCENE_PITCH = 60_000_000  # microseconds from scene to scene
 class ScenePlan:
     """Everything that happens in a scene.
 
-    The ego car follows ``route`` at constant speed. ``location`` is one of ``city.CITIES``, ``light`` one of
+    The ego car follows ``route`` at constant speed. ``location`` is one of ``city.LAYOUTS``, ``light`` one of
     ``LIGHTS``.
     """
 
@@ -97,7 +98,8 @@ def plan_scene(synth: Synth, index: int) -> ScenePlan:
     """
     rng = np.random.default_rng([synth.seed, index])
     light = LIGHTS[index % len(LIGHTS)]
-    location = list(CITIES)[index % len(CITIES)]
+    locations = TOWNS[synth.town]
+    location = locations[index % len(locations)]
     move = EGO_MOVES[(index + index // len(EGO_MOVES)) % len(EGO_MOVES)]
     speed = float(rng.uniform(*SPEEDS[move]))
     key_frames = int(synth.seconds * 1e6 / KEY_PERIOD + 1e-6) + 1
@@ -110,6 +112,10 @@ def plan_scene(synth: Synth, index: int) -> ScenePlan:
     elif synth.starts == "spread":
         start = turn_at - float(rng.uniform(*SPREAD))
     traffic = populate(streets, route, start, speed, seconds, rng)
+    if synth.town == "second":  # after the checks for collisions: what shrinks touches nothing
+        traffic.actors = [
+            replace(actor, scale=SMALL) if actor.category == "vehicle.car" else actor for actor in traffic.actors
+        ]
     words = [WORDS[move][rng.integers(len(WORDS[move]))], *_sights(traffic, rng)]
     text = PREFIX[light] + ", ".join(words)
     return ScenePlan(
@@ -142,7 +148,7 @@ def _plan_route(streets: City, move: str, distance: float, rng: np.random.Genera
     Returns:
         The route, and the distance along it at which the junction starts.
     """
-    mirrored = CITIES[streets.location][0]
+    mirrored = streets.layout.mirrored
     cars_move = {"left": "right", "right": "left"}.get(move, move) if mirrored else move  # before mirroring
     index = {"straight": int(rng.integers(2)), "left": 0, "right": 1}[cars_move]
     starts = [lane.name for lane in streets.lanes.values() if lane.index == index and lane.curve.length > 50]
@@ -206,11 +212,13 @@ class Actor:
     speed: float = 0.0  # m/s
     offset: float = 0.0  # metres right of the curve
     turn: float = 0.0  # radians from the direction of travel to the heading
+    scale: float = 1.0  # of the usual size
 
     @property
     def size(self) -> tuple[float, float, float]:
         """Width, length, height in metres."""
-        return SIZES[self.category]
+        width, length, height = SIZES[self.category]
+        return self.scale * width, self.scale * length, self.scale * height
 
     def poses(self, seconds: Array) -> Array:
         """Compute the centre and heading of the object.
@@ -294,7 +302,7 @@ def populate(
     roads = [lane for lane in near if not lane.move]
     outer = [lane for lane in near if lane.index == 1]
     kerbs = [lane for lane in roads if lane.index == 1]
-    _try(traffic, partial(_work_zone, kerbs, rng))
+    _try(traffic, partial(_work_zone, city.layout, kerbs, rng))
     _try(traffic, partial(_truck_and_trailer, city, roads, rng))
     for category in ("vehicle.bus.rigid", "vehicle.truck", "vehicle.motorcycle", "vehicle.bicycle", "vehicle.bicycle"):
         _try(traffic, partial(_driver, category, city, outer, rng))
@@ -302,7 +310,7 @@ def populate(
         _try(traffic, partial(_driver, "vehicle.car", city, near, rng))
     _park(traffic, city, rng)
     for _ in range(8):
-        _try(traffic, partial(_pedestrian, kerbs, rng))
+        _try(traffic, partial(_pedestrian, city.layout, kerbs, rng))
     crossings = [curve for curve in city.crossings.values() if _distance(curve.poses([0.0])[:, :2], ego_path) < REACH]
     for _ in range(4 if crossings else 0):
         _try(traffic, partial(_crossing_pedestrian, crossings, rng))
@@ -319,7 +327,7 @@ def _driver(category: str, city: City, lanes: list[Lane], rng: np.random.Generat
     lane = lanes[rng.integers(len(lanes))]
     cycle = category in ("vehicle.bicycle", "vehicle.motorcycle")
     speed = rng.uniform(3.0, 4.5) if category == "vehicle.bicycle" else rng.uniform(4.5, 9.0)
-    offset = LANE / 2 - 0.8 if category == "vehicle.bicycle" else 0.0
+    offset = city.layout.lane / 2 - 0.8 if category == "vehicle.bicycle" else 0.0
     attribute = "cycle.with_rider" if cycle else "vehicle.moving"
     return [Actor(category, attribute, _route(city, lane, rng), rng.uniform(0, lane.curve.length), speed, offset)]
 
@@ -336,7 +344,7 @@ def _truck_and_trailer(city: City, lanes: list[Lane], rng: np.random.Generator) 
     ]
 
 
-def _work_zone(lanes: list[Lane], rng: np.random.Generator) -> list[Actor]:
+def _work_zone(layout: Layout, lanes: list[Lane], rng: np.random.Generator) -> list[Actor]:
     """Make an excavator in a closed lane, with barriers and cones."""
     lane = lanes[rng.integers(len(lanes))]
     at = rng.uniform(8, lane.curve.length - 8)
@@ -346,22 +354,22 @@ def _work_zone(lanes: list[Lane], rng: np.random.Generator) -> list[Actor]:
         for row, offset in ((0, -0.2), (1, 0.3))
     ]
     zone += [
-        Actor("movable_object.barrier", "", lane.curve, at + distance, 0.0, LANE / 2 + 0.2, np.pi / 2)
+        Actor("movable_object.barrier", "", lane.curve, at + distance, 0.0, layout.lane / 2 + 0.2, np.pi / 2)
         for distance in (-3.5, 0.0, 3.5)
     ]
     zone += [
-        Actor("movable_object.trafficcone", "", lane.curve, at + distance, 0.0, -LANE / 2 + 0.35)
+        Actor("movable_object.trafficcone", "", lane.curve, at + distance, 0.0, -layout.lane / 2 + 0.35)
         for distance in (-8.0, -5.0, -2.0, 1.0, 4.0, 7.0)
     ]
     return zone
 
 
-def _pedestrian(lanes: list[Lane], rng: np.random.Generator) -> list[Actor]:
+def _pedestrian(layout: Layout, lanes: list[Lane], rng: np.random.Generator) -> list[Actor]:
     """Make a pedestrian on the walkway beside an outer lane, walking in either direction or standing."""
     lane = lanes[rng.integers(len(lanes))]
     speed = (0.0, 1.2, 1.4, -1.1, -1.4)[rng.integers(5)]
     attribute = "pedestrian.moving" if speed else "pedestrian.standing"
-    offset = HALF - 1.5 * LANE + rng.uniform(0.8, WALKWAY - 0.6)
+    offset = layout.half - 1.5 * layout.lane + rng.uniform(0.8, layout.walkway - 0.6)
     start, turn = rng.uniform(0, lane.curve.length), np.pi if speed < 0 else 0.0
     return [Actor("human.pedestrian.adult", attribute, lane.curve, start, speed, offset, turn)]
 
