@@ -52,7 +52,8 @@ class AgreementTally:
         """
         if not found.valid.any():
             return
-        warped = cv2.remap(np.ascontiguousarray(other), found.at[..., 0], found.at[..., 1], cv2.INTER_LINEAR)
+        at = found.at[..., 0], found.at[..., 1]
+        warped: Picture = cv2.remap(np.ascontiguousarray(other), *at, cv2.INTER_LINEAR).astype(np.uint8, copy=False)
         difference = np.abs(picture[found.valid].astype(np.float64) - warped[found.valid])
         self._pixels += len(difference)
         self._difference += float(difference.mean(axis=1).sum())

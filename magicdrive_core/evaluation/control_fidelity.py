@@ -18,6 +18,7 @@ from itertools import islice, zip_longest
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from magicdrive_core.config.schema import Config, parse_size
@@ -45,12 +46,13 @@ from magicdrive_core.video.colour import Picture
 from magicdrive_core.video.frames import read_view
 from magicdrive_core.video.item_record import ItemRecord
 from magicdrive_core.video.scene_views import SceneViews
-from magicdrive_core.video.sheets import contact_sheet, six_views
+from magicdrive_core.video.sheets import contact_sheet, resize, six_views
 
 CLASSIFIER_CLIPS, CLASSIFIER_FRAMES = 24, 9  # training clips from which the colours of regions are learned
 GOLDEN = 0.618  # spreads their starts over the scenes
 EVERY = 3  # a frame is measured in so many; an odd number, as four frames share a latent one
 SHEET_SCENES, SHEET_FRAMES, SHEET_VIEW = 3, 3, 200  # of the contact sheet: scenes, frames, and pixels of a view
+EDITED_VIEW = 400  # pixels of a view in the sheet of edits
 RENDERED, RECONSTRUCTED, GENERATED, UNTRAINED = "rendered", "through the VAE", "generated", "untrained"
 
 Draw = Callable[[Scene], Video]  # the written frames of a scene's clip
@@ -220,12 +222,15 @@ class ControlFidelity:
             {label: tally.figures() for label, tally in views.items()},
         )
 
-    def respond(self, generated: Draw, edited: Callable[[Scene, Edits], Video]) -> dict[str, Response]:
+    def respond(
+        self, generated: Draw, edited: Callable[[Scene, Edits], Video], sheet: Path | None = None
+    ) -> dict[str, Response]:
         """Measure what edits of the scenes change.
 
         Args:
             generated: Makes the video of a scene without edits.
             edited: Makes the video of a scene with edits from the same noise.
+            sheet: A PNG to write, with the first edits of each kind where they are seen best; None: no picture.
 
         Returns:
             The response by kind of edit; a kind that no scene allows is missing.
@@ -234,11 +239,22 @@ class ControlFidelity:
             MagicDriveError: An item is missing.
         """
         planner, tally = EditPlanner(self.painter, self.framing), ResponseTally(self.classifier)
+        rows: dict[str, list[list[Picture]]] = {}
         for scene in track(self.scenes, "response to edits"):
-            frames, before = self.measured_frames(scene), generated(scene)
+            frames = list(self.measured_frames(scene))
+            before = generated(scene)[:, frames]
             for case in planner.cases(scene, frames):
-                after = edited(scene, case.edits)
-                tally.add(case, light_of(scene.description), before[:, list(frames)], after[:, list(frames)])
+                after = edited(scene, case.edits)[:, frames]
+                tally.add(case, light_of(scene.description), before, after)
+                at = case.best_seen
+                pictures = [resize(video[at], EDITED_VIEW) for video in (*case.rendered, before, after)]
+                rows.setdefault(case.kind, []).append(pictures)
+        if sheet is not None and rows:
+            shown = [(kind, row) for kind in rows for row in rows[kind][:SHEET_SCENES]]
+            titles = [f"{label}, {state}" for label in (RENDERED, GENERATED) for state in ("before", "after")]
+            picture = contact_sheet([row for _, row in shown], [kind for kind, _ in shown], titles)
+            with atomic_file(sheet) as partial:
+                Image.fromarray(picture).save(partial, format="PNG")
         return tally.figures()
 
     def measured_frames(self, scene: Scene) -> range:
@@ -305,36 +321,45 @@ class ControlFidelity:
             )
         return np.stack([list(self._frames(folder / item.name / record.views[view].file)) for view in VIEWS])
 
-    def write_sheet(self, generated: Path, untrained: Path, path: Path, chosen: Sequence[int] | None = None) -> None:
-        """Write a contact sheet: rows of scenes over time; rendered, conditions, generated, untrained.
+    def sheet_scenes(self, chosen: Sequence[int] | None = None) -> list[Scene]:
+        """Choose the scenes of the contact sheet.
 
         Args:
-            generated: Folder of the trained network's items.
-            untrained: Folder of the untrained network's items.
-            path: The PNG to write.
             chosen: Indices in ``scenes``; None: the first scene of each light, ``SHEET_SCENES`` at most.
 
-        Raises:
-            MagicDriveError: An item is missing, or the cached map of a scene is missing or broken.
+        Returns:
+            The scenes in the order of the sheet.
         """
         if chosen is None:
             lights = [light_of(scene.description) for scene in self.scenes]
             chosen = sorted({light: lights.index(light) for light in lights}.values())[:SHEET_SCENES]
+        return [self.scenes[index] for index in chosen]
+
+    def write_sheet(self, scenes: Sequence[Scene], drawn: Mapping[str, Draw], path: Path) -> None:
+        """Write a contact sheet: rows of scenes over time; rendered, conditions, and what was drawn.
+
+        Args:
+            scenes: The scenes, see ``sheet_scenes``.
+            drawn: By the label of the column, what makes the video of a scene.
+            path: The PNG to write.
+
+        Raises:
+            MagicDriveError: An item is missing, or the cached map of a scene is missing or broken.
+        """
         rows, labels = [], []
-        for scene in (self.scenes[index] for index in chosen):
+        for scene in scenes:
             bits = BevMaps(self.config, self.project).of_scene(scene, self.config.generate.resolution, draw=False)
             scene_views = SceneViews(scene, bits, self.project / self.config.data.root, SHEET_VIEW)
-            videos = self.rendered(scene), self.read_item(generated, scene), self.read_item(untrained, scene)
+            real, videos = self.rendered(scene), [draw(scene) for draw in drawn.values()]
             frames = self.measured_frames(scene)
             for at in sorted({int(at) for at in np.linspace(0, len(frames) - 1, SHEET_FRAMES).round()}):
                 frame = frames[at]
-                real, drawn, noise = (video[:, frame] for video in videos)
                 conditions = scene_views.conditions(frame)[:, scene_views.framing.crop :]
-                columns = real, conditions, drawn, noise
+                columns = [real[:, frame], conditions, *(video[:, frame] for video in videos)]
                 rows.append([six_views(column, SHEET_VIEW, captions=False) for column in columns])
                 seconds = (scene.timestamps[frame] - scene.timestamps[0]) / 1e6
                 labels.append(f"{scene.name}, {seconds:.1f} s")
-        sheet = contact_sheet(rows, labels, [RENDERED, "conditions", GENERATED, UNTRAINED])
+        sheet = contact_sheet(rows, labels, [RENDERED, "conditions", *drawn])
         with atomic_file(path) as partial:
             Image.fromarray(sheet).save(partial, format="PNG")
 
@@ -364,9 +389,9 @@ class ControlFidelity:
         return [self.painter.surfaces(path) for path in scene.pictures[frame]]
 
     def _truth(
-        self, scene: Scene, frame: int, pictures: Sequence[Picture], surfaces: Sequence[Surfaces] | None = None
+        self, scene: Scene, frame: int, pictures: NDArray[np.uint8], surfaces: Sequence[Surfaces] | None = None
     ) -> list[Frame]:
-        """Return picture and exact regions of each view of a frame."""
+        """Return picture (of ``pictures``, V, H, W, 3) and exact regions of each view of a frame."""
         light = light_of(scene.description)
         return [
             Frame(light, picture, regions_of(drawn, self.framing))

@@ -56,6 +56,15 @@ class EditCase:
     new: Bits
     rendered: tuple[Video, Video]
 
+    @property
+    def best_seen(self) -> tuple[int, int]:
+        """The view and the measured frame that show the places best; the first frame ahead for the night."""
+        pixels = (self.old | self.new).sum(axis=(2, 3))
+        if not pixels.any():
+            return VIEWS.index("CAM_FRONT"), 0
+        view, frame = np.unravel_index(pixels.argmax(), pixels.shape)
+        return int(view), int(frame)
+
 
 @dataclass(frozen=True)
 class Response:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from magicdrive_core.config.schema import Config
+from magicdrive_core.data.edits import Edits
 from magicdrive_core.data.records import Scene
 from magicdrive_core.errors import UsageError
 from magicdrive_core.evaluation.condition_swap import FIELDS, ClipPainter, Video
@@ -75,12 +76,18 @@ def measure_fidelity(
     beyond = [number for number in sheet_scenes or () if number >= len(control.scenes)]
     if beyond:
         raise UsageError(f"--scene {beyond[0]}: {len(control.scenes)} scenes are measured, counted from 0")
-    items = list(control.items.values())
-    generate_items(config, items, model.folder, paths.generated)
+    generate_items(config, list(control.items.values()), model.folder, paths.generated)
     out = paths.generated.with_name(paths.generated.name.replace("generate", "fidelity"))
     write_untrained(config, model.stage, out / "untrained")
-    generate_items(config, items, out / "untrained", out / "untrained/items")
-    painter = ClipPainter(config, model.folder)
+    shown = control.sheet_scenes(sheet_scenes)
+    painter, beginner = ClipPainter(config, model.folder), ClipPainter(config, out / "untrained")
+
+    def edited(scene: Scene, edit: Edits) -> Video:
+        return painter.edited(control.items[scene.token], scene, edit)
+
+    def untrained(scene: Scene) -> Video:
+        return beginner.edited(control.items[scene.token], scene, Edits())
+
     rows: dict[str, Draw] = {GENERATED: partial(control.read_item, paths.generated)}
 
     def swapped(what: str, scene: Scene) -> Video:
@@ -88,21 +95,33 @@ def measure_fidelity(
 
     for what in FIELDS if swaps else ():
         rows[f"condition swap: {what} of another clip"] = partial(swapped, what)
-    rows[UNTRAINED] = partial(control.read_item, out / "untrained/items")
+    rows[UNTRAINED] = _keeping(untrained, shown)
     comparison = control.compare(rows)
-    responses = {}
-    if edits:
-        responses = control.respond(
-            rows[GENERATED], lambda scene, edit: painter.edited(control.items[scene.token], scene, edit)
-        )
+    responses = control.respond(rows[GENERATED], edited, out / "edits.png") if edits else {}
     write_json(out / "fidelity.json", _finite(_figures(comparison, responses, control)))
-    control.write_sheet(paths.generated, out / "untrained/items", out / "fidelity.png", sheet_scenes)
+    control.write_sheet(shown, {label: rows[label] for label in (GENERATED, UNTRAINED)}, out / "fidelity.png")
     run = read_run_note(model.folder).get("run")
     if run:
         what = f"{out / 'fidelity.json'} is not logged to the training's run"
         metrics = _metrics(comparison, responses)
         best_effort(what, lambda: log_results(config, run, metrics, out / "fidelity.png"))
     return _tables(comparison, responses), out
+
+
+def _keeping(draw: Draw, scenes: Sequence[Scene]) -> Draw:
+    """Keep the videos of some scenes, so that the contact sheet does not generate them again."""
+    kept: dict[str, Video] = {}
+    wanted = {scene.token for scene in scenes}
+
+    def video(scene: Scene) -> Video:
+        if scene.token in kept:
+            return kept[scene.token]
+        made = draw(scene)
+        if scene.token in wanted:
+            kept[scene.token] = made
+        return made
+
+    return video
 
 
 def _tables(comparison: Comparison, responses: Mapping[str, Response]) -> list[str]:

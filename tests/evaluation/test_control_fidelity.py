@@ -36,7 +36,7 @@ from magicdrive_core.video.frames import full_size_image, write_frames
 from magicdrive_core.video.item_record import ItemRecord, ViewFile, item_name, video_name
 from tests.conftest import PROJECT
 
-FRAMES = 7  # of 9 that a clip has; the measured ones are 0, 3 and 6
+FRAMES = 4  # of 9 that a clip has; the measured ones are 0 and 3
 Videos = dict[str, np.ndarray]  # (V, F, H, W, 3) by scene token
 
 
@@ -65,8 +65,8 @@ def control(
     control.__dict__["_all"] = [replace(scene, split="both") for scene in scenes]
     control.__dict__["others"] = {scene.token: other for scene, other in zip(scenes, scenes[::-1], strict=True)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(control_fidelity, "CLASSIFIER_CLIPS", 4)
-        patch.setattr(region_classifier, "STEPS", 1200)
+        patch.setattr(control_fidelity, "CLASSIFIER_CLIPS", 3)
+        patch.setattr(region_classifier, "STEPS", 800)
         _ = control.classifier
     return control
 
@@ -157,8 +157,8 @@ def test_scenes_take_turns_of_light(control: ControlFidelity) -> None:
     some = ControlFidelity(control.config, control.project, every=4, clips=3)
     some.__dict__["_all"] = [replace(day, name=f"day {n}") for n in range(3)] + [replace(night, name="night")]
     assert [scene.name for scene in some.scenes] == ["day 0", "night", "day 1"]
-    assert list(control.measured_frames(day)) == [0, 3, 6]
-    assert list(some.measured_frames(day)) == [0, 4]
+    assert list(control.measured_frames(day)) == [0, 3]
+    assert list(some.measured_frames(day)) == [0]
 
 
 def test_items_are_read_as_generation_writes_them_and_drawn_over_time(
@@ -168,10 +168,12 @@ def test_items_are_read_as_generation_writes_them_and_drawn_over_time(
     items = write_items(tmp_path / "items", [scene], videos)
     read = control.read_item(items, scene)
     assert np.abs(read.astype(int) - videos[scene.token]).mean() < 4  # enlarged to 1600x900 and made small again
-    control.write_sheet(items, items, tmp_path / "sheet.png", [0])
+    rows = {label: lambda _: read for label in (GENERATED, UNTRAINED)}
+    control.write_sheet(control.sheet_scenes([0]), rows, tmp_path / "sheet.png")
+    assert control.sheet_scenes() == control.scenes  # one by day, one by night
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width > 4 * 3 * 200
-        assert sheet.height > 3 * 2 * 100
+        assert sheet.height > 2 * 2 * 100
 
 
 def test_a_missing_item_and_one_of_another_length_are_named(control: ControlFidelity, tmp_path: Path) -> None:
@@ -181,7 +183,7 @@ def test_a_missing_item_and_one_of_another_length_are_named(control: ControlFide
     write_items(tmp_path, [scene], {scene.token: np.empty((0, 0, 0, 0, 0), np.uint8)})
     longer = ControlFidelity(control.config.model_copy(update={"submission": Longer}), control.project)
     longer.__dict__["_all"] = control.scenes
-    with pytest.raises(MagicDriveError, match="has 7 frames, not 9"):
+    with pytest.raises(MagicDriveError, match="has 4 frames, not 9"):
         longer.read_item(tmp_path, scene)
 
 
@@ -200,8 +202,6 @@ def test_single_scenes_of_a_light_are_refused(control: ControlFidelity) -> None:
 
 def test_rendered_edits_are_a_full_response_and_no_edit_is_none(control: ControlFidelity, videos: Videos) -> None:
     rendered: dict[str, dict[Edits, np.ndarray]] = {}
-    whole, control = control, replace(control, every=6)
-    control.__dict__.update({name: whole.__dict__[name] for name in ("_all", "classifier")})
     planner = EditPlanner(control.painter, control.framing)
     for scene in control.scenes:
         frames = control.measured_frames(scene)
