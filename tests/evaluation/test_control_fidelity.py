@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,10 +14,11 @@ from diffusers import AutoencoderKLCogVideoX
 from PIL import Image
 
 from magicdrive_core.config.load import load_config
+from magicdrive_core.config.schema import Config
 from magicdrive_core.data.edits import Edits
 from magicdrive_core.data.records import Scene
-from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.evaluation import control_fidelity, region_classifier
+from magicdrive_core.errors import MagicDriveError, UsageError
+from magicdrive_core.evaluation import control_fidelity, fidelity_run, region_classifier
 from magicdrive_core.evaluation.control_fidelity import (
     GENERATED,
     RECONSTRUCTED,
@@ -23,15 +26,17 @@ from magicdrive_core.evaluation.control_fidelity import (
     UNTRAINED,
     Comparison,
     ControlFidelity,
+    Draw,
     next_alike,
     region_lines,
     table_lines,
 )
-from magicdrive_core.evaluation.edit_response import DARKENED, MOVED, REMOVED, EditPlanner
+from magicdrive_core.evaluation.edit_response import DARKENED, MOVED, REMOVED, EditPlanner, Response
 from magicdrive_core.evaluation.region_fidelity import Fidelity
 from magicdrive_core.geometry.cameras import VIEWS
+from magicdrive_core.inference.items import Item
 from magicdrive_core.synthetic.regions import Region
-from magicdrive_core.utils.files import sha256_file, write_json
+from magicdrive_core.utils.files import read_json, sha256_file, write_json
 from magicdrive_core.video.frames import full_size_image, write_frames
 from magicdrive_core.video.item_record import ItemRecord, ViewFile, item_name, video_name
 from tests.conftest import PROJECT
@@ -222,6 +227,62 @@ def test_rendered_edits_are_a_full_response_and_no_edit_is_none(control: Control
     deaf = control.respond(lambda scene: videos[scene.token], lambda scene, edits: videos[scene.token])
     for response in deaf.values():
         assert response.share == 0
+
+
+def test_each_row_comes_from_its_network_and_its_conditions(
+    control: ControlFidelity, comparison: Comparison, videos: Videos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step as a whole, with networks that write down what they are asked for."""
+    day, night = control.scenes
+    asked: list[tuple[str, ...]] = []
+
+    class Painter:
+        def __init__(self, config: Config, folder: Path) -> None:
+            self.name = folder.name
+
+        def edited(self, item: Item, scene: Scene, edits: Edits) -> np.ndarray:
+            asked.append((self.name, item.clip.scene, "edited" if edits != Edits() else "as it is"))
+            return videos[scene.token]
+
+        def swapped(self, item: Item, scene: Scene, other: Scene, what: str) -> np.ndarray:
+            asked.append((self.name, item.clip.scene, what, other.token))
+            return videos[scene.token]
+
+    def compare(_: ControlFidelity, drawn: Mapping[str, Draw]) -> Comparison:
+        for draw in drawn.values():
+            draw(day)
+        return comparison
+
+    def respond(_: ControlFidelity, generated: Draw, edited: Callable, sheet: Path) -> dict[str, Response]:
+        edited(night, Edits(weather="night"))
+        return {DARKENED: Response(1, 100.0, 80.0, 120.0, 40.0)}
+
+    plan = SimpleNamespace(folder=tmp_path / "trained", stage="stage3")
+    paths = SimpleNamespace(generated=tmp_path / "generate-1", trained_model=lambda: plan)
+    for target, name, value in (
+        (fidelity_run, "find_run_paths", lambda config: paths),
+        (fidelity_run, "ControlFidelity", lambda config, every, clips: control),
+        (fidelity_run, "ClipPainter", Painter),
+        (fidelity_run, "generate_items", lambda *arguments: None),
+        (fidelity_run, "write_untrained", lambda config, stage, folder: folder.mkdir(parents=True)),
+        (fidelity_run, "read_run_note", lambda folder: {}),
+        (ControlFidelity, "compare", compare),
+        (ControlFidelity, "respond", respond),
+        (ControlFidelity, "read_item", lambda self, folder, scene: videos[scene.token]),
+    ):
+        monkeypatch.setattr(target, name, value)
+    lines, out = fidelity_run.measure_fidelity(control.config, [0])
+    assert asked == [
+        *(("trained", day.token, what, night.token) for what in ("map", "boxes", "text")),
+        ("untrained", day.token, "as it is"),  # once: the sheet shows it again
+        ("trained", night.token, "edited"),
+    ]
+    assert out == tmp_path / "fidelity-1"
+    assert (out / "fidelity.png").is_file()
+    assert read_json(out / "fidelity.json")["edits"][DARKENED]["share"] == 0.25
+    assert any(line.startswith("share of the VAE's") for line in lines)
+    with pytest.raises(UsageError, match=r"--scene 2: 2 scenes are measured"):
+        fidelity_run.measure_fidelity(control.config, [2])
 
 
 def test_conditions_are_exchanged_within_a_kind() -> None:
