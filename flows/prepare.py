@@ -6,8 +6,11 @@ Run it with ``python -m flows.prepare``. It calls ``magicdrive synth`` if params
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
@@ -17,6 +20,7 @@ from magicdrive_core.data.infos import pictures_changed
 from magicdrive_core.data.nuscenes_files import check_root
 
 DATA_VERSION, INFOS = Path("data.dvc"), Path("artifacts/infos")
+LOCK = Path(".dvc/tmp/prepare.lock")
 
 
 @task(cache_policy=NO_CACHE, task_run_name="dvc repro")
@@ -47,9 +51,29 @@ def prepare() -> None:
         MagicDriveError: the data set is missing or incomplete, or a step failed; finished stages are kept.
     """
     config = load_config()
-    if config.synth is not None:
-        run_verb("synth")
-    reproduce()
+    with alone():
+        if config.synth is not None:
+            run_verb("synth")
+        reproduce()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Waits until no other flow prepares data in this project; the system frees the lock of a process that died.
+
+    DVC's own lock makes a second ``dvc repro`` fail as soon as both want one stage; it cannot wait for a stage.
+    """
+    LOCK.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        get_run_logger().info("another flow prepares the data of this project: waiting for it")
+        lock.acquire(poll_interval=1.0)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _read(path: Path) -> bytes:

@@ -33,7 +33,7 @@ process; a process that has imported everything holds 250 MB.
 
 ![Time and memory against size](../../docs/pictures/load.svg)
 
-| work | size | seconds | memory added, MB |
+| work | size | CPU seconds | memory added, MB |
 | --- | --- | --- | --- |
 """
 
@@ -41,7 +41,7 @@ _measured: dict[str, list[tuple[int, float, float]]] = {}
 
 
 def measure(kind: str, count: int, folder: Path) -> tuple[float, float]:
-    """Return seconds and added MB of one size; a database of runs grows from size to size."""
+    """Return CPU seconds and added MB of one size; a database of runs grows from size to size."""
     if kind != "runs":
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(exist_ok=True)
@@ -83,7 +83,7 @@ def write_results() -> None:
         atomic_file(PLOT) as out,
     ):
         figure = Figure(figsize=(9, 3.2), layout="constrained")
-        for axes, column, label in zip(figure.subplots(1, 2), (1, 2), ("seconds", "MB added"), strict=True):
+        for axes, column, label in zip(figure.subplots(1, 2), (1, 2), ("CPU seconds", "MB added"), strict=True):
             for kind, sizes in _measured.items():
                 full = max(size for size, *_ in sizes)
                 axes.plot(

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,45 @@ def calls(synthetic_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def reproduce() -> None:
     with disable_run_logger():
         prepare.reproduce.fn()
+
+
+WAITING = """
+import sys
+from pathlib import Path
+from flows.prepare import alone
+from prefect.logging import disable_run_logger
+with disable_run_logger():
+    Path("asked").touch()
+    with alone():
+        Path("entered").touch()
+        if sys.argv[1] == "dies":
+            sys.stdin.read()
+"""
+
+
+def test_two_flows_prepare_one_after_the_other_and_a_killed_one_blocks_nobody(tmp_path: Path) -> None:
+    def start(how: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", WAITING, how]
+        environment = os.environ | {"PYTHONPATH": str(PROJECT)}
+        return subprocess.Popen(command, cwd=tmp_path, env=environment, stdin=subprocess.PIPE)
+
+    def wait_for(name: str) -> None:
+        end = time.monotonic() + 120
+        while not (tmp_path / name).exists():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+    with start("dies") as first:
+        wait_for("entered")
+        for name in ("asked", "entered"):
+            (tmp_path / name).unlink()
+        with start("ends") as second:
+            wait_for("asked")
+            time.sleep(0.2)
+            assert not (tmp_path / "entered").exists()
+            first.kill()
+            assert second.wait(60) == 0
+    assert (tmp_path / "entered").exists()
 
 
 def test_changed_pictures_force_the_infos_stage(calls: list[list[str]]) -> None:
