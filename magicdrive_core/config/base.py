@@ -113,4 +113,4 @@ Frames = Annotated[
 class Section(BaseModel):
     """A part of params.yaml: immutable; unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)

@@ -76,7 +76,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
             raise UsageError(f"-S {override}: there is no section {parent!r}")
     try:
         target[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise UsageError(f"-S {override}: the value is not valid YAML") from None
 
 
@@ -97,7 +97,7 @@ def read_yaml(path: Path | str, hint: str) -> Any:
         return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"{path} is missing", hint) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or the 45th of May
         raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
 
 

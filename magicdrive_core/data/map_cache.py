@@ -21,7 +21,7 @@ from magicdrive_core.data.adapters import open_adapter
 from magicdrive_core.data.bev_maps import Bits, rasterise
 from magicdrive_core.data.records import Clip, Scene, SceneHeader
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.utils.files import atomic_file, check_space
+from magicdrive_core.utils.files import atomic_file, check_space, file_name
 from magicdrive_core.utils.process_pool import count_workers, for_each_scene
 from magicdrive_core.utils.progress import announce
 
@@ -40,7 +40,7 @@ def map_path(folder: Path | str, scene: str, cells: int) -> Path:
     Returns:
         ``<folder>/bev/<cells>/<scene>.npz``.
     """
-    return Path(folder) / "bev" / str(cells) / f"{scene}.npz"
+    return Path(folder) / "bev" / str(cells) / f"{file_name(scene)}.npz"
 
 
 def write_map(path: Path, bits: Bits) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from magicdrive_core.errors import MagicDriveError, system_error
+from magicdrive_core.utils.files import check_regular
 
 Record = dict[str, Any]
 Tables = dict[str, list[Record]]
@@ -79,6 +80,7 @@ def stream_records(path: Path) -> Iterator[tuple[Record, str]]:
             tokens.
     """
     try:
+        check_regular(path)
         with path.open(encoding="utf-8") as file:
             for row, (record, text) in enumerate(_Window(path, file).records()):
                 if not isinstance(record.get("token"), str) or not record["token"]:

@@ -15,8 +15,12 @@ from magicdrive_core.config.schema import parse_size
 from magicdrive_core.data.records import Clip, Scene
 from magicdrive_core.errors import MagicDriveError, UsageError
 from magicdrive_core.geometry.cameras import VIEWS, Framing, full_window
+from magicdrive_core.utils.files import check_regular
 
 Pixels = NDArray[np.uint8]
+
+FORMATS = ("JPEG", "PNG")  # others run whole programs, as Ghostscript for EPS, whatever the file is called
+_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 def read_picture(path: Path, framing: Framing, *, scaled: bool = False) -> Pixels:
@@ -44,19 +48,28 @@ def read_picture(path: Path, framing: Framing, *, scaled: bool = False) -> Pixel
             "choose a size of 16:9 or flatter in params.yaml",
         )
     try:
-        with Image.open(path) as picture:
+        check_regular(path)
+        with Image.open(path, formats=FORMATS) as picture:
             size = framing.width, framing.resized_height
             if scaled:
                 picture.draft("RGB", (2 * size[0], 2 * size[1]))
             window = full_window(*picture.size)
-            resized = picture.convert("RGB").resize(size, Image.Resampling.BICUBIC, box=window)
+            resized = _to_rgb(picture).resize(size, Image.Resampling.BICUBIC, box=window)
     except FileNotFoundError:
         raise MagicDriveError(f"{path} is missing", "complete the data set and run `dvc repro infos`") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except _UNREADABLE as error:
         raise MagicDriveError(
             f"{path} is not a complete picture: {error}", "download or render the file again"
         ) from None
     return np.asarray(resized)[framing.crop :]
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    """Convert a picture to 8-bit RGB; 16-bit greys are scaled, where PIL would cut them off at 255."""
+    if picture.mode.startswith("I"):
+        grey = np.asarray(picture, np.float64).clip(0, 65535) / 257
+        picture = Image.fromarray(np.rint(grey).astype(np.uint8))
+    return picture.convert("RGB")
 
 
 def read_clip(
@@ -140,13 +153,16 @@ def check_pictures(root: Path, sizes: Mapping[str, tuple[int, int]]) -> list[str
     faults = []
     for path in sorted(sizes):
         try:
-            with Image.open(root / path) as picture:
+            check_regular(root / path)
+            with Image.open(root / path, formats=FORMATS) as picture:
                 if picture.size != sizes[path]:
                     theirs, wanted = ("x".join(map(str, size)) for size in (picture.size, sizes[path]))
                     faults.append(f"{root / path} has {theirs} pixels, expected {wanted}")
         except (FileNotFoundError, NotADirectoryError):
             faults.append(f"{root / path} is missing or empty")
-        except (OSError, SyntaxError, ValueError):
-            empty = (root / path).stat().st_size == 0
-            faults.append(f"{root / path} is {'missing or empty' if empty else 'not a picture'}")
+        except MagicDriveError as error:
+            faults.append(error.message)
+        except _UNREADABLE:
+            size = (root / path).stat().st_size if (root / path).is_file() else 1
+            faults.append(f"{root / path} is {'not a JPEG or PNG picture' if size else 'missing or empty'}")
     return faults

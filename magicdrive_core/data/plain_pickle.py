@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.utils.files import check_regular
 
 _TYPE_NAMES = re.compile(r"b1|[iu][1248]|f[248]|c8|c16|[US][0-9]{1,6}|O8?")
 # A value may take 64 times its bytes in the file (an empty dict); a few bytes can ask for any amount.
@@ -198,6 +199,7 @@ def read_plain_pickle(path: Path | str) -> Any:
     """
     path = Path(path)
     try:
+        check_regular(path)
         with path.open("rb") as file, _limited_memory(path.stat().st_size):
             return _PlainUnpickler(file).load()
     except FileNotFoundError:
@@ -207,6 +209,8 @@ def read_plain_pickle(path: Path | str) -> Any:
             f"{path} is refused: it asks for {error}, which is not a plain data type",
             "nothing in it was run; ask its author",
         ) from None
+    except OSError as error:
+        raise MagicDriveError(f"{path} cannot be read: {error.strerror}") from None
     except _BROKEN as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise MagicDriveError(f"{path} is not a complete pickle: {reason}", "download the file again") from None

@@ -20,7 +20,7 @@ import pyarrow as pa
 from magicdrive_core.data.records import FrameBoxes, Scene, SceneHeader
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.geometry.cameras import VIEWS
-from magicdrive_core.utils.files import atomic_file
+from magicdrive_core.utils.files import atomic_file, file_name
 
 SCENES = "scenes"  # folder of the scenes' files in an infos folder
 _REMAKE = "run `dvc repro infos` to make it again"
@@ -153,9 +153,9 @@ def scene_path(folder: Path, name: str) -> Path:
         name: name of the scene.
 
     Returns:
-        ``<folder>/scenes/<name>.arrow``.
+        ``<folder>/scenes/<name>.arrow``; a name that is no file name is changed, see ``files.file_name``.
     """
-    return folder / SCENES / f"{name}.arrow"
+    return folder / SCENES / f"{file_name(name)}.arrow"
 
 
 def write_scene(folder: Path, scene: Scene) -> None:
@@ -206,7 +206,7 @@ class Scenes(Sequence[Scene]):
     """
 
     def __init__(self, folder: Path | str) -> None:
-        self._paths = sorted((Path(folder) / SCENES).glob("*.arrow"))
+        self._paths = sorted((Path(folder) / SCENES).glob("[!.]*.arrow"))
         if not self._paths:
             raise MagicDriveError(f"{Path(folder) / SCENES} is missing: no scenes there", _REMAKE)
 

@@ -11,7 +11,7 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
-from magicdrive_core.data.limits import check_positions, is_number
+from magicdrive_core.data.limits import check_path, check_positions, is_number
 from magicdrive_core.data.nuscenes_files import MAPS
 from magicdrive_core.data.records import MAP_LAYERS
 from magicdrive_core.errors import MagicDriveError
@@ -72,6 +72,7 @@ def load_map(root: Path, location: str) -> VectorMap:
         MagicDriveError: the file is missing, not JSON, of another version than 1.3, or a record is missing or
             impossible; the message names it.
     """
+    check_path(location, f"{Path(root) / 'maps/expansion'}: the location of a log")
     path = Path(root) / "maps" / "expansion" / f"{location}.json"
     values = read_json(path, MAPS)
     if not isinstance(values, dict):

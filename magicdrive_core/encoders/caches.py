@@ -30,7 +30,7 @@ from magicdrive_core.encoders.encode_latents import DTYPES, EncoderSettings, Sce
 from magicdrive_core.encoders.vae import Vae, latent_shape, to_video
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.geometry.cameras import VIEWS
-from magicdrive_core.utils.files import atomic_folder, check_space, read_json, resumable_folder, write_json
+from magicdrive_core.utils.files import atomic_folder, check_space, file_name, read_json, resumable_folder, write_json
 from magicdrive_core.utils.progress import announce, track
 
 if TYPE_CHECKING:
@@ -139,7 +139,9 @@ def write_latent_cache(config: Config, infos: Path, encoders: Path, out: Path) -
             "free some space, raise latents.start_stride, train fewer buckets, or set latents.live",
         )
         spread = encode_scenes(works, settings, folder, scaled=config.latents.scaled_decoding) if works else {}
-        files = [f"{bucket_name(work.size, n)}/{work.scene}.safetensors" for work in works for n in work.starts]
+        files = [
+            f"{bucket_name(work.size, n)}/{file_name(work.scene)}.safetensors" for work in works for n in work.starts
+        ]
         sources = {"encoder": made["digest"], "infos": infos_digest(infos)}
         _write_index(folder, files, sources | _latent_settings(config) | {"scaled_std": spread})
 
@@ -226,7 +228,7 @@ class LatentCache:
         Raises:
             MagicDriveError: a file of the cache cannot be read.
         """
-        if f"{bucket_name(size, frames)}/{scene}.safetensors" not in self._index["files"]:
+        if f"{bucket_name(size, frames)}/{file_name(scene)}.safetensors" not in self._index["files"]:
             return []
         with self._open(size, frames, scene) as file:
             return [int(start) for start in file.get_tensor("starts")]
@@ -255,7 +257,7 @@ class LatentCache:
         return moments
 
     def _open(self, size: str, frames: int, scene: str) -> Any:
-        path = self._folder / bucket_name(size, frames) / f"{scene}.safetensors"
+        path = self._folder / bucket_name(size, frames) / f"{file_name(scene)}.safetensors"
         try:
             return safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:

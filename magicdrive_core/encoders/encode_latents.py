@@ -30,7 +30,7 @@ from magicdrive_core.device import kind
 from magicdrive_core.encoders.vae import Vae, latent_shape, to_video
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.geometry.cameras import Framing
-from magicdrive_core.utils.files import atomic_file
+from magicdrive_core.utils.files import atomic_file, file_name
 from magicdrive_core.utils.process_pool import end_with_parent
 from magicdrive_core.utils.progress import announce, track
 
@@ -254,7 +254,10 @@ def _load_vae(settings: EncoderSettings, device: str) -> None:
 
 def _paths(work: SceneWork, folder: Path) -> dict[int, Path]:
     """Returns the files of a scene's clips, by number of frames."""
-    return {frames: folder / bucket_name(work.size, frames) / f"{work.scene}.safetensors" for frames in work.starts}
+    return {
+        frames: folder / bucket_name(work.size, frames) / f"{file_name(work.scene)}.safetensors"
+        for frames in work.starts
+    }
 
 
 def _is_done(work: SceneWork, folder: Path) -> bool:

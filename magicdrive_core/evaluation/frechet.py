@@ -264,7 +264,7 @@ class _Generated:
 def _picture(path: Path) -> NDArray[np.uint8]:
     """Read a picture of the data set at the reduced size, cut to 16:9 as the camera parameters assume."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=["JPEG", "PNG"]) as image:
             box = full_window(image.width, image.height)
             return np.asarray(image.convert("RGB").resize(REDUCED[::-1], Image.Resampling.BICUBIC, box=box))
     except FileNotFoundError:

@@ -15,7 +15,8 @@ from pathlib import Path
 from PIL import Image
 
 from magicdrive_core.config.schema import Config
-from magicdrive_core.data.nuscenes_files import Tables, cut_tables, link_or_copy, read_key_frames, write_cut
+from magicdrive_core.data.limits import check_path
+from magicdrive_core.data.nuscenes_files import REPAIR, Tables, cut_tables, link_or_copy, read_key_frames, write_cut
 from magicdrive_core.data.records import Scene
 from magicdrive_core.errors import MagicDriveError, UsageError
 from magicdrive_core.evaluation.protocol import FRAMES, KEY_FRAMES
@@ -68,7 +69,18 @@ def cut_to_clips(config: Config, scenes: Sequence[Scene], project: Path = Path()
             f"data.format {config.data.format} has no nuScenes tables", "mAP needs a data set in nuScenes format"
         )
     samples = [token for scene in scenes for token in key_samples(scene)]
-    return cut_tables(read_key_frames(project / config.data.root, config.data.version, samples), samples)
+    folder = project / config.data.root / config.data.version
+    tables = read_key_frames(project / config.data.root, config.data.version, samples)
+    try:
+        cut = cut_tables(tables, samples)
+        for name in ("map", "sample_data"):
+            for record in cut[name]:
+                check_path(record["filename"], f"{folder / name}.json: filename")
+    except KeyError as error:
+        raise MagicDriveError(f"the tables in {folder} are inconsistent: {error} is missing", REPAIR) from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise MagicDriveError(f"the tables in {folder} hold an impossible value: {error}", REPAIR) from None
+    return cut
 
 
 def export_frames(

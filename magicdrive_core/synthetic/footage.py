@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from magicdrive_core.data.nuscenes_files import read_tables
+from magicdrive_core.data.limits import check_path
+from magicdrive_core.data.nuscenes_files import REPAIR, read_tables
 from magicdrive_core.data.records import Scene
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.geometry import poses
@@ -150,12 +151,14 @@ def read_footage(root: Path, version: str) -> list[Footage]:
         for name, records in read_tables(root, version, _NEEDED).items()
     }
     try:
-        return _footage(tables)
+        footage = _footage(tables)
     except KeyError as error:
-        raise MagicDriveError(
-            f"the tables in {root / version} are inconsistent: {error} is missing",
-            "unpack the nuScenes metadata archive again",
-        ) from None
+        raise MagicDriveError(f"the tables in {root / version} are inconsistent: {error} is missing", REPAIR) from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise MagicDriveError(f"the tables in {root / version} hold an impossible value: {error}", REPAIR) from None
+    for shot in (shot for scene in footage for shot in scene.shots):
+        check_path(shot.filename, f"{root / version}/sample_data.json: filename")
+    return footage
 
 
 def _footage(tables: dict[str, dict[str, dict[str, Any]]]) -> list[Footage]:

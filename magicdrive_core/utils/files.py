@@ -232,6 +232,25 @@ def check_regular(path: Path | str) -> None:
         raise MagicDriveError(f"{path} is not a regular file but a pipe or a device", "put a regular file there")
 
 
+_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
+
+
+def file_name(text: str) -> str:
+    """Makes a file name of a text that data names: a token, a scene's name.
+
+    Args:
+        text: any text, also one with ``/``, ``..`` or NUL.
+
+    Returns:
+        The text itself where it is a plain name: at most 100 ASCII letters, digits and ``._+-``, with a letter or digit
+        first. Otherwise its plain characters, ``~`` and a digest, so that different texts have different names.
+    """
+    if _SAFE_NAME.fullmatch(text):
+        return text
+    plain = re.sub(r"[^A-Za-z0-9_+-]+", "_", text)[:60].strip("_+-")
+    return f"{plain or 'name'}~{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
+
+
 def sha256_file(path: Path | str) -> str:
     """Computes the SHA-256 of a file's bytes.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.utils.files import read_json, sha256_file, sha256_folder, write_json
+from magicdrive_core.utils.files import file_name, read_json, sha256_file, sha256_folder, write_json
 
 RECORD = "item.json"
 
@@ -148,7 +148,7 @@ def item_name(sample: str, generation: int) -> str:
         sample: token of the clip's first sample.
         generation: number of the generation, from 0.
     """
-    return f"{sample}_gen{generation}"
+    return f"{file_name(sample)}_gen{generation}"
 
 
 def video_name(sample: str, view: str) -> str:
@@ -158,7 +158,7 @@ def video_name(sample: str, view: str) -> str:
         sample: token of the clip's first sample.
         view: one of ``cameras.VIEWS``, such as ``CAM_FRONT``.
     """
-    return f"{sample}_{view}.mp4"
+    return f"{file_name(sample)}_{view}.mp4"
 
 
 def read_items(folder: Path) -> list[ItemRecord]:

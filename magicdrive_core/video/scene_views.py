@@ -131,7 +131,7 @@ class SceneViews:
         return corners(boxes.boxes), np.array([CLASSES.index(name) for name in boxes.names], dtype=np.int64)
 
     def _fit(self, path: Path) -> Picture:
-        with Image.open(path) as image:
+        with Image.open(path, formats=["JPEG", "PNG"]) as image:
             image.draft("RGB", (self.framing.width, self.framing.height))  # decodes JPEG at a fraction of its size
             size = self.framing.width, self.framing.height
             return np.asarray(image.convert("RGB").resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0))

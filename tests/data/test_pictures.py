@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from magicdrive_core.data.pictures import read_clip, read_picture
+from magicdrive_core.data.pictures import check_pictures, read_clip, read_picture
 from magicdrive_core.data.records import Clip, Scene
 from magicdrive_core.errors import MagicDriveError, UsageError
 from magicdrive_core.geometry.cameras import Framing
@@ -79,3 +82,38 @@ def test_scaled_decoding_agrees_with_full_decoding_to_50_db(shared: Path, size: 
 def test_more_rows_than_a_picture_has_are_refused(picture: Path) -> None:
     with pytest.raises(UsageError, match="size 96x168: a picture has 94 rows at that width"):
         read_picture(picture, Framing(96, 168))
+
+
+def test_sixteen_bit_greys_keep_their_brightness(tmp_path: Path) -> None:
+    ramp = np.tile(np.linspace(0, 65535, 1600).astype(np.uint16), (900, 1))
+    path = tmp_path / "grey.png"
+    Image.fromarray(ramp).save(path)
+    seen = read_picture(path, Framing(848, 1600))
+    np.testing.assert_array_equal(seen[..., 0], seen[..., 2])
+    assert np.abs(seen[0, :, 0] - np.linspace(0, 255, 1600)).max() <= 1
+
+
+def test_only_jpeg_and_png_are_opened_whatever_a_file_is_called(tmp_path: Path) -> None:
+    """EPS would be given to Ghostscript."""
+    for form in ("EPS", "TIFF", "GIF"):
+        path = tmp_path / f"{form}.jpg"
+        Image.new("RGB", (1600, 900)).save(path, format=form)
+        with pytest.raises(MagicDriveError, match=rf"{form}.jpg is not a complete picture"):
+            read_picture(path, SMALL)
+        assert check_pictures(tmp_path, {path.name: (1600, 900)}) == [f"{path} is not a JPEG or PNG picture"]
+
+
+def test_bombs_and_pipes_are_refused(tmp_path: Path) -> None:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    bomb = tmp_path / "bomb.png"
+    header = struct.pack(">IIBBBBB", 2**31 - 1, 2**31 - 1, 8, 2, 0, 0, 0)
+    bomb.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100))))
+    with pytest.raises(MagicDriveError, match=r"bomb.png is not a complete picture"):
+        read_picture(bomb, SMALL)
+    pipe = tmp_path / "pipe.jpg"
+    os.mkfifo(pipe)
+    with pytest.raises(MagicDriveError, match=r"pipe.jpg is not a regular file"):
+        read_picture(pipe, SMALL)
+    assert len(check_pictures(tmp_path, {"pipe.jpg": (1, 1), "bomb.png": (1, 1)})) == 2
