@@ -52,3 +52,22 @@ def loader_bench(
     kind = read_stage(stage)
     for line in measure_loader(read_config(params, overrides), kind, seconds=seconds, ranks=ranks).lines():
         print(line)
+
+
+@app.command("train-memory")
+def train_memory(
+    stage: Annotated[str, typer.Argument(help="stage1, stage2 or stage3.")],
+    device: Annotated[
+        float, typer.Option(metavar="GB", min=1, help="Memory of a device, in units of 10^9 bytes.")
+    ] = 80.0,
+    params: Params = DEFAULT_PARAMS,
+    overrides: Set = None,
+) -> None:
+    """Plan the device memory of a stage's training, bucket by bucket. It needs no device and no data.
+
+    Example: magicdrive train-memory stage3 --device 80 --params profiles/nuscenes.yaml -S cluster.ranks=8
+    """
+    from magicdrive_core.training.memory_plan import table_lines
+
+    for line in table_lines(read_config(params, overrides), read_stage(stage), device * 1e9):
+        print(line, flush=True)

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from magicdrive_core.config.base import Count, Positive, Section, about
+from magicdrive_core.config.base import Count, Positive, PositiveFloat, Section, about
+from magicdrive_core.config.training_sections import Stage
 
 
 class Slurm(Section):
@@ -89,13 +90,22 @@ class Cluster(Section):
         Positive, about("Processes on each host, one per device.", unit="processes", used_in="launch/job.py")
     ]
     sequence_parallel: Annotated[
-        Positive,
+        Positive | dict[Stage, Positive],
         about(
-            "Neighbouring ranks that share the tokens of each clip. Divides all ranks and model.heads.",
+            "Neighbouring ranks that share the tokens of each clip. Divides all ranks and model.heads. One number for"
+            " all stages, or one for each: {stage3: 4}; a stage without an entry has 1.",
             unit="ranks",
             used_in="parallel/mesh.py",
         ),
     ] = 1
+    device_gbytes: Annotated[
+        PositiveFloat | None,
+        about(
+            "Memory of each device. A stage that does not fit is refused before it starts. null: not checked.",
+            unit="GB (10^9 bytes)",
+            used_in="training/supervise.py",
+        ),
+    ] = None
     threads: Annotated[
         Count,
         about("CPU threads of a rank. 0: the host's cores, shared evenly.", unit="threads", used_in="launch/job.py"),
@@ -130,6 +140,15 @@ class Cluster(Section):
     def world(self) -> int:
         """Number of ranks on all hosts together."""
         return self.hosts * self.ranks
+
+    def sequence_parallel_of(self, stage: Stage) -> int:
+        """Number of neighbouring ranks that share the tokens of each clip in a stage.
+
+        Args:
+            stage: the stage.
+        """
+        share = self.sequence_parallel
+        return share.get(stage, 1) if isinstance(share, dict) else share
 
     @model_validator(mode="after")
     def _launchable(self) -> Cluster:

@@ -128,9 +128,11 @@ class Config(Section):
             if size not in self.conditions.map_cells:
                 raise ValueError(f"conditions.map_cells has no entry for {size}, which is trained or generated")
         world = "cluster.ranks" if self.cluster.hosts == 1 else "cluster.hosts * cluster.ranks"
+        heads = {"model.heads": self.model.heads}
+        shares = {self.cluster.sequence_parallel_of(stage) for stage in STAGES}
         for section, share, counts in (
-            ("cluster", self.cluster.sequence_parallel, {world: self.cluster.world, "model.heads": self.model.heads}),
-            ("generate", self.generate.sequence_parallel, {"model.heads": self.model.heads}),
+            *(("cluster", share, {world: self.cluster.world, **heads}) for share in sorted(shares)),
+            ("generate", self.generate.sequence_parallel, heads),
         ):
             for name, count in counts.items():
                 if count % share:

@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -110,21 +110,25 @@ class LiveMemory(TorchDispatchMode):
         self.live -= size
 
 
-class FusedAttention(TorchFunctionMode):
-    """Computes attention as a GPU does, without the matrix of scores, even if torch is built without CUDA.
+@contextmanager
+def fused_attention() -> Iterator[None]:
+    """Computes attention of meta tensors as a GPU does, without the matrix of scores, even if torch has no CUDA.
 
-    Such a build would choose the plain form for meta tensors, which materialises the scores.
+    Such a build would choose the plain form for meta tensors, which materialises the scores. The function is replaced
+    and not intercepted by a mode, because activation checkpointing calls it again outside of modes.
     """
+    plain = functional.scaled_dot_product_attention
 
-    def __torch_function__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if function is functional.scaled_dot_product_attention and args[0].is_meta:
-            q, k, v = args
-            mask = kwargs.get("attn_mask")
-            if mask is not None:
-                mask = mask.expand(*q.shape[:3], k.shape[2])
-            return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, mask, False)[0]
-        return function(*args, **kwargs)
+    def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **settings: Any) -> Tensor:
+        if not q.is_meta:
+            return plain(q, k, v, attn_mask, **settings)
+        if attn_mask is not None:
+            attn_mask = attn_mask.expand(*q.shape[:3], k.shape[2])
+        gradients = torch.is_grad_enabled()
+        return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, gradients)[0]
+
+    with patch.object(functional, "scaled_dot_product_attention", attend):
+        yield
 
 
 @dataclass(frozen=True)
@@ -239,7 +243,7 @@ class Planner:
         memory = LiveMemory(self._device.type)
         for model in models:
             memory.hold([*model.parameters(), *model.buffers()])
-        with torch.no_grad(), FusedAttention(), memory:
+        with torch.no_grad(), fused_attention(), memory:
             yield memory
 
 

@@ -152,39 +152,46 @@ def unpack_map(bits: Tensor, layers: int, dtype: torch.dtype) -> Tensor:
 
 
 def blank_conditions(
-    config: NetworkConfig, frames: int, *, slots: int = 1, cells: int = 32, device: torch.device | str = "cpu"
+    config: NetworkConfig,
+    frames: int,
+    *,
+    batch: int = 1,
+    slots: int = 1,
+    cells: int = 32,
+    device: torch.device | str = "cpu",
 ) -> Conditions:
-    """Makes conditions of one clip that are zeros, for passes whose numbers do not matter.
+    """Makes conditions that are zeros, for passes whose numbers do not matter.
 
     Args:
         config: sizes of the network.
         frames: F.
+        batch: B.
         slots: N.
         cells: rows and columns of the BEV map.
         device: where the tensors are.
 
     Returns:
-        The conditions of a clip with V = ``len(config.neighbours)`` views, with box latents.
+        The conditions of the clips with V = ``len(config.neighbours)`` views, with box latents.
     """
-    V, N, L = len(config.neighbours), slots, config.text_tokens
+    B, V, N, L = batch, len(config.neighbours), slots, config.text_tokens
 
     def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
 
     return Conditions(
-        text=zeros(1, L, config.text_width),
-        text_mask=zeros(1, L, dtype=torch.bool),
-        cameras=zeros(1, V, frames, 3, 7),
-        ego_motion=zeros(1, frames, 4, 4),
-        box_corners=zeros(1, V, frames, N, 8, 3),
-        box_classes=zeros(1, V, frames, N, dtype=torch.int64),
-        box_masks=zeros(1, V, frames, N, dtype=torch.int64),
-        bev_map=zeros(1, frames, cells, cells, dtype=torch.uint8),
-        height=zeros(1),
-        width=zeros(1),
-        fps=zeros(1),
-        keep=zeros(1, dtype=torch.bool),
-        keep_frame=zeros(1, frames, dtype=torch.bool),
-        box_latent=zeros(1, N, config.class_width or config.width),
+        text=zeros(B, L, config.text_width),
+        text_mask=zeros(B, L, dtype=torch.bool),
+        cameras=zeros(B, V, frames, 3, 7),
+        ego_motion=zeros(B, frames, 4, 4),
+        box_corners=zeros(B, V, frames, N, 8, 3),
+        box_classes=zeros(B, V, frames, N, dtype=torch.int64),
+        box_masks=zeros(B, V, frames, N, dtype=torch.int64),
+        bev_map=zeros(B, frames, cells, cells, dtype=torch.uint8),
+        height=zeros(B),
+        width=zeros(B),
+        fps=zeros(B),
+        keep=zeros(B, dtype=torch.bool),
+        keep_frame=zeros(B, frames, dtype=torch.bool),
+        box_latent=zeros(B, N, config.class_width or config.width),
         longest_text=L,
     )

@@ -1,4 +1,4 @@
-"""Checks of what a training starts from and of what it trains, before its ranks are started.
+"""Checks of what a training starts from, of what it trains and whether its devices hold it, before its ranks start.
 
 Networks are built on torch's meta device, which holds names and shapes and no numbers. The supervisor of a training,
 which imports no torch, runs this module as a process: ``python -m magicdrive_core.training.check_start JOB PROJECT``.
@@ -20,6 +20,7 @@ from magicdrive_core.config.schema import Config, Stage
 from magicdrive_core.errors import ERROR_NOTE, MagicDriveError
 from magicdrive_core.experiment.stages import StagePlan, read_job
 from magicdrive_core.model.build import build_stage_network
+from magicdrive_core.training.memory_plan import check_device
 from magicdrive_core.training.trainable import check_patterns, freeze_parameters, linear_maps
 from magicdrive_core.training.weights_fit import compare_start, shapes_of
 from magicdrive_core.utils.files import read_json, write_json
@@ -98,7 +99,10 @@ def main() -> None:
     """Check the job of a folder; an error is left in the file that the supervisor names."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        check_start(*read_job(Path(sys.argv[1])), project=Path(sys.argv[2]))
+        (config, plan), project = read_job(Path(sys.argv[1])), Path(sys.argv[2])
+        check_start(config, plan, project)
+        if config.cluster.device_gbytes is not None:
+            check_device(config, plan.stage, config.cluster.device_gbytes * 1e9, project)
     except MagicDriveError as error:
         write_json(os.environ[ERROR_NOTE], [error.message, error.hint, error.exit_code])
         sys.exit(error.exit_code)

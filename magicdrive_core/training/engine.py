@@ -6,7 +6,7 @@ precision on each. Everything that ColossalAI 0.5.0 is made to do differently is
 
 | override | why | test in tests/training |
 | --- | --- | --- |
-| ``_GlooAccelerator`` | upstream's raises where a GPU synchronises or has streams | all on gloo ranks |
+| ``GlooAccelerator`` | upstream's raises where a GPU synchronises or has streams | all on gloo ranks |
 | ``_ZeroPlugin``, ``_sanity_checks`` | use ``ZeroOptimizer``; accept CPUs | all on gloo ranks |
 | ``_add_to_bucket``, ``_reduce_grad`` | one order of buckets for all kinds of clips | test_engine: different layers |
 | ``_update_partitoned_grad`` | passes add up in fp32; reductions are checked (#6091) | test_engine: fp32; test_guard |
@@ -92,8 +92,8 @@ def join_group(stall_seconds: float) -> torch.device:
         MagicDriveError: this host has fewer devices than ranks.
     """
     device = take_device(int(os.environ["LOCAL_RANK"]))
-    if device.type == "cpu" and not isinstance(get_accelerator(), _GlooAccelerator):
-        set_accelerator(_GlooAccelerator())
+    if device.type == "cpu" and not isinstance(get_accelerator(), GlooAccelerator):
+        set_accelerator(GlooAccelerator())
     control.join(stall_seconds)
     return device
 
@@ -412,19 +412,24 @@ class _NullStream:
     def synchronize(self) -> None: ...
 
 
-class _GlooAccelerator(CpuAccelerator):
+class GlooAccelerator(CpuAccelerator):
     """A CPU as ColossalAI's accelerator: there is nothing to synchronise with, and one stream that does nothing."""
 
-    def synchronize(self, *_: Any) -> None: ...
+    def synchronize(self, *_: Any) -> None:
+        """Do nothing: a CPU has computed already."""
 
     def device_count(self) -> int:
+        """Return 1: all CPUs are one device."""
         return 1
 
     def Stream(self, *_: Any, **__: Any) -> _NullStream:  # noqa: N802
+        """Return a stream that does nothing."""
         return _NullStream()
 
     def current_stream(self, *_: Any) -> _NullStream:
+        """Return a stream that does nothing."""
         return _NullStream()
 
     def stream(self, *_: Any) -> AbstractContextManager[None]:
+        """Return a context that changes nothing."""
         return nullcontext()

@@ -256,7 +256,8 @@ class Loader:
         shape = (clips[0].frames, *parse_size(size))
         t = self._flow.draw_timesteps(generator, len(clips), shape)  # on the CPU: the same on every device
         noise = torch.randn(latents.shape, generator=generator)
-        simulated = [n for n in self._settings.simulate_sizes if n >= self._config.cluster.sequence_parallel]
+        ranks = self._config.cluster.sequence_parallel_of(self._stage)
+        simulated = [n for n in self._settings.simulate_sizes if n >= ranks]
         batch = Batch(
             bucket,
             shape,

@@ -73,7 +73,7 @@ def train(
         MagicDriveError: no finite loss and gradient for several steps (no weight was changed), or an unusable file.
     """
     training, stage = config.training, config.training.stage(plan.stage)
-    mesh = Mesh.of(config.cluster.sequence_parallel)
+    mesh = Mesh.of(config.cluster.sequence_parallel_of(plan.stage))
     order = control.from_leader(arrival_order(network))
     parallelize(
         network,

@@ -158,13 +158,14 @@ def _check_settings(config: Config, plan: StagePlan, project: Path) -> None:
 
 
 def _check_start(config: Config, plan: StagePlan, project: Path) -> None:
-    """Check the start and the choice of parameters in a process that may import torch; the ranks check them too.
+    """Check start, choice of parameters and memory of the devices in a process that may import torch.
 
     Raises:
         MagicDriveError: what the check found; a UsageError where the settings are at fault.
     """
     training = config.training
-    if not (plan.start or training.train_only or training.freeze or training.lora) or not find_spec("torch"):
+    chosen = plan.start or training.train_only or training.freeze or training.lora or config.cluster.device_gbytes
+    if not chosen or not find_spec("torch"):
         return
     with TemporaryDirectory(prefix="magicdrive-") as folder:
         write_job(replace(plan, folder=Path(folder)), config)

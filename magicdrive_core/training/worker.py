@@ -76,7 +76,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format=f"[rank {rank}] %(message)s")
     with _locked(folder) if rank == 0 else nullcontext():
         network = first_network(config, plan)
-        preview = Preview.of(config, plan.stage) if rank < config.cluster.sequence_parallel else None
+        preview = Preview.of(config, plan.stage) if rank < config.cluster.sequence_parallel_of(plan.stage) else None
         code = train(config, plan, network, Loader(config, plan.stage), preview, stop, device)
     dist.destroy_process_group()  # not after an error: NCCL would wait for ranks that are in another collective
     sys.exit(code)

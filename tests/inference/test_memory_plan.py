@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from magicdrive_core.cli.main import main as cli
 from magicdrive_core.inference import memory_plan as memory_table
 from magicdrive_core.inference.memory_plan import (
     PUBLISHED,
     SP_SIZES,
-    FusedAttention,
     LiveMemory,
     Peaks,
     Planner,
     Setting,
+    fused_attention,
 )
 from magicdrive_core.parallel.parallelize import parallelize
+from tests.allocations import allocated
 from tests.model.networks import conditions, config, network, noisy
 
 VAE = {
@@ -41,19 +38,6 @@ def planner() -> Planner:
     return Planner(WIDE, VAE, dtype=torch.float32)
 
 
-def allocated(work: Callable[[], Any]) -> int:
-    """Returns the most bytes that torch's allocator handed out during ``work``, beyond those before."""
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("limit", [0, 400])
 def test_the_plan_is_within_a_tenth_of_a_real_run(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +49,7 @@ def test_the_plan_is_within_a_tenth_of_a_real_run(limit: int, monkeypatch: pytes
     measured = allocated(lambda: real(x, t, batch))
     fake = real.to("meta")
     inputs = x.to("meta"), t.to("meta"), batch.to("meta")
-    with FusedAttention(), LiveMemory() as memory:
+    with fused_attention(), LiveMemory() as memory:
         memory.hold(
             [
                 *fake.parameters(),
