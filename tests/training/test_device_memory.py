@@ -30,7 +30,8 @@ from tests.training.gloo_ranks import run_distributed
 
 SETTINGS = [
     "model={width: 96, depth: 4, heads: 4, control_depth: 2, temporal_heads: 2, box_widths: [9], map_channels: [4, 4]}",
-    "training.stage3.buckets=[{resolution: 80x144, frames: 17, batch: 2}]",
+    "conditions.map_cells={80x144: 72, 96x176: 88, 224x400: 72}",
+    "training.stage3.buckets=[{resolution: 224x400, frames: 1, batch: 2}]",
     "training.precision=fp32",
     "cluster.ranks=2",
 ]
@@ -88,7 +89,7 @@ def test_more_ranks_hold_smaller_shards_of_masters_and_moments() -> None:
 def test_a_stage_that_does_not_fit_is_refused_with_the_setting_that_makes_it_fit() -> None:
     config = settings()
     needed = plan(settings("training.stage3.checkpoint_blocks=true")) + 40e6
-    with pytest.raises(UsageError, match=r"2 clips of 80x144-17 take .* of a device, which has") as caught:
+    with pytest.raises(UsageError, match=r"2 clips of 224x400-1 take .* of a device, which has") as caught:
         check_device(config, "stage3", needed, Path("no project"))
     assert caught.value.hint == "set training.stage3.checkpoint_blocks=true"
     with pytest.raises(UsageError) as caught:
@@ -112,5 +113,5 @@ def test_the_command_lists_every_bucket(capsys: pytest.CaptureFixture[str]) -> N
     assert cli(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("stage3: 2 ranks, 1 for each clip, ZeRO-2, without activation checkpointing")
-    assert [line.split()[0] for line in lines[2:]] == ["80x144-17"]
+    assert [line.split()[0] for line in lines[2:]] == ["224x400-1"]
     assert lines[2].endswith("fits 1 GB")
