@@ -17,7 +17,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test drills docs docs-serve demo learn run up down ui data-dvc clean
+.PHONY: help setup check format test drills docs docs-serve demo learn starter run up down ui data-dvc clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -62,6 +62,14 @@ learn: $(READY)  ## train small pictures and measure control fidelity: docs/how-
 	python -m flows.prepare
 	python -m flows.train
 	magicdrive fidelity
+
+starter: $(READY)  ## train the starter model again, write it to outputs/starter and compare it with the shipped one
+	magicdrive use starter
+	python -m flows.prepare
+	python -m flows.train
+	magicdrive fidelity
+	magicdrive bundle write outputs/starter --licence Apache-2.0
+	if test -f starter/bundle.json; then magicdrive bundle compare starter outputs/starter; fi
 
 run: $(READY)  ## run everything with params.yaml as it is
 	python -m flows.pipeline

@@ -53,15 +53,16 @@ def check(folder: Folder) -> None:
 @app.command()
 def compare(
     folder: Folder,
-    figures: Annotated[Path, typer.Argument(metavar="FILE", help="fidelity.json of another training.")],
+    other: Annotated[Path, typer.Argument(metavar="OTHER", help="Another bundle, or a fidelity.json.")],
 ) -> None:
     """Print the figures of a bundle beside those of another training.
 
-    Example: magicdrive bundle compare starter outputs/fidelity-0123456789ab/fidelity.json
+    Example: magicdrive bundle compare starter outputs/starter
     """
     from magicdrive_core.experiment.bundle_writer import figure_lines
     from magicdrive_core.tracking.bundle import read_bundle
     from magicdrive_core.utils.files import read_json
 
-    for line in figure_lines(read_bundle(folder)["figures"], read_json(figures, "magicdrive fidelity measures it")):
+    measured = read_bundle(other)["figures"] if other.is_dir() else read_json(other, "magicdrive fidelity measures it")
+    for line in figure_lines(read_bundle(folder)["figures"], measured):
         print(line)

@@ -99,24 +99,39 @@ def write_bundle(
     return facts
 
 
-def figure_lines(shipped: dict[str, Any], measured: dict[str, Any], row: str = "generated") -> list[str]:
+def figure_lines(shipped: dict[str, Any], measured: dict[str, Any]) -> list[str]:
     """Lay the figures of a bundle and of a new measurement side by side.
 
     Args:
-        shipped: figures of the bundle, by row and name.
-        measured: figures of the measurement.
-        row: whose figures are compared.
+        shipped: figures of the bundle, the content of fidelity.json.
+        measured: figures of the measurement, in the same form.
 
     Returns:
-        A line for each figure that either has: its name, both values, and the difference.
+        A line for each figure of the generated videos that either has: its name, both values, and the difference.
     """
-    before, now = shipped.get(row, {}), measured.get(row, {})
-    lines = [f"{'':24}{'bundle':>10}{'here':>10}{'difference':>12}"]
-    for name in dict.fromkeys([*before, *now]):
+    before, now = _generated(shipped), _generated(measured)
+    names = list(dict.fromkeys([*before, *now]))
+    width = max(map(len, names), default=0) + 2
+    lines = [f"{'':{width}}{'bundle':>10}{'here':>10}{'difference':>12}"]
+    for name in names:
         a, b = before.get(name), now.get(name)
         difference = "" if a is None or b is None else f"{b - a:+.3f}"
-        lines.append(f"{name:24}{_number(a):>10}{_number(b):>10}{difference:>12}")
+        lines.append(f"{name:{width}}{_number(a):>10}{_number(b):>10}{difference:>12}".rstrip())
     return lines
+
+
+def _generated(figures: dict[str, Any]) -> dict[str, float | None]:
+    """Return the figures of the generated videos by the words that lead to them."""
+    found: dict[str, float | None] = {}
+    for section, rows in figures.items():
+        if not isinstance(rows, dict):
+            continue
+        for name, value in rows.get("generated", rows).items():  # other rows are bounds and controls
+            if isinstance(value, dict):
+                found |= {f"{section} {name} {column}": each for column, each in value.items()}
+            elif value is None or isinstance(value, int | float):
+                found[f"{section} {name}"] = value
+    return found
 
 
 def _copy_encoder(source: Path, target: Path) -> None:
@@ -140,7 +155,7 @@ def _copy_network(run: StagePlan, target: Path, encoders: dict[str, Any]) -> Non
     facts = read_json(run.result)
     if sha256_file(target / "ema.safetensors") != facts["weights_sha256"]:
         raise MagicDriveError(f"{run.weights} has changed since its run wrote it", "train the stage again")
-    write_json(target / "run.json", facts | {"run": None, "encoders": encoders})  # its MLflow run is elsewhere
+    write_json(target / "run.json", facts | {"encoders": encoders})
 
 
 def _stage_facts(plan: StagePlan) -> dict[str, Any]:
@@ -176,20 +191,32 @@ def _card(facts: dict[str, Any]) -> str:
         *_table(["input", "digest"], list(facts["data"].items())),
         "",
     ]
-    rows = {name: row for name, row in facts["figures"].items() if isinstance(row, dict)}
-    if rows:
-        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    tables = {name: _figure_table(section) for name, section in facts["figures"].items()}
+    if any(tables.values()):
         lines += [
             "## Figures",
             "",
-            "Measured by `magicdrive fidelity` with the settings in `bundle.json`, on the validation scenes.",
-            "",
-            *_table(["", *columns], [[name, *(row.get(column) for column in columns)] for name, row in rows.items()]),
+            "Measured by `magicdrive fidelity` with the settings in `bundle.json`, on validation scenes.",
             "",
         ]
+    for name, table in tables.items():
+        lines += [f"{name.capitalize()}:", "", *table, ""] if table else []
     if facts["notes"]:
         lines += [facts["notes"].strip(), ""]
     return "\n".join(lines)
+
+
+def _figure_table(section: Any) -> list[str]:
+    """Return a section of fidelity.json as a table; empty for lists, such as the names of scenes."""
+    if not isinstance(section, dict):
+        return []
+    rows = {name: row for name, row in section.items() if isinstance(row, dict)}
+    if not rows:
+        rows = {"": {name: value for name, value in section.items() if not isinstance(value, list)}}
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    if not columns:
+        return []
+    return _table(["", *columns], [[name, *(row.get(column) for column in columns)] for name, row in rows.items()])
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:

@@ -22,7 +22,13 @@ from magicdrive_core.training.check_start import check_start
 from magicdrive_core.utils.files import read_json, write_json
 from tests.inference.project import STAGE, make_project, small_config, small_scene
 
-FIGURES = {"generated": {"road": 0.9, "vehicle": 0.31, "psnr": None}, "untrained": {"road": 0.2, "vehicle": 0.0}}
+FIGURES = {
+    "scenes": ["scene-0001"],
+    "frames": {"scene-0001": [0, 3]},
+    "regions": {"generated": {"road": 0.9, "vehicle": 0.31, "psnr": None}, "untrained": {"road": 0.2, "vehicle": 0.0}},
+    "shares": {"road": 0.95},
+    "edits": {"removed": {"share": 0.5}},
+}
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +70,13 @@ def test_a_bundle_says_what_it_is(made: Path) -> None:
     assert facts["figures"] == FIGURES
     assert "cluster" not in facts["settings"]
     card = (made / "town/model_card.md").read_text()
-    for text in ("CC0-1.0", "| generated | - | 0.900 | 0.310 |", "It knows one scene.", "scaling factor 0.75"):
+    for text in (
+        "CC0-1.0",
+        "| generated | - | 0.900 | 0.310 |",
+        "Shares:",
+        "It knows one scene.",
+        "scaling factor 0.75",
+    ):
         assert text in card
     assert str(made) not in card + (made / "town/bundle.json").read_text()
 
@@ -167,11 +179,13 @@ def test_an_unfinished_training_makes_no_bundle(project: Path) -> None:
     assert not (project / "new").exists()
 
 
-def test_figures_stand_side_by_side() -> None:
-    lines = figure_lines(FIGURES, {"generated": {"road": 0.85, "mark": 0.5}})
-    assert [line.split() for line in lines[1:]] == [
-        ["road", "0.900", "0.850", "-0.050"],
-        ["vehicle", "0.310", "-"],
-        ["psnr", "-", "-"],
-        ["mark", "-", "0.500"],
+def test_figures_of_generated_videos_stand_side_by_side() -> None:
+    here = {"regions": {"generated": {"road": 0.85, "mark": 0.5}}, "shares": {"road": 0.9}}
+    assert [line.split() for line in figure_lines(FIGURES, here)[1:]] == [
+        ["regions", "road", "0.900", "0.850", "-0.050"],
+        ["regions", "vehicle", "0.310", "-"],
+        ["regions", "psnr", "-", "-"],
+        ["shares", "road", "0.950", "0.900", "-0.050"],
+        ["edits", "removed", "share", "0.500", "-"],
+        ["regions", "mark", "-", "0.500"],
     ]
