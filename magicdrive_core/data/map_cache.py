@@ -8,7 +8,6 @@ from __future__ import annotations
 import tempfile
 import time
 import zipfile
-import zlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from magicdrive_core.data.adapters import open_adapter
 from magicdrive_core.data.bev_maps import Bits, rasterise
 from magicdrive_core.data.records import Clip, Scene, SceneHeader
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.utils.files import atomic_file, check_space, file_name
+from magicdrive_core.utils.files import UNREADABLE_ZIP, atomic_file, check_space, file_name
 from magicdrive_core.utils.process_pool import count_workers, for_each_scene
 from magicdrive_core.utils.progress import announce
 
@@ -80,7 +79,7 @@ def read_map(folder: Path | str, scene: str, cells: int) -> Bits:
             bits = archive["map"]
     except FileNotFoundError:
         raise MagicDriveError(f"{path} is missing", _REMAKE) from None
-    except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+    except UNREADABLE_ZIP as error:
         raise MagicDriveError(f"{path} cannot be read: {error}", _REMAKE) from None
     if bits.dtype != np.uint8 or bits.ndim != 3 or bits.shape[1:] != (cells, cells):
         raise MagicDriveError(

@@ -54,8 +54,8 @@ class _Type:
         order = state[1].decode("latin1") if isinstance(state[1], bytes) else state[1]
         if order not in ("<", ">", "|", "=") or any(part is not None for part in state[2:5]):
             raise pickle.UnpicklingError("an array with fields or parts")
-        if order in "<>":
-            self.type = self.type.newbyteorder(order)
+        if order in ("<", ">"):
+            self.type = np.dtype(f"{order}{self.type.str[1:]}")
 
 
 class _Array(np.ndarray):

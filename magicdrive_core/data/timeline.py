@@ -76,7 +76,7 @@ class SensorTrack:
         start, end = self.ego_translations[before], self.ego_translations[after]
         return poses.pose(rotations, start + fraction[:, None] * (end - start))
 
-    def nearest(self, times: Floats) -> Ints:
+    def nearest(self, times: Floats | Ints) -> Ints:
         """Find the record nearest to each time, the earlier of two that are equally near.
 
         Args:

@@ -7,7 +7,6 @@ side; index i along the lidar's x axis, j along its y axis), and the figure has 
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from magicdrive_core.data.bev_maps import rasterise, unpack
 from magicdrive_core.data.records import MAP_LAYERS, Scene
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.evaluation.protocol import KEY_FRAMES
+from magicdrive_core.utils.files import UNREADABLE_ZIP
 
 Bits = NDArray[np.bool_]
 
@@ -51,7 +51,7 @@ class Masks:
                 tokens, classes, masks = archive["tokens"], archive["classes"], archive["masks"]
         except FileNotFoundError:
             raise MagicDriveError(f"{path} is missing", hint) from None
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except UNREADABLE_ZIP as error:
             raise MagicDriveError(f"{path} cannot be read as BEV masks: {error}", hint) from None
         if masks.ndim != 4 or masks.shape[:2] != (len(tokens), len(classes)) or not np.isin(masks, (0, 1)).all():
             raise MagicDriveError(

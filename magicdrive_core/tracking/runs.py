@@ -88,6 +88,12 @@ class Store:
             with FileLock(folder.parent / ".mlflow.lock", timeout=LOCK_SECONDS):
                 self.client = MlflowClient(_absolute(tracking.uri, project))
                 experiment = self.client.get_experiment_by_name(tracking.experiment)
+                if experiment and experiment.lifecycle_stage == LifecycleStage.DELETED:
+                    raise MagicDriveError(
+                        f"the MLflow experiment {tracking.experiment!r} is deleted",
+                        f"restore it (mlflow experiments restore -x {experiment.experiment_id}), or set another"
+                        " tracking.experiment",
+                    )
                 self.experiment = (
                     experiment.experiment_id
                     if experiment
@@ -97,6 +103,11 @@ class Store:
             raise MagicDriveError(
                 f"{folder.parent} has been locked for {LOCK_SECONDS} s",
                 "another process is setting up MLflow: wait, then run again",
+            ) from None
+        except ModuleNotFoundError as error:
+            raise MagicDriveError(
+                f"the driver of the database of tracking.uri is not installed: {error.name}",
+                f"pip install {error.name}, or set another tracking.uri",
             ) from None
         except (MlflowException, SQLAlchemyError) as error:
             raise MagicDriveError(

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import lzma
 import os
 import re
 import shutil
 import stat
+import struct
 import tempfile
+import tokenize
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -231,6 +236,13 @@ def check_regular(path: Path | str) -> None:
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise MagicDriveError(f"{path} is not a regular file but a pipe or a device", "put a regular file there")
 
+
+# What zipfile and NumPy raise for a damaged or hostile zip or npz: damaged LZMA data, an unknown version, encryption, a
+# name that is no UTF-8, a header that is no Python literal or asks for more memory than there is.
+UNREADABLE_ZIP = (
+    *(OSError, ValueError, KeyError, EOFError, RuntimeError, SyntaxError, MemoryError, AttributeError, TypeError),
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, tokenize.TokenError),
+)
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.utils.files import file_name, read_json, sha256_file, sha256_folder, write_json
@@ -109,12 +113,18 @@ class ItemRecord:
         """
         values: dict[str, Any] = read_json(folder / RECORD, "run magicdrive generate")
         try:
-            views = {view: ViewFile(**entry) for view, entry in values.pop("views").items()}
-            return cls(**values, views=views)
-        except (TypeError, KeyError, AttributeError) as error:
+            views = {view: ViewFile(**entry) for view, entry in values["views"].items()}
+            cls(**(values | {"views": views}))  # refuses unknown fields
+            record = _adapter().validate_json(json.dumps(values), strict=True)
+            for entry in record.views.values():
+                if Path(entry.file).name != entry.file or "\0" in entry.file:
+                    raise ValueError(f"{entry.file!r} is not the name of a file in its folder")
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
             raise MagicDriveError(
-                f"{folder / RECORD} is not the record of an item: {error}", "delete the folder and generate again"
+                f"{folder / RECORD} is not the record of an item: {reason}", "delete the folder and generate again"
             ) from None
+        return record
 
     def faults(self, folder: Path) -> list[str]:
         """Describes the item's files that are missing or have changed since they were written, by digest and size.
@@ -133,6 +143,11 @@ class ItemRecord:
             elif _digest_and_bytes(path) != (entry.sha256, entry.bytes):
                 out.append(f"{view}: {path} has changed since it was written")
         return out
+
+
+@cache
+def _adapter() -> TypeAdapter[ItemRecord]:
+    return TypeAdapter(ItemRecord)
 
 
 def _digest_and_bytes(path: Path) -> tuple[str, int]:

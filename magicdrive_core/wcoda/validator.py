@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from magicdrive_core.config.versions import VALIDATOR_VERSION
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.evaluation.protocol import KEY_FRAMES
-from magicdrive_core.utils.files import read_json, sha256_file, write_json
+from magicdrive_core.utils.files import UNREADABLE_ZIP, read_json, sha256_file, write_json
 from magicdrive_core.utils.progress import track
 from magicdrive_core.video.decoder import VideoInfo, digest_frames, probe, scan_video
 from magicdrive_core.wcoda.submission import OFFICIAL, Expected, VideoName, count_faults
@@ -71,7 +71,7 @@ def _faults(zip_path: Path, expected: Expected) -> list[str]:
             return faults + list(_unequal_views(done))
     except FileNotFoundError:
         return [f"{zip_path}: missing"]
-    except (zipfile.BadZipFile, OSError) as error:
+    except UNREADABLE_ZIP as error:
         return [f"{zip_path}: not a readable zip: {error}"]
 
 

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from magicdrive_core.config.load import load_config
 from magicdrive_core.data.adapters import open_adapter
+from magicdrive_core.data.edits import load_edits
 from magicdrive_core.data.limits import check_scene
-from magicdrive_core.data.map_cache import map_path
+from magicdrive_core.data.map_cache import map_path, read_map, write_map
 from magicdrive_core.data.scene_store import scene_path
 from magicdrive_core.data.vector_maps import load_map
-from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.errors import MagicDriveError, UsageError
+from magicdrive_core.model.published.checkpoint import read_weights
+from magicdrive_core.tracking.runs import Store
 from magicdrive_core.utils.files import file_name
-from magicdrive_core.video.item_record import item_name, video_name
+from magicdrive_core.video.item_record import RECORD, ItemRecord, ViewFile, item_name, video_name
 from tests.drills.conftest import SCALE, Drill
 
 QUICK, LONG = 20, int(2000 * SCALE)
@@ -172,3 +178,90 @@ def test_files_named_by_data_stay_in_their_folder(text: str) -> None:
 @given(first=FOREIGN, second=FOREIGN)
 def test_different_names_are_different_files(first: str, second: str) -> None:
     assert (file_name(first) == file_name(second)) == (first == second)
+
+
+@given(data=st.data())
+@settings(max_examples=60)
+def test_a_damaged_zip_is_refused_in_one_line(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """Among others: compression by LZMA, an unknown version, encryption, a name that is no UTF-8."""
+    folder = tmp_path_factory.mktemp("zip")
+    path = map_path(folder, "scene", 8)
+    write_map(path, np.arange(128, dtype=np.uint8).reshape(2, 8, 8))
+    whole = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(whole)
+    with contextlib.suppress(MagicDriveError):
+        read_map(folder, "scene", 8)
+
+
+@given(data=st.data())
+@settings(max_examples=60)
+def test_a_changed_item_record_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
+    folder = tmp_path_factory.mktemp("item")
+    view = ViewFile("a_CAM_FRONT.mp4", "0" * 64, 7, 1.5, 40.0)
+    texts, numbers = ("f", "a", "s", "scene", "cap"), (0, 17, 17, 12, 0)
+    fingerprint, sample, scene, name, caption = texts
+    record = ItemRecord(
+        fingerprint,
+        sample,
+        scene,
+        name,
+        *numbers,
+        caption,
+        1,
+        "80x144",
+        {"data": "x"},
+        {"all": 1.0},
+        {"CAM_FRONT": view},
+    )
+    record.write(folder)
+    assert ItemRecord.read(folder) == record
+    values = json.loads((folder / RECORD).read_text())
+    target: Any = values
+    key = data.draw(st.sampled_from(sorted(values)))
+    while isinstance(target[key], dict) and data.draw(st.booleans()):
+        target = target[key]
+        key = data.draw(st.sampled_from(sorted(target)))
+    target[key] = data.draw(VALUES)
+    (folder / RECORD).write_text(json.dumps(values))
+    with contextlib.suppress(MagicDriveError):
+        read = ItemRecord.read(folder)
+        for line in read.faults(folder):
+            assert str(folder) in line
+
+
+@given(value=VALUES)
+def test_a_changed_index_of_weights_is_refused_in_one_line(
+    tmp_path_factory: pytest.TempPathFactory, value: Any
+) -> None:
+    folder = tmp_path_factory.mktemp("weights")
+    for index in (value, {"weight_map": value}, {"weight_map": {"a": value}}):
+        (folder / "model.index.json").write_text(json.dumps(index))
+        with pytest.raises(MagicDriveError):
+            read_weights(folder)
+
+
+NO_YAML = ["a: 2024-99-99", "a: " + "[" * 1200, "a: " + "1" * 5000, "\0", "? [a]\n: 1", "a: !!python/x y"]
+
+
+@pytest.mark.parametrize("text", NO_YAML)
+def test_settings_that_are_no_yaml_are_refused_in_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(UsageError) as error:
+        load_config(tmp_path / "params.yaml")
+    assert is_one_line(error.value)
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "1e999"])
+def test_edits_hold_finite_numbers(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "edits.yaml"
+    path.write_text(f"objects:\n  - move: abc\n    by: [0, {value}]\n")
+    with pytest.raises(UsageError, match="finite number"):
+        load_edits(path)
+
+
+def test_a_missing_database_driver_is_named(tmp_path: Path, make_config: Any) -> None:
+    tracking = make_config(tmp_path).tracking.model_copy(update={"uri": "postgresql://host/database"})
+    with pytest.raises(MagicDriveError, match=r"driver of the database of tracking\.uri is not installed: psycopg"):
+        Store(tracking, tmp_path)

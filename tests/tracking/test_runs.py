@@ -195,3 +195,11 @@ def test_flat_params_are_texts_and_lose_nothing(values: dict[str, object]) -> No
     flat = flatten(values)
     assert all(isinstance(value, str) for value in flat.values())
     assert len(flat) == leaves(values)
+
+
+def test_a_deleted_experiment_is_named(project: Path, config: Config) -> None:
+    tracking = config.tracking.model_copy(update={"experiment": "gone"})
+    store = Store(tracking, project)
+    store.client.delete_experiment(store.experiment)
+    with pytest.raises(MagicDriveError, match="the MLflow experiment 'gone' is deleted"):
+        Store(tracking, project)

@@ -166,7 +166,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         raise MagicDriveError(
             f"{path} is refused: not a plain file of tensors (a pickle with code, or damaged)", HINT
         ) from None
-    except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
+    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
         raise MagicDriveError(f"{path} is not readable: {' '.join(str(error).split())[:200]}", HINT) from None
     if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
         raise MagicDriveError(f"{path} is not a plain dictionary of tensors", HINT)
@@ -175,11 +175,12 @@ def _read_file(path: Path) -> dict[str, Tensor]:
 
 def _shards(folder: Path) -> list[Path]:
     """Lists the files that the folder's index names."""
-    indices = sorted(folder.glob("*.index.json"))
+    indices = sorted(folder.glob("[!.]*.index.json"))
     if len(indices) != 1:
         raise MagicDriveError(f"{folder} holds {len(indices)} files *.index.json instead of one", HINT)
     index = read_json(indices[0], HINT)
-    names = sorted(set(index["weight_map"].values())) if isinstance(index, dict) and "weight_map" in index else []
-    if not names or any(Path(name).name != name for name in names):
+    files = index.get("weight_map") if isinstance(index, dict) else None
+    names = list(files.values()) if isinstance(files, dict) else []
+    if not names or not all(isinstance(name, str) and Path(name).name == name and "\0" not in name for name in names):
         raise MagicDriveError(f"{indices[0]} is not an index of shards in its folder: {json.dumps(names)[:200]}", HINT)
-    return [folder / name for name in names]
+    return [folder / name for name in sorted(set(names))]

@@ -25,6 +25,7 @@ from magicdrive_core.model.build import build_network
 from magicdrive_core.model.config import NetworkConfig
 from magicdrive_core.model.inputs import Conditions, pack_map
 from magicdrive_core.model.transformer import MagicDrive
+from magicdrive_core.utils.files import UNREADABLE_ZIP
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -53,7 +54,7 @@ def read_npz(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             return arrays, json.loads(bytes(file["__meta_json__"]))
     except FileNotFoundError:
         raise MagicDriveError(f"{path} is missing", "pass a golden_*.npz of the reference data") from None
-    except (ValueError, KeyError, OSError) as error:
+    except UNREADABLE_ZIP as error:
         raise MagicDriveError(f"{path} is no golden file: {error}", "pass a golden_*.npz") from None
 
 
