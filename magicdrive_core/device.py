@@ -6,6 +6,12 @@ import torch
 
 from magicdrive_core.errors import MagicDriveError
 
+# Products and convolutions in fp32 are fp32: TF32, which torch allows in convolutions, keeps 10 bits of 23. cuDNN does
+# not try kernels out, which would choose others in each run and at each new size of a clip.
+torch.backends.cuda.matmul.allow_tf32 = False
+torch.backends.cudnn.allow_tf32 = False
+torch.backends.cudnn.benchmark = False
+
 BACKENDS = {"cuda": "nccl", "npu": "hccl", "cpu": "gloo"}  # backend of collectives by kind of device
 
 

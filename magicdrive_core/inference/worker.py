@@ -79,7 +79,7 @@ def generate_in_group(config: Config, stage_folder: Path, out: Path, shard: tupl
         status=status,
         stall_seconds=config.cluster.stall_seconds,
         threads=config.cluster.threads,
-        environment={"PYTHONWARNINGS": "ignore"},
+        environment={"PYTHONWARNINGS": "ignore:Please install"},
     )
 
 

@@ -177,10 +177,35 @@ def _environment(ranks: int, threads: int, placement: HostPlacement) -> dict[str
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_NPU_ALLOC_CONF"):
         if name not in os.environ:
             variables[name] = "expandable_segments:True"
-    loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
-    if loopback and placement.hosts == 1 and "GLOO_SOCKET_IFNAME" not in os.environ:
-        variables["GLOO_SOCKET_IFNAME"] = loopback
+    interface = interface_towards(placement.address)
+    if interface and "GLOO_SOCKET_IFNAME" not in os.environ:
+        variables["GLOO_SOCKET_IFNAME"] = interface
     return variables
+
+
+def interface_towards(address: str) -> str | None:
+    """Find the network interface through which this host reaches another one.
+
+    Without its name gloo takes the interface that this host's own name resolves to, often that of 127.0.1.1, which no
+    other host reaches.
+
+    Args:
+        address: name or number of the other host, or of this one.
+
+    Returns:
+        The interface's name; None where it cannot be told, or where another host would be reached by the loopback.
+    """
+    try:
+        family, kind, _, _, target = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(target)  # chooses a route; nothing is sent
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    if own.startswith("127.") and address != LOOPBACK:
+        return None
+    interfaces = psutil.net_if_addrs()
+    return next((name for name, held in interfaces.items() if any(each.address == own for each in held)), None)
 
 
 class _StallWatch:

@@ -250,7 +250,7 @@ def _job(config: Config, plan: StagePlan) -> Job:
         folder=plan.folder / "launch",
         log=plan.folder / "log.txt",
         status=plan.folder / "status.json",
-        environment={"PYTHONWARNINGS": "ignore"},  # ColossalAI warns of each optional package
+        environment={"PYTHONWARNINGS": "ignore:Please install"},  # ColossalAI warns of each optional package
     )
 
 

@@ -6,7 +6,6 @@ The launcher starts it on every rank with the folder of a job that ``magicdrive 
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import select
@@ -22,6 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.experiment.stages import read_job
+from magicdrive_core.inference.claims import EXPIRY, Claims
 from magicdrive_core.launch.process_group import LAUNCHER_PIPE
 from magicdrive_core.training.engine import join_group
 from magicdrive_core.training.loader import Loader
@@ -51,17 +51,23 @@ class StopRequest:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a lock on the run's folder; the system frees it when the process ends, however it ends.
+def claimed(folder: Path) -> Iterator[None]:
+    """Hold the claim on a run's folder, so that no other process trains into it on any host.
+
+    Not a lock of the operating system: shared file systems may refuse it (Lustre does unless mounted with flock).
+
+    Args:
+        folder: of the run.
 
     Raises:
         MagicDriveError: another process trains into the folder.
     """
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise MagicDriveError(f"{folder} is being trained by another process", "wait for it, or stop it") from None
+    with Claims(folder) as claims:
+        if claims.take("training") is None:
+            raise MagicDriveError(
+                f"{folder} is being trained by another process",
+                f"wait for it, or stop it; a training that ended on another host frees it after {EXPIRY:.0f} s",
+            )
         yield
 
 
@@ -74,7 +80,7 @@ def main() -> None:
     device = join_group(config.cluster.stall_seconds)
     rank = dist.get_rank()
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format=f"[rank {rank}] %(message)s")
-    with _locked(folder) if rank == 0 else nullcontext():
+    with claimed(folder) if rank == 0 else nullcontext():
         network = first_network(config, plan)
         preview = Preview.of(config, plan.stage) if rank < config.cluster.sequence_parallel_of(plan.stage) else None
         code = train(config, plan, network, Loader(config, plan.stage), preview, stop, device)

@@ -10,12 +10,13 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import pytest
 
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.launch.process_group import RESUMABLE, HostPlacement, run_group
+from magicdrive_core.launch.process_group import RESUMABLE, HostPlacement, interface_towards, run_group
 
 AGENT = "magicdrive_core.launch.elastic"
 SCRIPT = """
@@ -228,3 +229,27 @@ def _launcher(script: Path, mode: str) -> subprocess.Popen[bytes]:
         "run_group(sys.argv[1:], 2, log=f / 'log.txt', status=f / 'status', stall_seconds=60, grace_seconds=20)"
     )
     return subprocess.Popen([sys.executable, "-c", code, str(script), str(script.parent), mode], env=os.environ.copy())
+
+
+def test_groups_meet_on_the_interface_that_reaches_the_first_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    assert interface_towards("127.0.0.1") in psutil.net_if_addrs()
+    assert interface_towards("no-such-host.invalid") is None
+
+    class Probe(socket.socket):
+        def connect(self, _: object) -> None: ...
+
+        def getsockname(self) -> tuple[str, int]:
+            return own, 9
+
+    addresses = {
+        "lo": [mock.Mock(address="127.0.0.1")],
+        "eth0": [mock.Mock(address="192.168.0.7")],
+        "ib0": [mock.Mock(address="10.0.0.7"), mock.Mock(address="fe80::1")],
+    }
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: addresses)
+    monkeypatch.setattr(socket, "socket", Probe)
+    own = "10.0.0.7"
+    assert interface_towards("10.0.0.1") == "ib0"
+    own = "127.0.1.1"  # this host's own name, as Debian writes it into /etc/hosts: no other host reaches it
+    assert interface_towards("10.0.0.1") is None
