@@ -101,7 +101,7 @@ def main() -> None:
     _setup_privateuseone_for_python_backend("fakegpu")
     device = torch.device("fakegpu:0")
     dist.init_process_group("fake", rank=0, world_size=2)
-    accelerator = engine._GlooAccelerator()
+    accelerator = engine.GlooAccelerator()
     accelerator.get_current_device = lambda: device
     engine.set_accelerator(accelerator)
     order = arrival_order(network(depth=1))

@@ -38,7 +38,7 @@ ADAMW = torch.optim.AdamW
 META = torch.device("meta")
 
 
-class MetaAccelerator(engine._GlooAccelerator):
+class MetaAccelerator(engine.GlooAccelerator):
     def get_current_device(self) -> torch.device:
         return META
 
