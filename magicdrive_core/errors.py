@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -11,21 +12,37 @@ from pathlib import Path
 # processes in between (`dvc repro`, a shell).
 ERROR_NOTE = "MAGICDRIVE_ERROR_NOTE"
 
+_LOGIN = re.compile(r"(?<=://)[^:/@\s]*(?::[^\s'\"]*)?@")  # user:password@ of an address, to the last @ of the word
+_QUERY = re.compile(r"(?<=[?&])([^=&\s]*(?:pass|secret|token|key)[^=&\s]*=)[^&\s'\"]*", re.IGNORECASE)
+HIDDEN = "***"
+
+
+def redact(text: str) -> str:
+    """Hides what logs in: user and password of addresses, and values of their query that are named like secrets.
+
+    Args:
+        text: any text, such as ``postgresql://user:password@host/db?sslpassword=x`` in a sentence.
+
+    Returns:
+        The text with ``***`` in place of secrets.
+    """
+    return _QUERY.sub(rf"\1{HIDDEN}", _LOGIN.sub(f"{HIDDEN}@", text))
+
 
 class MagicDriveError(Exception):
     """Reports a fault outside the program: data, disk, a port, a file. The command line exits with 1.
 
     Args:
-        message: what is wrong and where, in one line.
-        hint: what the user can do, in one line.
+        message: what is wrong and where, in one line; passwords of addresses in it are hidden.
+        hint: what the user can do, in one line; likewise.
     """
 
     exit_code = 1
 
     def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = redact(message)
+        self.hint = redact(hint)
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return f"{self.message} ({self.hint})" if self.hint else self.message

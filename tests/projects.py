@@ -93,3 +93,13 @@ def copy_project(source: Path, target: Path) -> Path:
     for name in ("params.yaml", "dvc.lock"):
         shutil.copy(source / name, target / name)
     return target
+
+
+def readable_by_others(folder: Path, secret: str) -> list[Path]:
+    """Files that hold a text and that other users of the machine can read."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        private = any(each.stat().st_mode & 0o077 == 0 for each in [path, *path.parents] if each.is_relative_to(folder))
+        if path.is_file() and not private and secret.encode() in path.read_bytes():
+            found.append(path)
+    return found

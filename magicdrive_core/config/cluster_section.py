@@ -9,6 +9,9 @@ from pydantic import Field, model_validator
 from magicdrive_core.config.base import Count, Positive, PositiveFloat, Section, about
 from magicdrive_core.config.training_sections import Stage
 
+# Settings whose values may hold secrets: they are neither recorded in MLflow nor shown in messages.
+SECRETS = ("cluster.environment.", "cluster.slurm.setup")
+
 
 class Slurm(Section):
     """A Slurm job of ``cluster.hosts`` whole nodes."""

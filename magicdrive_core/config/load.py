@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from magicdrive_core.config.cluster_section import SECRETS
 from magicdrive_core.config.schema import Config
 from magicdrive_core.errors import UsageError
 
@@ -119,7 +120,7 @@ def first_fault(error: ValidationError, model: type[BaseModel]) -> str:
         return f"{key} is not a known key{_suggestion(first['loc'], model)}{more}"
     if first["type"] == "missing":
         return f"{key} is missing{more}"
-    if first["loc"] and isinstance(first["input"], str | int | float | None):
+    if first["loc"] and not key.startswith(SECRETS) and isinstance(first["input"], str | int | float | None):
         return f"{key} is {first['input']!r}: {message}{more}"
     return f"{key}: {message}{more}"
 

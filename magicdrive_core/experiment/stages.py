@@ -176,11 +176,14 @@ def bucket_clips(config: Config, stage: Stage, bucket: Bucket, scenes: Sequence[
 def write_job(plan: StagePlan, config: Config) -> None:
     """Write everything that the ranks need into the run's folder; later edits of params.yaml do not affect the run.
 
+    Only the owner can read the file, because ``tracking.uri`` may hold a password; the ranks' variables are not in it.
+
     Args:
         plan: The stage, in whose folder ``job.json`` is written.
         config: All settings, with overrides applied.
     """
-    write_json(plan.folder / "job.json", {"config": config.model_dump(mode="json"), "plan": _plain(plan)})
+    settings = config.model_dump(mode="json", exclude={"cluster": {"environment"}})
+    write_json(plan.folder / "job.json", {"config": settings, "plan": _plain(plan)}, private=True)
 
 
 def read_job(folder: Path) -> tuple[Config, StagePlan]:

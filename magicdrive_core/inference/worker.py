@@ -65,12 +65,13 @@ def generate_in_group(config: Config, stage_folder: Path, out: Path, shard: tupl
     write_json(
         job,
         {
-            "config": config.model_dump(mode="json"),
+            "config": config.model_dump(mode="json", exclude={"cluster": {"environment"}}),
             "model": str(stage_folder),
             "out": str(out),
             "shard": shard,
             "status": str(status),
         },
+        private=True,  # tracking.uri may hold a password
     )
     run_group(
         ["-m", "magicdrive_core.inference.worker", str(job)],

@@ -116,10 +116,13 @@ class Job:
         return self.folder / f"host-{host}.json"
 
     def write(self) -> None:
-        """Write the job for the hosts; exit files and the stop note of an earlier start are removed."""
+        """Write the job for the hosts; exit files and the stop note of an earlier start are removed.
+
+        Only the owner can read the file, because variables may hold secrets.
+        """
         for path in [self.stop_note, *(self.exit_file(host) for host in range(self.hosts))]:
             path.unlink(missing_ok=True)
-        write_json(self.folder / "job.json", asdict(self) | _texts(self))
+        write_json(self.folder / "job.json", asdict(self) | _texts(self), private=True)
 
     @classmethod
     def read(cls, folder: Path) -> Job:

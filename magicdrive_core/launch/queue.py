@@ -100,7 +100,7 @@ def run_queued(
         logger.info("%s is already in the queue as %s; waiting for it", job.name, name)
     else:
         job.write()
-        with atomic_file(job.folder / queue.file) as partial:
+        with atomic_file(job.folder / queue.file, private=True) as partial:  # it holds the ranks' variables
             partial.write_text(queue.render(job))
         name = queue.submit(job, job.folder / queue.file)
         write_json(note, {"name": name})

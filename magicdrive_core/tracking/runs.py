@@ -23,8 +23,9 @@ from mlflow.entities import LifecycleStage, Metric, Param, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
+from magicdrive_core.config.cluster_section import SECRETS
 from magicdrive_core.config.schema import Config, Tracking
-from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.errors import HIDDEN, MagicDriveError, redact
 from magicdrive_core.tracking.lineage import RUN_NOTE, lineage_tags, read_run_note
 from magicdrive_core.utils.files import write_json
 
@@ -364,14 +365,16 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         prefix: Text before every key, with its dot.
 
     Returns:
-        Text by key, each cut to ``LONGEST`` characters.
+        Text by key, each cut to ``LONGEST`` characters. Secrets are hidden: passwords of addresses, the settings of
+        ``SECRETS``.
     """
     flat: dict[str, str] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = (value if isinstance(value, str) else json.dumps(value))[:LONGEST]
+            name, text = f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value)
+            flat[name] = HIDDEN if value and name.startswith(SECRETS) else redact(text)[:LONGEST]
     return flat
 
 

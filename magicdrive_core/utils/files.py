@@ -180,18 +180,19 @@ def check_space(path: Path | str, what: str, needed: float, hint: str) -> None:
         raise MagicDriveError(f"{what} need {needed / 1e9:.1f} GB, but {existing} has {free / 1e9:.1f} GB free", hint)
 
 
-def write_json(path: Path | str, value: Any) -> None:
+def write_json(path: Path | str, value: Any, *, private: bool = False) -> None:
     """Writes ``value`` as indented JSON, atomically, with sorted keys (so that equal values give equal bytes).
 
     Args:
         path: the file to write.
         value: what ``json.dumps`` accepts.
+        private: whether only the owner may read the file.
 
     Raises:
         ValueError: ``value`` holds a number that is not finite.
         MagicDriveError: the disk is full or not writable.
     """
-    with atomic_file(path) as partial:
+    with atomic_file(path, private=private) as partial:
         partial.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
 
 

@@ -19,7 +19,7 @@ from magicdrive_core.tracking.runs import PARENT, Store
 from magicdrive_core.utils.files import write_json
 from tests.conftest import PROJECT
 from tests.flows.test_children import assert_gone, family
-from tests.projects import copy_project
+from tests.projects import copy_project, readable_by_others
 
 # The flow and the launcher are real; a rank notes its process id and its agent's, then does what the test says.
 FLOW = """
@@ -42,7 +42,9 @@ def test_mlflow_records_how_a_training_ended(
 ) -> None:
     """Prefect turns SIGTERM into its own exception, which must close parent and child run as killed."""
     text = (PROJECT / "profiles/demo.yaml").read_text()
-    (project / "params.yaml").write_text(text.replace("root: data", f"root: {synthetic_root}"))
+    text = text.replace("root: data", f"root: {synthetic_root}")
+    secrets = "cluster: {environment: {ACCESS: swordfish}, slurm: {setup: [export TOKEN=swordfish]}, "
+    (project / "params.yaml").write_text(text.replace("cluster: {", secrets))
     (project / "rank.py").write_text(RANK + rank)
     build_infos(load_config(project / "params.yaml"), project / "artifacts/infos")
     write_json(project / "artifacts/encoders/encoders.json", {"vae": {"latent_channels": 8}, "text": {"width": 64}})
@@ -61,6 +63,8 @@ def test_mlflow_records_how_a_training_ended(
     child, parent = store.client.search_runs([store.experiment])  # the latest first
     assert child.data.tags[PARENT] == parent.info.run_id
     assert (parent.info.status, child.info.status) == (status, status)
+    assert parent.data.params["cluster.environment.ACCESS"] == parent.data.params["cluster.slurm.setup"] == "***"
+    assert readable_by_others(project, "swordfish") == [project / "params.yaml"]
 
 
 @pytest.mark.slow

@@ -203,3 +203,13 @@ def test_a_deleted_experiment_is_named(project: Path, config: Config) -> None:
     store.client.delete_experiment(store.experiment)
     with pytest.raises(MagicDriveError, match="the MLflow experiment 'gone' is deleted"):
         Store(tracking, project)
+
+
+def test_params_hide_secrets_and_errors_hide_passwords(tmp_path: Path) -> None:
+    config = load_config(PROFILE, ["cluster.environment={HF_TOKEN: swordfish}", "tracking.uri=foo://me:swordfish@db/x"])
+    flat = flatten(config.model_dump(mode="json"))
+    assert flat["cluster.environment.HF_TOKEN"] == "***"
+    assert flat["tracking.uri"] == "foo://***@db/x"
+    with pytest.raises(MagicDriveError, match=r"foo://\*\*\*@db/x") as raised:
+        Store(config.tracking, tmp_path)
+    assert "swordfish" not in str(raised.value)
