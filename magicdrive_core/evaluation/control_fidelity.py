@@ -12,7 +12,7 @@ cameras, by the exact correspondence of their pixels.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -147,18 +147,20 @@ class ControlFidelity:
     def classifier(self) -> RegionClassifier:
         """The classifier, trained on frames of training scenes, as rendered and as reconstructed by the VAE."""
         train = [scene for scene in self._all if scene.split in ("train", "both")]
-        chosen: dict[tuple[int, int, int], None] = {}  # scene, first frame and frame of a clip
+        chosen: dict[tuple[int, int, int, range], None] = {}  # scene, first frame and frames of a clip, views
         for number, index in enumerate(np.linspace(0, len(train) - 1, CLASSIFIER_CLIPS).round().astype(int)):
             frames = min(CLASSIFIER_FRAMES, (len(train[index]) - 1) // 8 * 8 + 1)
             start = int(number * GOLDEN % 1 * (len(train[index]) - frames + 1))
-            chosen[int(index), start, start + number % 2 * (frames - 1)] = None
+            views = range(len(VIEWS)) if frames == 1 else range(number % 2, len(VIEWS), 2)  # six pictures a clip
+            chosen[int(index), start, frames, views] = None
         learned: list[Frame] = []
-        for index, start, frame in track(chosen, "colours of regions"):
-            scene, frames = train[index], min(CLASSIFIER_FRAMES, (len(train[index]) - 1) // 8 * 8 + 1)
-            clip = self._clip(scene, start, frames)
-            truth = self._truth(scene, frame, clip[:, frame - start])
-            softened = self.reconstructed(clip)[:, frame - start]
-            learned += truth + [replace(one, picture=soft) for one, soft in zip(truth, softened, strict=True)]
+        for index, start, frames, views in track(chosen, "colours of regions"):
+            scene, clip = train[index], self._clip(train[index], start, frames, views)
+            softened = self.reconstructed(clip)
+            for at in sorted({0, frames - 1}):
+                surfaces = [self.painter.surfaces(scene.pictures[start + at][view]) for view in views]
+                for pictures in (clip, softened):
+                    learned += self._truth(scene, pictures[:, at], surfaces)
         return RegionClassifier.learn(learned)
 
     @cached_property
@@ -211,7 +213,8 @@ class ControlFidelity:
                         views[label].add(video[view, now], video[neighbours[view][1], now], moment.beside[view])
                         if moment.before:
                             time[label].add(video[view, now], video[view, now - 1], moment.before[view])
-                for view, truth in enumerate(self._truth(other, now, self._clip(other, now, 1)[:, 0])):
+                theirs = self._truth(other, self._clip(other, now, 1)[:, 0], self._surfaces(other, now))
+                for view, truth in enumerate(theirs):
                     for label, tally in elsewhere.items():
                         tally.add(videos[label][view, now], truth)
         figures = {label: tally.figures() for label, tally in regions.items()}
@@ -381,21 +384,20 @@ class ControlFidelity:
             chunk_frames=self.config.vae.chunk_frames,
         )
 
-    def _clip(self, scene: Scene, start: int, frames: int) -> Video:
-        clip = Clip(scene.token, start, frames)
-        return read_clip(self.project / self.config.data.root, scene, clip, self.config.generate.resolution)
+    def _clip(self, scene: Scene, start: int, frames: int, views: Sequence[int] = range(len(VIEWS))) -> Video:
+        clip, size = Clip(scene.token, start, frames), self.config.generate.resolution
+        scaled = self.config.latents.scaled_decoding  # as the network saw them in training
+        return read_clip(self.project / self.config.data.root, scene, clip, size, scaled=scaled, views=views)
 
     def _surfaces(self, scene: Scene, frame: int) -> list[Surfaces]:
         return [self.painter.surfaces(path) for path in scene.pictures[frame]]
 
-    def _truth(
-        self, scene: Scene, frame: int, pictures: NDArray[np.uint8], surfaces: Sequence[Surfaces] | None = None
-    ) -> list[Frame]:
-        """Return picture (of ``pictures``, V, H, W, 3) and exact regions of each view of a frame."""
+    def _truth(self, scene: Scene, pictures: NDArray[np.uint8], surfaces: Sequence[Surfaces]) -> list[Frame]:
+        """Return pictures (V, H, W, 3) of a frame with their exact regions."""
         light = light_of(scene.description)
         return [
             Frame(light, picture, regions_of(drawn, self.framing))
-            for picture, drawn in zip(pictures, surfaces or self._surfaces(scene, frame), strict=True)
+            for picture, drawn in zip(pictures, surfaces, strict=True)
         ]
 
     def _moments(self, scene: Scene, real: Video) -> Iterator[_Moment]:
@@ -406,7 +408,7 @@ class ControlFidelity:
             before = last[1] if last[0] == frame - 1 else self._surfaces(scene, frame - 1) if frame else []
             yield _Moment(
                 frame,
-                self._truth(scene, frame, real[:, frame], now),
+                self._truth(scene, real[:, frame], now),
                 [correspond(one, other, self.framing) for one, other in zip(now, before, strict=False)],
                 [
                     correspond(one, now[right], self.framing)

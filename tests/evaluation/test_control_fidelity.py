@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from PIL import Image
 
 from magicdrive_core.config.load import load_config
 from magicdrive_core.config.schema import Config
-from magicdrive_core.data.edits import Edits
+from magicdrive_core.data.edits import Edits, edit_scene
 from magicdrive_core.data.records import Scene
 from magicdrive_core.errors import MagicDriveError, UsageError
 from magicdrive_core.evaluation import control_fidelity, fidelity_run, region_classifier
@@ -31,13 +32,14 @@ from magicdrive_core.evaluation.control_fidelity import (
     region_lines,
     table_lines,
 )
-from magicdrive_core.evaluation.edit_response import DARKENED, MOVED, REMOVED, EditPlanner, Response
+from magicdrive_core.evaluation.edit_response import DARKENED, MOVED, REMOVED, Response
 from magicdrive_core.evaluation.region_fidelity import Fidelity
 from magicdrive_core.geometry.cameras import VIEWS
 from magicdrive_core.inference.items import Item
+from magicdrive_core.synthetic.footage import edited_footage
 from magicdrive_core.synthetic.regions import Region
 from magicdrive_core.utils.files import read_json, sha256_file, write_json
-from magicdrive_core.video.frames import full_size_image, write_frames
+from magicdrive_core.video.frames import crop_to_frame, full_size_image, write_frames
 from magicdrive_core.video.item_record import ItemRecord, ViewFile, item_name, video_name
 from tests.conftest import PROJECT
 
@@ -70,7 +72,7 @@ def control(
     control.__dict__["_all"] = [replace(scene, split="both") for scene in scenes]
     control.__dict__["others"] = {scene.token: other for scene, other in zip(scenes, scenes[::-1], strict=True)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(control_fidelity, "CLASSIFIER_CLIPS", 3)
+        patch.setattr(control_fidelity, "CLASSIFIER_CLIPS", 4)
         patch.setattr(region_classifier, "STEPS", 800)
         _ = control.classifier
     return control
@@ -205,28 +207,34 @@ def test_single_scenes_of_a_light_are_refused(control: ControlFidelity) -> None:
         _ = alone.others
 
 
-def test_rendered_edits_are_a_full_response_and_no_edit_is_none(control: ControlFidelity, videos: Videos) -> None:
-    rendered: dict[str, dict[Edits, np.ndarray]] = {}
-    planner = EditPlanner(control.painter, control.framing)
-    for scene in control.scenes:
-        frames = control.measured_frames(scene)
-        for case in planner.cases(scene, frames):
-            video = np.zeros_like(videos[scene.token])
-            video[:, list(frames)] = case.rendered[1]
-            rendered.setdefault(scene.token, {})[case.edits] = video
-    perfect = control.respond(lambda scene: videos[scene.token], lambda scene, edits: rendered[scene.token][edits])
-    assert set(perfect) == {REMOVED, MOVED, DARKENED}
-    assert perfect[REMOVED].scenes == 2
-    assert perfect[DARKENED].scenes == 1  # the other one is night
-    for response in perfect.values():
+def test_rendered_edits_are_a_full_response(control: ControlFidelity, videos: Videos, tmp_path: Path) -> None:
+    day = replace(control)
+    day.__dict__.update(control.__dict__, scenes=control.scenes[:1])
+
+    def rendered(scene: Scene, edits: Edits) -> np.ndarray:
+        own = control.painter.footage(scene.pictures[0][0])
+        footage, video = edited_footage(own, scene, edit_scene(scene, edits)), np.zeros_like(videos[scene.token])
+        for view, frame in product(range(len(VIEWS)), control.measured_frames(scene)):
+            picture = control.painter.render(scene.pictures[frame][view], footage)
+            video[view, frame] = crop_to_frame(picture, control.framing)
+        return video
+
+    responses = day.respond(lambda scene: videos[scene.token], rendered, tmp_path / "edits.png")
+    assert set(responses) == {REMOVED, MOVED, DARKENED}
+    for response in responses.values():
         assert response.share == pytest.approx(1, abs=0.05)
-    removed, moved, dark = (perfect[kind] for kind in (REMOVED, MOVED, DARKENED))
+    removed, moved, dark = (responses[kind] for kind in (REMOVED, MOVED, DARKENED))
     assert removed.rendered_before > 0.3 > 2 * removed.rendered_after
     assert moved.rendered_before < 0 < moved.rendered_after
     assert dark.rendered_after < 0.5 * dark.rendered_before
-    deaf = control.respond(lambda scene: videos[scene.token], lambda scene, edits: videos[scene.token])
-    for response in deaf.values():
-        assert response.share == 0
+    with Image.open(tmp_path / "edits.png") as sheet:
+        assert sheet.width > 4 * 400
+
+
+def test_no_response_is_none_and_half_is_half() -> None:
+    assert Response(1, 0.5, 0.5, 0.6, 0.1).share == 0
+    assert Response(1, 0.5, 0.25, 0.6, 0.1).share == pytest.approx(0.5)
+    assert np.isnan(Response(1, 0.5, 0.5, 0.6, 0.6).share)
 
 
 def test_each_row_comes_from_its_network_and_its_conditions(
