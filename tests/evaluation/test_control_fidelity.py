@@ -73,7 +73,7 @@ def control(
     control.__dict__["others"] = {scene.token: other for scene, other in zip(scenes, scenes[::-1], strict=True)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(control_fidelity, "CLASSIFIER_CLIPS", 4)
-        patch.setattr(region_classifier, "STEPS", 800)
+        patch.setattr(region_classifier, "STEPS", 1500)
         _ = control.classifier
     return control
 
@@ -118,7 +118,9 @@ def write_items(out: Path, scenes: list[Scene], videos: Videos) -> Path:
 def test_a_perfect_network_reaches_the_rendered_row_exactly(comparison: Comparison) -> None:
     assert comparison.regions[GENERATED] == comparison.regions[RENDERED]
     assert comparison.regions[GENERATED].psnr == float("inf")
-    assert set(comparison.regions[GENERATED].shares_of(comparison.regions[RENDERED]).values()) <= {1.0}
+    shares = comparison.regions[GENERATED].shares_of(comparison.regions[RENDERED])
+    assert {share for share in shares.values() if not np.isnan(share)} == {1.0}  # no number: a region never found
+    assert shares["vehicle"] == shares["mark_contrast"] == 1
     assert comparison.time[GENERATED] == comparison.time[RENDERED]
     assert comparison.views[GENERATED] == comparison.views[RENDERED]
     assert comparison.consistency(GENERATED)["time_ratio"] == 1
@@ -224,7 +226,7 @@ def test_rendered_edits_are_a_full_response(control: ControlFidelity, videos: Vi
     for response in responses.values():
         assert response.share == pytest.approx(1, abs=0.05)
     removed, moved, dark = (responses[kind] for kind in (REMOVED, MOVED, DARKENED))
-    assert removed.rendered_before > 0.3 > 2 * removed.rendered_after
+    assert removed.rendered_before - removed.rendered_after > 0.3
     assert moved.rendered_before < 0 < moved.rendered_after
     assert dark.rendered_after < 0.5 * dark.rendered_before
     with Image.open(tmp_path / "edits.png") as sheet:
