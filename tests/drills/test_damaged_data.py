@@ -131,6 +131,7 @@ def test_any_changed_field_is_read_or_refused_in_one_line(own_root: Path, make_c
 @given(data=st.data())
 @settings(max_examples=LONG, suppress_health_check=list(HealthCheck))
 def test_thousands_of_changed_fields(own_root: Path, make_config: Any, drill: Drill, data: Any) -> None:
+    """Tables: any field changed to any value or removed."""
     damage(own_root, make_config, data)
     drill.faults += 1
     drill.compared += 1
@@ -146,6 +147,7 @@ def test_any_changed_map_is_read_or_refused_in_one_line(own_root: Path, data: An
 @given(data=st.data())
 @settings(max_examples=LONG, suppress_health_check=list(HealthCheck))
 def test_thousands_of_changed_maps(own_root: Path, drill: Drill, data: Any) -> None:
+    """Maps: any record or field changed to any value."""
     damage_map(own_root, sorted(path.stem for path in (own_root / "maps/expansion").glob("*.json"))[0], data)
     drill.faults += 1
     drill.compared += 1
