@@ -47,7 +47,7 @@ SAMPLER_VERSION = 1
 DECODE_VERSION = 1
 
 # Raise when frames are written as other files, for example by another preset of the video encoder.
-VIDEO_VERSION = 1
+VIDEO_VERSION = 2
 
 # Raise when the validator of a submission finds other faults.
 VALIDATOR_VERSION = 1

@@ -34,6 +34,9 @@ from magicdrive_core.video.rate_search import START_QUALITY, RateSearch
 # on a little, so that a file's size follows the quality smoothly and not in steps of a tenth.
 PRESET = "veryfast"
 TUNING = {"tune": "psnr", "trellis": "1", "aq-mode": "2", "aq-strength": "0.3"}
+# With AVX-512, x264's macroblock tree gives small frames other bytes from process to process, by what lies in memory.
+# With AVX2 and with SSE4 it gives the same bytes always (benchmarks/results/generation.md).
+CPU_FACTS = Path("/proc/cpuinfo")
 THREADS = 4  # x264's bytes depend on the number of threads, so that it is not the host's
 PSNR_CEILING = 100.0  # dB, for frames that are decoded without any error
 MEMORY_BYTES = 16 * 2**20  # of each form of the frames, 3 or 7 frames at 1600x900; more go to the disk
@@ -88,7 +91,7 @@ def encode_video(
     """
     path = Path(path)
     with atomic_file(path) as partial, FrameSpool(partial.parent) as spool:
-        options, quality = {"preset": preset, **TUNING}, start
+        options, quality = {"preset": preset, **TUNING, **_instructions()}, start
         if max_mbit_s is None:
             _write(spool.record(frames), partial, fps, options)
         else:
@@ -140,6 +143,12 @@ def _write(frames: Iterable[VideoFrame], path: Path, fps: int, options: dict[str
             frame.pts, frame.time_base = index, Fraction(1, fps)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+
+
+def _instructions() -> dict[str, str]:
+    """Returns the option that keeps x264 from AVX-512; a processor that has it has AVX2 too."""
+    facts = CPU_FACTS.read_text(encoding="utf-8", errors="replace") if CPU_FACTS.is_file() else ""
+    return {"x264-params": "asm=avx2"} if "avx512" in facts else {}
 
 
 def _measure(path: Path, frames: int, fps: int) -> float:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from magicdrive_core.video.colour import ColourConverter
 from magicdrive_core.video.decoder import decode_video, probe
 from magicdrive_core.video.encoder import encode_video
 from magicdrive_core.video.palette import font
+from tests.conftest import PROJECT
 
 Picture = NDArray[np.uint8]
 
@@ -193,3 +197,28 @@ def test_frames_can_be_scaled_while_they_are_decoded(tmp_path: Path) -> None:
     expected = np.asarray(Image.fromarray(next(decode_video(made.path))).resize((160, 90), Image.Resampling.BICUBIC))
     assert small.shape == (90, 160, 3)
     assert np.abs(small.astype(int) - expected).mean() < 2
+
+
+def test_what_lies_in_memory_does_not_change_the_bytes_of_a_video(tmp_path: Path) -> None:
+    """Each process fills its memory with other bytes before x264 gets it, and encodes three videos at once."""
+    code = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from magicdrive_core.video.encoder import encode_video
+from tests.experiment.probes import moving_picture
+frames = list(moving_picture(16, 80, 144))
+with ThreadPoolExecutor(3) as pool:
+    list(pool.map(lambda n: encode_video(frames, f"{sys.argv[1]}-{n}.mp4", fps=12, max_mbit_s=4.0), range(3)))
+"""
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path / str(filling))],
+            env=os.environ | {"MALLOC_PERTURB_": str(filling)},
+            cwd=PROJECT,
+        )
+        for filling in (37, 148)
+    ]
+    assert [child.wait() for child in children] == [0, 0]
+    videos = [path.read_bytes() for path in tmp_path.iterdir()]
+    assert len(videos) == 6
+    assert len(set(videos)) == 1
