@@ -66,7 +66,7 @@ def make_frames(count: int, folder: Path) -> None:
 def read_frames(count: int, folder: Path) -> None:
     """Go through them as the planning of clips does."""
     boxes = sum(len(boxes.ids) for each in read_scenes(folder / "infos") for boxes in each.boxes)
-    assert boxes == count * BOXES
+    assert boxes == count // FRAMES * FRAMES * BOXES
 
 
 def planned(count: int) -> tuple[Config, list[Item]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -37,7 +38,8 @@ process; a process that has imported everything holds 250 MB.
 | --- | --- | --- | --- |
 """
 
-_measured: dict[str, list[tuple[int, float, float]]] = {}
+Curves = dict[str, list[tuple[int, float, float]]]
+"""For each kind of load: size, CPU seconds, MB added."""
 
 
 def measure(kind: str, count: int, folder: Path) -> tuple[float, float]:
@@ -58,10 +60,10 @@ def measure(kind: str, count: int, folder: Path) -> tuple[float, float]:
 def test_time_and_memory_grow_in_proportion_at_most(drill: Drill, tmp_path: Path, kind: str) -> None:
     """Load: four sizes up to 100,000 frames, 10,000 items, 1,000 runs."""
     sizes = [drill.scaled(FULL[kind] // part) // 50 * 50 for part in (8, 4, 2, 1)]
-    _measured[kind] = [(size, *measure(kind, size, tmp_path / kind)) for size in sizes]
+    measured = [(size, *measure(kind, size, tmp_path / kind)) for size in sizes]
     drill.compared += len(sizes)
-    write_results()
-    (_, seconds, memory), (_, all_seconds, all_memory) = _measured[kind][1], _measured[kind][3]
+    write_results(recorded() | {kind: measured})
+    (_, seconds, memory), (_, all_seconds, all_memory) = measured[1], measured[3]
     growth = 1 if kind == "runs" else 4  # the last run costs what the first one did
     assert all_seconds < 2 * growth * seconds + 1
     assert all_memory < 2 * growth * memory + 50
@@ -69,11 +71,22 @@ def test_time_and_memory_grow_in_proportion_at_most(drill: Drill, tmp_path: Path
         assert all_seconds < 40  # 5,000 in 20 s
 
 
-def write_results() -> None:
-    """Write the table and the curves of what was measured."""
+def recorded() -> Curves:
+    """Return the curves of the table as it is."""
+    curves: Curves = {}
+    text = RESULTS.read_text(encoding="utf-8").replace(",", "") if RESULTS.exists() else ""
+    for kind, title in TITLES.items():
+        rows = re.findall(rf"^\| {title.replace(',', '')} \| (\d+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.M)
+        if rows:
+            curves[kind] = [(int(size), float(seconds), float(memory)) for size, seconds, memory in rows]
+    return curves
+
+
+def write_results(curves: Curves) -> None:
+    """Write the table and draw the curves."""
     rows = [
-        f"| {TITLES[kind]} | {size:,} | {seconds:.2f} | {memory:.0f} |"
-        for kind, sizes in _measured.items()
+        f"| {TITLES[kind]} | {size:,} | {seconds:.2f} | {memory:.1f} |"
+        for kind, sizes in curves.items()
         for size, seconds, memory in sizes
     ]
     with atomic_file(RESULTS) as partial:
@@ -84,7 +97,7 @@ def write_results() -> None:
     ):
         figure = Figure(figsize=(9, 3.2), layout="constrained")
         for axes, column, label in zip(figure.subplots(1, 2), (1, 2), ("CPU seconds", "MB added"), strict=True):
-            for kind, sizes in _measured.items():
+            for kind, sizes in curves.items():
                 full = max(size for size, *_ in sizes)
                 axes.plot(
                     [row[0] / full for row in sizes], [row[column] for row in sizes], "o-", label=f"{full:,} {kind}"
