@@ -68,6 +68,8 @@ def drill(request: pytest.FixtureRequest) -> Iterator[Drill]:
     if request.node.get_closest_marker("drill"):
         seconds = time.monotonic() - began
         title = " ".join((request.function.__doc__ or request.node.name).partition(".")[0].split())
+        if callspec := getattr(request.node, "callspec", None):
+            title += f" ({callspec.id})"
         _rows[title] = (
             f"| {title} | {account.faults:,} | {account.compared:,} | {account.lost or 'none'} | {seconds:.0f} |"
         )
