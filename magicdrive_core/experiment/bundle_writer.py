@@ -21,7 +21,7 @@ from magicdrive_core.utils.files import atomic_folder, read_json, sha256_file, s
 # What a bundle repeats of a run's facts, in the card's order of columns.
 _STAGE_FACTS = ("stage", "steps", "seconds", "ranks", "loss_first", "loss_last")
 # Settings that say where something is on this host, or hold addresses; they decide no result.
-_LOCAL = {"data": {"root"}, "tracking": True, "cluster": True}
+_LOCAL: dict[str, set[str] | bool] = {"data": {"root"}, "tracking": True, "cluster": True}
 # Files of a from_pretrained folder that a reader needs.
 _MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
 
@@ -83,7 +83,7 @@ def write_bundle(
             "commit": tags.get("git.commit"),
             "changed_since_commit": tags.get("git.dirty") == "true",
             "data": {"version": config.data.version} | made.get("inputs", {}),
-            "settings": config.model_dump(mode="json", exclude=_LOCAL),
+            "settings": config.model_dump(mode="json", exclude=dict(_LOCAL)),
             "figures": read_json(figures) if figures.is_file() else {},
             "licence": licence,
             "notes": notes.read_text(encoding="utf-8") if notes else "",

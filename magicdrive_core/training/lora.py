@@ -83,8 +83,10 @@ def draw_dropout(network: nn.Module, dropout: float, generator: torch.Generator)
         generator: of a micro-batch, on the CPU; the ranks that share its tokens draw the same.
     """
     for module in _adapted(network):
-        kept = torch.rand(module.in_features, generator=generator) >= dropout
-        module.lora_dropout[ADAPTER].scale = (kept / (1 - dropout)).to(module.base_layer.weight)
+        weight = module.base_layer.weight
+        assert isinstance(weight, Tensor)
+        kept = torch.rand(weight.shape[1], generator=generator) >= dropout
+        module.lora_dropout[ADAPTER].scale = (kept / (1 - dropout)).to(weight)
 
 
 def merge(state: dict[str, Tensor], lora: Lora) -> dict[str, Tensor]:
@@ -133,7 +135,8 @@ def write_adapters(state: dict[str, Tensor], trained: list[str], lora: Lora, fol
 
 
 def _peft_config(lora: Lora, targets: list[str]) -> LoraConfig:
-    return LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets)
+    # peft divides alpha by the rank, and takes fractions although its annotation says int.
+    return LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets)  # type: ignore[arg-type]
 
 
 def _adapted(network: nn.Module) -> list[AdaptedLinear]:

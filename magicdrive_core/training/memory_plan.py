@@ -293,7 +293,7 @@ def remedy(config: Config, stage: Stage, bucket: Bucket, device_bytes: float, pr
 
 def _changed(config: Config, stage: Stage, share: int) -> Config:
     """Return the settings with activation checkpointing, and ``share`` ranks for each clip of the stage."""
-    stages = {stage: config.training.stage(stage).model_copy(update={"checkpoint_blocks": True})}
+    stages: dict[str, object] = {stage: config.training.stage(stage).model_copy(update={"checkpoint_blocks": True})}
     cluster = config.cluster.model_copy(update={"sequence_parallel": {stage: share}})
     return config.model_copy(update={"training": config.training.model_copy(update=stages), "cluster": cluster})
 
