@@ -99,7 +99,8 @@ def readable_by_others(folder: Path, secret: str) -> list[Path]:
     """Files that hold a text and that other users of the machine can read."""
     found = []
     for path in sorted(folder.rglob("*")):
-        private = any(each.stat().st_mode & 0o077 == 0 for each in [path, *path.parents] if each.is_relative_to(folder))
+        inside = [each for each in [path, *path.parents] if each != folder and each.is_relative_to(folder)]
+        private = any(each.stat().st_mode & 0o077 == 0 for each in inside)
         if path.is_file() and not private and secret.encode() in path.read_bytes():
             found.append(path)
     return found

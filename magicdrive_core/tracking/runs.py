@@ -379,12 +379,12 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the message of an error in one line of at most 200 characters.
+    """Return the message of an error in one line of at most 200 characters, without passwords of addresses.
 
     Args:
         error: Of MLflow, a driver or an artifact store, whose messages may be pages long.
     """
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return redact(" ".join(str(error).split()))[:200] or type(error).__name__
 
 
 def best_effort(what: str, work: Callable[[], T], seconds: float = PATIENCE_SECONDS) -> T | None:

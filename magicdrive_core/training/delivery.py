@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import fmean
 
 from magicdrive_core.config.schema import Config
+from magicdrive_core.errors import redact
 from magicdrive_core.experiment.stages import StagePlan
 from magicdrive_core.tracking.lineage import RUN_NOTE, lineage_tags, read_run_note
 from magicdrive_core.tracking.runs import MOST, SHA256, Entry, Status, Store, one_line
@@ -175,7 +176,7 @@ class Delivery:
             self._wake.set()
             logger.warning(
                 "MLflow (%s) has not got all of %s: %s; the rest stays in %s: run the same command again to send it",
-                self._config.tracking.uri,
+                redact(self._config.tracking.uri),
                 self._plan.stage,
                 self._fault,
                 self._plan.folder,
@@ -242,7 +243,7 @@ class Delivery:
         shared = config.training.model_dump(mode="json", exclude={"stage1", "stage2", "stage3"})
         own = config.training.stage(plan.stage).model_dump(mode="json")
         model = config.model.model_dump(mode="json")
-        cluster = config.cluster.model_dump(mode="json", exclude={"environment"})  # it may hold secrets
+        cluster = config.cluster.model_dump(mode="json", exclude={"environment"})
         vae = {"path": config.vae.path}
         store.params(self._run, {"training": shared | own, "model": model, "cluster": cluster, "vae": vae})
         self._known = store.steps_of(self._run, EVERY_STEP)

@@ -91,7 +91,7 @@ def test_entries_that_are_there_already_are_not_doubled(project: Path) -> None:
 
 def test_best_effort_returns_the_result_or_warns_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
     def fail() -> str:
-        raise ValueError("a driver's message\nof two lines")
+        raise ValueError("a driver's message\nof two lines: postgresql://me:swordfish@host/db")
 
     assert best_effort("this is not logged", lambda: "ab") == "ab"
     assert best_effort("this is not logged", fail) is None
@@ -99,7 +99,7 @@ def test_best_effort_returns_the_result_or_warns_in_one_line(caplog: pytest.LogC
     assert best_effort("this is not logged", threading.Event().wait, seconds=0.05) is None
     assert time.monotonic() - started < 5
     assert caplog.messages == [
-        "MLflow: this is not logged: a driver's message of two lines",
+        "MLflow: this is not logged: a driver's message of two lines: postgresql://***@host/db",
         "MLflow: this is not logged: it does not answer",
     ]
 
