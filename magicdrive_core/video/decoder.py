@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
@@ -30,6 +31,7 @@ class VideoInfo:
         codec: ffmpeg's name of the codec, such as "h264".
         bytes: size of the file.
         mbit_s: average bit rate of the whole file in Mbit/s: 8 bytes / (frames / fps).
+        even: whether each frame is shown 1 / fps after the one before it, to a tick of the file's clock.
     """
 
     frames: int
@@ -39,6 +41,7 @@ class VideoInfo:
     codec: str
     bytes: int
     mbit_s: float
+    even: bool
 
 
 # Opening a file would decode its first frame to find its format: 9 to 16 ms at W-CODA's cap, before any check of ours.
@@ -134,10 +137,13 @@ def probe(source: Path | str | BinaryIO, *, first_frame: bool = False) -> VideoI
     with _opened(source) as container:
         stream = container.streams.video[0]
         frames = 0
+        stamps: list[int | None] = []
         for packet in container.demux(stream):
             if packet.size and not frames and first_frame:
                 _decode_first(packet)
-            frames += packet.size > 0
+            if packet.size:
+                frames += 1
+                stamps.append(packet.pts)
         fps = float(stream.average_rate or 0)
         size = container.size
         return VideoInfo(
@@ -148,7 +154,17 @@ def probe(source: Path | str | BinaryIO, *, first_frame: bool = False) -> VideoI
             codec=stream.codec.name,
             bytes=size,
             mbit_s=mbit_per_second(size, frames, fps) if frames and fps else 0.0,
+            even=_even(stamps, stream.average_rate, stream.time_base),
         )
+
+
+def _even(stamps: list[int | None], rate: Fraction | None, tick: Fraction | None) -> bool:
+    """Tells whether time stamps, in ticks and in order of coding, are 1 / rate apart in order of display."""
+    known = sorted(stamp for stamp in stamps if stamp is not None)
+    if len(known) < len(stamps) or not rate or not tick:
+        return False
+    step = 1 / (rate * tick)
+    return all(abs(stamp - known[0] - index * step) <= 1 for index, stamp in enumerate(known))
 
 
 def _decode_first(packet: Packet) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.geometry.cameras import VIEWS
 from magicdrive_core.utils.files import file_name, read_json, sha256_file, sha256_folder, write_json
 
 RECORD = "item.json"
@@ -116,6 +117,8 @@ class ItemRecord:
             views = {view: ViewFile(**entry) for view, entry in values["views"].items()}
             cls(**(values | {"views": views}))  # refuses unknown fields
             record = _adapter().validate_json(json.dumps(values), strict=True)
+            if set(record.views) != set(VIEWS):
+                raise ValueError(f"its views are {', '.join(record.views) or 'none'}, not the six cameras")
             for entry in record.views.values():
                 if Path(entry.file).name != entry.file or "\0" in entry.file:
                     raise ValueError(f"{entry.file!r} is not the name of a file in its folder")

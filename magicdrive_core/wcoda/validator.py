@@ -147,6 +147,8 @@ class _Check:
         expected, long = self.expected, self.name.long
         if info.fps != expected.fps:
             self._fault(f"{info.fps:g} frames per second, not {expected.fps}")
+        elif not info.even:
+            self._fault("frames at uneven times")
         most = LONGEST_VIDEO if long else expected.frames
         keep = [key for key in KEY_FRAMES if key < expected.frames]
         self.frames, pictures = scan_video(io.BytesIO(data), keep, most=most + 1, max_pixels=self._most_pixels)

@@ -52,11 +52,18 @@ def swapped(folder: Path) -> None:
     shutil.copy(next(folder.glob("*_CAM_FRONT.mp4")), back(folder))
 
 
+def five_views(folder: Path) -> None:
+    """Leaves one view out of the record; its file stays."""
+    values = json.loads((folder / RECORD).read_text())
+    del values["views"]["CAM_BACK"]
+    (folder / RECORD).write_text(json.dumps(values))
+
+
 def half_a_record(folder: Path) -> None:
     (folder / RECORD).write_text('{"half": ')
 
 
-@pytest.mark.parametrize("harm", [truncated, swapped, half_a_record, lambda folder: back(folder).unlink()])
+@pytest.mark.parametrize("harm", [truncated, swapped, five_views, half_a_record, lambda folder: back(folder).unlink()])
 def test_a_finished_item_has_the_wanted_fingerprint_and_the_recorded_bytes(
     item: Path, harm: Callable[[Path], None]
 ) -> None:

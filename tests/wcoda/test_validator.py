@@ -6,6 +6,7 @@ import stat
 import zipfile
 from collections.abc import Callable
 from copy import copy
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -64,6 +65,20 @@ def other_codec(folder: Path) -> bytes:
     return (folder / "other.mp4").read_bytes()
 
 
+def uneven(folder: Path) -> bytes:
+    """Returns a video of 16 frames in as much time as 16 even ones take, every second one of them late."""
+    with av.open(str(folder / "uneven.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=12)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 120)
+        for index in range(16):
+            frame = av.VideoFrame.from_ndarray(np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8), format="rgb24")
+            frame.pts, frame.time_base = 10 * index + 5 * (index % 2 and index < 15), Fraction(1, 120)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return (folder / "uneven.mp4").read_bytes()
+
+
 def test_a_right_package_has_no_fault(right: Path) -> None:
     assert validate(right, EXPECTED) == []
     assert validate(right, Expected(height=HEIGHT, width=WIDTH)) == []  # counts from the zip itself
@@ -120,6 +135,7 @@ def test_the_official_size_is_the_default(right: Path) -> None:
             [f"{FRONT}: {WIDTH}x{HEIGHT - 2}, not {WIDTH}x{HEIGHT}"],
         ),
         (lambda f, t: f.update({FRONT: other_codec(t)}), [f"{FRONT}: codec mpeg4, not h264"]),
+        (lambda f, t: f.update({FRONT: uneven(t)}), [f"{FRONT}: frames at uneven times"]),
         (lambda f, t: f.update({FRONT: b"no video at all" * 50}), [f"{FRONT}: cannot be read as a video"]),
     ],
 )
