@@ -54,7 +54,10 @@ class Claim:
     def release(self) -> None:
         """Lets other workers claim the item, whether it was made or not."""
         with suppress(FileNotFoundError):
-            self.path.write_text(json.dumps({"released": True}))
+            try:
+                self.path.write_text(json.dumps({"released": True}))
+            except OSError:  # the disk is full: an old claim is as good as a released one
+                os.utime(self.path, (0, 0))
 
 
 class Claims:
@@ -100,8 +103,7 @@ class Claims:
         for number in count():
             path, successor = (self._folder / f"{name}.{n}" for n in (number, number + 1))
             try:
-                with path.open("x") as file:
-                    file.write(self._owner)
+                _write_new(path, self._owner)
             except FileExistsError:
                 if successor.exists() or self._is_free(path):
                     continue
@@ -144,6 +146,17 @@ class Claims:
                 held = list(self._held.values())
             for claim in held:
                 claim.touch()
+
+
+def _write_new(path: Path, text: str) -> None:
+    """Writes a file that must not exist; on a full disk none is left, which would be taken for a claim."""
+    with path.open("x") as file:
+        try:
+            file.write(text)
+            file.flush()
+        except OSError:
+            path.unlink()
+            raise
 
 
 def _this_process() -> dict[str, Any]:

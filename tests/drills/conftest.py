@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,8 @@ run, or checked to be whole.
 | drill | faults injected | compared | lost | seconds |
 | --- | --- | --- | --- | --- |
 """
+
+PASSED = pytest.StashKey[bool]()
 
 _rows: dict[str, str] = {}
 
@@ -70,9 +72,17 @@ def drill(request: pytest.FixtureRequest) -> Iterator[Drill]:
         title = " ".join((request.function.__doc__ or request.node.name).partition(".")[0].split())
         if callspec := getattr(request.node, "callspec", None):
             title += f" ({callspec.id})"
-        _rows[title] = (
-            f"| {title} | {account.faults:,} | {account.compared:,} | {account.lost or 'none'} | {seconds:.0f} |"
-        )
+        lost = str(account.lost or "none") if request.node.stash.get(PASSED, False) else "the drill failed"
+        _rows[title] = f"| {title} | {account.faults:,} | {account.compared:,} | {lost} | {seconds:.0f} |"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Note which drills passed, before their accounts are closed."""
+    report = yield
+    if report.when == "call":
+        item.stash[PASSED] = report.passed
+    return report
 
 
 def pytest_sessionfinish() -> None:

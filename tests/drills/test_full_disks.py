@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 
 from magicdrive_core.errors import MagicDriveError
+from magicdrive_core.inference.claims import Claims
 from magicdrive_core.utils.files import (
     atomic_file,
     atomic_folder,
@@ -101,6 +102,19 @@ def test_generation_stops_with_a_line_and_goes_on_when_the_disk_is_back(
     for item in items(count):
         drill.compare(sha256_folder(small_disk / item.name), sha256_folder(calm / item.name))
     assert not list(small_disk.glob("*.partial"))
+
+
+def test_a_full_disk_leaves_no_claim_behind(drill: Drill, small_disk: Path) -> None:
+    """Neither one that was half made, nor one that was released; nobody would make these items for minutes."""
+    with Claims(small_disk) as claims, Claims(small_disk) as other:
+        assert claims.take("first")
+        ballast = fill(small_disk)
+        drill.faults += 1
+        claims.release("first")
+        with pytest.raises(OSError, match="No space left"):
+            claims.take("second")
+        ballast.unlink()
+        drill.compare([other.take(name) is not None for name in ("first", "second")], [True, True])
 
 
 def train_while_the_disk_is_full(folder: Path, disk: Path, full: set[int]) -> int:
