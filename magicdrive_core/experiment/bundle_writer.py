@@ -67,8 +67,9 @@ def write_bundle(
             _copy_encoder(project / encoders[kind]["path"], folder / kind)
         _store_factor(folder / VAE, encoders[VAE]["scaling_factor"])
         kept = {
-            VAE: encoders[VAE] | {"path": VAE, "digest": sha256_folder(folder / VAE)},
-            TEXT: encoders[TEXT] | {"path": TEXT, "digest": sha256_folder(folder / TEXT)},
+            kind: encoders[kind]
+            | {"path": kind, "digest": sha256_folder(folder / kind), "copied_from": encoders[kind]["digest"]}
+            for kind in (VAE, TEXT)
         }
         _copy_network(run, folder / NETWORK, kept)
         facts = {

@@ -81,18 +81,24 @@ def _other_encoders(facts: dict[str, Any], plan: StagePlan, project: Path) -> li
     A bundle records its encoders, other runs the digest of all of the folder ``artifacts/encoders``.
     """
     own = read_json(project / "artifacts/encoders/encoders.json")
-    if "encoders" in facts:
-        known = facts["encoders"]
-        pairs = {
-            "another VAE (vae.path)": [each["vae"].get("digest") for each in (known, own)],
-            "another scaling factor (vae.scaling_factor)": [each["vae"].get("scaling_factor") for each in (known, own)],
-            "another text encoder (text.path)": [each["text"].get("digest") for each in (known, own)],
-        }
-    else:
+    known = facts.get("encoders")
+    if known is None:
         encoders = "artifacts/encoders"
         before = facts.get("inputs", {}).get(encoders)
-        pairs = {"other encoders (vae, text)": [before, plan.inputs.get(encoders) if before else None]}
-    return [f"it was trained with {what} than this project uses" for what, (a, b) in pairs.items() if a != b]
+        others = {"other encoders (vae, text)": before is not None and before != plan.inputs.get(encoders)}
+    else:
+        # A bundle's copy has another digest than the encoder that its project trained with; either is the same model.
+        same = {
+            kind: own[kind].get("digest") in (each.get("digest"), each.get("copied_from"))
+            for kind, each in known.items()
+        }
+        factors = [each["vae"]["scaling_factor"] for each in (known, own)]
+        others = {
+            "another VAE (vae.path)": not same["vae"],
+            "another scaling factor (vae.scaling_factor)": factors[0] != factors[1],
+            "another text encoder (text.path)": not same["text"],
+        }
+    return [f"it was trained with {what} than this project uses" for what, other in others.items() if other]
 
 
 def main() -> None:
