@@ -6,20 +6,19 @@ import random
 import sys
 import time
 from concurrent.futures import Future
+from io import BytesIO
 from pathlib import Path
 from zlib import crc32
 
 from PIL import Image
 
 from magicdrive_core.data.records import Clip
-from magicdrive_core.geometry.cameras import PICTURE_HEIGHT, PICTURE_WIDTH
+from magicdrive_core.geometry.cameras import PICTURE_HEIGHT, PICTURE_WIDTH, VIEWS
 from magicdrive_core.inference.claims import Claim
 from magicdrive_core.inference.fan_out import Summary, share_items
 from magicdrive_core.inference.items import Item
 from magicdrive_core.utils.files import atomic_folder
 from magicdrive_core.video.item_record import ItemRecord, ViewFile, item_name
-
-VIEW = "CAM_FRONT"
 
 
 def items(count: int) -> list[Item]:
@@ -30,10 +29,15 @@ def write(out: Path, item: Item, seconds: float = 0.0) -> None:
     """Writes an item's folder whose bytes depend only on its name."""
     sample = item.name.removesuffix("_gen0")
     with atomic_folder(out / item.name) as folder:
-        path = folder / f"{sample}.png"
-        Image.new("L", (PICTURE_WIDTH, PICTURE_HEIGHT), crc32(item.name.encode()) % 256).save(path, compress_level=1)
+        picture = BytesIO()
+        shade = crc32(item.name.encode()) % 256
+        Image.new("L", (PICTURE_WIDTH, PICTURE_HEIGHT), shade).save(picture, "png", compress_level=1)
         time.sleep(seconds)
-        views = {VIEW: ViewFile.of_images(path)}
+        views = {}
+        for view in VIEWS:
+            path = folder / f"{sample}_{view}.png"
+            path.write_bytes(picture.getvalue())
+            views[view] = ViewFile.of_images(path)
         clip = item.clip
         ItemRecord(
             item.name, sample, clip.scene, clip.scene, 0, 1, 1, 12, 0, "a street", 7, "32x64", {}, {}, views
