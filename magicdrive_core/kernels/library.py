@@ -1,5 +1,7 @@
 """The C++ kernels as a library: compiled for this machine's processor at first use, kept for later runs, and called.
 
+A kept library is loaded only if nobody else can have written it and its bytes have the digest in its name.
+
 Where there is no GCC, or it fails, torch's own kernels compute the same, slower; the log says so once.
 """
 
@@ -10,17 +12,20 @@ import functools
 import hashlib
 import logging
 import os
+import pwd
 import shutil
+import stat
 import subprocess
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
 
 from magicdrive_core.errors import MagicDriveError
-from magicdrive_core.utils.files import atomic_file
+from magicdrive_core.utils.files import private_folder, sha256_file
 
 logger = logging.getLogger(__name__)
 
@@ -72,13 +77,39 @@ def _compiled(compiler: str) -> Path:
     digest = hashlib.sha256(b"\0".join([version.encode(), repr(FLAGS).encode(), *_processor()]))
     for file in sorted([*FOLDER.glob("*.cpp"), *FOLDER.glob("*.h")]):
         digest.update(file.read_bytes())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "magicdrive"
-    path = cache / f"kernels-{digest.hexdigest()[:16]}.so"
-    if not path.is_file():
-        with atomic_file(path) as partial:  # several processes may compile at a time
-            command = [compiler, *FLAGS, *(str(FOLDER / name) for name in SOURCES), "-o", str(partial)]
-            subprocess.run(command, capture_output=True, check=True, text=True)
-    return path
+    cache, name = _cache_folder(), f"kernels-{digest.hexdigest()[:16]}"
+    private_folder(cache)
+    for path in cache.glob(f"{name}-*.so"):
+        if _is_intact(path):
+            return path
+    with TemporaryDirectory(dir=cache, prefix=".") as folder:  # several processes may compile at a time
+        built = Path(folder) / "kernels.so"
+        command = [compiler, *FLAGS, *(str(FOLDER / name) for name in SOURCES), "-o", str(built)]
+        subprocess.run(command, capture_output=True, check=True, text=True)
+        built.chmod(0o700)
+        return built.replace(cache / f"{name}-{sha256_file(built)}.so")
+
+
+def _cache_folder() -> Path:
+    """Returns the folder for compiled kernels below the user's cache folder, also where HOME is empty or missing.
+
+    Raises:
+        MagicDriveError: this user has no home.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not cache.is_absolute():  # to be ignored then, says the XDG specification
+        try:
+            cache = Path(os.environ.get("HOME") or pwd.getpwuid(os.getuid()).pw_dir) / ".cache"
+        except KeyError:
+            raise MagicDriveError("this user has no home folder for them", "set XDG_CACHE_HOME") from None
+    return cache / "magicdrive"
+
+
+def _is_intact(path: Path) -> bool:
+    """Whether only this user can have written a kept library, and it is whole."""
+    found = path.lstat()
+    own = stat.S_ISREG(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+    return own and path.stem.rsplit("-", 1)[1] == sha256_file(path)
 
 
 def _processor() -> Iterator[bytes]:

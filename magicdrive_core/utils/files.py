@@ -69,7 +69,10 @@ def private_folder(path: Path) -> None:
     """
     with _explained(path):
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if path.stat().st_mode & 0o077:
+        found = path.stat()
+        if found.st_uid != os.getuid():
+            raise MagicDriveError(f"{path} belongs to another user (uid {found.st_uid})", "use a folder of your own")
+        if found.st_mode & 0o077:
             path.chmod(0o700)
 
 

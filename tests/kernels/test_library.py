@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import os
+import pwd
+import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -62,6 +65,91 @@ def test_no_place_for_them_and_torchs_kernels_do_it(
     assert library() is None
     (line,) = caplog.messages
     assert "cannot be used" in line
+
+
+@pytest.fixture
+def compilations(anew: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Notes each compilation; the compiler copies a library that exists, which is fast."""
+    notes, compiler = tmp_path / "compilations", tmp_path / "compiler"
+    existing = torch._C.__file__  # any library that can be loaded
+    compiler.write_text(
+        f"""#!/bin/sh
+test "$1" = --version && exit
+for last; do :; done
+cp "{existing}" "$last" && echo >> "{notes}"
+"""
+    )
+    compiler.chmod(0o700)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert library() is not None
+    library.cache_clear()
+    assert library() is not None
+    assert notes.read_text() == "\n"
+    return notes
+
+
+def cut_in_half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def change_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def let_others_write(path: Path) -> None:
+    path.chmod(0o722)
+
+
+def give_away(path: Path) -> None:
+    os.chown(path, 12345, -1)
+
+
+def put_a_link(path: Path) -> None:
+    path.rename(path.with_name("other"))
+    path.symlink_to("other")
+
+
+@pytest.mark.parametrize("damage", [cut_in_half, change_a_byte, let_others_write, give_away, put_a_link])
+def test_a_kept_library_that_others_may_have_written_or_that_is_not_whole_is_compiled_again(
+    damage: Callable[[Path], None], anew: Path, compilations: Path
+) -> None:
+    if damage is give_away and os.getuid():
+        pytest.skip("only root can give a file to another user")
+    (kept,) = anew.glob("kernels-*.so")
+    damage(kept)
+    library.cache_clear()
+    assert library() is not None
+    assert compilations.read_text() == "\n\n"
+    assert module._is_intact(kept)
+
+
+def test_only_its_owner_enters_the_folder_of_compiled_kernels(anew: Path, compilations: Path) -> None:
+    anew.chmod(0o777)
+    library.cache_clear()
+    assert library() is not None
+    assert stat.S_IMODE(anew.stat().st_mode) == 0o700
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder to another user")
+def test_nothing_is_loaded_from_the_folder_of_another_user(
+    anew: Path, compilations: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    os.chown(anew, 12345, -1)
+    library.cache_clear()
+    assert library() is None
+    (line,) = caplog.messages
+    assert "belongs to another user" in line
+
+
+@pytest.mark.parametrize("home", ["", None])
+def test_without_home_the_users_own_folder_is_used(home: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setenv("HOME", "")
+    if home is None:
+        monkeypatch.delenv("HOME")
+    assert module._cache_folder() == Path(pwd.getpwuid(os.getuid()).pw_dir) / ".cache/magicdrive"
 
 
 def test_processors_with_shorter_vectors(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
