@@ -27,7 +27,7 @@ from magicdrive_core.evaluation.score_sheet import Sheet
 from magicdrive_core.geometry.cameras import VIEWS
 from magicdrive_core.report.loss_curves import Curve
 from magicdrive_core.report.score_table import ScoreTable, order_scenes
-from magicdrive_core.utils.files import atomic_file
+from magicdrive_core.utils.files import atomic_file, file_name
 from magicdrive_core.utils.progress import track
 from magicdrive_core.video.colour import Picture
 from magicdrive_core.video.encoder import encode_video
@@ -301,4 +301,5 @@ def _template() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["file_name"] = file_name  # an id without spaces, of whatever a data set calls its scenes
     return environment.get_template("report.html.j2")

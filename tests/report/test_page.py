@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from matplotlib import rc_context
 from PIL import Image
 
@@ -21,6 +26,7 @@ from magicdrive_core.errors import MagicDriveError
 from magicdrive_core.evaluation.score_sheet import Sheet
 from magicdrive_core.geometry.cameras import VIEWS
 from magicdrive_core.geometry.poses import pose
+from magicdrive_core.report import page as page_module
 from magicdrive_core.report.loss_curves import VARIABLES, Curve
 from magicdrive_core.report.page import write_report
 from magicdrive_core.utils.files import sha256_file
@@ -136,6 +142,66 @@ def test_the_same_results_give_the_same_page(made: tuple[Path, Config], tmp_path
         for name in "ab"
     }
     assert len(digests) == 1
+
+
+HOSTILE = st.sampled_from(
+    [
+        '"><script>',
+        "x'y",
+        "a} * {color:red",
+        "</style><b>",
+        "); }",
+        "a b\tc",
+        "<svg onload=x>",
+        "&quot;",
+        "é\u2028",
+        "#.:",
+    ]
+)
+
+
+@pytest.fixture(scope="module")
+def context(made: tuple[Path, Config], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the page's template gets, without pictures."""
+    folder, settings = made
+    seen: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page_module, "_template", lambda: SimpleNamespace(render=lambda **all_: seen.update(all_) or ""))
+        write_report(settings, folder / "generated", tmp_path_factory.mktemp("page"), runs={}, project=folder)
+    picture = "data:image/png;base64,AA=="
+    seen["scenes"] = [
+        each
+        | {"above": picture, "layer": picture, "strip": picture}
+        | {"columns": [replace(column, still=picture, video=picture) for column in each["columns"]]}
+        for each in seen["scenes"]
+    ]
+    return seen | {"template": page_module._template()}
+
+
+@settings(max_examples=40)
+@given(
+    names=st.lists(st.lists(HOSTILE | st.text(max_size=6), min_size=1, max_size=3).map("".join), min_size=6, max_size=6)
+)
+def test_no_name_in_the_data_becomes_markup_or_style(context: dict[str, Any], names: list[str]) -> None:
+    keys = ("name", "location", "caption")
+
+    def page(texts: list[str]) -> tuple[Page, list[str]]:
+        scenes = [
+            each | dict(zip(keys, texts[3 * n : 3 * n + 3], strict=True)) for n, each in enumerate(context["scenes"])
+        ]
+        text = context["template"].render(**context | {"scenes": scenes})
+        return Page(text), re.findall(r"<style>.*?</style>", text, re.DOTALL)
+
+    plain, plain_styles = page([f"plain-{n}" for n in range(6)])
+    hostile, hostile_styles = page(names)
+    shapes = [[(tag, sorted(attributes)) for tag, attributes in each.tags] for each in (plain, hostile)]
+    assert shapes[0] == shapes[1]
+    assert hostile_styles == plain_styles
+    inline = [[attributes.get("style") for _, attributes in each.tags] for each in (plain, hostile)]
+    assert inline[0] == inline[1]
+    ids = [attributes["id"] or "" for _, attributes in hostile.tags if "id" in attributes]
+    assert all(re.fullmatch(r"[A-Za-z0-9][\w.+~-]*", each) for each in ids)
+    assert len(set(ids)) == (2 if names[0] != names[3] else 1)
 
 
 def test_failures_come_first(made: tuple[Path, Config], tmp_path: Path) -> None:
