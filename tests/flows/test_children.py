@@ -239,7 +239,9 @@ main(outer)
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 1
         assert "Traceback" not in done.stderr
-        for line, wanted in zip(done.stderr.splitlines()[-2:], lines, strict=True):
+        said = done.stderr.splitlines()
+        start = next(index for index, line in enumerate(said) if line.startswith("error: "))
+        for line, wanted in zip(said[start : start + 2], lines, strict=True):
             assert line.startswith(wanted)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from magicdrive_core.diffusion.rectified_flow import RectifiedFlow
 from tests.training.networks import TinyNetwork, tiny_network
 from tests.training.tiny_rank import MadeUpLoader, NeverStop
 
@@ -30,5 +31,5 @@ def train_adapters(folder: Path) -> int:
 
     config, plan = read_job(folder)
     network: Any = adapted_network(config.training.lora)
-    loader: Any = MadeUpLoader(3, "", folder / "order.jsonl")
+    loader: Any = MadeUpLoader(3, RectifiedFlow(config.flow.base_pixels), "", folder / "order.jsonl")
     return train(config, plan, network, loader, None, NeverStop(), torch.device("cpu"))

@@ -161,7 +161,7 @@ def test_loss_target_and_noise_level_are_fp32() -> None:
     from tests.training.tiny_rank import made_up_batch
 
     latents = torch.randn(2, 6, 4, 3, 2, 2, generator=torch.Generator().manual_seed(1))
-    batch = made_up_batch(0, (9, 16, 16), latents, torch.Generator().manual_seed(2))
+    batch = made_up_batch(0, (9, 16, 16), latents, torch.Generator().manual_seed(2), RectifiedFlow())
     engine: Any = mock.Mock(network=Still(), device=torch.device("cpu"))
     losses = flow_loss(engine, batch)
     x_t, t = engine.network.inputs

@@ -187,7 +187,7 @@ def test_ranks_read_the_settings_with_which_they_were_started(train: Callable[..
 def test_a_stage_that_memory_cannot_hold_is_refused_before_anything_starts(
     train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("magicdrive_core.training.budget.memory_left", lambda: 1 << 20)
+    monkeypatch.setattr("magicdrive_core.training.budget.memory_left", lambda: 1 << 16)
     ranks = Ranks(0)
     with pytest.raises(MagicDriveError, match=r"a micro-batch of .* are left for each of 2 ranks"):
         train(ranks)

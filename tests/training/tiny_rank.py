@@ -30,10 +30,16 @@ class NoConditions:
         return self
 
 
-def made_up_batch(bucket: int, shape: tuple[int, int, int], latents: torch.Tensor, generator: torch.Generator) -> Batch:
+def made_up_batch(
+    bucket: int,
+    shape: tuple[int, int, int],
+    latents: torch.Tensor,
+    generator: torch.Generator,
+    flow: RectifiedFlow,
+) -> Batch:
     """Draw noise levels and noise as the real loader does, and leave the conditions out."""
     conditions: Any = NoConditions()
-    t = RectifiedFlow().draw_timesteps(generator, len(latents), shape)
+    t = flow.draw_timesteps(generator, len(latents), shape)
     noise = torch.randn(latents.shape, generator=generator)
     return Batch(bucket, shape, latents, conditions, None, t, noise, generator, 1e9)
 
@@ -41,7 +47,8 @@ def made_up_batch(bucket: int, shape: tuple[int, int, int], latents: torch.Tenso
 class MadeUpLoader:
     """Latents that depend on the clip, drawn again for each micro-batch, as the real loader's samples are."""
 
-    def __init__(self, seed: int, trouble: str = "", order: Path | None = None) -> None:
+    def __init__(self, seed: int, flow: RectifiedFlow, trouble: str = "", order: Path | None = None) -> None:
+        self._flow = flow
         self.buckets = [Bucket(resolution="16x16", frames=1, batch=2), Bucket(resolution="16x16", frames=9, batch=1)]
         self._seed, self._trouble = seed, trouble.split(",")
         self._notes = order  # file for the micro-batches in the order of their use
@@ -73,7 +80,7 @@ class MadeUpLoader:
         fixed = [torch.randn(shape, generator=torch.Generator().manual_seed(100 * bucket + clip)) for clip in clips]
         latents = torch.stack(fixed) + 0.1 * torch.randn(len(clips), *shape, generator=generator)
         self._index += self._groups
-        return made_up_batch(bucket, (frames, 16, 16), scale * latents, generator)
+        return made_up_batch(bucket, (frames, 16, 16), scale * latents, generator, self._flow)
 
     def __enter__(self) -> MadeUpLoader:
         return self
@@ -92,6 +99,6 @@ def train_tiny(folder: Path, stop: Any, trouble: str = "", preview: Any = None) 
     from magicdrive_core.training.loop import train
 
     config, plan = read_job(folder)
-    loader: Any = MadeUpLoader(3, trouble, folder / "order.jsonl")
+    loader: Any = MadeUpLoader(3, RectifiedFlow(config.flow.base_pixels), trouble, folder / "order.jsonl")
     network: Any = tiny_network()
     return train(config, plan, network, loader, preview, stop, torch.device("cpu"))
