@@ -21,6 +21,7 @@ from magicdrive_core.data.map_cache import map_path, read_map, write_map
 from magicdrive_core.data.scene_store import scene_path
 from magicdrive_core.data.vector_maps import load_map
 from magicdrive_core.errors import MagicDriveError, UsageError
+from magicdrive_core.geometry.cameras import VIEWS
 from magicdrive_core.model.published.checkpoint import read_weights
 from magicdrive_core.tracking.runs import Store
 from magicdrive_core.utils.files import file_name
@@ -201,7 +202,7 @@ def test_a_damaged_zip_is_refused_in_one_line(tmp_path_factory: pytest.TempPathF
 @settings(max_examples=60)
 def test_a_changed_item_record_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
     folder = tmp_path_factory.mktemp("item")
-    view = ViewFile("a_CAM_FRONT.mp4", "0" * 64, 7, 1.5, 40.0)
+    views = {view: ViewFile(f"a_{view}.mp4", "0" * 64, 7, 1.5, 40.0) for view in VIEWS}
     texts, numbers = ("f", "a", "s", "scene", "cap"), (0, 17, 17, 12, 0)
     fingerprint, sample, scene, name, caption = texts
     record = ItemRecord(
@@ -215,7 +216,7 @@ def test_a_changed_item_record_is_read_or_refused(tmp_path_factory: pytest.TempP
         "80x144",
         {"data": "x"},
         {"all": 1.0},
-        {"CAM_FRONT": view},
+        views,
     )
     record.write(folder)
     assert ItemRecord.read(folder) == record

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from magicdrive_core.cli.main import main as cli
 from magicdrive_core.inference import memory_plan as memory_table
@@ -19,7 +23,6 @@ from magicdrive_core.inference.memory_plan import (
     fused_attention,
 )
 from magicdrive_core.parallel.parallelize import parallelize
-from tests.allocations import allocated
 from tests.model.networks import conditions, config, network, noisy
 
 VAE = {
@@ -36,6 +39,19 @@ WIDE = config(width=128, heads=4, ego_heads=4, box_heads=4, depth=3, control_dep
 @pytest.fixture(scope="module")
 def planner() -> Planner:
     return Planner(WIDE, VAE, dtype=torch.float32)
+
+
+def allocated(work: Callable[[], Any]) -> int:
+    """Returns the most bytes that torch's allocator handed out during ``work``, beyond those before."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
 
 
 @torch.no_grad()
