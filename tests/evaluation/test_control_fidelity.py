@@ -189,7 +189,7 @@ def test_a_missing_item_and_one_of_another_length_are_named(control: ControlFide
     scene = control.scenes[0]
     with pytest.raises(MagicDriveError, match="scene-2001 is missing"):
         control.read_item(tmp_path, scene)
-    write_items(tmp_path, [scene], {scene.token: np.empty((0, 0, 0, 0, 0), np.uint8)})
+    write_items(tmp_path, [scene], {scene.token: np.zeros((6, 1, 80, 144, 3), np.uint8)})
     longer = ControlFidelity(control.config.model_copy(update={"submission": Longer}), control.project)
     longer.__dict__["_all"] = control.scenes
     with pytest.raises(MagicDriveError, match="has 4 frames, not 9"):
